@@ -1,0 +1,1 @@
+"""hopskip: a language model as its own draft model."""

@@ -1,0 +1,19 @@
+"""Every error that hopskip raises on bad input. Each message names the value and the remedy."""
+
+from __future__ import annotations
+
+
+class HopskipError(Exception):
+    """Base class: `except HopskipError` catches whatever a user can put right."""
+
+
+class ConfigError(HopskipError, ValueError):
+    """An option has a value that cannot work, or that would have no effect."""
+
+
+class CheckpointError(HopskipError):
+    """A model cannot be found, read, or run: missing file, truncated tensor, unsupported architecture."""
+
+
+class PromptError(HopskipError, ValueError):
+    """A prompt cannot be served: empty, longer than the context, or not text."""

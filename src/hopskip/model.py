@@ -1,0 +1,150 @@
+"""The decoder, in plain PyTorch: the readable reference, and the path for GPUs and for CPUs without the native engine.
+
+Shape letters: N rows (tokens, of any mix of sequences), D hidden size, V vocabulary, H query heads, K key/value heads,
+E head dimension, T positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hopskip.attention import attend
+from hopskip.cache import Cache, Rows
+from hopskip.config import ModelConfig
+
+
+class Model(Protocol):
+    """What the engine asks of a decoder. `Transformer` (PyTorch) and `NativeModel` (C++) both answer to it."""
+
+    config: ModelConfig
+    device: torch.device
+    row_exact: bool
+    """True if the bits of a row never depend on how many rows, or which, are computed with it."""
+
+    def new_cache(self, num_slots: int, length: int) -> Cache:
+        """A cache of the model's own key/value precision."""
+        ...
+
+    def embed(self, ids_N: Tensor) -> Tensor:
+        """Token ids -> hidden states [N, D]."""
+        ...
+
+    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+        """Layers `start` to `stop - 1` on N rows. Writes the rows' keys and values to `cache`; returns new [N, D]."""
+        ...
+
+    def unembed(self, h_ND: Tensor) -> Tensor:
+        """Final norm and LM head: float32 logits [N, V]."""
+        ...
+
+    def greedy(self, h_ND: Tensor) -> Tensor:
+        """The best token of each row after final norm and head, int64 [N]; of equals, the lowest id."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer. Projections are fused as they are used: q, k, v rows in one matrix, gate and up in another."""
+
+    input_layernorm: Tensor
+    qkv_proj: Tensor
+    o_proj: Tensor
+    post_attention_layernorm: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """All weights of a decoder. `lm_head` is `embed_tokens` itself where the two are tied."""
+
+    embed_tokens: Tensor
+    layers: list[LayerWeights]
+    norm: Tensor
+    lm_head: Tensor
+
+
+class Transformer:
+    """A Llama-family decoder whose layers can be run by ranges."""
+
+    row_exact = False  # a matrix product may sum in another order when the number of rows changes
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.device = weights.norm.device
+        self.dtype = weights.norm.dtype
+        self._rope_tables: tuple[Tensor, Tensor] | None = None
+
+    def new_cache(self, num_slots: int, length: int) -> Cache:
+        return Cache(self.config, num_slots, length, self.dtype, self.device)
+
+    def embed(self, ids_N: Tensor) -> Tensor:
+        return F.embedding(ids_N.to(self.device), self.weights.embed_tokens)
+
+    @torch.inference_mode()
+    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+        assert 0 <= start <= stop <= self.config.num_hidden_layers
+        assert len(rows) == h_ND.shape[0] and rows.max_position < cache.length
+        rotation = self._rotation(rows, cache)
+        for index in range(start, stop):
+            layer = self.weights.layers[index]
+            h_ND = h_ND + self._attention(h_ND, layer, rotation, rows, cache, index)
+            x_ND = rms_norm(h_ND, layer.post_attention_layernorm, self.config.rms_norm_eps)
+            gate, up = F.linear(x_ND, layer.gate_up_proj).chunk(2, dim=-1)
+            h_ND = h_ND + F.linear(F.silu(gate) * up, layer.down_proj)
+        return h_ND
+
+    @torch.inference_mode()
+    def unembed(self, h_ND: Tensor) -> Tensor:
+        x_ND = rms_norm(h_ND, self.weights.norm, self.config.rms_norm_eps)
+        return F.linear(x_ND, self.weights.lm_head).float()
+
+    def greedy(self, h_ND: Tensor) -> Tensor:
+        return self.unembed(h_ND).argmax(dim=-1)
+
+    def _attention(
+        self, h_ND: Tensor, layer: LayerWeights, rotation: tuple[Tensor, Tensor], rows: Rows, cache: Cache, index: int
+    ) -> Tensor:
+        config = self.config
+        x_ND = rms_norm(h_ND, layer.input_layernorm, config.rms_norm_eps)
+        qkv = F.linear(x_ND, layer.qkv_proj, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        q_NHE, k_NKE, v_NKE = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q_NHE = rms_norm(q_NHE, layer.q_norm, config.rms_norm_eps)
+            k_NKE = rms_norm(k_NKE, layer.k_norm, config.rms_norm_eps)
+        q_NHE, k_NKE = rotate(q_NHE, *rotation), rotate(k_NKE, *rotation)
+        k_SKTE, v_SKTE = cache.k_LSHTD[index], cache.v_LSHTD[index]
+        out_NHE = attend(q_NHE, k_NKE, v_NKE, k_SKTE, v_SKTE, rows, config.sliding_window)
+        return F.linear(out_NHE.flatten(1), layer.o_proj)
+
+    def _rotation(self, rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
+        """cos and sin of each row's position, [N, 1, E / 2] in the model's precision."""
+        if self._rope_tables is None or self._rope_tables[0].shape[0] < cache.length:
+            cos, sin = self.config.rope.tables(cache.length)
+            self._rope_tables = (cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))
+        positions = rows.positions.to(self.device)
+        cos, sin = self._rope_tables
+        return cos[positions, None, :], sin[positions, None, :]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, computed in float32 whatever the precision of `x`."""
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * x32.to(x.dtype)
+
+
+def rotate(x_NHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE; dimension i is paired with i + E / 2, as Hugging Face checkpoints are laid out."""
+    first, second = x_NHE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

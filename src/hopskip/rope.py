@@ -1,0 +1,106 @@
+"""Rotary position embeddings (arXiv 2104.09864) with the scalings that Llama-family checkpoints use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hopskip.errors import CheckpointError
+
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary settings. Names follow transformers' `rope_parameters`; only the fields of its `rope_type` are used."""
+
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    attention_factor: float | None = None  # yarn: scale of cos and sin; None derives it from `factor`
+    mscale: float | None = None  # yarn, as DeepSeek writes it
+    mscale_all_dim: float | None = None
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> RopeConfig:
+        """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (all earlier checkpoints)."""
+        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type not in SUPPORTED_ROPE_TYPES:
+            raise CheckpointError(
+                f"rope_type {rope_type!r} is not supported; hopskip has: {', '.join(SUPPORTED_ROPE_TYPES)}"
+            )
+        scaling.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings", 0))
+        known = {name: scaling[name] for name in cls.__dataclass_fields__ if scaling.get(name) is not None}
+        if rope_type in ("linear", "llama3", "yarn") and "factor" not in known:
+            raise CheckpointError(f"rope_type {rope_type!r} needs a 'factor' in the model's config, and has none")
+        return cls(**{**known, "head_dim": head_dim, "rope_type": rope_type})
+
+    def inverse_frequencies(self) -> Tensor:
+        """Rotation per position of each pair of dimensions, radians, float32 [head_dim / 2]."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
+        inv_freq = 1.0 / self.rope_theta**exponents
+        if self.rope_type == "linear":
+            return inv_freq / self.factor
+        if self.rope_type == "llama3":
+            return self._llama3(inv_freq)
+        if self.rope_type == "yarn":
+            return self._yarn(inv_freq)
+        return inv_freq
+
+    def _llama3(self, inv_freq: Tensor) -> Tensor:
+        """Slow rotations are stretched by `factor`, fast ones kept, those between blended."""
+        wavelength = 2 * math.pi / inv_freq
+        turns = self.original_max_position_embeddings / wavelength
+        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blend = blend.clamp(0.0, 1.0)
+        return (1 - blend) * inv_freq / self.factor + blend * inv_freq
+
+    def _yarn(self, inv_freq: Tensor) -> Tensor:
+        """YaRN (arXiv 2309.00071): as llama3, with the blend linear in the dimension's index."""
+
+        def dimension_of(num_rotations: float) -> float:
+            """Index of the dimension that makes `num_rotations` turns over the original context."""
+            turns = self.original_max_position_embeddings / (num_rotations * 2 * math.pi)
+            return self.head_dim * math.log(turns) / (2 * math.log(self.rope_theta))
+
+        low, high = dimension_of(self.beta_fast), dimension_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        index = torch.arange(self.head_dim // 2, dtype=torch.float32)
+        stretched = ((index - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+        return inv_freq / self.factor * stretched + inv_freq * (1 - stretched)
+
+    @property
+    def amplitude(self) -> float:
+        """Factor on cos and sin: 1 but for YaRN, which sharpens attention over the stretched context."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def mscale(weight: float) -> float:
+            return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return mscale(self.mscale) / mscale(self.mscale_all_dim)
+        return mscale(1.0)
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position below `length`, float32 [length, head_dim / 2] each."""
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), self.inverse_frequencies())
+        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
