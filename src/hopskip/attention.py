@@ -46,9 +46,7 @@ def attend(
     return torch.cat(outputs)
 
 
-def _causal_mask(
-    start: int, end: int, oldest: int, sliding_window: int | None, device: torch.device
-) -> Tensor | None:
+def _causal_mask(start: int, end: int, oldest: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
     """True where a row at position start..end-1 may see a key at position oldest..end-1; None if it may see all."""
     if end - start == 1:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,7 @@ def _as_tuple(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _refuse_unsupported_variants(config: Mapping[str, Any]) -> None:
     """A variant we would compute wrongly is refused, never ignored."""
-    refused = {
+    refused: dict[str, Callable[[Any], bool]] = {
         "hidden_act": lambda v: v not in (None, "silu", "swish"),
         "attention_bias": bool,
         "mlp_bias": bool,

@@ -1,0 +1,55 @@
+"""What a draft is, and what the engine asks of whoever makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from hopskip.cache import Cache
+from hopskip.sequence import Sequence
+
+
+@dataclass
+class Draft:
+    """Tokens proposed to follow one sequence; `Draft()` proposes none."""
+
+    source: Literal["early-exit", "ngram"] = "ngram"
+    token_ids: list[int] = field(default_factory=list)
+    probs: list[Tensor] | None = None
+    """The distribution each token was drawn from, [V]; None if it was proposed with certainty."""
+    exit_states: list[Tensor] = field(default_factory=list)
+    """Hidden states [D] that the draft pass left at the exit layer: those of the sequence's last token and of all draft
+    tokens but the last (which was never fed back). Empty if no layers were run."""
+    is_closed: bool = False
+    """True once the drafter has decided to propose no more."""
+
+
+class Drafter(Protocol):
+    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        """At most `limits[i]` tokens to follow `sequences[i]`.
+
+        May write keys and values of layers before the exit to `cache`, at the positions of each sequence's last token
+        and after. Draws randomness from the sequences' own generators only.
+        """
+        ...
+
+
+class FirstOf:
+    """Several drafters in order of preference: a sequence takes the draft of the first that has one for it."""
+
+    def __init__(self, *drafters: Drafter) -> None:
+        self._drafters = drafters
+
+    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        drafts = self._drafters[0].propose(sequences, limits, cache)
+        for drafter in self._drafters[1:]:
+            missing = [i for i, draft in enumerate(drafts) if not draft.token_ids]
+            if not missing:
+                break
+            proposed = drafter.propose([sequences[i] for i in missing], [limits[i] for i in missing], cache)
+            for i, draft in zip(missing, proposed, strict=True):
+                drafts[i] = draft
+        return drafts

@@ -1,0 +1,65 @@
+"""Drafting by lookup: what followed the last few tokens when they stood in the text before (prompt lookup decoding)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from weakref import WeakKeyDictionary
+
+from hopskip.cache import Cache
+from hopskip.draft.base import Draft
+from hopskip.sequence import Sequence
+
+
+class NgramIndex:
+    """Where each n-gram of a growing text last ended, for n from `min_size` to `max_size`.
+
+    >>> index = NgramIndex(min_size=2, max_size=3)
+    >>> index.propose([7, 8, 9, 5, 7, 8], limit=3)
+    [9, 5, 7]
+    """
+
+    def __init__(self, *, min_size: int, max_size: int) -> None:
+        self._sizes = range(max_size, min_size - 1, -1)
+        self._next_position: dict[tuple[int, ...], int] = {}
+        self._num_indexed = 0
+
+    def propose(self, token_ids: Seq[int], limit: int) -> list[int]:
+        """Up to `limit` tokens to follow `token_ids`, which must extend the text of the calls before.
+
+        The longest n-gram decides, and of its occurrences the latest. A copy that runs into the end of the text goes on
+        with what it has just copied, so that a repeating pattern is drafted at any length.
+        """
+        self._extend(token_ids)
+        for size in self._sizes:
+            start = self._next_position.get(tuple(token_ids[-size:])) if len(token_ids) > size else None
+            if start is not None:
+                period = len(token_ids) - start
+                return [token_ids[start + i % period] for i in range(limit)]
+        return []
+
+    def _extend(self, token_ids: Seq[int]) -> None:
+        # an n-gram is entered once the token after it is known, so the text's own end is never its own match
+        for position in range(max(self._num_indexed, 1), len(token_ids)):
+            for size in self._sizes:
+                if size <= position:
+                    self._next_position[tuple(token_ids[position - size : position])] = position
+        self._num_indexed = len(token_ids)
+
+
+class NgramDrafter:
+    """Copies from the sequence's own prompt and output. Runs no layers; proposes nothing without a match."""
+
+    def __init__(self, *, min_size: int = 2, max_size: int = 4) -> None:
+        self._min_size, self._max_size = min_size, max_size
+        self._indexes: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
+
+    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        return [
+            Draft("ngram", self._index(sequence).propose(sequence.token_ids, limit) if limit > 0 else [])
+            for sequence, limit in zip(sequences, limits, strict=True)
+        ]
+
+    def _index(self, sequence: Sequence) -> NgramIndex:
+        if sequence not in self._indexes:
+            self._indexes[sequence] = NgramIndex(min_size=self._min_size, max_size=self._max_size)
+        return self._indexes[sequence]

@@ -1,0 +1,371 @@
+"""The engine: admits requests, and steps them together. A step is a prefill pass or a round: draft, verify, commit.
+
+It speaks token ids only; text, templates and stop strings live at the edge (`llm.py`). One cache serves draft and
+target. Lengths belong to the sequences, so rejecting a draft is no work at all: the next pass overwrites its positions.
+
+Shape letters: N rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from hopskip.cache import Cache, Rows, Segment
+from hopskip.draft.base import Draft
+from hopskip.draft.config import SpeculativeConfig
+from hopskip.errors import ConfigError, PromptError
+from hopskip.model import Model
+from hopskip.sampling import SamplingParams, adjust_logits, probabilities
+from hopskip.sequence import Origin, Sequence, Token
+from hopskip.verify import Verdict, verify_greedy, verify_sampled
+
+_CACHE_BLOCK = 256
+"""The cache grows in steps of this many positions, so that it is not reallocated for every longer prompt."""
+_PREFILL_ROWS = 512
+"""Most prompt tokens in one pass: enough to keep the arithmetic units busy, few enough to bound activations."""
+
+
+class Engine:
+    """Generates for many sequences at once, each with its own length, sampling parameters and acceptance.
+
+    Args:
+        model: the decoder.
+        speculative: how to draft and verify; resolved against the model.
+        max_model_len: longest sequence, prompt and output; None for the model's own context.
+        max_num_seqs: sequences that are stepped together; further ones wait.
+        prefix_caching: start a prompt from the cached keys and values of an earlier request that shares its beginning.
+            None: where the model is `row_exact`, since only there a cached prefix has the very bits of a computed one.
+        rows_per_sequence: pad every decoding pass to this many rows per sequence. With draft `none` this is the
+            *reference path at the verify shape*, to which `recompute` is bit-identical. None: as the speculation needs.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        speculative: SpeculativeConfig | None = None,
+        *,
+        eos_token_ids: Seq[int] | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        prefix_caching: bool | None = None,
+        rows_per_sequence: int | None = None,
+    ) -> None:
+        context = model.config.max_position_embeddings
+        if max_model_len is not None and not 1 < max_model_len <= context:
+            raise ConfigError(f"max_model_len is {max_model_len}; the model's context allows 2 to {context}")
+        if max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
+        self.model = model
+        self.speculative = (speculative or SpeculativeConfig()).resolve(model.config)
+        self.max_model_len = max_model_len or context
+        self.max_num_seqs = max_num_seqs
+        self._eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._drafter = self.speculative.make_drafter(model)
+        self._prefix_caching = model.row_exact if prefix_caching is None else prefix_caching
+        self._rows_per_sequence = rows_per_sequence or self._verify_rows()
+        self._cache: Cache | None = None
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._slot_token_ids: dict[int, list[int]] = {}
+        """Tokens whose keys and values each free slot still holds."""
+
+    def _verify_rows(self) -> int:
+        """Rows per sequence and pass. A model whose bits depend on the number of rows verifies at one fixed shape, so
+        that its numerics do not depend on what was drafted; the others never compute a row for nothing."""
+        if self.speculative.verify == "recompute" and not self.model.row_exact:
+            assert self.speculative.num_draft_tokens is not None
+            return self.speculative.num_draft_tokens + 1
+        return 1
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def add(
+        self, prompt_ids: Seq[int], params: SamplingParams, is_stop: Callable[[int], bool] | None = None
+    ) -> Sequence:
+        """Queue a request.
+
+        Args:
+            prompt_ids: at least one token id.
+            is_stop: called with every committed token in order; returning True makes that token the last.
+
+        Raises:
+            PromptError: the prompt is empty, holds an unknown id, or does not fit the context with `max_new_tokens`.
+        """
+        vocab_size = self.model.config.vocab_size
+        if not prompt_ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        for ids, name in (prompt_ids, "prompt"), (params.logit_bias, "logit_bias"):
+            unknown = next((i for i in ids if not 0 <= i < vocab_size), None)
+            if unknown is not None:
+                raise PromptError(f"{name} has token id {unknown}; the model's ids are 0 to {vocab_size - 1}")
+        if params.logprobs is not None and params.logprobs > vocab_size:
+            raise ConfigError(f"logprobs is {params.logprobs}; the vocabulary has only {vocab_size} tokens")
+        room = self.max_model_len - len(prompt_ids)
+        if params.max_new_tokens > room:
+            remedy = f"use max_new_tokens <= {room} or a shorter prompt" if room > 0 else "shorten the prompt"
+            raise PromptError(
+                f"the prompt has {len(prompt_ids)} tokens and max_new_tokens is {params.max_new_tokens}: "
+                f"more than the context of {self.max_model_len}; {remedy}"
+            )
+        sequence = Sequence(list(prompt_ids), params, self._eos_token_ids, vocab_size, is_stop)
+        self._waiting.append(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a request now; its slot is free for the next step. Aborting a finished request does nothing."""
+        if not sequence.is_finished:
+            sequence.finish_reason = "abort"
+            self._retire()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Advance: a pass over waiting prompts if there are any, else one round for every running sequence.
+
+        New tokens appear in the sequences' `tokens`. If a pass raises, no sequence has gained or lost a token.
+        """
+        self._admit()
+        prefilling = [s for s in self._running if not s.is_prefilled]
+        if prefilling:
+            self._prefill(prefilling)
+        elif self._running:
+            self._round(self._running)
+        self._retire()
+
+    def _admit(self) -> None:
+        num_admitted = min(len(self._waiting), self.max_num_seqs - len(self._running))
+        if not num_admitted:
+            return
+        newcomers = [self._waiting[i] for i in range(num_admitted)]
+        self._reserve(self._running + newcomers)
+        for sequence in newcomers:
+            self._take_slot(sequence)
+            self._waiting.popleft()
+            self._running.append(sequence)
+
+    def _reserve(self, sequences: list[Sequence]) -> None:
+        """Make the cache large enough for these sequences at their longest, keeping what it holds."""
+        longest = max(s.num_prompt_tokens + s.params.max_new_tokens for s in sequences)
+        # a padded verify pass may reach past the last token
+        length = -(-(longest + self._rows_per_sequence) // _CACHE_BLOCK) * _CACHE_BLOCK
+        old = self._cache
+        if old is not None and old.num_slots >= len(sequences) and old.length >= length:
+            return
+        num_slots = max(len(sequences), old.num_slots if old else 0)
+        self._cache = self.model.new_cache(num_slots, max(length, old.length if old else 0))
+        if old is not None:
+            self._cache.copy_from(old)
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        """Give a sequence the free slot whose content shares the longest beginning with it; else an empty, else any."""
+        taken = {s.slot for s in self._running}
+        free = [slot for slot in range(self._cache_or_fail.num_slots) if slot not in taken]
+        shared = dict.fromkeys(free, 0)
+        if self._prefix_caching:
+            # the last prompt token always runs: its hidden state yields the first new token
+            prompt = sequence.token_ids[:-1]
+            shared = {slot: _common_prefix(self._slot_token_ids.get(slot, []), prompt) for slot in free}
+        sequence.slot = max(free, key=lambda slot: (shared[slot], slot not in self._slot_token_ids, -slot))
+        sequence.num_cached = shared[sequence.slot]
+        sequence.stats.num_cached_prompt_tokens = sequence.num_cached
+        self._slot_token_ids.pop(sequence.slot, None)
+
+    def _retire(self) -> None:
+        for sequence in [s for s in self._running if s.is_finished]:
+            self._running.remove(sequence)
+            self._slot_token_ids[sequence.slot] = sequence.token_ids[: sequence.num_cached]
+        self._waiting = deque(s for s in self._waiting if not s.is_finished)
+
+    @property
+    def _cache_or_fail(self) -> Cache:
+        assert self._cache is not None, "the cache is made when the first request is admitted"
+        return self._cache
+
+    # -- prefill -------------------------------------------------------------------------------------------------------
+
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        """One pass over the next chunk of these prompts; those that reach their end get their first token."""
+        now = time.perf_counter()
+        segments: list[Segment] = []
+        chunk: list[Sequence] = []
+        budget = _PREFILL_ROWS
+        for sequence in sequences:
+            sequence.prefill_started = sequence.prefill_started or now
+            num_rows = min(budget, sequence.num_prompt_tokens - sequence.num_cached)
+            if num_rows:
+                segments.append(Segment(sequence.slot, sequence.num_cached, num_rows))
+                chunk.append(sequence)
+                budget -= num_rows
+        rows = Rows(segments)
+        ids = [
+            i
+            for s, segment in zip(chunk, segments, strict=True)
+            for i in s.token_ids[segment.start : segment.start + segment.count]
+        ]
+        h_ND = self._run(ids, rows)
+        is_complete = [seg.start + seg.count == s.num_prompt_tokens for s, seg in zip(chunk, segments, strict=True)]
+        last_rows = [last for last, complete in zip(_last_rows(segments), is_complete, strict=True) if complete]
+        completed = [s for s, complete in zip(chunk, is_complete, strict=True) if complete]
+        choices = self._choose(completed, [Draft()] * len(completed), h_ND[last_rows])
+        for sequence, segment in zip(chunk, segments, strict=True):
+            sequence.num_cached += segment.count
+        for sequence, (_, tokens) in zip(completed, choices, strict=True):
+            sequence.append(tokens[0])
+            sequence.first_token_at = time.perf_counter()
+            sequence.stats.prefill_seconds = sequence.first_token_at - sequence.prefill_started
+            sequence.stats.num_tokens = 1
+
+    # -- a round -------------------------------------------------------------------------------------------------------
+
+    def _round(self, sequences: list[Sequence]) -> None:
+        """Draft for every sequence, verify all drafts in one pass, commit what stands."""
+        drafts = self._draft(sequences)
+        h_ND = self._verify_pass(sequences, drafts)
+        choices = self._choose(sequences, drafts, h_ND)
+        now = time.perf_counter()
+        for sequence, draft, (verdict, tokens) in zip(sequences, drafts, choices, strict=True):
+            num_before = len(sequence.tokens)
+            for token in tokens:
+                sequence.append(token)
+                if sequence.is_finished:
+                    break
+            num_committed = len(sequence.tokens) - num_before
+            sequence.num_cached += num_committed
+            stats = sequence.stats
+            stats.num_target_passes += 1
+            if draft.token_ids:
+                stats.record_draft(len(draft.token_ids), min(verdict.num_accepted, num_committed))
+            stats.num_tokens = len(sequence.tokens)
+            stats.decode_seconds = now - sequence.first_token_at
+
+    def _draft(self, sequences: list[Sequence]) -> list[Draft]:
+        if self._drafter is None:
+            return [Draft() for _ in sequences]
+        num_draft_tokens = self.speculative.num_draft_tokens
+        assert num_draft_tokens is not None
+        # the verify pass itself yields one token, so a sequence never needs a draft of all it has left
+        limits = [min(num_draft_tokens, s.num_tokens_left - 1) for s in sequences]
+        return self._drafter.propose(sequences, limits, self._cache_or_fail)
+
+    def _verify_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:
+        """Final hidden states of each sequence's last token and draft tokens, [N, D], N = sum of (draft length + 1)."""
+        if self.speculative.verify == "reuse":
+            return self._reuse_pass(sequences, drafts)
+        counts = [max(len(d.token_ids) + 1, self._rows_per_sequence) for d in drafts]
+        rows = Rows(Segment(s.slot, s.num_cached, n) for s, n in zip(sequences, counts, strict=True))
+        ids: list[int] = []
+        kept: list[int] = []
+        for sequence, draft, num_rows in zip(sequences, drafts, counts, strict=True):
+            own = [sequence.token_ids[-1], *draft.token_ids]
+            kept.extend(range(len(ids), len(ids) + len(own)))
+            ids.extend(own + own[-1:] * (num_rows - len(own)))
+        h_ND = self._run(ids, rows)
+        return h_ND if len(kept) == len(ids) else h_ND[kept]
+
+    def _reuse_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:
+        """Verify from the exit layer on: rows that the draft has already taken there go on from its hidden states."""
+        exit_layer = self.speculative.exit_layer or 0
+        cache = self._cache_or_fail
+        missing_ids: list[int] = []
+        missing: list[Segment] = []
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            ids = [sequence.token_ids[-1], *draft.token_ids]
+            num_done = len(draft.exit_states)
+            missing_ids.extend(ids[num_done:])
+            missing.append(Segment(sequence.slot, sequence.num_cached + num_done, len(ids) - num_done))
+        h_missing = self.model.embed(torch.tensor(missing_ids, dtype=torch.int32))
+        h_missing = self.model.run_layers(h_missing, 0, exit_layer, Rows(missing), cache)
+        parts: list[Tensor] = []
+        computed = torch.split(h_missing, [segment.count for segment in missing])
+        for draft, rest in zip(drafts, computed, strict=True):
+            parts.extend([torch.stack(draft.exit_states), rest] if draft.exit_states else [rest])
+        rows = Rows(Segment(s.slot, s.num_cached, len(d.token_ids) + 1) for s, d in zip(sequences, drafts, strict=True))
+        return self.model.run_layers(torch.cat(parts), exit_layer, self.model.config.num_hidden_layers, rows, cache)
+
+    def _run(self, ids: list[int], rows: Rows) -> Tensor:
+        """All layers on these tokens: final hidden states [N, D]."""
+        h_ND = self.model.embed(torch.tensor(ids, dtype=torch.int32))
+        return self.model.run_layers(h_ND, 0, self.model.config.num_hidden_layers, rows, self._cache_or_fail)
+
+    # -- choosing tokens -----------------------------------------------------------------------------------------------
+
+    def _choose(
+        self, sequences: list[Sequence], drafts: list[Draft], h_ND: Tensor
+    ) -> list[tuple[Verdict, list[Token]]]:
+        """Verify each sequence's draft against its final hidden states; the tokens to commit, accepted ones first."""
+        needs_logits = any(
+            not s.params.is_greedy or s.params.changes_logits or s.params.logprobs is not None for s in sequences
+        )
+        choices: list[tuple[Verdict, list[Token]]] = []
+        first = 0
+        best = [] if needs_logits else self.model.greedy(h_ND).tolist()
+        logits_NV = self.model.unembed(h_ND) if needs_logits else None
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            own = slice(first, first + len(draft.token_ids) + 1)
+            first = own.stop
+            if logits_NV is None:
+                verdict = verify_greedy(draft.token_ids, best[own])
+                choices.append((verdict, _tokens(draft, verdict)))
+            else:
+                verdict = _verify_logits(sequence, draft, logits_NV[own])
+                choices.append((verdict, _tokens(draft, verdict, logits_NV[own], sequence.params.logprobs)))
+        return choices
+
+
+def _verify_logits(sequence: Sequence, draft: Draft, logits_NV: Tensor) -> Verdict:
+    """Verify one draft against the target's logits after 0, 1, .. draft tokens."""
+    params = sequence.params
+    if params.changes_logits:
+        adjusted = []
+        for i, logits_V in enumerate(logits_NV):
+            if i and sequence.counts is not None:
+                sequence.counts.push(draft.token_ids[i - 1])
+            adjusted.append(adjust_logits(logits_V, params, sequence.counts))
+        if sequence.counts is not None:
+            for token in draft.token_ids:
+                sequence.counts.pop(token)
+        logits_NV = torch.stack(adjusted)
+    if params.is_greedy:
+        return verify_greedy(draft.token_ids, logits_NV.argmax(dim=-1).tolist())
+    probs_NV = probabilities(logits_NV, params)
+    return verify_sampled(draft.token_ids, draft.probs, probs_NV, sequence.generator)
+
+
+def _tokens(
+    draft: Draft, verdict: Verdict, logits_NV: Tensor | None = None, num_logprobs: int | None = None
+) -> list[Token]:
+    ids = [*draft.token_ids[: verdict.num_accepted], verdict.next_token]
+    is_bonus = bool(draft.token_ids) and verdict.num_accepted == len(draft.token_ids)
+    origins: list[Origin] = [draft.source] * verdict.num_accepted
+    origins.append("bonus" if is_bonus else "target")
+    if logits_NV is None or num_logprobs is None:
+        return [Token(i, origin) for i, origin in zip(ids, origins, strict=True)]
+    tokens = []
+    for i, origin, logprobs_V in zip(ids, origins, logits_NV.log_softmax(dim=-1), strict=False):
+        top = logprobs_V.topk(num_logprobs)
+        top_logprobs = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        tokens.append(Token(i, origin, float(logprobs_V[i]), top_logprobs))
+    return tokens
+
+
+def _last_rows(segments: list[Segment]) -> list[int]:
+    """Index of the last row of each segment."""
+    rows, total = [], 0
+    for segment in segments:
+        total += segment.count
+        rows.append(total - 1)
+    return rows
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

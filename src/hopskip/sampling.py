@@ -1,0 +1,173 @@
+"""From logits to a token: penalties, truncation, temperature. Pure functions; randomness is an explicit generator.
+
+Shape letters: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from hopskip.errors import ConfigError
+
+_MAX_CANDIDATES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. `temperature` 0 is greedy: the best token, always.
+
+    Raises:
+        ConfigError: a value is out of range, or would have no effect (`top_p` with greedy decoding, say).
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose probabilities reach this sum (nucleus, arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as probable as the best one (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output (arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the output holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for every time that the output holds it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    seed: int | None = None
+    """Same seed, same text. None draws a fresh seed."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; the text returned ends before them."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report each token's log-probability and those of the n best; 0 for the token's own only. None reports none.
+    Log-probabilities are the model's own: before penalties, bias and temperature."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or above")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (keep all) or above")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, 0 or above")
+        _require(all(self.stop), "stop", self.stop, "non-empty texts")
+        for token_id, bias in self.logit_bias.items():
+            _require(not math.isnan(bias), "logit_bias", {token_id: bias}, "a number for each token id")
+        if self.is_greedy:
+            for item in fields(self):
+                if item.name in ("top_k", "top_p", "min_p", "seed") and getattr(self, item.name) != item.default:
+                    value = getattr(self, item.name)
+                    raise ConfigError(
+                        f"{item.name}={value} has no effect at temperature 0 (greedy); set temperature above 0"
+                    )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if penalties or biases apply, so that the best token is not simply the model's."""
+        return self.has_penalties or bool(self.logit_bias)
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
+
+
+class TokenCounts:
+    """Which tokens a sequence holds: what penalties depend on.
+
+    `push` and `pop` follow a draft: row i of a verify pass must see the sequence with the first i draft tokens.
+    """
+
+    def __init__(self, prompt_ids: list[int], vocab_size: int) -> None:
+        self.in_prompt_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self.in_prompt_V[prompt_ids] = True
+        self.in_output_V = torch.zeros(vocab_size, dtype=torch.int32)
+
+    def push(self, token: int) -> None:
+        self.in_output_V[token] += 1
+
+    def pop(self, token: int) -> None:
+        self.in_output_V[token] -= 1
+
+
+def adjust_logits(logits_V: Tensor, params: SamplingParams, counts: TokenCounts | None) -> Tensor:
+    """Apply penalties, then biases. Returns new logits; `counts` is needed only where `params.has_penalties`."""
+    logits_V = logits_V.clone()
+    if params.has_penalties:
+        assert counts is not None
+        output_V = counts.in_output_V.to(logits_V.device)
+        if params.repetition_penalty != 1:
+            seen_V = (output_V > 0) | counts.in_prompt_V.to(logits_V.device)
+            penalty = params.repetition_penalty
+            penalised = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+            logits_V = torch.where(seen_V, penalised, logits_V)
+        logits_V -= params.presence_penalty * (output_V > 0) + params.frequency_penalty * output_V
+    for token_id, bias in params.logit_bias.items():
+        logits_V[token_id] += bias
+    return logits_V
+
+
+def probabilities(logits_NV: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution a token is drawn from: temperature, then top-k, top-p and min-p. Float32 [N, V], rows sum to 1.
+
+    The truncations apply in the order of Hugging Face's warpers; each sees what the ones before left, renormalised.
+    """
+    assert not params.is_greedy
+    probs_NV = (logits_NV.float() / params.temperature).softmax(dim=-1)
+    if params.top_k:
+        kept = probs_NV.topk(min(params.top_k, probs_NV.shape[-1])).values[:, -1:]
+        probs_NV = _renormalised(probs_NV, probs_NV >= kept)
+    if params.top_p < 1:
+        probs_NV = _renormalised(probs_NV, probs_NV >= _nucleus_threshold(probs_NV, params.top_p))
+    if params.min_p > 0:
+        probs_NV = _renormalised(probs_NV, probs_NV >= params.min_p * probs_NV.amax(dim=-1, keepdim=True))
+    return probs_NV
+
+
+def _renormalised(probs_NV: Tensor, keep_NV: Tensor) -> Tensor:
+    probs_NV = probs_NV * keep_NV
+    return probs_NV / probs_NV.sum(dim=-1, keepdim=True)
+
+
+def _nucleus_threshold(probs_NV: Tensor, top_p: float) -> Tensor:
+    """Probability of the last token that the nucleus takes in, [N, 1].
+
+    A full sort of the vocabulary costs more than a draft step; nearly always the nucleus lies in the best few hundred.
+    """
+    num_candidates = min(_MAX_CANDIDATES, probs_NV.shape[-1])
+    best_NC = probs_NV.topk(num_candidates).values
+    if not bool((best_NC.sum(dim=-1) >= top_p).all()):
+        best_NC = probs_NV.sort(dim=-1, descending=True).values
+    before_NC = best_NC.cumsum(dim=-1) - best_NC
+    last = (before_NC < top_p).sum(dim=-1, keepdim=True) - 1
+    return best_NC.gather(-1, last)
+
+
+def draw(probs_V: Tensor, generator: torch.Generator) -> int:
+    """One token from a distribution that need not be normalised, by inverting its cumulative sum: one uniform each."""
+    cumulative = probs_V.double().cumsum(dim=-1)
+    point = torch.rand((), dtype=torch.float64, generator=generator).to(cumulative.device) * cumulative[-1]
+    token = int(torch.searchsorted(cumulative, point, right=True))
+    # u * total can round up to the total itself; the last token with any probability is then the right one
+    return min(token, int(probs_V.nonzero()[-1])) if token == len(probs_V) else token

@@ -1,0 +1,86 @@
+"""One request on its way through the engine: token ids, position in the cache, and what has been generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hopskip.sampling import SamplingParams, TokenCounts
+from hopskip.stats import SpeculativeStats
+
+Origin = Literal["early-exit", "ngram", "target", "bonus"]
+"""Who came up with a token: an accepted draft's source; or the target, alone (plain decoding, or a *recovered* token in
+place of a rejected draft), or as the *bonus* after a draft accepted whole."""
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    origin: Origin
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+
+
+class Sequence:
+    """The state of one request. The engine alone changes it; everybody may read it.
+
+    While decoding, `num_cached == len(token_ids) - 1`: the last token is chosen but has not been through the model yet.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        is_stop: Callable[[int], bool] | None = None,
+    ) -> None:
+        self.token_ids = list(prompt_ids)
+        self.num_prompt_tokens = len(prompt_ids)
+        self.params = params
+        self.stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self.is_stop = is_stop
+        self.tokens: list[Token] = []
+        self.finish_reason: FinishReason | None = None
+        self.stats = SpeculativeStats(num_prompt_tokens=len(prompt_ids))
+        self.slot = -1
+        self.num_cached = 0
+        self.prefill_started = 0.0
+        self.first_token_at = 0.0
+        self.generator = torch.Generator()
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+        self.counts = TokenCounts(prompt_ids, vocab_size) if params.has_penalties else None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def is_prefilled(self) -> bool:
+        return bool(self.tokens)
+
+    @property
+    def num_tokens_left(self) -> int:
+        return self.params.max_new_tokens - len(self.tokens)
+
+    def append(self, token: Token) -> None:
+        """Commit one token, and finish if it ends the text."""
+        assert not self.is_finished
+        self.token_ids.append(token.id)
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts.push(token.id)
+        if token.id in self.stop_token_ids or (self.is_stop is not None and self.is_stop(token.id)):
+            self.finish_reason = "stop"
+        elif self.num_tokens_left == 0:
+            self.finish_reason = "length"
