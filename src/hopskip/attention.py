@@ -11,6 +11,9 @@ from torch import Tensor
 
 from hopskip.cache import Rows
 
+_MAX_SINGLE_ROWS = 32
+"""Segments of at most this many rows are verify passes or single tokens; longer ones are prompts."""
+
 
 def attend(
     q_NHE: Tensor,
@@ -28,21 +31,27 @@ def attend(
     outputs, first = [], 0
     for segment in rows.segments:
         own = slice(first, first + segment.count)
+        first = own.stop
         end = segment.start + segment.count
         k_SKTE[segment.slot, :, segment.start : end] = k_NKE[own].transpose(0, 1)
         v_SKTE[segment.slot, :, segment.start : end] = v_NKE[own].transpose(0, 1)
-        # the first row of the segment sees the oldest key that any of them sees
-        oldest = 0 if sliding_window is None else max(0, segment.start - sliding_window + 1)
-        mask = _causal_mask(segment.start, end, oldest, sliding_window, q_NHE.device)
-        out_HTE = F.scaled_dot_product_attention(
-            q_NHE[own].transpose(0, 1).unsqueeze(0),
-            k_SKTE[segment.slot, :, oldest:end].unsqueeze(0),
-            v_SKTE[segment.slot, :, oldest:end].unsqueeze(0),
-            attn_mask=mask,
-            enable_gqa=True,
-        ).squeeze(0)
-        outputs.append(out_HTE.transpose(0, 1))
-        first += segment.count
+        # The order of the sum over keys depends on how many there are, masked ones included. A few rows (a draft to
+        # verify) go one by one, so that a row's bits depend on its position only; a long prompt goes as one block.
+        rows_at_once = 1 if segment.count <= _MAX_SINGLE_ROWS else segment.count
+        for row in range(0, segment.count, rows_at_once):
+            start = segment.start + row
+            stop = start + rows_at_once
+            # the oldest key that any of these rows sees is that of the first
+            oldest = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+            q_part_NHE = q_NHE[own][row : row + rows_at_once]
+            out_HNE = F.scaled_dot_product_attention(
+                q_part_NHE.transpose(0, 1).unsqueeze(0),
+                k_SKTE[segment.slot, :, oldest:stop].unsqueeze(0),
+                v_SKTE[segment.slot, :, oldest:stop].unsqueeze(0),
+                attn_mask=_causal_mask(start, stop, oldest, sliding_window, q_NHE.device),
+                enable_gqa=True,
+            ).squeeze(0)
+            outputs.append(out_HNE.transpose(0, 1))
     return torch.cat(outputs)
 
 

@@ -109,7 +109,10 @@ class ModelConfig:
         try:
             num_heads = config["num_attention_heads"]
             max_positions = config["max_position_embeddings"]
-            head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+            # two defaults of transformers that a config.json may leave unsaid
+            own_head_dim = 128 if model_type == "qwen3" else config["hidden_size"] // num_heads
+            head_dim = config.get("head_dim") or own_head_dim
+            own_window = 4096 if model_type == "mistral" else None
             uses_window = config.get("use_sliding_window", model_type == "mistral")
             eos = (generation_config or {}).get("eos_token_id", config.get("eos_token_id"))
             recommended = config.get("hopskip") or {}
@@ -128,7 +131,7 @@ class ModelConfig:
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
                 qkv_bias=model_type == "qwen2",
                 qk_norm=model_type == "qwen3",
-                sliding_window=config.get("sliding_window") if uses_window else None,
+                sliding_window=config.get("sliding_window", own_window) if uses_window else None,
                 bos_token_id=config.get("bos_token_id"),
                 eos_token_ids=_as_tuple(eos),
                 recommended_exit_layer=recommended.get("exit_layer"),
@@ -136,6 +139,8 @@ class ModelConfig:
             )
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error.args[0]!r}; is this a complete checkpoint?") from None
+        except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+            raise CheckpointError(f"config.json has a field of the wrong type ({error}); download the model again") from None
 
 
 def _as_tuple(value: int | list[int] | None) -> tuple[int, ...]:
@@ -153,7 +158,7 @@ def _refuse_unsupported_variants(config: Mapping[str, Any]) -> None:
         "partial_rotary_factor": lambda v: v not in (None, 1, 1.0),
         "quantization_config": bool,
     }
-    if config["model_type"] == "qwen2":
+    if config["model_type"] in ("qwen2", "qwen3"):  # theirs begins at some layer, Mistral's holds for all
         refused["use_sliding_window"] = bool
     for name, is_refused in refused.items():
         if is_refused(config.get(name)):

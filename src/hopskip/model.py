@@ -119,7 +119,7 @@ class Transformer:
         x_ND = rms_norm(h_ND, layer.input_layernorm, config.rms_norm_eps)
         qkv = F.linear(x_ND, layer.qkv_proj, layer.qkv_bias).view(len(rows), -1, config.head_dim)
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        q_NHE, k_NKE, v_NKE = torch.split(qkv, (num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q_NHE, k_NKE, v_NKE = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q_NHE = rms_norm(q_NHE, layer.q_norm, config.rms_norm_eps)
             k_NKE = rms_norm(k_NKE, layer.k_norm, config.rms_norm_eps)

@@ -32,6 +32,8 @@ class RopeConfig:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     truncate: bool = True
+    frequency_divisors: tuple[float, ...] = ()
+    """GGUF files give the llama3 scaling so: one divisor for each of the head_dim / 2 frequencies."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> RopeConfig:
@@ -42,12 +44,24 @@ class RopeConfig:
             raise CheckpointError(
                 f"rope_type {rope_type!r} is not supported; hopskip has: {', '.join(SUPPORTED_ROPE_TYPES)}"
             )
+        if any(isinstance(value, Mapping) for value in scaling.values()):
+            raise CheckpointError(f"RoPE settings that differ between layers are not supported: {sorted(scaling)}")
+        if scaling.get("partial_rotary_factor") not in (None, 1):
+            raise CheckpointError(
+                f"partial_rotary_factor {scaling['partial_rotary_factor']} is not supported; hopskip rotates whole heads"
+            )
         scaling.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
-        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings", 0))
+        # the field of the config itself comes first, as in transformers
+        original = config.get("original_max_position_embeddings")
+        if original or not scaling.get("original_max_position_embeddings"):
+            scaling["original_max_position_embeddings"] = original or config.get("max_position_embeddings", 0)
+        divisors = tuple(scaling.get("frequency_divisors") or ())
+        if divisors and (len(divisors) != head_dim // 2 or min(divisors) <= 0):
+            raise CheckpointError(f"{len(divisors)} RoPE divisors for {head_dim // 2} frequencies, or one is not positive")
         known = {name: scaling[name] for name in cls.__dataclass_fields__ if scaling.get(name) is not None}
         if rope_type in ("linear", "llama3", "yarn") and "factor" not in known:
             raise CheckpointError(f"rope_type {rope_type!r} needs a 'factor' in the model's config, and has none")
-        return cls(**{**known, "head_dim": head_dim, "rope_type": rope_type})
+        return cls(**{**known, "head_dim": head_dim, "rope_type": rope_type, "frequency_divisors": divisors})
 
     def inverse_frequencies(self) -> Tensor:
         """Rotation per position of each pair of dimensions, radians, float32 [head_dim / 2]."""
@@ -59,6 +73,8 @@ class RopeConfig:
             return self._llama3(inv_freq)
         if self.rope_type == "yarn":
             return self._yarn(inv_freq)
+        if self.frequency_divisors:
+            return inv_freq / torch.tensor(self.frequency_divisors)
         return inv_freq
 
     def _llama3(self, inv_freq: Tensor) -> Tensor:
