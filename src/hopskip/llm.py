@@ -1,0 +1,184 @@
+"""The public face: a model with its tokenizer, text in and text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from hopskip.draft.config import SpeculativeConfig
+from hopskip.engine import Engine
+from hopskip.errors import PromptError
+from hopskip.hub import find_model
+from hopskip.load import Backend, DType, Quantize, load_model
+from hopskip.sampling import SamplingParams
+from hopskip.sequence import FinishReason, Sequence, Token
+from hopskip.stats import SpeculativeStats
+from hopskip.text import TextStream
+from hopskip.tokenizer import Detokenizer, Tokenizer
+from hopskip.weights import open_checkpoint
+
+Message = Mapping[str, str]
+"""One turn of a chat: `{"role": "user", "content": "..."}`."""
+
+Prompt = str | Seq[int] | Seq[Message]
+"""A text, token ids, or a chat, which the checkpoint's own template turns into text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What one prompt gave."""
+
+    text: str
+    """The generated text, without special tokens and without the stop string that ended it."""
+    tokens: list[Token]
+    """Id, origin and log-probabilities of every generated token, an ending EOS included."""
+    finish_reason: FinishReason
+    prompt_token_ids: list[int]
+    stats: SpeculativeStats
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def logprobs(self) -> list[float] | None:
+        """Log-probability of every token, if they were asked for."""
+        values = [token.logprob for token in self.tokens if token.logprob is not None]
+        return values if len(values) == len(self.tokens) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPiece:
+    """One generated token of a stream, with the text that became certain with it: possibly none, always valid Unicode."""
+
+    text: str
+    token: Token
+    result: GenerationResult | None = None
+    """The whole result; on the last piece only."""
+
+
+class LLM:
+    """A decoder that is its own draft model.
+
+    >>> llm = LLM()                                             # doctest: +SKIP
+    >>> llm.generate("The capital of France is")[0].text        # doctest: +SKIP
+
+    Not safe for use from several threads at once. See `load_model` for `dtype`, `quantize`, `device`, `backend` and
+    `threads`, `Engine` for the rest.
+
+    Args:
+        model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
+        speculative: how to draft and verify; None leaves everything to the model's recommendation.
+
+    Raises:
+        CheckpointError: the model cannot be found or read.
+        ConfigError: an option cannot work with this model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        speculative: SpeculativeConfig | None = None,
+        dtype: DType = "auto",
+        quantize: Quantize | None = None,
+        device: str = "auto",
+        backend: Backend = "auto",
+        threads: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        prefix_caching: bool | None = None,
+    ) -> None:
+        checkpoint = open_checkpoint(find_model(model))
+        self.tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+        # a wrong option must not cost the time of loading the weights
+        (speculative or SpeculativeConfig()).resolve(checkpoint.config)
+        self.model = load_model(
+            checkpoint, dtype=dtype, quantize=quantize, device=device, backend=backend, threads=threads
+        )
+        self.engine = Engine(
+            self.model,
+            speculative,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=prefix_caching,
+        )
+
+    def generate(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | None = None) -> list[GenerationResult]:
+        """Generate for one prompt or many; many are stepped together. Results come in the order of the prompts.
+
+        Raises:
+            PromptError: a prompt is empty or does not fit the context. Nothing has been generated then.
+        """
+        params = params or SamplingParams()
+        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        requests: list[tuple[Sequence, TextStream]] = []
+        try:
+            requests.extend(self._add(prompt_ids, params) for prompt_ids in encoded)
+            while not all(sequence.is_finished for sequence, _ in requests):
+                self.engine.step()
+        finally:
+            # on an error or an interrupt no request may stay behind in the engine
+            for sequence, _ in requests:
+                self.engine.abort(sequence)
+        return [_result(sequence, text) for sequence, text in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
+        """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request."""
+        sequence, text = self._add(self.encode(prompt), params or SamplingParams())
+        num_shown = 0
+        try:
+            while not sequence.is_finished:
+                self.engine.step()
+                for index in range(num_shown, len(sequence.tokens)):
+                    # a token in stop_token_ids ends the text without being part of it
+                    piece = text.pieces[index] if index < len(text.pieces) else ""
+                    is_last = sequence.is_finished and index == len(sequence.tokens) - 1
+                    if is_last:
+                        piece += text.finish()
+                    result = _result(sequence, text) if is_last else None
+                    yield StreamPiece(text=piece, token=sequence.tokens[index], result=result)
+                num_shown = len(sequence.tokens)
+        finally:
+            self.engine.abort(sequence)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, as `generate` would feed them to the model."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise PromptError("the prompt is empty; give some text")
+            return self.tokenizer.encode(prompt)
+        if not prompt:
+            raise PromptError("the prompt is empty; give token ids or chat messages")
+        if isinstance(prompt[0], int):
+            return [int(cast(int, token_id)) for token_id in prompt]
+        return self.tokenizer.apply_chat_template(cast("Seq[Message]", prompt))
+
+    def _add(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Sequence, TextStream]:
+        text = TextStream(Detokenizer(self.tokenizer), params.stop)
+        return self.engine.add(prompt_ids, params, is_stop=text.push), text
+
+
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """One prompt or many: a text, a list of ids and a list of messages are one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int | Mapping):
+        return [cast(Prompt, prompts)]
+    return list(cast("Seq[Prompt]", prompts))
+
+
+def _result(sequence: Sequence, text: TextStream) -> GenerationResult:
+    text.finish()
+    assert sequence.finish_reason is not None
+    return GenerationResult(
+        text=text.text,
+        tokens=sequence.tokens,
+        finish_reason=sequence.finish_reason,
+        prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
+        stats=sequence.stats,
+    )
