@@ -140,7 +140,9 @@ class ModelConfig:
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error.args[0]!r}; is this a complete checkpoint?") from None
         except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-            raise CheckpointError(f"config.json has a field of the wrong type ({error}); download the model again") from None
+            raise CheckpointError(
+                f"config.json has a field of the wrong type ({error}); download the model again"
+            ) from None
 
 
 def _as_tuple(value: int | list[int] | None) -> tuple[int, ...]:

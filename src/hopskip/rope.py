@@ -48,7 +48,7 @@ class RopeConfig:
             raise CheckpointError(f"RoPE settings that differ between layers are not supported: {sorted(scaling)}")
         if scaling.get("partial_rotary_factor") not in (None, 1):
             raise CheckpointError(
-                f"partial_rotary_factor {scaling['partial_rotary_factor']} is not supported; hopskip rotates whole heads"
+                f"partial_rotary_factor {scaling['partial_rotary_factor']} is not supported; it must be 1"
             )
         scaling.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
         # the field of the config itself comes first, as in transformers
@@ -57,7 +57,9 @@ class RopeConfig:
             scaling["original_max_position_embeddings"] = original or config.get("max_position_embeddings", 0)
         divisors = tuple(scaling.get("frequency_divisors") or ())
         if divisors and (len(divisors) != head_dim // 2 or min(divisors) <= 0):
-            raise CheckpointError(f"{len(divisors)} RoPE divisors for {head_dim // 2} frequencies, or one is not positive")
+            raise CheckpointError(
+                f"{len(divisors)} RoPE divisors for {head_dim // 2} frequencies, or one is not positive"
+            )
         known = {name: scaling[name] for name in cls.__dataclass_fields__ if scaling.get(name) is not None}
         if rope_type in ("linear", "llama3", "yarn") and "factor" not in known:
             raise CheckpointError(f"rope_type {rope_type!r} needs a 'factor' in the model's config, and has none")

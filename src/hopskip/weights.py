@@ -1,0 +1,411 @@
+"""Checkpoints on disk: one table of names and shapes, safetensors folders and GGUF files behind one interface.
+
+Nothing is unpickled, ever. Tensors are memory-mapped one at a time, so loading needs little more than the loaded model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hopskip.config import ModelConfig
+from hopskip.errors import CheckpointError
+from hopskip.gguf import (
+    BLOCK_TYPES,
+    PERMUTED_ARCHITECTURES,
+    ROPE_FACTORS,
+    BlockType,
+    GGUFFile,
+    StoredTensor,
+    dequantize,
+    hf_name,
+    unpermute_rows,
+)
+from hopskip.model import LayerWeights, Weights
+
+_SAFETENSORS_TYPES = {block.name: block for block in BLOCK_TYPES.values() if block.dtype is not None}
+
+_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+"""Buffers that old checkpoints carry; the values follow from the config."""
+
+LAYERSKIP_RECOMMENDED = {
+    "layerskip-llama2-7B": (8, 6),
+    "layerskip-llama2-13B": (15, 4),
+    "layerskip-llama2-70B": (10, 6),
+    "layerskip-codellama-7B": (8, 6),
+    "layerskip-codellama-34B": (8, 6),
+    "layerskip-llama3-8B": (4, 4),
+    "layerskip-llama3.2-1B": (4, 4),
+}
+"""Exit layer and draft length to start from, for the checkpoints of arXiv 2404.16710 (facebook/layerskip-*)."""
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A matrix as a GGUF file stores it, with the rows in Hugging Face order."""
+
+    type: str
+    """ggml's name of the block type: `Q4_1`, `Q8_0`, ..."""
+    blocks: Tensor
+    """uint8 [rows, bytes per row], bit for bit as in the file."""
+    shape: tuple[int, ...]
+    """Rows and columns of the values."""
+
+
+class Checkpoint:
+    """A model on disk, with Hugging Face names and layouts whatever the file format. Opening it loads no weights."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        tensors: Mapping[str, StoredTensor],
+        fingerprint: str,
+        permuted_heads: Mapping[str, int] | None = None,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.fingerprint = fingerprint
+        """Identity of the weights, hex: a hash of the files' headers, sizes and samples. The path plays no part."""
+        self._tensors = tensors
+        self._permuted_heads = permuted_heads or {}  # tensors whose rows llama.cpp has reordered -> number of heads
+        commonest = _commonest_type(tensors.values())
+        self.dtype: torch.dtype = commonest.dtype or torch.bfloat16
+        """Precision that most weights are stored in; bfloat16 for a quantized file, whose values fit no plain type."""
+        self.quantization: str | None = None if commonest.dtype else commonest.name
+        """Block type that most weights are stored in (`Q4_1`), None for a plain checkpoint."""
+
+    def names(self) -> frozenset[str]:
+        """Names of the tensors: exactly those of `expected_tensors(config)`."""
+        return frozenset(self._tensors)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU. `dtype=None` keeps the stored precision, and dequantizes blocks to float32.
+
+        May be a view of the mapped file, whose pages are read when first touched. Changing it never changes the file.
+        """
+        stored = self._tensors[name]
+        own_dtype = stored.type.dtype or torch.float32
+        if stored.type.dtype is not None and dtype in (None, own_dtype) and name not in self._permuted_heads:
+            return dequantize(stored.blocks(), stored.type).view(stored.shape)
+        out = torch.empty(stored.shape, dtype=dtype or own_dtype)
+        self.copy_into(name, out)
+        return out
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Write one tensor to `out`, of the right shape and any precision and device, needing little memory besides."""
+        self._tensors[name].copy_into(out)
+        if name in self._permuted_heads:
+            out.copy_(unpermute_rows(out, self._permuted_heads[name]))
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """The stored blocks of a quantized tensor, None if it is stored in a plain precision."""
+        stored = self._tensors[name]
+        if stored.type.dtype is not None:
+            return None
+        blocks = stored.blocks()
+        if name in self._permuted_heads:
+            blocks = unpermute_rows(blocks, self._permuted_heads[name])
+        return QuantizedTensor(stored.type.name, blocks, stored.shape)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a Hugging Face folder (safetensors, single or sharded) or a GGUF file; check all names and shapes.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt, the architecture is not supported, or tensors are
+            missing, unexpected or misshapen (all of them are named).
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return _open_gguf(path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is neither a folder with safetensors files nor a .gguf file; hopskip reads those"
+        )
+    raise CheckpointError(f"{path} does not exist; check the path, or give a Hub id (ORGANISATION/NAME)")
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of this shape: Hugging Face name -> shape, linears as [outputs, inputs]."""
+    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q_size, hidden),
+        "self_attn.k_proj.weight": (kv_size, hidden),
+        "self_attn.v_proj.weight": (kv_size, hidden),
+        "self_attn.o_proj.weight": (hidden, q_size),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (intermediate, hidden),
+        "mlp.up_proj.weight": (intermediate, hidden),
+        "mlp.down_proj.weight": (hidden, intermediate),
+    }
+    if config.qkv_bias:
+        layer |= {
+            "self_attn.q_proj.bias": (q_size,),
+            "self_attn.k_proj.bias": (kv_size,),
+            "self_attn.v_proj.bias": (kv_size,),
+        }
+    if config.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_hidden_layers):
+        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    tensors["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = (config.vocab_size, hidden)
+    return tensors
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> Weights:
+    """Load a checkpoint for `Transformer`, layer by layer, with q, k, v and gate, up fused.
+
+    Needs the memory of the loaded model and little more than one matrix on top. `progress` is told the share of the
+    layers that are loaded, 0 to 1.
+    """
+    config = checkpoint.config
+
+    def load(*names: str) -> Tensor:
+        """The named tensors, one below the other, in memory of our own (never a view of the file)."""
+        shapes = [expected[name] for name in names]
+        rows = [shape[0] for shape in shapes]
+        fused = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
+        first = 0
+        for name, count in zip(names, rows, strict=True):
+            checkpoint.copy_into(name, fused[first : first + count])
+            first += count
+        return fused
+
+    def load_layer(index: int) -> LayerWeights:
+        def part(*names: str) -> Tensor:
+            return load(*(f"model.layers.{index}.{name}" for name in names))
+
+        attention = "self_attn."
+        return LayerWeights(
+            input_layernorm=part("input_layernorm.weight"),
+            qkv_proj=part(*(f"{attention}{x}_proj.weight" for x in "qkv")),
+            qkv_bias=part(*(f"{attention}{x}_proj.bias" for x in "qkv")) if config.qkv_bias else None,
+            q_norm=part(f"{attention}q_norm.weight") if config.qk_norm else None,
+            k_norm=part(f"{attention}k_norm.weight") if config.qk_norm else None,
+            o_proj=part(f"{attention}o_proj.weight"),
+            post_attention_layernorm=part("post_attention_layernorm.weight"),
+            gate_up_proj=part("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            down_proj=part("mlp.down_proj.weight"),
+        )
+
+    expected = expected_tensors(config)
+    embed_tokens = load("model.embed_tokens.weight")
+    layers = []
+    for index in range(config.num_hidden_layers):
+        layers.append(load_layer(index))
+        if progress is not None:
+            progress((index + 1) / config.num_hidden_layers)
+    return Weights(
+        embed_tokens=embed_tokens,
+        layers=layers,
+        norm=load("model.norm.weight"),
+        lm_head=embed_tokens if config.tie_word_embeddings else load("lm_head.weight"),
+    )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config = _with_recommendations(_read_config(folder), folder)
+    files = _weight_files(folder)
+    tensors: dict[str, StoredTensor] = {}
+    digest = hashlib.sha256()
+    for path in files:
+        found, header_size = _read_safetensors(path)
+        if twice := found.keys() & tensors.keys():
+            raise CheckpointError(f"{path} repeats tensors of another shard: {_some(twice)}; download the model again")
+        tensors |= found
+        _hash_file(digest, path, header_size)
+    tensors = {name: tensor for name, tensor in tensors.items() if not _HARMLESS.fullmatch(name)}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        config = _resolve_tying(config, tensors)
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, folder)
+    return Checkpoint(folder, config, tensors, digest.hexdigest())
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = GGUFFile(path)
+    config = file.config()
+    # an unknown tensor keeps its GGUF name, and is then reported as unexpected
+    tensors = {hf_name(name) or name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, path)
+    permuted_heads: dict[str, int] = {}
+    if file.architecture in PERMUTED_ARCHITECTURES:
+        for index in range(config.num_hidden_layers):
+            attention = f"model.layers.{index}.self_attn."
+            permuted_heads[f"{attention}q_proj.weight"] = config.num_attention_heads
+            permuted_heads[f"{attention}k_proj.weight"] = config.num_key_value_heads
+    digest = hashlib.sha256()
+    _hash_file(digest, path, file.header_size)
+    return Checkpoint(path, config, tensors, digest.hexdigest(), permuted_heads)
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    generation = folder / "generation_config.json"
+    config = read_json(folder / "config.json", "is this a complete Hugging Face checkpoint?")
+    return ModelConfig.from_hf(config, read_json(generation, "") if generation.exists() else None)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint.
+
+    Raises:
+        CheckpointError: missing, not JSON, or not an object; the message ends with `remedy`.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise CheckpointError(f"{path} {reason}; {remedy or 'download the model again'}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__} instead of a JSON object; download the model again"
+        )
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of the index, else `model.safetensors`."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if index.exists():
+        weight_map = read_json(index, "").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no usable 'weight_map'; download the model again")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(
+                f"{folder} lacks the shards {_some(missing)}; the download was not finished: run it again"
+            )
+        return files
+    if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pth")):
+        raise CheckpointError(
+            f"{folder} has only pickled weights, which can run code when read, so hopskip never opens them; "
+            "use a safetensors version, or convert once with transformers: from_pretrained(...).save_pretrained(...)"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} is an adapter; merge it into its base model first (peft: merge_and_unload)")
+    raise CheckpointError(f"{folder} holds neither model.safetensors nor its index; is this a complete checkpoint?")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors of one safetensors file, checked against its size, and the size of its header in bytes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"a header of {length} bytes is announced in {size} bytes")
+            header = json.loads(file.read(length))
+        tensors = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                tensors[name] = _stored_tensor(path, name, entry, 8 + length, size)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is truncated or corrupt ({reason}); download it again") from None
+    return tensors, 8 + length
+
+
+def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> StoredTensor:
+    block_type = _SAFETENSORS_TYPES.get(entry["dtype"])
+    if block_type is None:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; hopskip reads {', '.join(_SAFETENSORS_TYPES)}"
+        )
+    shape = tuple(int(size) for size in entry["shape"])
+    start, end = (data_start + int(offset) for offset in entry["data_offsets"])
+    stored = StoredTensor(path, start, block_type, shape or (1,))
+    if not data_start <= start <= end <= file_size:
+        raise ValueError(f"tensor {name!r} ends at byte {end}, the file at {file_size}")
+    if min(stored.shape) < 1 or stored.num_bytes != end - start:
+        raise ValueError(f"tensor {name!r} of shape {list(shape)} does not fill its {end - start} bytes")
+    return stored
+
+
+def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> ModelConfig:
+    """A tied checkpoint that stores a head as well: drop the copy, or believe it where it differs."""
+    head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+    if embedding is not None and head.shape == embedding.shape and head.type == embedding.type:
+        step = 1024
+        if all(
+            torch.equal(head.blocks(first, step), embedding.blocks(first, step))
+            for first in range(0, head.num_rows, step)
+        ):
+            del tensors["lm_head.weight"]
+            return config
+    return replace(config, tie_word_embeddings=False)
+
+
+def _check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, path: Path) -> None:
+    expected = expected_tensors(config)
+    misshapen = [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = {
+        "missing": _some(expected.keys() - found.keys()),
+        "unexpected": _some(found.keys() - expected.keys()),
+        "misshapen": _some(misshapen),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"{path}: the tensors do not fit the model's config. {listed}. Download the model again")
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    """The first few names, in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+def _commonest_type(tensors: Iterable[StoredTensor]) -> BlockType:
+    sizes: Counter[BlockType] = Counter()
+    for tensor in tensors:
+        sizes[tensor.type] += tensor.num_bytes
+    return sizes.most_common(1)[0][0]
+
+
+def _with_recommendations(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Fill in exit layer and draft length for a folder (or Hub cache entry) named as a facebook/layerskip-* model."""
+    if config.recommended_exit_layer is not None:
+        return config
+    for name, (exit_layer, num_draft_tokens) in LAYERSKIP_RECOMMENDED.items():
+        is_named_so = re.compile(rf"(.*--)?{re.escape(name)}", re.IGNORECASE)
+        if exit_layer < config.num_hidden_layers and any(is_named_so.fullmatch(part) for part in folder.parts):
+            return replace(config, recommended_exit_layer=exit_layer, recommended_num_draft_tokens=num_draft_tokens)
+    return config
+
+
+def _hash_file(digest: hashlib._Hash, path: Path, header_size: int) -> None:
+    """Header, size, and 16 samples of 4 KiB, so that fine-tunes of one model differ without reading all of it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest.update(size.to_bytes(8, "little"))
+        digest.update(file.read(header_size))
+        for index in range(16):
+            file.seek(header_size + (size - header_size) * index // 16)
+            digest.update(file.read(4096))
