@@ -34,6 +34,8 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
+        if not isinstance(source, str):
+            raise CheckpointError(f"the model's chat template is a {type(source).__name__}; give a plain prompt")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )

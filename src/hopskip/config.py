@@ -60,6 +60,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"{name} is {value!r} in the model's config; it must be a positive integer")
+        if not isinstance(self.rms_norm_eps, int | float) or self.rms_norm_eps < 0:
+            raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps!r} in the model's config; it must be >= 0")
+        if not all(isinstance(token_id, int) for token_id in self.eos_token_ids):
+            raise CheckpointError(f"eos_token_id is {self.eos_token_ids!r} in the model's config; it must be token ids")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -141,7 +145,7 @@ class ModelConfig:
             raise CheckpointError(f"config.json lacks {error.args[0]!r}; is this a complete checkpoint?") from None
         except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
             raise CheckpointError(
-                f"config.json has a field of the wrong type ({error}); download the model again"
+                f"the model's config has a field of the wrong type ({error}); download it again"
             ) from None
 
 

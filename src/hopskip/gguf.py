@@ -6,52 +6,24 @@ The header is read here rather than by `gguf.GGUFReader`, which makes an array o
 
 from __future__ import annotations
 
-import math
 import mmap
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from hopskip.config import ModelConfig
 from hopskip.errors import CheckpointError
+from hopskip.stored import BLOCK_TYPES, StoredTensor, dequantize
 
 Value = bool | int | float | str | list[Any]
 """A metadata value."""
 
 
-@dataclass(frozen=True)
-class BlockType:
-    """How a ggml type stores a row: blocks of `num_values` values in `num_bytes` bytes."""
-
-    name: str
-    num_values: int
-    num_bytes: int
-    dtype: torch.dtype | None = None
-    """The plain type of each value; None where the block is quantized."""
-
-
-BLOCK_TYPES = {
-    0: BlockType("F32", 1, 4, torch.float32),
-    1: BlockType("F16", 1, 2, torch.float16),
-    2: BlockType("Q4_0", 32, 18),
-    3: BlockType("Q4_1", 32, 20),
-    8: BlockType("Q8_0", 32, 34),
-    12: BlockType("Q4_K", 256, 144),
-    14: BlockType("Q6_K", 256, 210),
-    30: BlockType("BF16", 1, 2, torch.bfloat16),
-}
-"""The ggml types that hopskip reads, by their number in the file."""
-
 ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 """`general.architecture` -> Hugging Face `model_type`."""
 
 PERMUTED_ARCHITECTURES = ("llama", "mistral")
-"""Those whose query and key rows llama.cpp stores in another order, see `unpermute_rows`."""
+"""Those whose query and key rows llama.cpp stores in another order, see `stored.unpermute_rows`."""
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -74,49 +46,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)  # version 1 counted in 32 bits; no file in use has it
-_CHUNK_VALUES = 1 << 20
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: rows of blocks, one after the other. `shape` is in torch order."""
-
-    path: Path
-    offset: int
-    type: BlockType
-    shape: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        return self.shape[-1] // self.type.num_values * self.type.num_bytes
-
-    @property
-    def num_rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_rows * self.row_bytes
-
-    def blocks(self, first: int = 0, count: int | None = None) -> Tensor:
-        """The stored bytes of `count` rows, uint8 [rows, bytes per row].
-
-        A private map of the file: pages are read when touched and freed with the tensor; writes stay in memory.
-        """
-        rows = self.num_rows - first if count is None else min(count, self.num_rows - first)
-        start, size = self.offset + first * self.row_bytes, rows * self.row_bytes
-        data = np.memmap(self.path, dtype=np.uint8, mode="c", offset=start, shape=(size,))
-        return torch.from_numpy(data).view(rows, self.row_bytes)
-
-    def copy_into(self, out: Tensor) -> None:
-        """Write the values to `out`, of this shape and any precision and device; dequantized to float32, rounded once.
-
-        Goes a few hundred rows at a time: neither the mapped file nor float32 values pile up beside a large matrix.
-        """
-        rows = out.view(self.num_rows, self.shape[-1])
-        step = max(1, _CHUNK_VALUES // self.shape[-1])
-        for first in range(0, self.num_rows, step):
-            rows[first : first + step] = dequantize(self.blocks(first, step), self.type)
 
 
 class GGUFFile:
@@ -200,6 +129,8 @@ class GGUFFile:
             return ModelConfig.from_hf(self._hf_config())
         except KeyError as error:
             raise CheckpointError(f"{self.path} lacks the metadata or tensor {error.args[0]!r}") from None
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} has metadata of the wrong type ({error}); download it again") from None
 
     def _hf_config(self) -> dict[str, Any]:
         """The metadata, spelled as a Hugging Face `config.json`."""
@@ -335,32 +266,6 @@ def hf_name(gguf_name: str) -> str | None:
     if block == "blk" and index.isdecimal() and part in _LAYER_NAMES:
         return f"model.layers.{index}.{_LAYER_NAMES[part]}.{suffix}"
     return None
-
-
-def unpermute_rows(rows: Tensor, num_heads: int) -> Tensor:
-    """Undo llama.cpp's reordering of query and key rows: from pairs (0, 1), (2, 3), ... back to (i, i + half).
-
-    Whole rows move, so quantized blocks [rows, bytes] stay as they are. Returns a copy.
-    """
-    num_rows, num_columns = rows.shape
-    pairs = rows.reshape(num_heads, num_rows // num_heads // 2, 2, num_columns)
-    return pairs.transpose(1, 2).reshape(num_rows, num_columns)
-
-
-def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
-    """Stored rows, uint8 [rows, bytes per row] -> values [rows, values per row].
-
-    In the stored precision where that is a plain one (and then a view of `blocks`), else float32.
-    """
-    if block_type.dtype is not None:
-        # only a file that keeps its values at an odd address costs a copy
-        is_aligned = blocks.data_ptr() % block_type.num_bytes == 0
-        return (blocks if is_aligned else blocks.clone()).view(block_type.dtype)
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize as dequantize_array
-
-    values: Tensor = torch.from_numpy(dequantize_array(blocks.numpy(), GGMLQuantizationType[block_type.name]))
-    return values
 
 
 def _type_name(type_id: int) -> str:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from hopskip.errors import CheckpointError
-from hopskip.weights import read_json
+from hopskip.hf_folder import read_json
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What runs when no model is given (Apache-2.0)."""

@@ -35,6 +35,12 @@ class RopeConfig:
     frequency_divisors: tuple[float, ...] = ()
     """GGUF files give the llama3 scaling so: one divisor for each of the head_dim / 2 frequencies."""
 
+    def __post_init__(self) -> None:
+        for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or value <= 0:
+                raise CheckpointError(f"{name} is {value!r} in the model's RoPE settings; it must be a positive number")
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> RopeConfig:
         """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (all earlier checkpoints)."""

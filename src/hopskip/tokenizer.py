@@ -18,7 +18,7 @@ from hopskip.chat_template import ChatTemplate
 from hopskip.config import ModelConfig
 from hopskip.errors import CheckpointError, PromptError
 from hopskip.gguf import GGUFFile
-from hopskip.weights import read_json
+from hopskip.hf_folder import read_json
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -6,36 +6,21 @@ Nothing is unpickled, ever. Tensors are memory-mapped one at a time, so loading 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hopskip.config import ModelConfig
 from hopskip.errors import CheckpointError
-from hopskip.gguf import (
-    BLOCK_TYPES,
-    PERMUTED_ARCHITECTURES,
-    ROPE_FACTORS,
-    BlockType,
-    GGUFFile,
-    StoredTensor,
-    dequantize,
-    hf_name,
-    unpermute_rows,
-)
+from hopskip.gguf import PERMUTED_ARCHITECTURES, ROPE_FACTORS, GGUFFile, hf_name
+from hopskip.hf_folder import read_config, read_safetensors, some, weight_files
 from hopskip.model import LayerWeights, Weights
-
-_SAFETENSORS_TYPES = {block.name: block for block in BLOCK_TYPES.values() if block.dtype is not None}
-
-_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-"""Buffers that old checkpoints carry; the values follow from the config."""
+from hopskip.stored import BlockType, StoredTensor, dequantize, unpermute_rows
 
 LAYERSKIP_RECOMMENDED = {
     "layerskip-llama2-7B": (8, 6),
@@ -225,17 +210,15 @@ def load_weights(
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = _with_recommendations(_read_config(folder), folder)
-    files = _weight_files(folder)
+    config = _with_recommendations(read_config(folder), folder)
     tensors: dict[str, StoredTensor] = {}
     digest = hashlib.sha256()
-    for path in files:
-        found, header_size = _read_safetensors(path)
+    for path in weight_files(folder):
+        found, header_size = read_safetensors(path)
         if twice := found.keys() & tensors.keys():
-            raise CheckpointError(f"{path} repeats tensors of another shard: {_some(twice)}; download the model again")
+            raise CheckpointError(f"{path} repeats tensors of another shard: {some(twice)}; download the model again")
         tensors |= found
         _hash_file(digest, path, header_size)
-    tensors = {name: tensor for name, tensor in tensors.items() if not _HARMLESS.fullmatch(name)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         config = _resolve_tying(config, tensors)
     _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, folder)
@@ -259,91 +242,6 @@ def _open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, config, tensors, digest.hexdigest(), permuted_heads)
 
 
-def _read_config(folder: Path) -> ModelConfig:
-    generation = folder / "generation_config.json"
-    config = read_json(folder / "config.json", "is this a complete Hugging Face checkpoint?")
-    return ModelConfig.from_hf(config, read_json(generation, "") if generation.exists() else None)
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint.
-
-    Raises:
-        CheckpointError: missing, not JSON, or not an object; the message ends with `remedy`.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise CheckpointError(f"{path} {reason}; {remedy or 'download the model again'}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(value).__name__} instead of a JSON object; download the model again"
-        )
-    return value
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of the index, else `model.safetensors`."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    if index.exists():
-        weight_map = read_json(index, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index} has no usable 'weight_map'; download the model again")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise CheckpointError(
-                f"{folder} lacks the shards {_some(missing)}; the download was not finished: run it again"
-            )
-        return files
-    if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pth")):
-        raise CheckpointError(
-            f"{folder} has only pickled weights, which can run code when read, so hopskip never opens them; "
-            "use a safetensors version, or convert once with transformers: from_pretrained(...).save_pretrained(...)"
-        )
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} is an adapter; merge it into its base model first (peft: merge_and_unload)")
-    raise CheckpointError(f"{folder} holds neither model.safetensors nor its index; is this a complete checkpoint?")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors of one safetensors file, checked against its size, and the size of its header in bytes."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError(f"a header of {length} bytes is announced in {size} bytes")
-            header = json.loads(file.read(length))
-        tensors = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                tensors[name] = _stored_tensor(path, name, entry, 8 + length, size)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{path} is truncated or corrupt ({reason}); download it again") from None
-    return tensors, 8 + length
-
-
-def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> StoredTensor:
-    block_type = _SAFETENSORS_TYPES.get(entry["dtype"])
-    if block_type is None:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; hopskip reads {', '.join(_SAFETENSORS_TYPES)}"
-        )
-    shape = tuple(int(size) for size in entry["shape"])
-    start, end = (data_start + int(offset) for offset in entry["data_offsets"])
-    stored = StoredTensor(path, start, block_type, shape or (1,))
-    if not data_start <= start <= end <= file_size:
-        raise ValueError(f"tensor {name!r} ends at byte {end}, the file at {file_size}")
-    if min(stored.shape) < 1 or stored.num_bytes != end - start:
-        raise ValueError(f"tensor {name!r} of shape {list(shape)} does not fill its {end - start} bytes")
-    return stored
-
-
 def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> ModelConfig:
     """A tied checkpoint that stores a head as well: drop the copy, or believe it where it differs."""
     head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
@@ -359,6 +257,10 @@ def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> Mod
 
 
 def _check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, path: Path) -> None:
+    if config.num_hidden_layers > len(found):  # an absurd count would make the table below endless
+        raise CheckpointError(
+            f"{path}: the config says {config.num_hidden_layers} layers, but there are {len(found)} tensors"
+        )
     expected = expected_tensors(config)
     misshapen = [
         f"{name} is {list(found[name])} instead of {list(shape)}"
@@ -366,26 +268,19 @@ def _check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, pa
         if name in found and found[name] != shape
     ]
     problems = {
-        "missing": _some(expected.keys() - found.keys()),
-        "unexpected": _some(found.keys() - expected.keys()),
-        "misshapen": _some(misshapen),
+        "missing": some(expected.keys() - found.keys()),
+        "unexpected": some(found.keys() - expected.keys()),
+        "misshapen": some(misshapen),
     }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
         raise CheckpointError(f"{path}: the tensors do not fit the model's config. {listed}. Download the model again")
 
 
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    """The first few names, in order, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more
-
-
 def _commonest_type(tensors: Iterable[StoredTensor]) -> BlockType:
     sizes: Counter[BlockType] = Counter()
     for tensor in tensors:
-        sizes[tensor.type] += tensor.num_bytes
+        sizes[tensor.type] += tensor.num_values
     return sizes.most_common(1)[0][0]
 
 
@@ -395,7 +290,9 @@ def _with_recommendations(config: ModelConfig, folder: Path) -> ModelConfig:
         return config
     for name, (exit_layer, num_draft_tokens) in LAYERSKIP_RECOMMENDED.items():
         is_named_so = re.compile(rf"(.*--)?{re.escape(name)}", re.IGNORECASE)
-        if exit_layer < config.num_hidden_layers and any(is_named_so.fullmatch(part) for part in folder.parts):
+        if exit_layer < config.num_hidden_layers and any(
+            is_named_so.fullmatch(part) for part in folder.absolute().parts
+        ):
             return replace(config, recommended_exit_layer=exit_layer, recommended_num_draft_tokens=num_draft_tokens)
     return config
 
