@@ -1,0 +1,89 @@
+// What the engine and the kernels share: the layout of packed weights and activations, and the table of kernels.
+//
+// A kernel file is compiled once per instruction set (isa_*.cpp), each in a namespace of its own. Kernels see raw pointers
+// only: every size, alignment and range has been checked by module.cpp before one of them runs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hopskip {
+
+constexpr int TILE = 16;    // output rows of a strip: the lanes of one AVX-512 register
+constexpr int BLOCK = 32;   // columns that share a scale; all column counts are padded to it
+constexpr int CHUNK = 256;  // cache positions that one softmax partial covers
+
+enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
+
+// Packed weights [rows, cols]: strips of 16 output rows, contiguous in memory, each
+//
+//     scales  fp16 [blocks][16]      q8 and q4
+//     minima  fp16 [blocks][16]      q4
+//     (padding to 64 bytes)
+//     units   u32  [units][16]       lane r of unit u belongs to output row r
+//
+// A unit is 32 bits of one output row: one f32 column; two bf16 columns; four q8 columns; or eight q4 columns, byte j
+// holding column j of the unit's group in its low nibble and column j + 16 in its high one (GGUF's own order).
+// So one load takes the same columns of all lanes' rows, and multiplying it by one broadcast activation needs no shuffle.
+struct Matrix {
+    const uint8_t* data;
+    Format format;
+    int rows, cols;       // as in the model, unpadded
+    int strips, blocks;   // padded: rows <= strips * 16, cols <= blocks * 32
+    size_t units_offset;  // bytes from the start of a strip to its units
+    size_t strip_bytes;
+
+    const uint8_t* strip(int index) const { return data + strip_bytes * static_cast<size_t>(index); }
+};
+
+// Rows of input, in each of the forms that some weight format multiplies with. Columns beyond the model's are zero.
+struct Activations {
+    float* f32;       // [rows][blocks * 32]
+    uint16_t* bf16;   // [rows][blocks * 32], only where the instruction set multiplies bf16
+    int8_t* q8;       // [rows][blocks * 32], -127..127
+    float* scales;    // [rows][blocks] of q8
+    int32_t* sums;    // [rows][blocks] of q8's integers
+    int blocks;
+};
+
+// One chunk of cache positions begin..end-1 of one key/value head, for the queries of all rows that share it.
+struct ChunkTask {
+    const float* queries;     // [num_queries][padded head_dim], scaled by 1 / sqrt(head_dim), RoPE applied
+    int num_queries;
+    const int* first;         // [num_queries] first and last position that a query sees
+    const int* last;
+    const void* keys;         // [positions][head_dim], from position 0
+    const void* values;
+    bool is_bf16;
+    int head_dim, padded_head_dim;
+    int begin, end;           // begin is a multiple of CHUNK, end <= begin + CHUNK
+};
+
+// Result of one or more chunks for one query, float [2 + padded_head_dim]: maximum score, sum of exp(score - maximum), and
+// the sum of values weighted by it. A sum of zero says that the query sees no position there.
+constexpr int PARTIAL_MAX = 0, PARTIAL_SUM = 1, PARTIAL_VALUES = 2;
+
+struct Kernels {
+    const char* name;
+    bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights
+
+    // out[strip][row][16] = weights[strip] . x[row] for `count` (1 or 2) strips from `strip` and all rows. Every output
+    // has one accumulator that takes the columns in order, so its bits depend neither on `count` nor on `rows`.
+    void (*multiply)(const Matrix&, int strip, int count, const Activations&, int rows, float* out);
+
+    void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
+    void (*quantize)(const float* x, int blocks, int8_t* q8, float* scales, int32_t* sums);
+    void (*to_bf16)(const float* x, size_t count, uint16_t* out);
+    void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16
+    float (*sum_exp)(const float* x, size_t count, float maximum);
+
+    // scratch: float [16 * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
+    void (*attend_chunk)(const ChunkTask&, float* scratch, float* partials);
+    void (*fold)(float* state, const float* partial, int padded_head_dim);  // state <- state and then partial
+};
+
+const Kernels& portable_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+}  // namespace hopskip

@@ -1,0 +1,538 @@
+// One pass of the decoder. All threads walk through the layers together and meet at a barrier wherever one needs what another
+// has written. Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head dimension.
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <unistd.h>
+
+namespace hopskip {
+
+namespace {
+
+constexpr int MAX_PASS_ROWS = 128;    // more go in several passes: their activations then stay in the second-level cache
+constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread prepares inputs for itself, to save a barrier
+constexpr int MAX_BLOCK_ROWS = 8;     // rows of a sequence that share one reading of its keys and values
+constexpr int MAX_HEAD_DIM = 512;
+
+int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
+size_t padded(int cols) { return static_cast<size_t>(blocks_of(cols)) * BLOCK; }
+unsigned bit(Format format) { return 1u << static_cast<int>(format); }
+
+float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+float from_f16(uint16_t h) {  // finite values
+    const float magnitude = from_bits(static_cast<uint32_t>(h & 0x7fff) << 13) * 0x1p112f;
+    return h & 0x8000 ? -magnitude : magnitude;
+}
+
+// One output row of packed weights as f32: a row of the embedding, which is the tied head.
+void unpack_row(const Matrix& m, int row, float* out) {
+    const uint8_t* strip = m.strip(row / TILE);
+    const int lane = row % TILE;
+    const auto* scales = reinterpret_cast<const uint16_t*>(strip);
+    const auto* minima = scales + static_cast<size_t>(m.blocks) * TILE;
+    const auto* units = reinterpret_cast<const uint32_t*>(strip + m.units_offset) + lane;
+    for (int c = 0; c < m.cols; ++c) {
+        const int block = c / BLOCK, in_block = c % BLOCK;
+        const auto unit = [&](int index) { return units[static_cast<size_t>(index) * TILE]; };
+        switch (m.format) {
+            case Format::f32: out[c] = from_bits(unit(c)); break;
+            case Format::bf16: out[c] = from_bits(c % 2 ? unit(c / 2) & 0xffff0000u : unit(c / 2) << 16); break;
+            case Format::q8: {
+                const auto q = static_cast<int8_t>(unit(c / 4) >> (c % 4 * 8));
+                out[c] = from_f16(scales[block * TILE + lane]) * static_cast<float>(q);
+                break;
+            }
+            case Format::q4: {
+                const int column = in_block % 16;
+                const uint32_t q = unit(block * 4 + column / 4) >> (column % 4 * 8 + in_block / 16 * 4) & 15;
+                out[c] = from_f16(scales[block * TILE + lane]) * static_cast<float>(q) + from_f16(minima[block * TILE + lane]);
+                break;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+struct Model::Pass {
+    RowsView rows;
+    CacheView cache;
+    int start, stop;
+    std::vector<Block> blocks;
+    std::vector<int> block_of_row;
+    int max_chunks;
+    bool is_split;  // chunks of one block go to several threads, and are merged afterwards
+};
+
+Model::Model(const Shape& shape, const Kernels& kernels, int threads)
+    : shape_(shape), kernels_(kernels), pool_(threads), turn_(new std::recursive_mutex), process_(getpid()),
+      workers_(static_cast<size_t>(threads) + 1) {
+    widest_ = static_cast<int>(
+        padded(std::max({shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim})));
+}
+
+Model::~Model() {
+    if (process_ == getpid()) delete turn_;
+}
+
+std::unique_lock<std::recursive_mutex> Model::lock() {
+    if (process_ != getpid()) {  // in the child of a fork, whoever held the lock no longer exists
+        turn_ = new std::recursive_mutex;
+        process_ = getpid();
+    }
+    return std::unique_lock(*turn_);
+}
+
+void Model::set_edges(const Matrix& embedding, const Matrix& head, std::vector<float> norm) {
+    embedding_ = embedding;
+    head_ = head;
+    norm_ = std::move(norm);
+}
+
+void Model::set_rope(const float* cos, const float* sin, int length) {
+    const auto guard = lock();
+    const size_t size = static_cast<size_t>(length) * static_cast<size_t>(shape_.head_dim / 2);
+    cos_.assign(cos, cos + size);
+    sin_.assign(sin, sin + size);
+    rope_length_ = length;
+}
+
+// All memory of a pass is taken here, on the caller's thread, where running out of it can still be reported.
+void Model::reserve(int rows) {
+    const auto n = static_cast<size_t>(rows);
+    const size_t group = static_cast<size_t>(shape_.num_heads / shape_.num_kv_heads);
+    const size_t head_dim = padded(shape_.head_dim);
+    const size_t qkv = static_cast<size_t>(shape_.num_heads + 2 * shape_.num_kv_heads) * static_cast<size_t>(shape_.head_dim);
+    hidden_.reserve(n * padded(shape_.hidden_size));
+    qkv_.reserve(n * qkv);
+    queries_.reserve(n * static_cast<size_t>(shape_.num_heads) * head_dim);
+    attention_.reserve(n * padded(shape_.num_heads * shape_.head_dim));
+    activation_.reserve(n * padded(shape_.intermediate_size));
+    const auto width = static_cast<size_t>(widest_);
+    for (Worker& worker : workers_) {
+        worker.f32.reserve(n * width);
+        worker.bf16.reserve(kernels_.multiplies_bf16 ? n * width : 0);
+        worker.q8.reserve(n * width);
+        worker.scales.reserve(n * width / BLOCK);
+        worker.sums.reserve(n * width / BLOCK);
+        worker.products.reserve(n * TILE * 4);
+        const size_t queries = MAX_BLOCK_ROWS * group;
+        worker.scratch.reserve(TILE * head_dim + queries * CHUNK);
+        worker.partials.reserve(queries * (PARTIAL_VALUES + head_dim) * 2);
+        worker.range.resize(queries * 2);
+        worker.best.assign(n, -std::numeric_limits<float>::infinity());
+        worker.best_ids.assign(n, 0);
+    }
+}
+
+// Makes the rows that the next product multiplies with, in every form its weights want.
+template <class MakeRow>
+Activations Model::prepare(int thread, int rows, int cols, unsigned formats, const MakeRow& make_row) {
+    const bool is_shared = rows > MAX_PRIVATE_ROWS;
+    Worker& worker = is_shared ? workers_.back() : workers_[static_cast<size_t>(thread)];
+    const Activations x{worker.f32.get(), worker.bf16.get(), worker.q8.get(), worker.scales.get(), worker.sums.get(), blocks_of(cols)};
+    const auto blocks = static_cast<size_t>(x.blocks);
+    for (int row = is_shared ? thread : 0; row < rows; row += is_shared ? pool_.threads() : 1) {
+        const auto r = static_cast<size_t>(row);
+        float* f32 = x.f32 + r * blocks * BLOCK;
+        make_row(row, f32);
+        if (formats & (bit(Format::q8) | bit(Format::q4)))
+            kernels_.quantize(f32, x.blocks, x.q8 + r * blocks * BLOCK, x.scales + r * blocks, x.sums + r * blocks);
+        if (kernels_.multiplies_bf16 && formats & bit(Format::bf16)) kernels_.to_bf16(f32, blocks * BLOCK, x.bf16 + r * blocks * BLOCK);
+    }
+    if (is_shared) pool_.barrier();
+    return x;
+}
+
+// Multiplies the rows with matrices that share them. use(matrix, strip, products) gets each strip's products [row][16].
+template <class Use>
+void Model::multiply(int thread, std::initializer_list<const Matrix*> matrices, const Activations& x, int rows, const Use& use) {
+    Worker& worker = workers_[static_cast<size_t>(thread)];
+    int strips = 0;
+    for (const Matrix* m : matrices) strips += m->strips;
+    // Items large enough to stream, small enough that a thread which was held up can be helped out.
+    const int per_item = std::clamp(strips / (pool_.threads() * 4), 2, 16) / 2 * 2;
+    int first = 0, item = pool_.first_item(thread), index = 0;
+    for (const Matrix* m : matrices) {
+        const int items = (m->strips + per_item - 1) / per_item;
+        for (; item < first + items; item = pool_.next_item()) {
+            const int end = std::min(m->strips, (item - first + 1) * per_item);
+            for (int strip = (item - first) * per_item; strip < end; strip += 2) {
+                const int count = std::min(2, end - strip);
+                kernels_.multiply(*m, strip, count, x, rows, worker.products.get());
+                for (int s = 0; s < count; ++s) use(index, strip + s, worker.products.get() + static_cast<size_t>(s * rows) * TILE);
+            }
+        }
+        first += items;
+        ++index;
+    }
+}
+
+namespace {
+
+// Writes or adds one strip's products [rows][16] to columns of a row-major matrix.
+template <class Put>
+void scatter(const Matrix& m, int strip, const float* products, int rows, float* out, size_t stride, const Put& put) {
+    const int first = strip * TILE, lanes = std::min(TILE, m.rows - first);
+    for (int row = 0; row < rows; ++row, products += TILE) {
+        float* to = out + stride * static_cast<size_t>(row) + first;
+        for (int lane = 0; lane < lanes; ++lane) put(to[lane], products[lane], first + lane);
+    }
+}
+
+}  // namespace
+
+void Model::run_layer(int thread, int index, const Pass& pass) {
+    const Layer& layer = layers_[static_cast<size_t>(index)];
+    Worker& worker = workers_[static_cast<size_t>(thread)];
+    const int rows = pass.rows.count, head_dim = shape_.head_dim;
+    const size_t hidden = padded(shape_.hidden_size), intermediate = padded(shape_.intermediate_size);
+    const size_t qkv = static_cast<size_t>(shape_.num_heads + 2 * shape_.num_kv_heads) * static_cast<size_t>(head_dim);
+    float* h = hidden_.get();
+
+    const Activations x = prepare(thread, rows, shape_.hidden_size, bit(layer.q.format) | bit(layer.k.format) | bit(layer.v.format),
+        [&](int row, float* out) {
+            kernels_.rms_norm(h + hidden * static_cast<size_t>(row), layer.input_norm.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
+        });
+    const Matrix* parts[] = {&layer.q, &layer.k, &layer.v};
+    const std::vector<float>* biases[] = {&layer.q_bias, &layer.k_bias, &layer.v_bias};
+    const int offsets[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
+    multiply(thread, {&layer.q, &layer.k, &layer.v}, x, rows, [&](int part, int strip, const float* products) {
+        const float* bias = biases[part]->empty() ? nullptr : biases[part]->data();
+        scatter(*parts[part], strip, products, rows, qkv_.get() + offsets[part], qkv,
+                [&](float& to, float y, int column) { to = bias ? y + bias[column] : y; });
+    });
+    pool_.barrier();
+    for (int item = thread; item < rows * shape_.num_kv_heads; item += pool_.threads()) rotate_and_store(item, index, pass);
+    pool_.barrier();
+    const int attention_items = static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads * (pass.is_split ? pass.max_chunks : 1);
+    for (int item = pool_.first_item(thread); item < attention_items; item = pool_.next_item()) attend(item, index, worker, pass);
+    pool_.barrier();
+
+    const auto add = [](float& to, float y, int) { to += y; };
+    const Activations attended = prepare(thread, rows, shape_.num_heads * head_dim, bit(layer.o.format),
+        [&](int row, float* out) { merge_attention(row, pass, worker, out); });
+    multiply(thread, {&layer.o}, attended, rows,
+             [&](int, int strip, const float* products) { scatter(layer.o, strip, products, rows, h, hidden, add); });
+    pool_.barrier();
+
+    const Activations normed = prepare(thread, rows, shape_.hidden_size, bit(layer.gate.format) | bit(layer.up.format),
+        [&](int row, float* out) {
+            kernels_.rms_norm(h + hidden * static_cast<size_t>(row), layer.post_norm.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
+        });
+    float* products = worker.products.get();
+    const int pairs = (layer.gate.strips + 1) / 2;
+    for (int item = pool_.first_item(thread); item < pairs; item = pool_.next_item()) {
+        const int strip = item * 2, count = std::min(2, layer.gate.strips - strip);
+        const size_t size = static_cast<size_t>(count * rows) * TILE;
+        kernels_.multiply(layer.gate, strip, count, normed, rows, products);
+        kernels_.multiply(layer.up, strip, count, normed, rows, products + size);
+        kernels_.silu_multiply(products, products + size, size, products);
+        for (int s = 0; s < count; ++s)
+            scatter(layer.gate, strip + s, products + static_cast<size_t>(s * rows) * TILE, rows, activation_.get(), intermediate,
+                    [](float& to, float y, int) { to = y; });
+    }
+    pool_.barrier();
+    const Activations activated = prepare(thread, rows, shape_.intermediate_size, bit(layer.down.format), [&](int row, float* out) {
+        std::memcpy(out, activation_.get() + intermediate * static_cast<size_t>(row), intermediate * sizeof(float));
+    });
+    multiply(thread, {&layer.down}, activated, rows,
+             [&](int, int strip, const float* products) { scatter(layer.down, strip, products, rows, h, hidden, add); });
+    pool_.barrier();
+}
+
+// One row's share of one key/value head: q and k normed and rotated, k and v written to the cache.
+void Model::rotate_and_store(int item, int index, const Pass& pass) {
+    const Layer& layer = layers_[static_cast<size_t>(index)];
+    const int row = item / shape_.num_kv_heads, kv_head = item % shape_.num_kv_heads;
+    const int group = shape_.num_heads / shape_.num_kv_heads, head_dim = shape_.head_dim, half = head_dim / 2;
+    const auto size = static_cast<size_t>(head_dim);
+    const int position = pass.rows.positions[row];
+    const float* cos = cos_.data() + static_cast<size_t>(position) * static_cast<size_t>(half);
+    const float* sin = sin_.data() + static_cast<size_t>(position) * static_cast<size_t>(half);
+    const int num_heads = shape_.num_heads + 2 * shape_.num_kv_heads;
+    const float* heads = qkv_.get() + static_cast<size_t>(row) * static_cast<size_t>(num_heads) * size;
+
+    const auto rotate = [&](int head, const std::vector<float>& norm, float scale, float* out) {
+        alignas(64) float x[MAX_HEAD_DIM] = {};
+        std::memcpy(x, heads + static_cast<size_t>(head) * size, size * sizeof(float));
+        if (!norm.empty()) kernels_.rms_norm(x, norm.data(), shape_.rms_norm_eps, head_dim, x);
+        for (int i = 0; i < half; ++i) {
+            out[i] = (x[i] * cos[i] - x[i + half] * sin[i]) * scale;
+            out[i + half] = (x[i + half] * cos[i] + x[i] * sin[i]) * scale;
+        }
+    };
+    const size_t slot = static_cast<size_t>(index) * static_cast<size_t>(pass.cache.slots) + static_cast<size_t>(pass.rows.slots[row]);
+    const size_t at = ((slot * static_cast<size_t>(shape_.num_kv_heads) + static_cast<size_t>(kv_head)) *
+                           static_cast<size_t>(pass.cache.length) + static_cast<size_t>(position)) * size;
+    const auto store = [&](const float* x, void* cache) {
+        if (pass.cache.is_bf16) {
+            uint16_t rounded[MAX_HEAD_DIM];
+            kernels_.to_bf16(x, padded(head_dim), rounded);
+            std::memcpy(static_cast<uint16_t*>(cache) + at, rounded, size * sizeof(uint16_t));
+        } else {
+            std::memcpy(static_cast<float*>(cache) + at, x, size * sizeof(float));
+        }
+    };
+    alignas(64) float x[MAX_HEAD_DIM] = {};
+    rotate(shape_.num_heads + kv_head, layer.k_norm, 1.0f, x);
+    store(x, pass.cache.k);
+    std::memcpy(x, heads + static_cast<size_t>(shape_.num_heads + shape_.num_kv_heads + kv_head) * size, size * sizeof(float));
+    store(x, pass.cache.v);
+
+    // Queries lie [K, N, G, E padded], so that those of a block of rows and one key/value head are consecutive.
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    const size_t query = (static_cast<size_t>(kv_head) * static_cast<size_t>(pass.rows.count) + static_cast<size_t>(row)) * static_cast<size_t>(group);
+    for (int g = 0; g < group; ++g)
+        rotate(kv_head * group + g, layer.q_norm, scale, queries_.get() + (query + static_cast<size_t>(g)) * padded(head_dim));
+}
+
+void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass, float* partials) {
+    const int group = shape_.num_heads / shape_.num_kv_heads;
+    const auto size = static_cast<size_t>(shape_.head_dim);
+    std::vector<int>& range = worker.range;
+    const int num_queries = block.count * group;
+    for (int i = 0; i < num_queries; ++i) {
+        const int last = pass.rows.positions[block.row + i / group];
+        range[static_cast<size_t>(i)] = shape_.sliding_window ? std::max(0, last - shape_.sliding_window + 1) : 0;
+        range[static_cast<size_t>(num_queries + i)] = last;
+    }
+    const size_t slot = static_cast<size_t>(index) * static_cast<size_t>(pass.cache.slots) + static_cast<size_t>(pass.rows.slots[block.row]);
+    const size_t base = (slot * static_cast<size_t>(shape_.num_kv_heads) + static_cast<size_t>(kv_head)) * static_cast<size_t>(pass.cache.length) * size;
+    const size_t bytes = base * (pass.cache.is_bf16 ? 2 : 4);
+    const size_t query = (static_cast<size_t>(kv_head) * static_cast<size_t>(pass.rows.count) + static_cast<size_t>(block.row)) * static_cast<size_t>(group);
+    const int end = pass.rows.positions[block.row + block.count - 1] + 1;
+    ChunkTask task;
+    task.queries = queries_.get() + query * padded(shape_.head_dim);
+    task.num_queries = num_queries;
+    task.first = range.data();
+    task.last = range.data() + num_queries;
+    task.keys = static_cast<const char*>(pass.cache.k) + bytes;
+    task.values = static_cast<const char*>(pass.cache.v) + bytes;
+    task.is_bf16 = pass.cache.is_bf16;
+    task.head_dim = shape_.head_dim;
+    task.padded_head_dim = static_cast<int>(padded(shape_.head_dim));
+    task.begin = chunk * CHUNK;
+    task.end = std::min(task.begin + CHUNK, end);
+    kernels_.attend_chunk(task, worker.scratch.get(), partials);
+}
+
+void Model::attend(int item, int index, Worker& worker, const Pass& pass) {
+    const int group = shape_.num_heads / shape_.num_kv_heads, head_dim = static_cast<int>(padded(shape_.head_dim));
+    const size_t stride = PARTIAL_VALUES + static_cast<size_t>(head_dim);
+    const int per_block = shape_.num_kv_heads * (pass.is_split ? pass.max_chunks : 1);
+    const Block& block = pass.blocks[static_cast<size_t>(item / per_block)];
+    const int kv_head = item % per_block / (pass.is_split ? pass.max_chunks : 1);
+    if (pass.is_split) {
+        const int chunk = item % pass.max_chunks;
+        if (chunk >= block.num_chunks) return;
+        float* partials = partials_.get() + static_cast<size_t>(item) * stride * static_cast<size_t>(MAX_BLOCK_ROWS * group);
+        attend_chunk(block, index, kv_head, block.first_chunk + chunk, worker, pass, partials);
+        return;
+    }
+    const auto queries = static_cast<size_t>(block.count * group);
+    float* partials = worker.partials.get();
+    float* states = partials + queries * stride;
+    for (size_t q = 0; q < queries; ++q) states[q * stride + PARTIAL_SUM] = 0;
+    for (int chunk = 0; chunk < block.num_chunks; ++chunk) {
+        attend_chunk(block, index, kv_head, block.first_chunk + chunk, worker, pass, partials);
+        for (size_t q = 0; q < queries; ++q) kernels_.fold(states + q * stride, partials + q * stride, head_dim);
+    }
+    for (int q = 0; q < block.count * group; ++q) {
+        const float* state = states + static_cast<size_t>(q) * stride;
+        float* out = attention_.get() + padded(shape_.num_heads * shape_.head_dim) * static_cast<size_t>(block.row + q / group) +
+                     (kv_head * group + q % group) * shape_.head_dim;
+        for (int e = 0; e < shape_.head_dim; ++e) out[e] = state[PARTIAL_VALUES + e] / state[PARTIAL_SUM];
+    }
+}
+
+// The attention's output of one row, all heads: merges the chunks, in the order in which an unsplit block folds them.
+void Model::merge_attention(int row, const Pass& pass, Worker& worker, float* out) {
+    const size_t width = padded(shape_.num_heads * shape_.head_dim);
+    if (!pass.is_split) {
+        std::memcpy(out, attention_.get() + width * static_cast<size_t>(row), width * sizeof(float));
+        return;
+    }
+    std::memset(out, 0, width * sizeof(float));
+    const int group = shape_.num_heads / shape_.num_kv_heads, head_dim = static_cast<int>(padded(shape_.head_dim));
+    const size_t stride = PARTIAL_VALUES + static_cast<size_t>(head_dim);
+    const int index = pass.block_of_row[static_cast<size_t>(row)];
+    const Block& block = pass.blocks[static_cast<size_t>(index)];
+    float* state = worker.partials.get();
+    for (int head = 0; head < shape_.num_heads; ++head) {
+        state[PARTIAL_SUM] = 0;
+        const size_t query = static_cast<size_t>((row - block.row) * group + head % group);
+        for (int chunk = 0; chunk < block.num_chunks; ++chunk) {
+            const auto item = static_cast<size_t>((index * shape_.num_kv_heads + head / group) * pass.max_chunks + chunk);
+            kernels_.fold(state, partials_.get() + (item * static_cast<size_t>(MAX_BLOCK_ROWS * group) + query) * stride, head_dim);
+        }
+        for (int e = 0; e < shape_.head_dim; ++e) out[head * shape_.head_dim + e] = state[PARTIAL_VALUES + e] / state[PARTIAL_SUM];
+    }
+}
+
+void Model::run_pass(const float* in, float* out, Pass& pass) {
+    const int rows = pass.rows.count;
+    pass.blocks.clear();
+    pass.block_of_row.resize(static_cast<size_t>(rows));
+    pass.max_chunks = 0;
+    for (int row = 0; row < rows; ++row) {
+        const int position = pass.rows.positions[row];
+        const bool goes_on = !pass.blocks.empty() && pass.rows.slots[row - 1] == pass.rows.slots[row];
+        if (goes_on && pass.blocks.back().count < MAX_BLOCK_ROWS) {
+            ++pass.blocks.back().count;
+        } else {
+            const int first = shape_.sliding_window ? std::max(0, position - shape_.sliding_window + 1) : 0;
+            pass.blocks.push_back({row, 1, first / CHUNK, 0});
+        }
+        Block& block = pass.blocks.back();
+        block.num_chunks = position / CHUNK + 1 - block.first_chunk;
+        pass.max_chunks = std::max(pass.max_chunks, block.num_chunks);
+        pass.block_of_row[static_cast<size_t>(row)] = static_cast<int>(pass.blocks.size()) - 1;
+    }
+    const int items = static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads;
+    pass.is_split = pass.max_chunks > 1 && items < 4 * pool_.threads();
+    if (pass.is_split) {
+        const size_t queries = static_cast<size_t>(MAX_BLOCK_ROWS * (shape_.num_heads / shape_.num_kv_heads));
+        partials_.reserve(static_cast<size_t>(items) * static_cast<size_t>(pass.max_chunks) * queries * (PARTIAL_VALUES + padded(shape_.head_dim)));
+    }
+    reserve(rows);
+    const auto size = static_cast<size_t>(shape_.hidden_size);
+    for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
+        std::memcpy(hidden_.get() + row * padded(shape_.hidden_size), in + row * size, size * sizeof(float));
+    pool_.run([&](int thread) {
+        for (int layer = pass.start; layer < pass.stop; ++layer) run_layer(thread, layer, pass);
+    });
+    for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
+        std::memcpy(out + row * size, hidden_.get() + row * padded(shape_.hidden_size), size * sizeof(float));
+}
+
+void Model::run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache) {
+    const auto guard = lock();
+    const auto size = static_cast<size_t>(shape_.hidden_size);
+    Pass pass{};
+    pass.cache = cache;
+    pass.start = start;
+    pass.stop = stop;
+    for (int first = 0; first < rows.count; first += MAX_PASS_ROWS) {
+        pass.rows = {std::min(MAX_PASS_ROWS, rows.count - first), rows.slots + first, rows.positions + first};
+        run_pass(in + size * static_cast<size_t>(first), out + size * static_cast<size_t>(first), pass);
+    }
+}
+
+void Model::embed(const int32_t* ids, int count, float* out) const {
+    for (int i = 0; i < count; ++i) unpack_row(embedding_, ids[i], out + static_cast<size_t>(i) * static_cast<size_t>(shape_.hidden_size));
+}
+
+// Norm and head of at most MAX_PASS_ROWS rows: use(thread, strip, products [rows][16]).
+template <class Use>
+void Model::apply_head(const float* in, int count, const Matrix& head, const Use& use) {
+    reserve(count);
+    const size_t hidden = padded(shape_.hidden_size), size = static_cast<size_t>(shape_.hidden_size);
+    for (size_t row = 0; row < static_cast<size_t>(count); ++row)
+        std::memcpy(hidden_.get() + row * hidden, in + row * size, size * sizeof(float));
+    pool_.run([&](int thread) {
+        const Activations x = prepare(thread, count, shape_.hidden_size, bit(head.format), [&](int row, float* out) {
+            kernels_.rms_norm(hidden_.get() + hidden * static_cast<size_t>(row), norm_.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
+        });
+        multiply(thread, {&head}, x, count, [&](int, int strip, const float* products) { use(thread, strip, products); });
+    });
+}
+
+void Model::logits(const float* in, int count, const Matrix* subset, float* out) {
+    const auto guard = lock();
+    const Matrix& head = subset ? *subset : head_;
+    const auto vocabulary = static_cast<size_t>(head.rows);
+    for (int first = 0; first < count; first += MAX_PASS_ROWS) {
+        const int rows = std::min(MAX_PASS_ROWS, count - first);
+        float* to = out + vocabulary * static_cast<size_t>(first);
+        apply_head(in + static_cast<size_t>(first) * static_cast<size_t>(shape_.hidden_size), rows, head,
+                   [&](int, int strip, const float* products) {
+                       scatter(head, strip, products, rows, to, vocabulary, [](float& y, float x, int) { y = x; });
+                   });
+    }
+}
+
+void Model::greedy(const float* in, int count, const Matrix* subset, int32_t* out) {
+    const auto guard = lock();
+    const Matrix& head = subset ? *subset : head_;
+    for (int first = 0; first < count; first += MAX_PASS_ROWS) {
+        const int rows = std::min(MAX_PASS_ROWS, count - first);
+        apply_head(in + static_cast<size_t>(first) * static_cast<size_t>(shape_.hidden_size), rows, head,
+                   [&](int thread, int strip, const float* products) {
+                       // a thread's strips come in rising order, so the first of equals is the lowest
+                       Worker& worker = workers_[static_cast<size_t>(thread)];
+                       const int lanes = std::min(TILE, head.rows - strip * TILE);
+                       for (int row = 0; row < rows; ++row, products += TILE) {
+                           float best = worker.best[static_cast<size_t>(row)];
+                           float largest = products[0];
+                           for (int lane = 1; lane < lanes; ++lane) largest = products[lane] > largest ? products[lane] : largest;
+                           if (!(largest > best)) continue;
+                           worker.best[static_cast<size_t>(row)] = largest;
+                           const auto* at = std::find(products, products + lanes, largest);
+                           worker.best_ids[static_cast<size_t>(row)] = strip * TILE + static_cast<int32_t>(at - products);
+                       }
+                   });
+        for (int row = 0; row < rows; ++row) {
+            const auto r = static_cast<size_t>(row);
+            const Worker* best = &workers_[0];
+            for (const Worker& worker : workers_)
+                if (worker.best[r] > best->best[r] || (worker.best[r] == best->best[r] && worker.best_ids[r] < best->best_ids[r])) best = &worker;
+            out[first + row] = best->best_ids[r];
+        }
+    }
+}
+
+// The draft of one sequence is a chain, so its steps cannot share a pass; those of several sequences do.
+void Model::draft(const int32_t* ids, RowsView rows, int exit_layer, int k, float min_confidence, const CacheView& cache,
+                  int32_t* tokens, int32_t* counts, float* states) {
+    const auto guard = lock();
+    const auto size = static_cast<size_t>(shape_.hidden_size), vocabulary = static_cast<size_t>(head_.rows);
+    std::vector<int> open;  // sequences that go on
+    for (int i = 0; i < rows.count; ++i) open.push_back(i);
+    std::fill(counts, counts + rows.count, 0);
+    std::vector<int32_t> last, slots, positions, best;
+    std::vector<float> hidden, logits;
+    for (int step = 0; step < k && !open.empty(); ++step) {
+        const int n = static_cast<int>(open.size());
+        last.clear(), slots.clear(), positions.clear();
+        for (int i : open) {
+            last.push_back(step ? tokens[i * k + step - 1] : ids[i]);
+            slots.push_back(rows.slots[i]);
+            positions.push_back(rows.positions[i] + step);
+        }
+        hidden.resize(size * open.size());
+        best.resize(open.size());
+        embed(last.data(), n, hidden.data());
+        run_layers(hidden.data(), hidden.data(), 0, exit_layer, {n, slots.data(), positions.data()}, cache);
+        if (min_confidence > 0) {
+            logits.resize(vocabulary * open.size());
+            this->logits(hidden.data(), n, nullptr, logits.data());
+            for (size_t i = 0; i < open.size(); ++i) {
+                const float* row = logits.data() + vocabulary * i;
+                best[i] = static_cast<int32_t>(std::max_element(row, row + vocabulary) - row);
+            }
+        } else {
+            greedy(hidden.data(), n, nullptr, best.data());
+        }
+        std::vector<int> still_open;
+        for (size_t i = 0; i < open.size(); ++i) {
+            const int sequence = open[i];
+            tokens[sequence * k + step] = best[i];
+            counts[sequence] = step + 1;
+            std::copy_n(hidden.data() + size * i, size, states + size * static_cast<size_t>(sequence * k + step));
+            const float* row = logits.data() + vocabulary * i;
+            const bool is_sure = min_confidence <= 0 || 1.0f / kernels_.sum_exp(row, vocabulary, row[best[i]]) >= min_confidence;
+            if (is_sure) still_open.push_back(sequence);
+        }
+        open = std::move(still_open);
+    }
+}
+
+}  // namespace hopskip

@@ -1,0 +1,141 @@
+// The decoder on packed weights: ranges of layers, the head, and a loop of greedy draft steps.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <initializer_list>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace hopskip {
+
+// Cache-line aligned memory that only grows. It starts as zeros, which is what pads rows to whole blocks.
+template <class T>
+class Buffer {
+public:
+    Buffer() = default;
+    Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
+    ~Buffer() { std::free(data_); }
+    T* reserve(size_t size) {
+        if (size > size_) {
+            std::free(data_);
+            const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+            data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+            size_ = data_ ? size : 0;
+            if (!data_) throw std::bad_alloc();
+            std::memset(static_cast<void*>(data_), 0, bytes);
+        }
+        return data_;
+    }
+    T* get() const { return data_; }
+
+private:
+    T* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct Shape {
+    int hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
+    float rms_norm_eps;
+    int sliding_window;  // 0: none
+};
+
+struct Layer {
+    Matrix q, k, v, o, gate, up, down;
+    std::vector<float> input_norm, post_norm;       // padded to whole blocks
+    std::vector<float> q_bias, k_bias, v_bias;      // empty: none
+    std::vector<float> q_norm, k_norm;              // padded; empty: none
+};
+
+// Keys and values [layers, slots, kv heads, positions, head_dim], bf16 or f32.
+struct CacheView {
+    void *k, *v;
+    bool is_bf16;
+    int layers, slots, length;
+};
+
+// Where each row lives. Rows of one sequence are consecutive, in the order of their positions.
+struct RowsView {
+    int count;
+    const int32_t *slots, *positions;
+};
+
+class Model {
+public:
+    Model(const Shape& shape, const Kernels& kernels, int threads);
+    ~Model();
+
+    void add_layer(Layer layer) { layers_.push_back(std::move(layer)); }
+    void set_edges(const Matrix& embedding, const Matrix& head, std::vector<float> norm);
+    void set_rope(const float* cos, const float* sin, int length);
+
+    const Shape& shape() const { return shape_; }
+    int num_layers() const { return static_cast<int>(layers_.size()); }
+    int rope_length() const { return rope_length_; }
+    int threads() const { return pool_.threads(); }
+    const char* isa() const { return kernels_.name; }
+
+    // Everything below takes f32 rows of hidden_size, unpadded, and may be called from several threads: calls take turns.
+    void embed(const int32_t* ids, int count, float* out) const;
+    void run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache);
+    // Logits [count, head rows] of hidden states, through the final norm; with head null, the model's own.
+    void logits(const float* in, int count, const Matrix* head, float* out);
+    // Best row of the head for each hidden state; of equals, the lowest.
+    void greedy(const float* in, int count, const Matrix* head, int32_t* out);
+    // k greedy steps through layers 0..exit-1, norm and head for each of `count` sequences. A sequence stops after its first
+    // token less probable than min_confidence. tokens [count, k], counts [count], states [count, k, hidden_size]: the hidden
+    // states that the tokens were read from.
+    void draft(const int32_t* ids, RowsView rows, int exit_layer, int k, float min_confidence, const CacheView& cache,
+               int32_t* tokens, int32_t* counts, float* states);
+
+private:
+    struct Worker {  // what each thread has for itself
+        Buffer<float> f32, products, scratch, partials;
+        Buffer<uint16_t> bf16;
+        Buffer<int8_t> q8;
+        Buffer<float> scales;
+        Buffer<int32_t> sums;
+        std::vector<int> range;  // first and last position of each query
+        std::vector<float> best;
+        std::vector<int32_t> best_ids;
+    };
+    struct Block {  // rows of one sequence that attend together
+        int row, count;
+        int first_chunk, num_chunks;  // of the cache positions that any of them sees
+    };
+    struct Pass;
+
+    void run_pass(const float* in, float* out, Pass& pass);
+    void run_layer(int thread, int index, const Pass& pass);
+    void rotate_and_store(int item, int index, const Pass& pass);
+    void attend(int item, int index, Worker& worker, const Pass& pass);
+    void attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass, float* partials);
+    void merge_attention(int row, const Pass& pass, Worker& worker, float* out);
+    template <class MakeRow>
+    Activations prepare(int thread, int rows, int cols, unsigned formats, const MakeRow& make_row);
+    template <class Use>
+    void multiply(int thread, std::initializer_list<const Matrix*> matrices, const Activations& x, int rows, const Use& use);
+    template <class Use>
+    void apply_head(const float* in, int count, const Matrix& head, const Use& use);
+    void reserve(int rows);
+    std::unique_lock<std::recursive_mutex> lock();
+
+    Shape shape_;
+    const Kernels& kernels_;
+    Pool pool_;
+    std::recursive_mutex* turn_;
+    long process_;
+    std::vector<Layer> layers_;
+    int widest_ = 0;  // padded columns of the widest input
+    Matrix embedding_{}, head_{};
+    std::vector<float> norm_, cos_, sin_;
+    int rope_length_ = 0;
+    std::vector<Worker> workers_;  // the last one is shared: inputs of many rows, prepared once for all threads
+    Buffer<float> hidden_, qkv_, queries_, attention_, activation_, partials_;
+};
+
+}  // namespace hopskip

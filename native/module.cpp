@@ -1,0 +1,307 @@
+// The Python module. Every array is checked here, before anything computes: shape, type, layout, alignment, ranges.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <string>
+
+#include "model.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace hopskip;
+
+namespace {
+
+using Array = nb::ndarray<>;
+
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+std::string shape_of(const Array& array) {
+    std::string text = "[";
+    for (size_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
+    return text + "]";
+}
+
+constexpr int64_t ANY = -1;
+
+// The data of a contiguous CPU array of this shape (ANY: whatever it is) and type.
+void* checked(const Array& array, const char* name, nb::dlpack::dtype type, std::initializer_list<int64_t> shape, size_t alignment) {
+    if (array.device_type() != nb::device::cpu::value) refuse(std::string(name) + " is not in the CPU's memory; pass .cpu()");
+    if (array.dtype() != type) refuse(std::string(name) + " has the wrong element type; see the method's documentation");
+    bool fits = array.ndim() == shape.size();
+    int64_t expected_stride = 1;
+    for (size_t i = array.ndim(); fits && i-- > 0;) {
+        const int64_t want = shape.begin()[i], size = static_cast<int64_t>(array.shape(i));
+        fits = (want == ANY || want == size) && size <= INT32_MAX;
+        if (size > 1 && array.stride(i) != expected_stride) refuse(std::string(name) + " is not contiguous; pass .contiguous()");
+        expected_stride *= size;
+    }
+    if (!fits) {
+        std::string wanted;
+        for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + (size == ANY ? "any" : std::to_string(size));
+        refuse(std::string(name) + " has shape " + shape_of(array) + "; it must be [" + wanted + "]");
+    }
+    if (reinterpret_cast<uintptr_t>(array.data()) % alignment) refuse(std::string(name) + " is misaligned; pass a copy");
+    return array.data();
+}
+
+template <class T>
+T* checked(const Array& array, const char* name, std::initializer_list<int64_t> shape) {
+    return static_cast<T*>(checked(array, name, nb::dtype<T>(), shape, alignof(T)));
+}
+
+int in_range(int64_t value, const char* name, int64_t low, int64_t high) {
+    if (value < low || value > high)
+        refuse(std::string(name) + " is " + std::to_string(value) + "; it must be " + std::to_string(low) + " to " + std::to_string(high));
+    return static_cast<int>(value);
+}
+
+// A matrix, and the array that holds its weights.
+struct PackedMatrix {
+    Matrix matrix;
+    Array owner;
+};
+
+size_t strip_bytes(Format format, size_t blocks, size_t& units_offset) {
+    const size_t scales = blocks * TILE * 2 * (format == Format::q4 ? 2 : format == Format::q8 ? 1 : 0);
+    units_offset = (scales + 63) / 64 * 64;
+    const size_t unit_columns = format == Format::f32 ? 1 : format == Format::bf16 ? 2 : format == Format::q8 ? 4 : 8;
+    return units_offset + blocks * BLOCK / unit_columns * TILE * 4;
+}
+
+PackedMatrix make_matrix(int format_number, int64_t rows, int64_t cols, const Array& data) {
+    Matrix m{};
+    m.format = static_cast<Format>(in_range(format_number, "format", 0, 3));
+    m.rows = in_range(rows, "rows", 1, 1 << 30);
+    m.cols = in_range(cols, "cols", 1, 1 << 24);
+    m.strips = (m.rows + TILE - 1) / TILE;
+    m.blocks = (m.cols + BLOCK - 1) / BLOCK;
+    m.strip_bytes = strip_bytes(m.format, static_cast<size_t>(m.blocks), m.units_offset);
+    m.data = static_cast<const uint8_t*>(checked(data, "data", nb::dtype<int32_t>(), {m.strips, static_cast<int64_t>(m.strip_bytes / 4)}, 64));
+    return {m, data};
+}
+
+std::vector<float> padded_vector(const Array& array, const char* name, int size) {
+    const float* data = checked<float>(array, name, {size});
+    std::vector<float> out(static_cast<size_t>((size + BLOCK - 1) / BLOCK * BLOCK), 0.0f);
+    std::copy(data, data + size, out.begin());
+    return out;
+}
+
+std::vector<float> padded_vector(const std::optional<Array>& array, const char* name, int size) {
+    return array ? padded_vector(*array, name, size) : std::vector<float>{};
+}
+
+class Engine {
+public:
+    Engine(const std::string& isa, int threads, const Shape& shape) : model_(shape, kernels_for(isa), in_range(threads, "threads", 1, 1024)) {}
+
+    void add_layer(const PackedMatrix& q, const PackedMatrix& k, const PackedMatrix& v, const PackedMatrix& o, const PackedMatrix& gate,
+                   const PackedMatrix& up, const PackedMatrix& down, const Array& input_norm, const Array& post_norm,
+                   const std::optional<Array>& q_bias, const std::optional<Array>& k_bias, const std::optional<Array>& v_bias,
+                   const std::optional<Array>& q_norm, const std::optional<Array>& k_norm) {
+        const Shape& s = shape();
+        const int queries = s.num_heads * s.head_dim, keys = s.num_kv_heads * s.head_dim;
+        Layer layer;
+        layer.q = own(q, "q_proj", queries, s.hidden_size);
+        layer.k = own(k, "k_proj", keys, s.hidden_size);
+        layer.v = own(v, "v_proj", keys, s.hidden_size);
+        layer.o = own(o, "o_proj", s.hidden_size, queries);
+        layer.gate = own(gate, "gate_proj", s.intermediate_size, s.hidden_size);
+        layer.up = own(up, "up_proj", s.intermediate_size, s.hidden_size);
+        layer.down = own(down, "down_proj", s.hidden_size, s.intermediate_size);
+        layer.input_norm = padded_vector(input_norm, "input_layernorm", s.hidden_size);
+        layer.post_norm = padded_vector(post_norm, "post_attention_layernorm", s.hidden_size);
+        layer.q_bias = padded_vector(q_bias, "q_proj.bias", queries);
+        layer.k_bias = padded_vector(k_bias, "k_proj.bias", keys);
+        layer.v_bias = padded_vector(v_bias, "v_proj.bias", keys);
+        layer.q_norm = padded_vector(q_norm, "q_norm", s.head_dim);
+        layer.k_norm = padded_vector(k_norm, "k_norm", s.head_dim);
+        model_.add_layer(std::move(layer));
+    }
+
+    void set_edges(const PackedMatrix& embedding, const PackedMatrix& head, const Array& norm) {
+        model_.set_edges(own(embedding, "embed_tokens", shape().vocab_size, shape().hidden_size),
+                         own(head, "lm_head", shape().vocab_size, shape().hidden_size), padded_vector(norm, "norm", shape().hidden_size));
+        is_complete_ = true;
+    }
+
+    void set_rope(const Array& cos, const Array& sin) {
+        const float* c = checked<float>(cos, "cos", {ANY, shape().head_dim / 2});
+        const float* s = checked<float>(sin, "sin", {static_cast<int64_t>(cos.shape(0)), shape().head_dim / 2});
+        model_.set_rope(c, s, static_cast<int>(cos.shape(0)));
+    }
+
+    void embed(const Array& ids, const Array& out) {
+        const int count = check_ids(ids);
+        float* to = hidden(out, "out", count);
+        const auto* from = static_cast<const int32_t*>(ids.data());
+        nb::gil_scoped_release release;
+        model_.embed(from, count, to);
+    }
+
+    void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions, const Array& k, const Array& v) {
+        const int first = in_range(start, "start", 0, model_.num_layers()), last = in_range(stop, "stop", first, model_.num_layers());
+        const CacheView cache = check_cache(k, v);
+        const RowsView rows = check_rows(slots, positions, cache, 1);
+        const float* in = hidden(h, "h", rows.count);
+        float* to = hidden(out, "out", rows.count);
+        nb::gil_scoped_release release;
+        model_.run_layers(in, to, first, last, rows, cache);
+    }
+
+    void logits(const Array& h, const Array& out, const PackedMatrix* subset) {
+        const int count = check_head(h, subset), vocabulary = subset ? subset->matrix.rows : shape().vocab_size;
+        float* to = checked<float>(out, "out", {count, vocabulary});
+        const auto* in = static_cast<const float*>(h.data());
+        nb::gil_scoped_release release;
+        model_.logits(in, count, subset ? &subset->matrix : nullptr, to);
+    }
+
+    void greedy(const Array& h, const Array& out, const PackedMatrix* subset) {
+        const int count = check_head(h, subset);
+        auto* to = checked<int32_t>(out, "out", {count});
+        const auto* in = static_cast<const float*>(h.data());
+        nb::gil_scoped_release release;
+        model_.greedy(in, count, subset ? &subset->matrix : nullptr, to);
+    }
+
+    void draft(const Array& ids, const Array& slots, const Array& positions, int64_t exit_layer, int64_t k, float min_confidence,
+               const Array& keys, const Array& values, const Array& tokens, const Array& counts, const Array& states) {
+        const int exit = in_range(exit_layer, "exit_layer", 1, model_.num_layers()), steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
+        if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is " + std::to_string(min_confidence) + "; it must be 0 to 1");
+        const int count = check_ids(ids);
+        const CacheView cache = check_cache(keys, values);
+        const RowsView rows = check_rows(slots, positions, cache, steps);
+        if (rows.count != count) refuse("ids and slots differ in length");
+        for (int i = 1; i < count; ++i)
+            if (rows.slots[i] == rows.slots[i - 1]) refuse("slot " + std::to_string(rows.slots[i]) + " occurs twice; a draft takes one row per sequence");
+        const auto* from = static_cast<const int32_t*>(ids.data());
+        auto* to = checked<int32_t>(tokens, "tokens", {count, steps});
+        auto* lengths = checked<int32_t>(counts, "counts", {count});
+        auto* exits = checked<float>(states, "states", {count, steps, shape().hidden_size});
+        nb::gil_scoped_release release;
+        model_.draft(from, rows, exit, steps, min_confidence, cache, to, lengths, exits);
+    }
+
+    const char* isa() const { return model_.isa(); }
+    int threads() const { return model_.threads(); }
+    int rope_length() const { return model_.rope_length(); }
+
+private:
+    static const Kernels& kernels_for(const std::string& isa) {
+        if (isa == "portable") return portable_kernels();
+#ifdef HOPSKIP_X86
+        if (isa == "avx2") return avx2_kernels();
+#endif
+        refuse("instruction set " + isa + " is not built in");
+    }
+
+    const Shape& shape() const { return model_.shape(); }
+
+    Matrix own(const PackedMatrix& packed, const char* name, int rows, int cols) {
+        if (packed.matrix.rows != rows || packed.matrix.cols != cols)
+            refuse(std::string(name) + " is [" + std::to_string(packed.matrix.rows) + ", " + std::to_string(packed.matrix.cols) + "]; the model's config asks for [" +
+                   std::to_string(rows) + ", " + std::to_string(cols) + "]");
+        owners_.push_back(packed.owner);
+        return packed.matrix;
+    }
+
+    float* hidden(const Array& array, const char* name, int rows) { return checked<float>(array, name, {rows, shape().hidden_size}); }
+
+    int check_head(const Array& h, const PackedMatrix* subset) {
+        if (!is_complete_) refuse("the model has no head yet");
+        checked<float>(h, "h", {ANY, shape().hidden_size});
+        if (subset && subset->matrix.cols != shape().hidden_size) refuse("the subset's head has " + std::to_string(subset->matrix.cols) + " columns");
+        return static_cast<int>(h.shape(0));
+    }
+
+    int check_ids(const Array& ids) {
+        if (!is_complete_) refuse("the model has no embedding yet");
+        const auto* data = checked<int32_t>(ids, "ids", {ANY});
+        const int count = static_cast<int>(ids.shape(0));
+        for (int i = 0; i < count; ++i) in_range(data[i], "token id", 0, shape().vocab_size - 1);
+        return count;
+    }
+
+    CacheView check_cache(const Array& k, const Array& v) {
+        const nb::dlpack::dtype bf16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
+        const bool is_bf16 = k.dtype() == bf16;
+        const nb::dlpack::dtype type = is_bf16 ? bf16 : nb::dtype<float>();
+        const int64_t layers = model_.num_layers();
+        void* keys = checked(k, "the cache's k", type, {layers, ANY, shape().num_kv_heads, ANY, shape().head_dim}, 4);
+        const auto slots = static_cast<int64_t>(k.shape(1)), length = static_cast<int64_t>(k.shape(3));
+        void* values = checked(v, "the cache's v", type, {layers, slots, shape().num_kv_heads, length, shape().head_dim}, 4);
+        return {keys, values, is_bf16, static_cast<int>(layers), static_cast<int>(slots), static_cast<int>(length)};
+    }
+
+    // `steps`: how many positions from each row's on will be written.
+    RowsView check_rows(const Array& slots, const Array& positions, const CacheView& cache, int steps) {
+        const auto* slot = checked<int32_t>(slots, "slots", {ANY});
+        const int count = static_cast<int>(slots.shape(0));
+        const auto* position = checked<int32_t>(positions, "positions", {count});
+        const int64_t length = std::min(cache.length, model_.rope_length());
+        std::vector<bool> seen(static_cast<size_t>(cache.slots), false);
+        for (int i = 0; i < count; ++i) {
+            in_range(slot[i], "slot", 0, cache.slots - 1);
+            in_range(position[i], "position", 0, length - steps);
+            const bool goes_on = i > 0 && slot[i] == slot[i - 1];
+            if (goes_on && position[i] != position[i - 1] + 1)
+                refuse("positions " + std::to_string(position[i - 1]) + " and " + std::to_string(position[i]) + " of slot " + std::to_string(slot[i]) +
+                       " follow each other; rows of a sequence must be consecutive");
+            if (!goes_on && seen[static_cast<size_t>(slot[i])]) refuse("slot " + std::to_string(slot[i]) + " occurs in two segments; each must have its own");
+            seen[static_cast<size_t>(slot[i])] = true;
+        }
+        return {count, slot, position};
+    }
+
+    Model model_;
+    std::vector<Array> owners_;
+    bool is_complete_ = false;
+};
+
+bool runs_here(const std::string& isa) {
+#ifdef HOPSKIP_X86
+    __builtin_cpu_init();
+    if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+    return isa == "portable";
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("runs_here", &runs_here, "isa"_a, "Whether this processor has the instruction set: avx512, avx2 or portable.");
+    nb::class_<PackedMatrix>(m, "Matrix")
+        .def("__init__", [](PackedMatrix* self, int format, int64_t rows, int64_t cols, const Array& data) { new (self) PackedMatrix(make_matrix(format, rows, cols, data)); },
+             "format"_a, "rows"_a, "cols"_a, "data"_a);
+    nb::class_<Engine>(m, "Engine")
+        .def("__init__",
+             [](Engine* self, const std::string& isa, int threads, int64_t hidden_size, int64_t intermediate_size, int64_t num_heads, int64_t num_kv_heads,
+                int64_t head_dim, int64_t vocab_size, float rms_norm_eps, int64_t sliding_window) {
+                 Shape s{in_range(hidden_size, "hidden_size", 1, 1 << 20),    in_range(intermediate_size, "intermediate_size", 1, 1 << 20),
+                         in_range(num_heads, "num_attention_heads", 1, 1024), in_range(num_kv_heads, "num_key_value_heads", 1, num_heads),
+                         in_range(head_dim, "head_dim", 2, 512),              in_range(vocab_size, "vocab_size", 1, 1 << 28),
+                         rms_norm_eps,                                        in_range(sliding_window, "sliding_window", 0, INT32_MAX)};
+                 if (s.num_heads % s.num_kv_heads || s.head_dim % 2) refuse("heads do not divide evenly");
+                 if (!runs_here(isa)) refuse("this processor cannot run the instruction set " + isa);
+                 new (self) Engine(isa, threads, s);
+             },
+             "isa"_a, "threads"_a, nb::kw_only(), "hidden_size"_a, "intermediate_size"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "vocab_size"_a, "rms_norm_eps"_a,
+             "sliding_window"_a)
+        .def("add_layer", &Engine::add_layer, nb::kw_only(), "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a, "up"_a, "down"_a, "input_norm"_a, "post_norm"_a,
+             "q_bias"_a = nb::none(), "k_bias"_a = nb::none(), "v_bias"_a = nb::none(), "q_norm"_a = nb::none(), "k_norm"_a = nb::none())
+        .def("set_edges", &Engine::set_edges, "embedding"_a, "head"_a, "norm"_a)
+        .def("set_rope", &Engine::set_rope, "cos"_a, "sin"_a)
+        .def("embed", &Engine::embed, "ids"_a, "out"_a)
+        .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a)
+        .def("logits", &Engine::logits, "h"_a, "out"_a, "subset"_a = nb::none())
+        .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = nb::none())
+        .def("draft", &Engine::draft, "ids"_a, "slots"_a, "positions"_a, "exit_layer"_a, "num_draft_tokens"_a, "min_confidence"_a, "k"_a, "v"_a, "tokens"_a, "counts"_a, "states"_a)
+        .def_prop_ro("isa", &Engine::isa)
+        .def_prop_ro("threads", &Engine::threads)
+        .def_prop_ro("rope_length", &Engine::rope_length);
+}

@@ -1,0 +1,150 @@
+// Strips of packed weights times rows of activations. Included by isa_*.cpp after a simd_*.h.
+//
+// A strip is read once and serves R rows from registers; more rows go in groups over the same strip, which then sits in
+// the first-level cache. Each (row, output) has its own accumulator: that is all there is to bit-identical rows.
+
+constexpr int PARTS = TILE / LANES;       // registers per 16 lanes
+constexpr int PREFETCH_BYTES = 4 * 1024;  // ahead of the weights in use: hardware prefetchers stop at each page
+
+// f32 and bf16 weights with f32 activations.
+template <Format FORMAT>
+struct FloatProduct {
+    static constexpr int MAX_ROWS = MAX_FLOAT_ROWS;
+    static constexpr int PAIRED_ROWS = MAX_FLOAT_ROWS / 2;  // up to which two strips fit in the registers
+
+    // Two strips at once give few rows enough independent sums to hide the latency of an addition.
+    template <int R, int STRIPS>
+    static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out, size_t out_stride) {
+        constexpr int COLUMNS = FORMAT == Format::f32 ? 1 : 2;  // of a unit
+        const size_t stride = static_cast<size_t>(x.blocks) * BLOCK;
+        const float* rows[R];
+        for (int r = 0; r < R; ++r) rows[r] = x.f32 + stride * static_cast<size_t>(first_row + r);
+        V sum[STRIPS][R][PARTS];
+        for (auto& of_strip : sum)
+            for (auto& of_row : of_strip)
+                for (auto& part : of_row) part = zero();
+        const uint8_t* units = m.strip(strip);
+        for (int c = 0; c < m.blocks * BLOCK; c += COLUMNS, units += TILE * 4) {
+            for (int s = 0; s < STRIPS; ++s) {
+                const uint8_t* unit = units + m.strip_bytes * static_cast<size_t>(s);
+                prefetch(unit + PREFETCH_BYTES);
+                V even[PARTS], odd[PARTS];
+                for (int p = 0; p < PARTS; ++p) {
+                    I w = load_units(unit + p * LANES * 4);
+                    even[p] = FORMAT == Format::f32 ? as_float(w) : even_bf16(w);
+                    if (COLUMNS == 2) odd[p] = odd_bf16(w);
+                }
+                for (int r = 0; r < R; ++r) {
+                    V x0 = splat(rows[r][c]);
+                    for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(even[p], x0, sum[s][r][p]);
+                    if (COLUMNS == 2) {
+                        V x1 = splat(rows[r][c + 1]);
+                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(odd[p], x1, sum[s][r][p]);
+                    }
+                }
+            }
+        }
+        for (int s = 0; s < STRIPS; ++s)
+            for (int r = 0; r < R; ++r)
+                for (int p = 0; p < PARTS; ++p)
+                    store(out + out_stride * s + (first_row + r) * TILE + p * LANES, sum[s][r][p]);
+    }
+};
+
+// q8 and q4 weights with int8 activations: integers within a block of 32 columns, f32 across blocks.
+template <Format FORMAT>
+struct IntProduct {
+    static constexpr int MAX_ROWS = MAX_INT_ROWS;
+    static constexpr int PAIRED_ROWS = 0;  // sums are many and short already
+
+    template <int R, int STRIPS>
+    static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out, size_t) {
+        const size_t blocks = static_cast<size_t>(x.blocks);
+        const int8_t* rows[R];
+        const float* x_scales[R];
+        const int32_t* x_sums[R];
+        for (int r = 0; r < R; ++r) {
+            const size_t row = static_cast<size_t>(first_row + r);
+            rows[r] = x.q8 + blocks * BLOCK * row;
+            x_scales[r] = x.scales + blocks * row;
+            x_sums[r] = x.sums + blocks * row;
+        }
+        V sum[PARTS][R];
+        for (auto& part : sum)
+            for (auto& of_row : part) of_row = zero();
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(m.strip(strip));
+        const uint16_t* minima = scales + m.blocks * TILE;
+        const uint8_t* units = m.strip(strip) + m.units_offset;
+        constexpr int UNITS = FORMAT == Format::q8 ? 8 : 4;  // of a block
+        for (int b = 0; b < m.blocks; ++b, units += UNITS * TILE * 4) {
+            for (int u = 0; u < UNITS; ++u) prefetch(units + u * TILE * 4 + PREFETCH_BYTES);
+            for (int p = 0; p < PARTS; ++p) {
+                I dot[R];
+                for (auto& d : dot) d = zero_int();
+                for (int u = 0; u < UNITS; ++u) {
+                    I w = load_units(units + (u * PARTS + p) * LANES * 4);
+                    if constexpr (FORMAT == Format::q8) {
+                        SignedBytes bytes = signed_bytes(w);
+                        for (int r = 0; r < R; ++r) dot[r] = dot_signed(dot[r], bytes, splat_bytes(rows[r] + b * BLOCK + u * 4));
+                    } else {
+                        I low = low_nibbles(w), high = high_nibbles(w);
+                        for (int r = 0; r < R; ++r) {
+                            const int8_t* column = rows[r] + b * BLOCK + u * 4;
+                            dot[r] = dot_nibbles(dot[r], low, splat_bytes(column));
+                            dot[r] = dot_nibbles(dot[r], high, splat_bytes(column + 16));
+                        }
+                    }
+                }
+                V scale = load_f16(scales + b * TILE + p * LANES);
+                for (int r = 0; r < R; ++r) {
+                    I whole = FORMAT == Format::q8 ? finish_signed(dot[r], x_sums[r][b]) : finish_nibbles(dot[r]);
+                    sum[p][r] = fma(to_float(whole), mul(scale, splat(x_scales[r][b])), sum[p][r]);
+                    if (FORMAT == Format::q4) {  // w = scale * q + minimum: the minimum multiplies the sum of x
+                        V minimum = load_f16(minima + b * TILE + p * LANES);
+                        V x_sum = splat(x_scales[r][b] * static_cast<float>(x_sums[r][b]));
+                        sum[p][r] = fma(minimum, x_sum, sum[p][r]);
+                    }
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[p][r]);
+    }
+};
+
+template <class Product, int STRIPS, int R>
+static void run_rows(int rows, const Matrix& m, int strip, const Activations& x, int first_row, float* out, size_t stride) {
+    if (rows == R) {
+        Product::template run<R, STRIPS>(m, strip, x, first_row, out, stride);
+    } else if constexpr (R > 1) {
+        run_rows<Product, STRIPS, R - 1>(rows, m, strip, x, first_row, out, stride);
+    }
+}
+
+template <class Product>
+static void multiply_as(const Matrix& m, int strip, int count, const Activations& x, int rows, float* out) {
+    const size_t stride = static_cast<size_t>(rows) * TILE;
+    if constexpr (Product::PAIRED_ROWS > 0) {
+        if (count == 2 && rows <= Product::PAIRED_ROWS) {
+            run_rows<Product, 2, Product::PAIRED_ROWS>(rows, m, strip, x, 0, out, stride);
+            return;
+        }
+    }
+    const int groups = (rows + Product::MAX_ROWS - 1) / Product::MAX_ROWS;  // of nearly equal size: 7 rows are 4 + 3
+    for (int s = 0; s < count; ++s) {
+        for (int g = 0, row = 0; g < groups; ++g) {
+            const int own = (rows - row + groups - g - 1) / (groups - g);
+            run_rows<Product, 1, Product::MAX_ROWS>(own, m, strip + s, x, row, out + stride * static_cast<size_t>(s), stride);
+            row += own;
+        }
+    }
+}
+
+static void multiply(const Matrix& m, int strip, int count, const Activations& x, int rows, float* out) {
+    switch (m.format) {
+        case Format::f32: return multiply_as<FloatProduct<Format::f32>>(m, strip, count, x, rows, out);
+        case Format::bf16: return multiply_as<FloatProduct<Format::bf16>>(m, strip, count, x, rows, out);
+        case Format::q8: return multiply_as<IntProduct<Format::q8>>(m, strip, count, x, rows, out);
+        case Format::q4: return multiply_as<IntProduct<Format::q4>>(m, strip, count, x, rows, out);
+    }
+}

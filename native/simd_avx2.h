@@ -1,0 +1,102 @@
+// AVX2 + FMA + F16C: 8 lanes. See simd_portable.h for what each function means.
+
+constexpr int LANES = 8;
+constexpr bool MULTIPLIES_BF16 = false;
+constexpr int MAX_FLOAT_ROWS = 6;  // 12 of 16 registers accumulate
+constexpr int MAX_INT_ROWS = 8;
+using V = __m256;
+using I = __m256i;
+
+static inline V zero() { return _mm256_setzero_ps(); }
+static inline V splat(float x) { return _mm256_set1_ps(x); }
+static inline V load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, V x) { _mm256_storeu_ps(p, x); }
+static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+static inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+static inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
+static inline V min(V a, V b) { return _mm256_min_ps(a, b); }
+static inline V absolute(V x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+static inline V where_less(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+static inline V round_even(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline I to_int(V x) { return _mm256_cvtps_epi32(x); }
+static inline V to_float(I x) { return _mm256_cvtepi32_ps(x); }
+static inline V two_to(V n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(to_int(n), _mm256_set1_epi32(127)), 23)); }
+static inline V lane_indices() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+
+static inline float reduce_add(V x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float reduce_max(V x) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline V load_bf16(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+static inline void store_bf16(uint16_t* p, V x) {
+    I bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+static inline I load_units(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline V as_float(I x) { return _mm256_castsi256_ps(x); }
+static inline V even_bf16(I x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+static inline V odd_bf16(I x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))); }
+
+static inline I zero_int() { return _mm256_setzero_si256(); }
+static inline I splat_int(int32_t x) { return _mm256_set1_epi32(x); }
+static inline I splat_bytes(const int8_t* p) {  // four of them
+    int32_t unit;
+    __builtin_memcpy(&unit, p, sizeof unit);
+    return splat_int(unit);
+}
+static inline void store_bytes(int8_t* p, I x) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
+// vpmaddubsw wants one unsigned side: |w| * (x with w's sign). |w| <= 128, |x| <= 127: a pair stays below 32768.
+struct SignedBytes {
+    I value, magnitude;
+};
+static inline SignedBytes signed_bytes(I w) { return {w, _mm256_abs_epi8(w)}; }
+static inline I dot_signed(I sum, SignedBytes w, I x) {
+    I pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline I finish_signed(I sum, int32_t) { return sum; }
+
+// Eight pairs of products of a nibble and an int8 stay below 32768, so a block is summed in 16 bits and widened once.
+static inline I low_nibbles(I w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+static inline I high_nibbles(I w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
+static inline I dot_nibbles(I sum, I w, I x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
+static inline I finish_nibbles(I sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+
+static inline void transpose(I r[LANES]) {
+    I s[8], t[8];
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        t[i] = _mm256_unpacklo_epi64(s[i], s[i + 2]);
+        t[i + 1] = _mm256_unpackhi_epi64(s[i], s[i + 2]);
+        t[i + 2] = _mm256_unpacklo_epi64(s[i + 1], s[i + 3]);
+        t[i + 3] = _mm256_unpackhi_epi64(s[i + 1], s[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x31);
+    }
+}
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -1,0 +1,334 @@
+"""The decoder on the C++ engine: packed weights, any number of rows near the price of one, bit-identical rows.
+
+Shape letters: N rows, D hidden size, V vocabulary, B sequences, k draft tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hopskip.cache import Cache, Rows
+from hopskip.config import ModelConfig
+from hopskip.errors import CheckpointError, ConfigError
+from hopskip.quantize import Packed, from_gguf_blocks, pack, quantize_q4, quantize_q8, select_rows
+
+if TYPE_CHECKING:
+    from hopskip.weights import Checkpoint
+
+_native: Any
+try:
+    _native = importlib.import_module("hopskip._native")
+    _import_error = ""
+except ImportError as error:  # installed without a compiler
+    _native, _import_error = None, str(error)
+
+PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
+ISAS = ("avx512", "avx2", "portable")
+"""Instruction sets, best first. The environment variable HOPSKIP_ISA forces one."""
+
+
+def available() -> str | None:
+    """None if the native engine can be used here, else the reason in one line."""
+    if _native is None:
+        return f"the extension hopskip._native is not built ({_import_error}); reinstall hopskip with a C++ compiler"
+    return None
+
+
+def choose_isa() -> str:
+    """The best instruction set of this processor, or the one that HOPSKIP_ISA names.
+
+    Raises:
+        ConfigError: HOPSKIP_ISA names one that does not exist, or that the processor lacks.
+    """
+    forced = os.environ.get("HOPSKIP_ISA")
+    if not forced:
+        return next(isa for isa in ISAS if _native.runs_here(isa))
+    if forced not in ISAS:
+        raise ConfigError(f"HOPSKIP_ISA is {forced!r}; choose one of {', '.join(ISAS)}, or unset it")
+    if not _native.runs_here(forced):
+        raise ConfigError(f"HOPSKIP_ISA is {forced!r}, which this processor cannot run; unset it")
+    return forced
+
+
+def default_threads() -> int:
+    """As many as the process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class HeadSubset:
+    """The LM head over some of the vocabulary, packed: `NativeModel.head_subset` makes one."""
+
+    def __init__(self, ids: Tensor, matrix: object) -> None:
+        self.ids = ids
+        """int64 [n], the tokens that the subset's rows stand for."""
+        self.matrix = matrix
+
+
+class NativeModel:
+    """A Llama-family decoder on packed weights. Answers to the protocol `hopskip.model.Model`.
+
+    Hidden states are float32 [N, D] on the CPU in every precision. Arrays of the wrong shape, type or layout, and
+    slots, positions or token ids out of range raise ValueError before anything is computed.
+    """
+
+    row_exact = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: PackedWeights,
+        threads: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        if obstacle := available():
+            raise ConfigError(f"the native backend cannot be used: {obstacle}")
+        if kv_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ConfigError(f"kv_dtype is {kv_dtype}; the native engine keeps keys and values in float32 or bfloat16")
+        self.config = config
+        self.device = torch.device("cpu")
+        self.kv_dtype = kv_dtype or weights.kv_dtype
+        self._weights = weights
+        self._engine = _native.Engine(
+            choose_isa(),
+            default_threads() if threads is None else threads,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.rms_norm_eps,
+            sliding_window=config.sliding_window or 0,
+        )
+        for index in range(config.num_hidden_layers):
+            self._engine.add_layer(**weights.layer(index))
+        self._engine.set_edges(
+            _matrix(weights.matrices["model.embed_tokens.weight"]),
+            _matrix(weights.head),
+            weights.vectors["model.norm.weight"],
+        )
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        precision: str = "auto",
+        threads: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> NativeModel:
+        """Pack the weights of a checkpoint.
+
+        Args:
+            precision: `auto` keeps the checkpoint's own, tensor by tensor: float32 and bfloat16 as they are, float16
+                as bfloat16, GGUF's Q8_0 as q8, Q4_0 and Q4_1 as q4 without a change to their values, its other block
+                types as q8. `float32`, `bfloat16`, `q8`, `q4` ask for one; blocks that are so already stay as they are.
+            threads: None uses as many as the process may run on.
+            kv_dtype: of the cache, float32 or bfloat16; None takes float32 beside float32 weights, else bfloat16.
+
+        Raises:
+            ConfigError: an unknown precision or kv_dtype, or HOPSKIP_ISA names an instruction set that cannot run.
+            CheckpointError: a weight is not finite.
+        """
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        return cls(checkpoint.config, PackedWeights.from_checkpoint(checkpoint, precision), threads, kv_dtype)
+
+    @property
+    def isa(self) -> str:
+        """Instruction set in use."""
+        return str(self._engine.isa)
+
+    @property
+    def threads(self) -> int:
+        return int(self._engine.threads)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a full pass of one row reads: all layers and the head."""
+        layers = sum(m.data.nbytes for name, m in self._weights.matrices.items() if name.startswith("model.layers."))
+        return layers + self._weights.head.data.nbytes
+
+    def new_cache(self, num_slots: int, length: int) -> Cache:
+        return Cache(self.config, num_slots, length, self.kv_dtype)
+
+    def embed(self, ids_N: Tensor) -> Tensor:
+        out_ND = torch.empty((len(ids_N), self.config.hidden_size))
+        self._engine.embed(_int32(ids_N), out_ND)
+        return out_ND
+
+    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+        out_ND = torch.empty(h_ND.shape)
+        self._extend_rope(cache.length)
+        self._engine.run_layers(h_ND, out_ND, start, stop, rows.slots, rows.positions, cache.k_LSHTD, cache.v_LSHTD)
+        return out_ND
+
+    def unembed(self, h_ND: Tensor) -> Tensor:
+        out_NV = torch.empty((len(h_ND), self.config.vocab_size))
+        self._engine.logits(h_ND, out_NV)
+        return out_NV
+
+    def greedy(self, h_ND: Tensor) -> Tensor:
+        out_N = torch.empty(len(h_ND), dtype=torch.int32)
+        self._engine.greedy(h_ND, out_N)
+        return out_N.long()
+
+    def topk(self, h_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best logits of each row and their tokens, best first: float32 [N, k] and int64 [N, k]."""
+        values, tokens = self.unembed(h_ND).topk(k, dim=-1)
+        return values, tokens
+
+    def head_subset(self, ids: Tensor) -> HeadSubset:
+        """Pack the head's rows of some tokens, int [n]; draft heads over a trimmed vocabulary are made so.
+
+        Raises:
+            ConfigError: `ids` is empty, or has a token that the vocabulary lacks.
+        """
+        ids = ids.long().contiguous()
+        if ids.ndim != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
+            raise ConfigError(f"a head subset needs token ids from 0 to {self.config.vocab_size - 1}, and at least one")
+        return HeadSubset(ids, _matrix(select_rows(self._weights.head, ids)))
+
+    def unembed_subset(self, h_ND: Tensor, subset: HeadSubset) -> Tensor:
+        """Logits of the subset's tokens, float32 [N, n]: bit for bit those of `unembed`."""
+        out_Nn = torch.empty((len(h_ND), len(subset.ids)))
+        self._engine.logits(h_ND, out_Nn, subset.matrix)
+        return out_Nn
+
+    def greedy_subset(self, h_ND: Tensor, subset: HeadSubset) -> Tensor:
+        """The best token of the subset for each row, int64 [N]; of equals, the one that the subset lists first."""
+        out_N = torch.empty(len(h_ND), dtype=torch.int32)
+        self._engine.greedy(h_ND, out_N, subset.matrix)
+        return subset.ids[out_N.long()]
+
+    def draft_greedy(
+        self,
+        ids_B: Tensor,
+        slots_B: Tensor,
+        positions_B: Tensor,
+        exit_layer: int,
+        num_draft_tokens: int,
+        cache: Cache,
+        min_confidence: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """k greedy draft steps through layers 0..exit_layer-1, final norm and head, in one call.
+
+        Args:
+            ids_B: the last token of each sequence, to stand at `positions_B` of slot `slots_B`; no slot twice.
+            num_draft_tokens: k.
+            cache: the early layers' keys and values are written to it, at `positions_B` and the k - 1 positions after.
+            min_confidence: a sequence drafts no more after its first token whose probability is below it.
+
+        Returns:
+            tokens int64 [B, k]; counts int64 [B], how many of them each sequence drafted, the rest being undefined; and
+            the hidden states float32 [B, k, D] at the exit that the tokens were read from.
+        """
+        size, k = len(ids_B), num_draft_tokens
+        tokens = torch.zeros((size, k), dtype=torch.int32)
+        counts = torch.zeros(size, dtype=torch.int32)
+        states = torch.zeros((size, k, self.config.hidden_size))
+        self._extend_rope(cache.length)
+        self._engine.draft(
+            _int32(ids_B), _int32(slots_B), _int32(positions_B), exit_layer, k, min_confidence,
+            cache.k_LSHTD, cache.v_LSHTD, tokens, counts, states,
+        )  # fmt: skip
+        return tokens.long(), counts.long(), states
+
+    def _extend_rope(self, length: int) -> None:
+        if self._engine.rope_length < length:
+            cos, sin = self.config.rope.tables(length)
+            self._engine.set_rope(cos.contiguous(), sin.contiguous())
+
+
+class PackedWeights:
+    """All weights in the engine's formats, by Hugging Face name."""
+
+    def __init__(self, config: ModelConfig, matrices: dict[str, Packed], vectors: dict[str, Tensor]) -> None:
+        self.config = config
+        self.matrices = matrices
+        self.vectors = vectors
+        """Norms and biases, float32."""
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, precision: str) -> PackedWeights:
+        config = checkpoint.config
+        matrices, vectors = {}, {}
+        for name in _tensor_names(config):
+            if name.endswith(("norm.weight", ".bias")):
+                vectors[name] = checkpoint.tensor(name, torch.float32).contiguous()
+            else:
+                try:
+                    matrices[name] = _pack_tensor(checkpoint, name, precision)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{name} of {checkpoint.path}: {error}") from None
+        return cls(config, matrices, vectors)
+
+    @property
+    def head(self) -> Packed:
+        return self.matrices["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """float32 where all weights are: halving the cache would then lose more than it gains."""
+        is_float = all(matrix.format.name == "F32" for matrix in self.matrices.values())
+        return torch.float32 if is_float else torch.bfloat16
+
+    def layer(self, index: int) -> dict[str, object]:
+        """Arguments of `Engine.add_layer`."""
+        prefix = f"model.layers.{index}."
+        arguments: dict[str, object] = {
+            part: _matrix(self.matrices[f"{prefix}{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
+            for part in ("q", "k", "v", "o", "gate", "up", "down")
+        }
+        arguments["input_norm"] = self.vectors[f"{prefix}input_layernorm.weight"]
+        arguments["post_norm"] = self.vectors[f"{prefix}post_attention_layernorm.weight"]
+        if self.config.qkv_bias:
+            arguments |= {f"{x}_bias": self.vectors[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"}
+        if self.config.qk_norm:
+            arguments |= {f"{x}_norm": self.vectors[f"{prefix}self_attn.{x}_norm.weight"] for x in "qk"}
+        return arguments
+
+
+def _tensor_names(config: ModelConfig) -> Iterator[str]:
+    yield "model.embed_tokens.weight"
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        yield from (f"{prefix}{norm}_layernorm.weight" for norm in ("input", "post_attention"))
+        yield from (f"{prefix}self_attn.{x}_proj.weight" for x in "qkvo")
+        yield from (f"{prefix}mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
+        if config.qkv_bias:
+            yield from (f"{prefix}self_attn.{x}_proj.bias" for x in "qkv")
+        if config.qk_norm:
+            yield from (f"{prefix}self_attn.{x}_norm.weight" for x in "qk")
+    yield "model.norm.weight"
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight"
+
+
+def _pack_tensor(checkpoint: Checkpoint, name: str, precision: str) -> Packed:
+    quantized = checkpoint.quantized(name)
+    if quantized is not None and precision in ("auto", "q8", "q4"):
+        exact = from_gguf_blocks(quantized.type, quantized.blocks)
+        if exact is not None and precision in ("auto", type(exact).__name__.lower()):
+            return pack(exact, quantized.shape[1])
+    if precision == "auto":
+        stored = checkpoint.tensor(name).dtype if quantized is None else None
+        precision = "q8" if quantized is not None else "float32" if stored == torch.float32 else "bfloat16"
+    if precision in ("q8", "q4"):
+        weight_OI = checkpoint.tensor(name, torch.float32)
+        return pack((quantize_q8 if precision == "q8" else quantize_q4)(weight_OI), weight_OI.shape[1])
+    weight_OI = checkpoint.tensor(name, torch.float32 if precision == "float32" else torch.bfloat16)
+    return pack(weight_OI, weight_OI.shape[1])
+
+
+def _matrix(packed: Packed) -> object:
+    return _native.Matrix(int(packed.format), packed.rows, packed.cols, packed.data)
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x.to("cpu", torch.int32).contiguous()
