@@ -52,10 +52,12 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPiece:
-    """One generated token of a stream, with the text that became certain with it: possibly none, always valid Unicode."""
+    """One generated token of a stream, with the text that became certain with it (possibly none)."""
 
     text: str
     token: Token
+    stats: SpeculativeStats
+    """Of the request so far; they go on changing until the last piece."""
     result: GenerationResult | None = None
     """The whole result; on the last piece only."""
 
@@ -141,7 +143,7 @@ class LLM:
                     if is_last:
                         piece += text.finish()
                     result = _result(sequence, text) if is_last else None
-                    yield StreamPiece(text=piece, token=sequence.tokens[index], result=result)
+                    yield StreamPiece(text=piece, token=sequence.tokens[index], stats=sequence.stats, result=result)
                 num_shown = len(sequence.tokens)
         finally:
             self.engine.abort(sequence)

@@ -41,6 +41,28 @@ def load_model(
         ConfigError: an option has an unknown value, or two of them cannot be had together.
         CheckpointError: the weights are missing, damaged, or of an unsupported kind.
     """
+    kind, target = resolve_backend(dtype=dtype, quantize=quantize, device=device, backend=backend, threads=threads)
+    if kind == "native":
+        return native.NativeModel.load(checkpoint, precision=quantize or dtype, threads=threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch_dtype = checkpoint.dtype if dtype == "auto" else _TORCH_DTYPES[dtype]
+    return Transformer(checkpoint.config, load_weights(checkpoint, torch_dtype, target))
+
+
+def resolve_backend(
+    *,
+    dtype: DType = "auto",
+    quantize: Quantize | None = None,
+    device: str = "auto",
+    backend: Backend = "auto",
+    threads: int | None = None,
+) -> tuple[Literal["native", "torch"], torch.device]:
+    """Where `load_model` would run a model with these options. Loads nothing.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
     for name, value, choices in (("dtype", dtype, DType), ("backend", backend, Backend)):
         if value not in get_args(choices):
             raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
@@ -52,13 +74,10 @@ def load_model(
         raise ConfigError(f"threads is {threads}; it must be at least 1")
     target = _device(device)
     if _use_native(backend, target, dtype, quantize):
-        return native.NativeModel.load(checkpoint, precision=quantize or dtype, threads=threads)
+        return "native", target
     if quantize is not None:
         raise ConfigError(f"quantize={quantize} needs the native CPU backend, but this runs on torch; leave it out")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch_dtype = checkpoint.dtype if dtype == "auto" else _TORCH_DTYPES[dtype]
-    return Transformer(checkpoint.config, load_weights(checkpoint, torch_dtype, target))
+    return "torch", target
 
 
 def _device(name: str) -> torch.device:
@@ -87,5 +106,5 @@ def _use_native(backend: Backend, device: torch.device, dtype: DType, quantize: 
     if backend == "native":
         raise ConfigError(f"the native backend cannot be used: {obstacle}")
     if device.type == "cpu" and dtype != "float16":
-        warnings.warn(f"running on torch, which is slower on a CPU: {obstacle}", stacklevel=2)
+        warnings.warn(f"running on torch, which is slower on a CPU: {obstacle}", stacklevel=3)
     return False
