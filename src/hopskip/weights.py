@@ -73,6 +73,10 @@ class Checkpoint:
         """Names of the tensors: exactly those of `expected_tensors(config)`."""
         return frozenset(self._tensors)
 
+    def stored(self, name: str) -> StoredTensor:
+        """Type, shape and place of one tensor in its file. Reads nothing."""
+        return self._tensors[name]
+
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on the CPU. `dtype=None` keeps the stored precision, and dequantizes blocks to float32.
 
