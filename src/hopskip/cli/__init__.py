@@ -1,0 +1,94 @@
+"""The command line. One module per command; what they share is in `options` and `console`.
+
+Exit codes: 0 done, 1 a proof failed or hopskip has a bug, 2 bad input (one line says what and how to put it right),
+130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hopskip import __version__
+from hopskip.cli.chat import chat
+from hopskip.cli.console import plain_warnings, print_error
+from hopskip.cli.generate import generate
+from hopskip.cli.info import info
+from hopskip.errors import HopskipError
+
+# the error of a wrong option or argument: click's, of which typer carries a copy but names only this subclass
+_UsageError = typer.BadParameter.__mro__[1]
+
+
+class _Commands(TyperGroup):
+    """The commands, with whatever the user can put right reported as one line and exit code 2."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal may lack characters that a model writes
+        kwargs["standalone_mode"] = False  # errors come here, and exit codes as the value returned
+        try:
+            with plain_warnings():
+                code = super().main(args, *rest, **kwargs)
+        except HopskipError as error:
+            print_error(str(error))
+            code = 2
+        except (KeyboardInterrupt, typer.Abort):
+            code = 130
+        except Exception as error:
+            if not isinstance(error, _UsageError):
+                raise
+            print_error(_usage_message(error, sys.argv[1:] if args is None else args))
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_message(error: Any, arguments: Sequence[str]) -> str:
+    """What is wrong with the command line: typer's own words, and the value, which they may leave out."""
+    command = error.ctx.command_path if error.ctx is not None else "hopskip"
+    message = error.format_message().rstrip(".")
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for given, following in zip(arguments, [*arguments[1:], None], strict=True):
+        option, equals, inline = given.partition("=")
+        value = inline if equals else following
+        if option in names and value is not None and repr(value) not in message:
+            message += f" (given: {value!r})"
+    return f"{message}; see {command} --help"
+
+
+app = typer.Typer(
+    name="hopskip",
+    cls=_Commands,
+    help="Run a language model as its own draft model: lossless self-speculative decoding.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"hopskip {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command()(generate)
+app.command()(chat)
+app.command()(info)
+
+
+def main() -> None:
+    """The console script `hopskip`."""
+    app(prog_name="hopskip")

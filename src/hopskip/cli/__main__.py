@@ -1,0 +1,5 @@
+"""`python -m hopskip.cli`"""
+
+from hopskip.cli import main
+
+main()

@@ -1,0 +1,158 @@
+"""`hopskip generate`: one prompt, one text, streamed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hopskip.cli.console import PieceWriter, loading, print_json, print_statistics
+from hopskip.cli.options import DraftOptions, LoadOptions, SamplingOptions, with_options
+from hopskip.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from hopskip.llm import LLM, Prompt, StreamPiece
+    from hopskip.sampling import SamplingParams
+    from hopskip.sequence import Token
+    from hopskip.stats import SpeculativeStats
+
+_MAX_NEW_TOKENS = 256
+
+
+@with_options
+def generate(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT|-", help="The prompt, or - to read it from stdin.", show_default=False),
+    ] = None,
+    *,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    load: LoadOptions,
+    draft: DraftOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Generate text for one prompt.
+
+    The text goes to stdout as it is generated; in a terminal, colours show where each token came from. Statistics go
+    to stderr.
+    """
+    text = read_prompt(prompt or [])
+    if raw and system is not None:
+        raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
+    with loading(load.model, quiet=as_json):
+        params = sampling.params(_MAX_NEW_TOKENS)
+        llm = load.load(draft.config())
+        wrapped = _with_template(llm, text, raw, system)
+    answer = Answer()
+    writer = None if as_json else PieceWriter()
+    try:
+        for piece in llm.stream(wrapped, params):
+            answer.add(piece)
+            if writer is not None:
+                writer.write(piece)
+    except KeyboardInterrupt:
+        pass  # what was generated so far is reported like any other
+    if writer is not None:
+        writer.end()
+        if answer.stats is not None:
+            print_statistics(answer.stats, answer.tokens, answer.ending)
+    else:
+        print_json({**answer.as_dict(), "model": _describe_model(llm, load), "settings": _settings(llm, load, params)})
+    if answer.finish_reason == "abort":
+        raise typer.Exit(130)
+
+
+@dataclass
+class Answer:
+    """What a stream has given so far; `abort` until it ends by itself."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: str = "abort"
+    stats: SpeculativeStats | None = None
+
+    def add(self, piece: StreamPiece) -> None:
+        self.text += piece.text
+        self.tokens.append(piece.token)
+        self.stats = piece.stats
+        if piece.result is not None:
+            self.finish_reason = piece.result.finish_reason
+
+    @property
+    def ending(self) -> str:
+        """Why the text ends, in words."""
+        return {
+            "stop": "the text was complete",
+            "length": f"cut at --max-new-tokens {len(self.tokens)}",
+            "abort": "stopped by Ctrl-C",
+        }[self.finish_reason]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "token_ids": [token.id for token in self.tokens],
+            "origins": [token.origin for token in self.tokens],
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.as_dict() if self.stats is not None else None,
+        }
+
+
+def read_prompt(words: list[str]) -> str:
+    """The prompt of the command line: its words joined, or stdin for a single `-`, less one line end.
+
+    Raises:
+        PromptError: there is none, or stdin is not UTF-8.
+    """
+    if not words:
+        raise PromptError("no prompt given; write it after the command, or give - to read it from stdin")
+    text = " ".join(words)
+    if words == ["-"]:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise PromptError(
+                f"stdin is not valid UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it, "
+                "for example with iconv -t UTF-8"
+            ) from None
+    if not text.strip():
+        raise PromptError("the prompt is empty; give some text")
+    return text
+
+
+def _with_template(llm: LLM, text: str, raw: bool, system: str | None) -> Prompt:
+    if raw or not llm.tokenizer.has_chat_template:
+        if system is not None:
+            raise ConfigError("--system has no effect: this model has no chat template; put the text into the prompt")
+        return text
+    messages = [{"role": "user", "content": text}]
+    return [{"role": "system", "content": system}, *messages] if system is not None else messages
+
+
+def _describe_model(llm: LLM, load: LoadOptions) -> dict[str, Any]:
+    from hopskip.hub import DEFAULT_MODEL
+
+    config = llm.model.config
+    return {
+        "name": load.model or DEFAULT_MODEL,
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_parameters": config.num_parameters,
+        "max_model_len": llm.engine.max_model_len,
+        "device": str(llm.model.device),
+    }
+
+
+def _settings(llm: LLM, load: LoadOptions, params: SamplingParams) -> dict[str, Any]:
+    """Everything needed to run the same again: options with the values that were chosen for those left out."""
+    from hopskip.native import NativeModel
+
+    return {
+        "sampling": asdict(params),
+        "speculative": asdict(llm.engine.speculative),
+        **load.arguments(),
+        "backend": "native" if isinstance(llm.model, NativeModel) else "torch",
+    }

@@ -1,0 +1,228 @@
+"""`hopskip info`: what a model is, how it would run here, and what drafting with it may gain."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hopskip.cli.console import print_json
+from hopskip.cli.options import LoadOptions, ModelArgument, with_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hopskip.config import ModelConfig
+    from hopskip.evaluate.costs import ModelCosts
+
+_ACCEPTANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+_MAX_EXITS = 8  # rows of the table
+
+
+@with_options
+def info(
+    place: ModelArgument = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    load: LoadOptions,
+) -> None:
+    """Show a model's size, how it would run here, and what drafting may gain by exit layer.
+
+    Reads the checkpoint's header only, so it is quick with models of any size.
+    """
+    facts = _collect(load.at(place))
+    if as_json:
+        print_json(facts.as_dict())
+    else:
+        _print_facts(facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    path: Path
+    config: ModelConfig
+    stored_as: str
+    backend: str
+    isa: str | None
+    """Instruction set of the native backend."""
+    device: str
+    threads: int
+    costs: ModelCosts
+    default_draft: str
+    exit_layer: int | None
+    """None for a model of one layer, which has no early exit."""
+    num_draft_tokens: int
+
+    @property
+    def exits(self) -> list[int]:
+        """Exit layers to show: all of a shallow model, else an even spread and the one that is used."""
+        possible = range(1, self.config.num_hidden_layers)
+        step = -(-len(possible) // _MAX_EXITS) or 1
+        return sorted({*possible[step - 1 :: step], *([self.exit_layer] if self.exit_layer else [])})
+
+    def as_dict(self) -> dict[str, Any]:
+        config, costs = self.config, self.costs
+        return {
+            "path": str(self.path),
+            "config": asdict(config),
+            "num_parameters": config.num_parameters,
+            "stored_as": self.stored_as,
+            "backend": self.backend,
+            "isa": self.isa,
+            "device": self.device,
+            "threads": self.threads,
+            "memory": {
+                "weight_bytes": costs.total_bytes,
+                "weight_bytes_by_format": costs.bytes_by_format,
+                "bytes_per_pass": costs.bytes_per_pass,
+                "kv_bytes_per_token": costs.kv_bytes_per_token,
+            },
+            "default_draft": self.default_draft,
+            "exit_layer": self.exit_layer,
+            "is_exit_layer_recommended": self.is_recommended,
+            "num_draft_tokens": self.num_draft_tokens,
+            "head_in_layers": costs.head_in_layers,
+            "exits": [
+                {
+                    "exit_layer": exit_layer,
+                    "draft_step_cost": costs.draft_step_cost(exit_layer),
+                    "expected": [_gain(acceptance, costs.draft_step_cost(exit_layer)) for acceptance in _ACCEPTANCES],
+                }
+                for exit_layer in self.exits
+            ],
+        }
+
+    @property
+    def is_recommended(self) -> bool:
+        return self.config.recommended_exit_layer is not None
+
+
+def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
+    from hopskip.evaluate.costs import best_num_draft_tokens, expected_speedup
+
+    best = best_num_draft_tokens(acceptance, step_cost)
+    return {
+        "acceptance": acceptance,
+        "num_draft_tokens": best,
+        "speedup": expected_speedup(acceptance, best, step_cost),
+    }
+
+
+def _collect(load: LoadOptions) -> _Facts:
+    import torch
+
+    from hopskip import native
+    from hopskip.draft.config import SpeculativeConfig
+    from hopskip.evaluate.costs import model_costs
+    from hopskip.hub import find_model
+    from hopskip.load import resolve_backend
+    from hopskip.weights import open_checkpoint
+
+    arguments = load.arguments()
+    backend, device = resolve_backend(**arguments)
+    checkpoint = open_checkpoint(find_model(load.model))
+    config = checkpoint.config
+    is_native = backend == "native"
+    default = SpeculativeConfig().resolve(config)
+    exit_layer = None
+    if config.num_hidden_layers > 1:
+        exit_layer = SpeculativeConfig(draft="early-exit").resolve(config).exit_layer
+    assert default.draft is not None
+    assert default.num_draft_tokens is not None
+    return _Facts(
+        path=checkpoint.path,
+        config=config,
+        stored_as=checkpoint.quantization or str(checkpoint.dtype).removeprefix("torch."),
+        backend=backend,
+        isa=native.choose_isa() if is_native else None,
+        device=str(device),
+        threads=load.threads or (native.default_threads() if is_native else torch.get_num_threads()),
+        costs=model_costs(checkpoint, backend, load.quantize or load.dtype),
+        default_draft=default.draft,
+        exit_layer=exit_layer,
+        num_draft_tokens=default.num_draft_tokens,
+    )
+
+
+def _print_facts(facts: _Facts) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    config, costs = facts.config, facts.costs
+    head = f"{costs.head_in_layers:.1f} layers" + (", tied to the embedding" if config.tie_word_embeddings else "")
+    formats = ", ".join(f"{name} {_memory(num_bytes)}" for name, num_bytes in costs.bytes_by_format.items())
+    isa = f" ({facts.isa})" if facts.isa else ""
+    context = config.max_position_embeddings
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("model", str(facts.path))
+    table.add_row(
+        "shape",
+        f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads on {config.num_key_value_heads}, vocabulary {config.vocab_size:,}, "
+        f"context {context:,}",
+    )
+    table.add_row("parameters", f"{_count(config.num_parameters)}; the head is as large as {head}")
+    table.add_row("stored as", facts.stored_as)
+    table.add_row("runs on", f"{facts.backend}{isa}, {facts.device}, {facts.threads} threads")
+    table.add_row("weights", formats)
+    table.add_row(
+        "keys, values",
+        f"{_memory(costs.kv_bytes_per_token)} a token, {_memory(costs.kv_bytes_per_token * context)} at full context",
+    )
+    table.add_row("default draft", f"{facts.default_draft}, up to {facts.num_draft_tokens} tokens")
+    if facts.exit_layer is None:
+        table.add_row("exit layer", "none: a model of one layer has no early exit")
+    else:
+        source = "recommended by the model's makers" if facts.is_recommended else "default: a quarter of the layers"
+        table.add_row("exit layer", f"{facts.exit_layer} ({source})")
+    console = Console(highlight=False)
+    console.print(table, soft_wrap=False)
+    if facts.exit_layer is not None:
+        console.print()
+        console.print(_gains(facts))
+
+
+def _gains(facts: _Facts) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="Early-exit drafts: best draft length and expected speed-up, by acceptance rate",
+        title_justify="left",
+        title_style="bold",
+        caption="By arithmetic, for one sequence: a pass costs the bytes of weights that it reads. A draft step costs "
+        "c full passes; k tokens, each accepted with probability a, gain (1 + a + .. + a^k) / (1 + k c).",
+        caption_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("exit", justify="right")
+    table.add_column("c", justify="right")
+    for acceptance in _ACCEPTANCES:
+        table.add_column(f"{acceptance:.0%}", justify="right", no_wrap=True)
+    for exit_layer in facts.exits:
+        step_cost = facts.costs.draft_step_cost(exit_layer)
+        gains = [_gain(acceptance, step_cost) for acceptance in _ACCEPTANCES]
+        cells = [f"k={g['num_draft_tokens']} {g['speedup']:.2f}x" if g["num_draft_tokens"] else "-" for g in gains]
+        style = "bold" if exit_layer == facts.exit_layer else ""
+        table.add_row(str(exit_layer), f"{step_cost:.2f}", *cells, style=style)
+    return table
+
+
+def _memory(num_bytes: float) -> str:
+    """Bytes in decimal units, three digits.
+
+    >>> _memory(96_436_224)
+    '96.4 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
