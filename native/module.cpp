@@ -196,6 +196,7 @@ private:
         if (isa == "portable") return portable_kernels();
 #ifdef HOPSKIP_X86
         if (isa == "avx2") return avx2_kernels();
+        if (isa == "avx512") return avx512_kernels();
 #endif
         refuse("instruction set " + isa + " is not built in");
     }
@@ -264,9 +265,15 @@ private:
 };
 
 bool runs_here(const std::string& isa) {
+#ifdef HOPSKIP_EMULATES_AVX512
+    if (isa == "avx512") return true;
+#endif
 #ifdef HOPSKIP_X86
     __builtin_cpu_init();
     if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == "avx512")
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #endif
     return isa == "portable";
 }

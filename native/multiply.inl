@@ -6,7 +6,13 @@
 constexpr int PARTS = TILE / LANES;       // registers per 16 lanes
 constexpr int PREFETCH_BYTES = 4 * 1024;  // ahead of the weights in use: hardware prefetchers stop at each page
 
-// f32 and bf16 weights with f32 activations.
+static inline I splat_unit(const void* p) {  // a 32-bit unit of one row of x, in every lane
+    int32_t unit;
+    __builtin_memcpy(&unit, p, sizeof unit);
+    return splat_int(unit);
+}
+
+// f32 weights with f32 activations, bf16 weights with f32 ones or, where the processor multiplies bf16, with bf16.
 template <Format FORMAT>
 struct FloatProduct {
     static constexpr int MAX_ROWS = MAX_FLOAT_ROWS;
@@ -16,9 +22,14 @@ struct FloatProduct {
     template <int R, int STRIPS>
     static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out, size_t out_stride) {
         constexpr int COLUMNS = FORMAT == Format::f32 ? 1 : 2;  // of a unit
+        constexpr bool IN_BF16 = FORMAT == Format::bf16 && MULTIPLIES_BF16;
         const size_t stride = static_cast<size_t>(x.blocks) * BLOCK;
         const float* rows[R];
-        for (int r = 0; r < R; ++r) rows[r] = x.f32 + stride * static_cast<size_t>(first_row + r);
+        const uint16_t* bf16_rows[R];
+        for (int r = 0; r < R; ++r) {
+            rows[r] = x.f32 + stride * static_cast<size_t>(first_row + r);
+            bf16_rows[r] = x.bf16 + stride * static_cast<size_t>(first_row + r);
+        }
         V sum[STRIPS][R][PARTS];
         for (auto& of_strip : sum)
             for (auto& of_row : of_strip)
@@ -28,18 +39,19 @@ struct FloatProduct {
             for (int s = 0; s < STRIPS; ++s) {
                 const uint8_t* unit = units + m.strip_bytes * static_cast<size_t>(s);
                 prefetch(unit + PREFETCH_BYTES);
-                V even[PARTS], odd[PARTS];
-                for (int p = 0; p < PARTS; ++p) {
-                    I w = load_units(unit + p * LANES * 4);
-                    even[p] = FORMAT == Format::f32 ? as_float(w) : even_bf16(w);
-                    if (COLUMNS == 2) odd[p] = odd_bf16(w);
-                }
+                I w[PARTS];
+                for (int p = 0; p < PARTS; ++p) w[p] = load_units(unit + p * LANES * 4);
                 for (int r = 0; r < R; ++r) {
-                    V x0 = splat(rows[r][c]);
-                    for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(even[p], x0, sum[s][r][p]);
-                    if (COLUMNS == 2) {
-                        V x1 = splat(rows[r][c + 1]);
-                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(odd[p], x1, sum[s][r][p]);
+                    if constexpr (IN_BF16) {
+                        I pair = splat_unit(bf16_rows[r] + c);
+                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = dot_bf16(sum[s][r][p], w[p], pair);
+                    } else if constexpr (FORMAT == Format::bf16) {
+                        V even = splat(rows[r][c]), odd = splat(rows[r][c + 1]);
+                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(even_bf16(w[p]), even, sum[s][r][p]);
+                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(odd_bf16(w[p]), odd, sum[s][r][p]);
+                    } else {
+                        V column = splat(rows[r][c]);
+                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(as_float(w[p]), column, sum[s][r][p]);
                     }
                 }
             }
@@ -85,13 +97,13 @@ struct IntProduct {
                     I w = load_units(units + (u * PARTS + p) * LANES * 4);
                     if constexpr (FORMAT == Format::q8) {
                         SignedBytes bytes = signed_bytes(w);
-                        for (int r = 0; r < R; ++r) dot[r] = dot_signed(dot[r], bytes, splat_bytes(rows[r] + b * BLOCK + u * 4));
+                        for (int r = 0; r < R; ++r) dot[r] = dot_signed(dot[r], bytes, splat_unit(rows[r] + b * BLOCK + u * 4));
                     } else {
                         I low = low_nibbles(w), high = high_nibbles(w);
                         for (int r = 0; r < R; ++r) {
                             const int8_t* column = rows[r] + b * BLOCK + u * 4;
-                            dot[r] = dot_nibbles(dot[r], low, splat_bytes(column));
-                            dot[r] = dot_nibbles(dot[r], high, splat_bytes(column + 16));
+                            dot[r] = dot_nibbles(dot[r], low, splat_unit(column));
+                            dot[r] = dot_nibbles(dot[r], high, splat_unit(column + 16));
                         }
                     }
                 }

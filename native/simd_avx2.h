@@ -55,11 +55,6 @@ static inline V odd_bf16(I x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _
 
 static inline I zero_int() { return _mm256_setzero_si256(); }
 static inline I splat_int(int32_t x) { return _mm256_set1_epi32(x); }
-static inline I splat_bytes(const int8_t* p) {  // four of them
-    int32_t unit;
-    __builtin_memcpy(&unit, p, sizeof unit);
-    return splat_int(unit);
-}
 static inline void store_bytes(int8_t* p, I x) {
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));

@@ -57,7 +57,6 @@ static inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }
 
 static inline I zero_int() { return I{}; }
 static inline I splat_int(int32_t x) { return I{x, x, x, x}; }
-static inline I splat_bytes(const int8_t* p) { int32_t unit; std::memcpy(&unit, p, sizeof unit); return splat_int(unit); }
 static inline void store_bytes(int8_t* p, I x) { for (int i = 0; i < LANES; ++i) p[i] = static_cast<int8_t>(x[i]); }
 
 // Dot products of four bytes per lane. The bytes are multiplied as 16-bit words: products and sums of two fit in them.
