@@ -207,13 +207,14 @@ def write_gguf(
     types: Mapping[str, gguf.GGMLQuantizationType] | gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     metadata: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, np.ndarray] | None = None,
+    raw_blocks: Mapping[str, np.ndarray] | None = None,
     tokenizer: Tokenizer | None = None,
     architecture: str | None = None,
 ) -> None:
     """Write a transformers model as llama.cpp's converter would. One-dimensional tensors stay float32.
 
     `types` is the block type of all matrices, or of each by GGUF name (float32 for the rest). `metadata` overrides or
-    (with None) drops keys; keys without a dot are of the architecture.
+    (with None) drops keys. `raw_blocks`, by GGUF name, are written as they are in place of the model's own matrices.
     """
     config = model.config
     arch = architecture or {"mistral": "llama"}.get(config.model_type, config.model_type)
@@ -248,7 +249,10 @@ def write_gguf(
         kind = types if isinstance(types, gguf.GGMLQuantizationType) else types.get(own, gguf.GGMLQuantizationType.F32)
         if values.ndim < 2:
             kind = gguf.GGMLQuantizationType.F32
-        writer.add_tensor(own, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+        blocks = (raw_blocks or {}).get(own)
+        if blocks is None:
+            blocks = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+        writer.add_tensor(own, blocks, raw_dtype=kind)
     for name, values in (extra_tensors or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from hopskip.chat_template import ChatTemplate
@@ -24,6 +24,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 _MAX_HELD_TOKENS = 8  # a character has at most 4 bytes; what is incomplete after 8 tokens never becomes one
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
+_ADD_BOS = "tokenizer.ggml.add_bos_token"
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _SPECIAL_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -35,7 +36,6 @@ class Tokenizer:
         self,
         backend: Backend,
         *,
-        adds_bos: bool,
         special_tokens: Mapping[str, str],
         chat_template: str | None,
         eos_token_ids: Iterable[int],
@@ -43,9 +43,6 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._template = ChatTemplate(chat_template) if chat_template is not None else None
-        bos = special_tokens.get("bos_token")
-        bos_id = backend.token_to_id(bos) if bos is not None else None
-        self._prefix: list[int] = [bos_id] if adds_bos and bos_id is not None else []
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         """Tokens that end a text: those of the config, else the tokenizer's own and its chat template's."""
 
@@ -64,7 +61,7 @@ class Tokenizer:
         Raises:
             PromptError: the text cannot be written as UTF-8 (a lone surrogate).
         """
-        return self._prefix + self._encode_plain(text)
+        return self._encode(text, add_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out. Bytes that form no character become U+FFFD."""
@@ -98,11 +95,11 @@ class Tokenizer:
         text = self._template.render(
             messages, add_generation_prompt=add_generation_prompt, **{**self._special_tokens, **variables}
         )
-        return self._encode_plain(text)
+        return self._encode(text, add_special_tokens=False)  # the template writes them itself
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError) as error:
             raise PromptError(f"the prompt is not valid text ({error}); give a string of Unicode characters") from None
         return ids
@@ -165,12 +162,8 @@ def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
     backend.no_padding()
     special_tokens = _special_tokens(folder, settings)
     own_eos = special_tokens.get("eos_token")
-    adds_bos = settings.get("add_bos_token")
-    if adds_bos is None:
-        adds_bos = _starts_with_bos(backend, special_tokens.get("bos_token"))
     return Tokenizer(
         backend,
-        adds_bos=adds_bos,
         special_tokens=special_tokens,
         chat_template=_chat_template(folder, settings),
         eos_token_ids=config.eos_token_ids or _ids(backend, [own_eos] if own_eos else []),
@@ -206,11 +199,6 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         if isinstance(value, str):
             tokens[kind] = value
     return tokens
-
-
-def _starts_with_bos(backend: Backend, bos: str | None) -> bool:
-    """Whether the post-processor puts BOS before every text."""
-    return bos is not None and backend.encode("").tokens[:1] == [bos]
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -272,10 +260,12 @@ def _from_gguf(path: Path, config: ModelConfig) -> Tokenizer:
                 f"{path}: pre-tokenizer {metadata.get('tokenizer.ggml.pre')!r} is not supported (those that are: "
                 f"{', '.join(_SPLITS)}); use the model's Hugging Face folder"
             )
-        backend = _byte_level_backend(path, metadata, split)
-        default_bos = split.adds_bos
+        try:
+            backend = _byte_level_backend(metadata, split)
+        except Exception as error:  # the library raises plain Exception; tables may be missing or malformed
+            raise CheckpointError(f"{path}: the tokenizer's tables are corrupt ({error}); download it again") from None
     else:
-        backend, default_bos = _convert(path), True  # llama.cpp adds BOS to sentencepiece vocabularies by default
+        backend = _convert(path)
     special_tokens = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -286,22 +276,18 @@ def _from_gguf(path: Path, config: ModelConfig) -> Tokenizer:
     end_of_turn = [token for token in _END_OF_TURN if template and token in template]
     return Tokenizer(
         backend,
-        adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", default_bos)),
         special_tokens=special_tokens,
         chat_template=template,
         eos_token_ids=(*config.eos_token_ids, *_ids(backend, end_of_turn)),
     )
 
 
-def _byte_level_backend(path: Path, metadata: Mapping[str, Any], split: _Split) -> Backend:
+def _byte_level_backend(metadata: Mapping[str, Any], split: _Split) -> Backend:
     """The tokenizer that the metadata of a byte-level (`gpt2`) vocabulary describes."""
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
-    try:
-        merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignores_merges))
-    except Exception as error:  # the library raises plain Exception; merges may be missing or malformed
-        raise CheckpointError(f"{path}: the tokenizer's tables are corrupt ({error}); download it again") from None
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignores_merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None)
     if split.pattern is None:
         words: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
@@ -314,6 +300,10 @@ def _byte_level_backend(path: Path, metadata: Mapping[str, Any], split: _Split) 
     by_kind = [(token, kind) for token, kind in zip(tokens, kinds, strict=False) if kind in (_CONTROL, _USER_DEFINED)]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in by_kind if k == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in by_kind if k == _USER_DEFINED])
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    if isinstance(bos_id, int) and 0 <= bos_id < len(tokens) and metadata.get(_ADD_BOS, split.adds_bos):
+        bos = tokens[bos_id]
+        backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, bos_id)])
     return backend
 
 
