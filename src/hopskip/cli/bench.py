@@ -1,0 +1,235 @@
+"""`hopskip bench`: how fast, against plain decoding and against others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hopskip.cli.console import loading, print_json
+from hopskip.cli.options import DraftOptions, LoadOptions, with_options
+from hopskip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hopskip.evaluate.bench import Result
+    from hopskip.evaluate.contenders import Contender
+    from hopskip.evaluate.prompts import Prompt
+
+
+@with_options
+def bench(
+    *,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET|FILE",
+            help="alpaca, gsm8k, humaneval, mt_bench, copy, or a .jsonl file; may be given several times "
+            "(default: alpaca).",
+            show_default=False,
+        ),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(metavar="N", help="Prompts of each set, evenly spread.")] = 10,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Tokens to generate per prompt.")
+    ] = 64,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Runs of every prompt; the median counts.")] = 3,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Opponents, with commas between: transformers, transformers-early-exit, llama.cpp, llama.cpp-lookup.",
+        ),
+    ] = None,
+    llama_cpp_model: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A GGUF file for llama.cpp; may be given several times.", show_default=False),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,...",
+            help="A further contender of ours: draft=ngram,num_draft_tokens=3 or quantize=q8,draft=none; may be given "
+            "several times.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    load: LoadOptions,
+    draft: DraftOptions,
+) -> None:
+    """Measure decoding and prefill, greedy, on a CPU.
+
+    Contenders run in processes of their own and take turns prompt by prompt; all get the same token ids, generate the
+    same number of tokens, and use the same number of threads.
+    """
+    _require(num_prompts >= 1, "num_prompts", num_prompts, 1)
+    _require(repeats >= 1, "repeats", repeats, 1)
+    _require(max_new_tokens >= 2, "max_new_tokens", max_new_tokens, 2)
+    if load.device not in ("auto", "cpu"):
+        raise ConfigError(f"device is {load.device!r}; this benchmark runs on a CPU, so leave it out")
+    with loading(load.model, quiet=as_json):
+        from hopskip.evaluate import bench as measuring
+        from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+        from hopskip.evaluate.plot import require_matplotlib, write_plot
+
+        if plot is not None:
+            require_matplotlib()
+        sources = prompts or ["alpaca"]
+        contenders, encoded = _prepare(
+            load, draft, sources, num_prompts, max_new_tokens, setting, against, llama_cpp_model
+        )
+        threads = num_usable_cores() if load.threads is None else load.threads
+        _require(threads >= 1, "threads", threads, 1)
+        machine = describe_machine(threads, measure_read_bandwidth(threads))
+    results = _measure(contenders, encoded, max_new_tokens, repeats, threads, quiet=as_json)
+    report = measuring.report(
+        results,
+        machine=machine,
+        versions=versions(),
+        settings={
+            "model": load.model,
+            "prompts": sources,
+            "num_prompts": len(encoded),
+            "max_new_tokens": max_new_tokens,
+            "repeats": repeats,
+            "dtype": load.dtype,
+            "quantize": load.quantize,
+            "backend": load.backend,
+            "draft": vars(draft),
+        },
+    )
+    if plot is not None:
+        write_plot(report, plot)
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+    # an opponent may be absent; we may not
+    if any(c["status"] != "measured" for c in report["contenders"] if c["name"].startswith("hopskip")):
+        raise typer.Exit(1)
+
+
+def _require(holds: bool, name: str, value: int, least: int) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+def _prepare(
+    load: LoadOptions,
+    draft: DraftOptions,
+    sources: list[str],
+    num_prompts: int,
+    max_new_tokens: int,
+    settings: list[str] | None,
+    against: str | None,
+    llama_cpp_models: list[Path] | None,
+) -> tuple[list[Contender], list[tuple[Prompt, list[int]]]]:
+    """The contenders, and the prompts with their token ids; whatever is wrong with the options is found here."""
+    from hopskip.errors import PromptError
+    from hopskip.evaluate.contenders import Hopskip, Precision
+    from hopskip.evaluate.lineup import lineup
+    from hopskip.evaluate.prompts import load_prompts
+    from hopskip.hub import find_model
+    from hopskip.load import resolve_backend
+    from hopskip.tokenizer import Tokenizer
+    from hopskip.weights import open_checkpoint
+
+    checkpoint = open_checkpoint(find_model(load.model))
+    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    arguments = load.arguments()
+    for file in llama_cpp_models or ():
+        if not file.is_file():
+            raise ConfigError(f"llama-cpp-model {str(file)!r} does not exist; give a GGUF file")
+    encoded = [(p, p.encode(tokenizer)) for source in dict.fromkeys(sources) for p in load_prompts(source, num_prompts)]
+    longest = max(len(ids) for _, ids in encoded) + max_new_tokens
+    if longest > checkpoint.config.max_position_embeddings:
+        raise PromptError(
+            f"a prompt with its {max_new_tokens} new tokens has {longest} tokens; the model's context holds "
+            f"{checkpoint.config.max_position_embeddings}"
+        )
+    contenders = lineup(
+        checkpoint.path,
+        checkpoint.config,
+        Precision(dtype=arguments["dtype"], quantize=arguments["quantize"], backend=arguments["backend"]),
+        draft.config(),
+        settings=settings or (),
+        against=[name.strip() for name in against.split(",")] if against else (),
+        llama_cpp_models=llama_cpp_models or (),
+    )
+    for how in dict.fromkeys(c.precision for c in contenders if isinstance(c, Hopskip)):
+        resolve_backend(dtype=how.dtype, quantize=how.quantize, device="cpu", backend=how.backend, threads=load.threads)
+    return contenders, encoded
+
+
+def _measure(
+    contenders: list[Contender],
+    prompts: list[tuple[Prompt, list[int]]],
+    max_new_tokens: int,
+    repeats: int,
+    threads: int,
+    *,
+    quiet: bool,
+) -> list[Result]:
+    """Measure, with a progress bar in a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hopskip.evaluate.bench import measure
+
+    console = Console(stderr=True)
+    num_steps = len(contenders) * (1 + repeats * len(prompts))
+    # drawn between runs only: a bar that redraws itself by a clock would take time from what is measured
+    with Progress(console=console, transient=True, auto_refresh=False, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=num_steps)
+
+        def on_step(name: str) -> None:
+            bar.update(task, description=name, advance=1, refresh=True)
+
+        return measure(
+            contenders, prompts, num_tokens=max_new_tokens, repeats=repeats, threads=threads, on_step=on_step
+        )
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    machine, settings = report["machine"], report["settings"]
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['read_bytes_per_second'] / 1e9:.1f} GB/s read; "
+        f"{settings['num_prompts']} prompts ({', '.join(settings['prompts'])}), {settings['max_new_tokens']} tokens, "
+        f"medians of {settings['repeats']} repeats",
+        style="dim",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "decode", "prefill", "bandwidth", "tokens/pass", "lossless", "ours / this"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    contenders = report["contenders"]
+    absent = [c for c in contenders if c["status"] != "measured"]
+    for contender in contenders:
+        if contender in absent:
+            continue
+        ours = contenders[0]["decode_ratio_to"].get(contender["name"], {}).get("all")
+        lossless = {None: "", True: "yes", False: "no"}[contender["lossless"]]
+        if contender["lossless"] is False:
+            lossless = f"{sum(p['matches_plain'] for p in contender['per_prompt'])}/{len(contender['per_prompt'])}"
+        table.add_row(
+            contender["name"],
+            f"{contender['decode_tokens_per_second']:.1f}",
+            f"{contender['prefill_tokens_per_second']:.0f}",
+            f"{contender['mbu']:.0%}",
+            f"{contender['mean_acceptance_length']:.2f}",
+            lossless,
+            "" if ours is None else f"{ours:.2f} x",
+        )
+    console.print(table)
+    console.print("decode and prefill in tokens/s; ours is the first line", style="dim")
+    for contender in absent:
+        console.print(
+            f"{contender['name']}: {contender['status']}: {contender['reason']}", markup=False, soft_wrap=True
+        )

@@ -1,0 +1,254 @@
+"""`hopskip check`: proofs that speculation changes nothing, on a model of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hopskip.cli.console import loading, print_json
+from hopskip.cli.options import LoadOptions, ModelArgument, with_options
+from hopskip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hopskip.evaluate.prompts import Prompt
+    from hopskip.evaluate.proof import Proof
+    from hopskip.model import Model
+    from hopskip.tokenizer import Tokenizer
+    from hopskip.weights import Checkpoint
+
+_PRECISIONS = {
+    "auto": "auto",
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "q8": "q8",
+    "q4": "q4",
+}
+_NUM_PROMPTS, _MAX_NEW_TOKENS = 20, 32
+_NUM_PROMPTS_AGAINST, _MAX_NEW_TOKENS_AGAINST = 80, 64
+_STYLES = {"passed": "green", "failed": "bold red", "not claimed": "dim"}
+
+
+@with_options
+def check(
+    place: ModelArgument = None,
+    *,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Precisions to check, with commas between: auto, float32, bfloat16, float16, q8, q4 (default: float32 "
+            "and bfloat16, on the native backend q8 and q4 as well).",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="transformers",
+            help="Compare greedy texts and tokenised prompts with transformers instead (80 prompts, 64 tokens).",
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Prompts per proof (default: 20; with --against 80).", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            metavar="N",
+            help="Tokens to generate per prompt (default: 32; with --against 64).",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    load: LoadOptions,
+) -> None:
+    """Prove that speculation changes no token and no distribution; exit code 1 if a proof fails.
+
+    Greedy ids (and hidden states) against plain decoding for every draft source, length and verify mode; sampled
+    tokens against the exact distribution; texts alone against texts in a batch and after a cached prefix.
+    """
+    from hopskip.evaluate.proof import all_hold
+
+    load = load.at(place)
+    if load.dtype != "auto" or load.quantize is not None:
+        given = f"--quantize {load.quantize}" if load.quantize is not None else f"--dtype {load.dtype}"
+        raise ConfigError(f"{given} has no effect here; name the precisions to check, such as --precision bfloat16,q8")
+    if against not in (None, "transformers"):
+        raise ConfigError(f"against is {against!r}; only 'transformers' can be compared with")
+    if max_new_tokens is not None and max_new_tokens < 2:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; a proof needs at least 2")
+    found: list[tuple[str, Proof]] = []
+    table = None if as_json else _Table()
+    for name, proof in _proofs(load, precision, against, num_prompts, max_new_tokens, quiet=as_json):
+        found.append((name, proof))
+        if table is not None:
+            table.add(name, proof)
+    passed = all_hold(proof for _, proof in found)
+    if as_json:
+        print_json({"passed": passed, "proofs": [{"precision": name, **proof.as_dict()} for name, proof in found]})
+    elif table is not None:
+        table.conclude(passed, [proof for _, proof in found])
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _proofs(
+    load: LoadOptions,
+    precision: str | None,
+    against: str | None,
+    num_prompts: int | None,
+    max_new_tokens: int | None,
+    *,
+    quiet: bool,
+) -> Iterator[tuple[str, Proof]]:
+    """Every proof, with the precision it was made in."""
+    from hopskip.evaluate.prompts import load_prompts, mixed_prompts
+    from hopskip.hub import find_model
+    from hopskip.tokenizer import Tokenizer
+    from hopskip.weights import open_checkpoint
+
+    checkpoint = open_checkpoint(find_model(load.model))
+    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    if against is not None:
+        prompts = load_prompts("alpaca", _NUM_PROMPTS_AGAINST if num_prompts is None else num_prompts)
+        yield from _against_transformers(
+            load,
+            precision or "float32",
+            checkpoint,
+            tokenizer,
+            prompts,
+            max_new_tokens or _MAX_NEW_TOKENS_AGAINST,
+            quiet,
+        )
+        return
+    from hopskip.evaluate.context import context_proofs
+    from hopskip.evaluate.greedy import greedy_proofs
+    from hopskip.evaluate.sampled import sampling_proofs
+
+    prompts = mixed_prompts(_NUM_PROMPTS if num_prompts is None else num_prompts)
+    ids = [prompt.encode(tokenizer) for prompt in prompts]
+    length = max_new_tokens or _MAX_NEW_TOKENS
+    for name, model in _models(load, precision, checkpoint, quiet):
+        for proofs in (
+            greedy_proofs(model, ids, length),
+            sampling_proofs(model, ids),
+            context_proofs(model, ids, length),
+        ):
+            for proof in proofs:
+                yield name, proof
+
+
+def _against_transformers(
+    load: LoadOptions,
+    precision: str,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    quiet: bool,
+) -> Iterator[tuple[str, Proof]]:
+    import torch
+
+    from hopskip.evaluate.greedy import PLAIN
+    from hopskip.evaluate.hf_reference import (
+        encode_in_transformers,
+        load_in_transformers,
+        load_tokenizer_in_transformers,
+        tokenizer_proof,
+        transformers_proof,
+    )
+    from hopskip.evaluate.recorder import run
+    from hopskip.sampling import SamplingParams
+
+    if parse_precisions(precision) != ["float32"]:
+        raise ConfigError(
+            f"precision is {precision!r}; transformers rounds other precisions than float32 in its own way, so only "
+            "float32 can be compared"
+        )
+    ids = [prompt.encode(tokenizer) for prompt in prompts]
+    theirs = load_tokenizer_in_transformers(checkpoint.path)
+    yield "", tokenizer_proof(ids, [encode_in_transformers(theirs, prompt) for prompt in prompts])
+    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+    for name, model in _models(load, precision, checkpoint, quiet):
+        runs = run(model, ids, PLAIN, params, max_num_seqs=16)
+        reference = load_in_transformers(checkpoint.path, torch.float32)
+        yield name, transformers_proof(reference, ids, [r.token_ids for r in runs], "plain decoding")
+
+
+def _models(
+    load: LoadOptions, precision: str | None, checkpoint: Checkpoint, quiet: bool
+) -> Iterator[tuple[str, Model]]:
+    """The model in one precision after the other; each is let go before the next is loaded."""
+    from hopskip.load import load_model, resolve_backend
+
+    if precision is None:
+        backend, _ = resolve_backend(**load.arguments())
+        precision = "float32,bfloat16,q8,q4" if backend == "native" else "float32,bfloat16"
+    names = parse_precisions(precision)
+    for name in names:
+        chosen = replace(load, quantize=name) if name in ("q8", "q4") else replace(load, dtype=name)
+        with loading(load.model, quiet=quiet):
+            model = load_model(checkpoint, **chosen.arguments())
+        yield name, model
+
+
+def parse_precisions(text: str) -> list[str]:
+    """`bf16,q8` -> `["bfloat16", "q8"]`.
+
+    Raises:
+        ConfigError: one is unknown or given twice.
+    """
+    names = [_PRECISIONS.get(part.strip(), "") for part in text.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"precision is {text!r}; give some of {', '.join(dict.fromkeys(_PRECISIONS.values()))}, each once"
+        )
+    return names
+
+
+class _Table:
+    """Proofs as they come: a heading per precision and topic, a line per proof."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console: Console = Console(highlight=False)
+        self._heading = ""
+        self._claim = ""
+
+    def add(self, precision: str, proof: Proof) -> None:
+        heading = " ".join(filter(None, (precision, proof.topic)))
+        if (heading, proof.claim) != (self._heading, self._claim):
+            self._print(f"{heading}: {proof.claim}", style="bold", before="\n")
+            self._heading, self._claim = heading, proof.claim
+        self._print(f"{proof.status:<12}{proof.setting:<34}{proof.detail}", style=_STYLES[proof.status], before="  ")
+        for tie in proof.ties:
+            self._print(
+                f"tie at prompt {tie.prompt}, token {tie.position}: {tie.got} or {tie.expected}, {tie.gap:.1e} apart",
+                style="dim",
+                before=" " * 14,
+            )
+
+    def conclude(self, passed: bool, proofs: list[Proof]) -> None:
+        counts: dict[str, int] = {}
+        for proof in proofs:
+            counts[proof.status] = counts.get(proof.status, 0) + 1
+        outcome = ", ".join(f"{number} {status}" for status, number in counts.items())
+        self._print(outcome, style=_STYLES["passed" if passed else "failed"], before="\n")
+
+    def _print(self, text: str, *, style: str, before: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(before) + Text(text, style=style), soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Proofs and measurements: `hopskip check`, `hopskip bench`."""

@@ -1,0 +1,95 @@
+"""Run the engine, and keep what it computed: tokens, counts, and the final hidden states behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hopskip.cache import Cache, Rows
+from hopskip.draft.config import SpeculativeConfig
+from hopskip.engine import Engine
+from hopskip.model import Model
+from hopskip.sampling import SamplingParams
+from hopskip.stats import SpeculativeStats
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one prompt gave."""
+
+    token_ids: list[int]
+    """Generated tokens."""
+    states: Tensor
+    """Final hidden states at every committed position, those of the prompt first: [T, D]. The last generated token has
+    none, it was not fed back."""
+    stats: SpeculativeStats
+
+
+class Recorder:
+    """A model that notes the final hidden state of every position. A later pass over a position replaces it, as it does
+    in the cache; so what is left at a committed position is what the committed tokens were computed from."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._states: dict[tuple[int, int], Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+        h_ND = self._model.run_layers(h_ND, start, stop, rows, cache)
+        if stop == self._model.config.num_hidden_layers:
+            for place, h_D in zip(zip(rows.slots.tolist(), rows.positions.tolist(), strict=True), h_ND, strict=True):
+                self._states[place] = h_D
+        return h_ND
+
+    def states(self, slot: int, num_positions: int) -> Tensor:
+        """Final hidden states of the first positions of a slot, [T, D]."""
+        return torch.stack([self._states[slot, position] for position in range(num_positions)])
+
+
+def run(
+    model: Model,
+    prompts: Seq[Seq[int]],
+    speculative: SpeculativeConfig,
+    params: SamplingParams,
+    *,
+    max_num_seqs: int,
+    rows_per_sequence: int | None = None,
+) -> list[Run]:
+    """Generate for each prompt, `max_num_seqs` at a time, without reusing anybody's cache."""
+    runs: list[Run] = []
+    for first in range(0, len(prompts), max_num_seqs):
+        # a new engine for each group: every sequence then keeps a slot to itself
+        recorder = Recorder(model)
+        engine = Engine(
+            cast(Model, recorder),
+            speculative,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=False,
+            rows_per_sequence=rows_per_sequence,
+        )
+        sequences = [engine.add(prompt, params) for prompt in prompts[first : first + max_num_seqs]]
+        while engine.has_work:
+            engine.step()
+        runs.extend(
+            Run([token.id for token in s.tokens], recorder.states(s.slot, s.num_cached), s.stats) for s in sequences
+        )
+    return runs
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of every bit: NaN equals itself, and 0 is not -0."""
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def first_difference(a: Seq[object], b: Seq[object]) -> int | None:
+    """Index of the first difference of two sequences; the end of the shorter one counts, None if they are equal."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
