@@ -6,8 +6,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from hopskip.hub import DEFAULT_MODEL_PACKAGE, find_model
+
+# On tensors of a few thousand numbers, waking a second thread costs more than the work, and on a busy machine far more.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

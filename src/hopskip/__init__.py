@@ -1,12 +1,33 @@
-"""hopskip: a language model as its own draft model. See `LLM`."""
+"""hopskip: a language model as its own draft model. Start with `LLM`."""
 
-from hopskip.draft.config import SpeculativeConfig
-from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
-from hopskip.llm import LLM, GenerationResult, StreamPiece
-from hopskip.sampling import SamplingParams
-from hopskip.sequence import Token
-from hopskip.stats import SpeculativeStats
+from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hopskip.draft.config import SpeculativeConfig
+    from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
+    from hopskip.llm import LLM, GenerationResult, StreamPiece
+    from hopskip.sampling import SamplingParams
+    from hopskip.sequence import Token
+    from hopskip.stats import SpeculativeStats
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "llm",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "GenerationResult": "llm",
+    "HopskipError": "errors",
+    "PromptError": "errors",
+    "SamplingParams": "sampling",
+    "SpeculativeConfig": "draft.config",
+    "SpeculativeStats": "stats",
+    "StreamPiece": "llm",
+    "Token": "sequence",
+}
 __all__ = [
     "LLM",
     "CheckpointError",
@@ -20,4 +41,10 @@ __all__ = [
     "StreamPiece",
     "Token",
 ]
-__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: importing PyTorch takes a second that `hopskip --help` need not wait for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

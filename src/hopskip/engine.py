@@ -121,7 +121,10 @@ class Engine:
         """End a request now; its slot is free for the next step. Aborting a finished request does nothing."""
         if not sequence.is_finished:
             sequence.finish_reason = "abort"
-            self._retire()
+            if sequence in self._running:
+                self._retire()
+            else:
+                self._waiting.remove(sequence)
 
     @property
     def has_work(self) -> bool:
@@ -184,7 +187,6 @@ class Engine:
         for sequence in [s for s in self._running if s.is_finished]:
             self._running.remove(sequence)
             self._slot_token_ids[sequence.slot] = sequence.token_ids[: sequence.num_cached]
-        self._waiting = deque(s for s in self._waiting if not s.is_finished)
 
     @property
     def _cache_or_fail(self) -> Cache:
@@ -326,15 +328,7 @@ def _verify_logits(sequence: Sequence, draft: Draft, logits_NV: Tensor) -> Verdi
     """Verify one draft against the target's logits after 0, 1, .. draft tokens."""
     params = sequence.params
     if params.changes_logits:
-        adjusted = []
-        for i, logits_V in enumerate(logits_NV):
-            if i and sequence.counts is not None:
-                sequence.counts.push(draft.token_ids[i - 1])
-            adjusted.append(adjust_logits(logits_V, params, sequence.counts))
-        if sequence.counts is not None:
-            for token in draft.token_ids:
-                sequence.counts.pop(token)
-        logits_NV = torch.stack(adjusted)
+        logits_NV = adjust_logits(logits_NV, params, sequence.counts, draft.token_ids)
     if params.is_greedy:
         return verify_greedy(draft.token_ids, logits_NV.argmax(dim=-1).tolist())
     probs_NV = probabilities(logits_NV, params)

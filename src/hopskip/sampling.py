@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -94,38 +95,44 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
 
 
 class TokenCounts:
-    """Which tokens a sequence holds: what penalties depend on.
-
-    `push` and `pop` follow a draft: row i of a verify pass must see the sequence with the first i draft tokens.
-    """
+    """Which tokens a sequence holds, and how often: what penalties depend on."""
 
     def __init__(self, prompt_ids: list[int], vocab_size: int) -> None:
         self.in_prompt_V = torch.zeros(vocab_size, dtype=torch.bool)
         self.in_prompt_V[prompt_ids] = True
-        self.in_output_V = torch.zeros(vocab_size, dtype=torch.int32)
+        self.in_output_V = torch.zeros(vocab_size)
 
-    def push(self, token: int) -> None:
+    def add(self, token: int) -> None:
         self.in_output_V[token] += 1
 
-    def pop(self, token: int) -> None:
-        self.in_output_V[token] -= 1
+    def along(self, draft_ids: Seq[int]) -> Tensor:
+        """Counts in the output after 0, 1, .. M draft tokens, float32 [M + 1, V]."""
+        counts_NV = self.in_output_V.repeat(len(draft_ids) + 1, 1)
+        for i, token in enumerate(draft_ids):
+            counts_NV[i + 1 :, token] += 1
+        return counts_NV
 
 
-def adjust_logits(logits_V: Tensor, params: SamplingParams, counts: TokenCounts | None) -> Tensor:
-    """Apply penalties, then biases. Returns new logits; `counts` is needed only where `params.has_penalties`."""
-    logits_V = logits_V.clone()
+def adjust_logits(
+    logits_NV: Tensor, params: SamplingParams, counts: TokenCounts | None, draft_ids: Seq[int] = ()
+) -> Tensor:
+    """Apply penalties, then biases. Returns new logits [N, V].
+
+    The rows follow the last N - 1 tokens of `draft_ids`: the last row comes after all of them, the row before after all
+    but one, and so on. `counts` (without the draft) is needed only where `params.has_penalties`.
+    """
+    logits_NV = logits_NV.clone()
     if params.has_penalties:
         assert counts is not None
-        output_V = counts.in_output_V.to(logits_V.device)
+        output_NV = counts.along(draft_ids)[-len(logits_NV) :].to(logits_NV.device)
         if params.repetition_penalty != 1:
-            seen_V = (output_V > 0) | counts.in_prompt_V.to(logits_V.device)
-            penalty = params.repetition_penalty
-            penalised = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-            logits_V = torch.where(seen_V, penalised, logits_V)
-        logits_V -= params.presence_penalty * (output_V > 0) + params.frequency_penalty * output_V
+            seen_NV = (output_NV > 0) | counts.in_prompt_V.to(logits_NV.device)
+            factor = torch.where(logits_NV > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+            logits_NV = torch.where(seen_NV, logits_NV * factor, logits_NV)
+        logits_NV -= params.presence_penalty * (output_NV > 0) + params.frequency_penalty * output_NV
     for token_id, bias in params.logit_bias.items():
-        logits_V[token_id] += bias
-    return logits_V
+        logits_NV[:, token_id] += bias
+    return logits_NV
 
 
 def probabilities(logits_NV: Tensor, params: SamplingParams) -> Tensor:

@@ -79,7 +79,7 @@ class Sequence:
         self.token_ids.append(token.id)
         self.tokens.append(token)
         if self.counts is not None:
-            self.counts.push(token.id)
+            self.counts.add(token.id)
         if token.id in self.stop_token_ids or (self.is_stop is not None and self.is_stop(token.id)):
             self.finish_reason = "stop"
         elif self.num_tokens_left == 0:

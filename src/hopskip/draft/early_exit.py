@@ -32,10 +32,6 @@ class EarlyExitDrafter:
         while active:
             self._step([sequences[i] for i in active], [drafts[i] for i in active], cache)
             active = [i for i in active if not drafts[i].is_closed and len(drafts[i].token_ids) < limits[i]]
-        for sequence, draft in zip(sequences, drafts, strict=True):
-            if sequence.counts is not None:
-                for token in draft.token_ids:
-                    sequence.counts.pop(token)
         return drafts
 
     def _step(self, sequences: Seq[Sequence], drafts: Seq[Draft], cache: Cache) -> None:
@@ -55,18 +51,16 @@ class EarlyExitDrafter:
             if logits_NV is None:
                 token = best[i]
             else:
-                logits_V = logits_NV[i]
+                logits_1V = logits_NV[i : i + 1]
                 if params.changes_logits:
-                    logits_V = adjust_logits(logits_V, params, sequence.counts)
+                    logits_1V = adjust_logits(logits_1V, params, sequence.counts, draft.token_ids)
                 if params.is_greedy:
-                    probs_V = logits_V.softmax(dim=-1)
-                    token = int(logits_V.argmax())
+                    probs_V = logits_1V[0].softmax(dim=-1)
+                    token = int(logits_1V.argmax())
                 else:
-                    probs_V = probabilities(logits_V[None], params)[0]
+                    probs_V = probabilities(logits_1V, params)[0]
                     token = draw(probs_V, sequence.generator)
                     assert draft.probs is not None
                     draft.probs.append(probs_V)
                 draft.is_closed = float(probs_V[token]) < self._min_confidence
             draft.token_ids.append(token)
-            if sequence.counts is not None:
-                sequence.counts.push(token)

@@ -1,0 +1,101 @@
+"""Sampling through the whole speculative path leaves the target's exact distribution; a wrong accept rule does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+import hopskip.engine
+from hopskip import SamplingParams, SpeculativeConfig
+from hopskip.engine import Engine
+from hopskip.sampling import draw
+from hopskip.verify import Verdict
+from tests.models import MarkovModel
+from tests.oracle import exact_joint
+
+VOCAB = 4
+NUM_SAMPLES = 100_000
+SKIP, LENGTH = 1, 3  # token 0 comes from the prompt's pass; tokens 1 to 3 from a draft of three
+PROMPT = [0, 1, 2, 0, 1, 3, 0, 1]  # its end stands in it before, so that n-gram lookup has something to propose
+PARAMS = SamplingParams(
+    max_new_tokens=5,
+    temperature=0.9,
+    top_p=0.92,
+    repetition_penalty=1.2,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    logit_bias={2: 0.4},
+)
+
+
+def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
+    """Of the chi-squared test of generated against exactly computed frequencies of `LENGTH` tokens."""
+    generator = torch.Generator().manual_seed(5)
+    target = torch.randn(VOCAB, VOCAB, generator=generator)
+    exits = target + 0.8 * torch.randn(VOCAB, VOCAB, generator=generator)
+    engine = Engine(
+        MarkovModel(exits, target),
+        SpeculativeConfig(draft=draft, num_draft_tokens=3),  # type: ignore[arg-type]
+        max_num_seqs=500,
+        prefix_caching=False,
+    )
+    sequences = [engine.add(PROMPT, PARAMS) for _ in range(num_samples)]
+    # the requests' own seeds are random; a test needs the same every time
+    for seed, sequence in enumerate(sequences):
+        sequence.generator.manual_seed(seed)
+    while engine.has_work:
+        engine.step()
+    observed = np.zeros((VOCAB,) * LENGTH)
+    for sequence in sequences:
+        observed[tuple(token.id for token in sequence.tokens[SKIP : SKIP + LENGTH])] += 1
+    drafted = sum(s.stats.num_draft_tokens for s in sequences)
+    accepted = sum(s.stats.num_accepted_tokens for s in sequences)
+    assert 0.2 * drafted < accepted < 0.9 * drafted
+    expected = exact_joint(target.double().numpy(), PROMPT, PARAMS, SKIP, LENGTH) * num_samples
+    observed = observed.ravel()
+    assert observed[expected == 0].sum() == 0
+    # cells too rare for the chi-squared approximation are taken together
+    rare = expected < 5
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    keep = expected > 0
+    return float(chisquare(observed[keep], expected[keep], sum_check=False).pvalue)
+
+
+@pytest.mark.parametrize("draft", ["early-exit", "ngram"])
+def test_joint_distribution_is_exact(draft: str) -> None:
+    assert p_value(draft) > 0.001
+
+
+def resample_from_the_target(
+    draft_ids: Sequence[int], draft_probs: Sequence[Tensor] | None, target_probs: Tensor, generator: torch.Generator
+) -> Verdict:
+    """Wrong: on rejection draws from the target, not from what the draft left of it."""
+    for index, token in enumerate(draft_ids):
+        draft_probability = 1.0 if draft_probs is None else float(draft_probs[index][token])
+        if float(torch.rand((), generator=generator)) * draft_probability >= float(target_probs[index][token]):
+            return Verdict(index, draw(target_probs[index], generator))
+    return Verdict(len(draft_ids), draw(target_probs[len(draft_ids)], generator))
+
+
+def compare_greedily(
+    draft_ids: Sequence[int], draft_probs: Sequence[Tensor] | None, target_probs: Tensor, generator: torch.Generator
+) -> Verdict:
+    """Wrong: accepts a token whenever the target likes it at least as much as the draft did."""
+    for index, token in enumerate(draft_ids):
+        draft_probability = 0.5 if draft_probs is None else float(draft_probs[index][token])
+        if float(target_probs[index][token]) < draft_probability:
+            return Verdict(index, draw(target_probs[index], generator))
+    return Verdict(len(draft_ids), draw(target_probs[len(draft_ids)], generator))
+
+
+@pytest.mark.parametrize("draft", ["early-exit", "ngram"])
+@pytest.mark.parametrize("wrong", [resample_from_the_target, compare_greedily])
+def test_a_wrong_accept_rule_is_found_out(draft: str, wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopskip.engine, "verify_sampled", wrong)
+    assert p_value(draft, NUM_SAMPLES // 5) < 0.001

@@ -1,0 +1,56 @@
+"""The verifiers: properties of greedy acceptance, and the distribution that sampling leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from hopskip.verify import verify_greedy, verify_sampled
+
+tokens = st.integers(0, 3)
+
+
+@given(st.data(), st.lists(tokens, max_size=6))
+def test_greedy_keeps_exactly_what_plain_decoding_would_give(data: st.DataObject, draft_ids: list[int]) -> None:
+    target_ids = data.draw(st.lists(tokens, min_size=len(draft_ids) + 1, max_size=len(draft_ids) + 1))
+    num_accepted, next_token = verify_greedy(draft_ids, target_ids)
+    kept = [*draft_ids[:num_accepted], next_token]
+    assert kept == target_ids[: len(kept)]
+    assert num_accepted == len(draft_ids) or draft_ids[num_accepted] != target_ids[num_accepted]
+
+
+@given(st.integers(0, 2**32), st.lists(tokens, min_size=1, max_size=5))
+def test_a_draft_from_the_target_itself_is_always_accepted(seed: int, draft_ids: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (torch.rand(len(draft_ids) + 1, 4, generator=generator) + 0.01).softmax(dim=-1)
+    verdict = verify_sampled(draft_ids, list(probs[:-1]), probs, generator)
+    assert verdict.num_accepted == len(draft_ids)
+
+
+@given(st.integers(0, 2**32), st.booleans())
+def test_a_token_the_target_rules_out_is_never_kept(seed: int, is_certain: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.tensor([[0.0, 0.3, 0.7, 0.0]] * 2)
+    draft_probs = None if is_certain else [torch.tensor([0.9, 0.05, 0.05, 0.0])]
+    num_accepted, next_token = verify_sampled([0], draft_probs, target, generator)
+    assert num_accepted == 0
+    assert next_token in (1, 2)
+
+
+@pytest.mark.parametrize("is_certain", [False, True])
+def test_the_first_token_is_distributed_as_the_target_says(is_certain: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    target = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    draft = torch.tensor([0.6, 0.3, 0.1, 0.0])
+    counts = torch.zeros(4)
+    num_rejected = 0
+    for _ in range(20_000):
+        token = 0 if is_certain else int(torch.multinomial(draft, 1, generator=generator))
+        verdict = verify_sampled([token], None if is_certain else [draft], target, generator)
+        counts[token if verdict.num_accepted else verdict.next_token] += 1
+        num_rejected += not verdict.num_accepted
+    assert num_rejected > 1000
+    assert chisquare(counts.numpy(), (target[0] * counts.sum()).numpy(), sum_check=False).pvalue > 0.001
