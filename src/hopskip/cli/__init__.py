@@ -16,9 +16,7 @@ from typer.core import TyperGroup
 
 from hopskip import __version__
 from hopskip.cli.bench import bench
-from hopskip.cli.bench import bench
 from hopskip.cli.chat import chat
-from hopskip.cli.check import check
 from hopskip.cli.check import check
 from hopskip.cli.console import plain_warnings, print_error
 from hopskip.cli.generate import generate
@@ -91,8 +89,6 @@ def _start(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
-app.command()(check)
-app.command()(bench)
 app.command()(check)
 app.command()(bench)
 
