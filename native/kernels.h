@@ -22,7 +22,7 @@ enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
 //     (padding to 64 bytes)
 //     units   u32  [units][16]       lane r of unit u belongs to output row r
 //
-// A unit is 32 bits of one output row: one f32 column; two bf16 columns; four q8 columns; or eight q4 columns, byte j
+// A unit is 32 bits of one output row: one f32 column; two bf16 columns; four q8 columns, each as value + 128; or eight q4 columns, byte j
 // holding column j of the unit's group in its low nibble and column j + 16 in its high one (GGUF's own order).
 // So one load takes the same columns of all lanes' rows, and multiplying it by one broadcast activation needs no shuffle.
 struct Matrix {
@@ -42,7 +42,8 @@ struct Activations {
     uint16_t* bf16;   // [rows][blocks * 32], only where the instruction set multiplies bf16
     int8_t* q8;       // [rows][blocks * 32], -127..127
     float* scales;    // [rows][blocks] of q8
-    int32_t* sums;    // [rows][blocks] of q8's integers
+    int32_t* starts;     // [rows][blocks] what a sum over q8 weights starts from: byte_start in simd_*.h
+    float* scaled_sums;  // [rows][blocks] of q8's integers, times the scale
     int blocks;
 };
 
@@ -72,7 +73,7 @@ struct Kernels {
     void (*multiply)(const Matrix&, int strip, int count, const Activations&, int rows, float* out);
 
     void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
-    void (*quantize)(const float* x, int blocks, int8_t* q8, float* scales, int32_t* sums);
+    void (*quantize)(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums);
     void (*to_bf16)(const float* x, size_t count, uint16_t* out);
     void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16
     float (*sum_exp)(const float* x, size_t count, float maximum);

@@ -45,7 +45,7 @@ void unpack_row(const Matrix& m, int row, float* out) {
             case Format::f32: out[c] = from_bits(unit(c)); break;
             case Format::bf16: out[c] = from_bits(c % 2 ? unit(c / 2) & 0xffff0000u : unit(c / 2) << 16); break;
             case Format::q8: {
-                const auto q = static_cast<int8_t>(unit(c / 4) >> (c % 4 * 8));
+                const int q = static_cast<int>(unit(c / 4) >> (c % 4 * 8) & 255) - 128;
                 out[c] = from_f16(scales[block * TILE + lane]) * static_cast<float>(q);
                 break;
             }
@@ -121,7 +121,8 @@ void Model::reserve(int rows) {
         worker.bf16.reserve(kernels_.multiplies_bf16 ? n * width : 0);
         worker.q8.reserve(n * width);
         worker.scales.reserve(n * width / BLOCK);
-        worker.sums.reserve(n * width / BLOCK);
+        worker.starts.reserve(n * width / BLOCK);
+        worker.scaled_sums.reserve(n * width / BLOCK);
         worker.products.reserve(n * TILE * 4);
         const size_t queries = MAX_BLOCK_ROWS * group;
         worker.scratch.reserve(TILE * head_dim + queries * CHUNK);
@@ -137,14 +138,14 @@ template <class MakeRow>
 Activations Model::prepare(int thread, int rows, int cols, unsigned formats, const MakeRow& make_row) {
     const bool is_shared = rows > MAX_PRIVATE_ROWS;
     Worker& worker = is_shared ? workers_.back() : workers_[static_cast<size_t>(thread)];
-    const Activations x{worker.f32.get(), worker.bf16.get(), worker.q8.get(), worker.scales.get(), worker.sums.get(), blocks_of(cols)};
+    const Activations x{worker.f32.get(), worker.bf16.get(), worker.q8.get(), worker.scales.get(), worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
     const auto blocks = static_cast<size_t>(x.blocks);
     for (int row = is_shared ? thread : 0; row < rows; row += is_shared ? pool_.threads() : 1) {
         const auto r = static_cast<size_t>(row);
         float* f32 = x.f32 + r * blocks * BLOCK;
         make_row(row, f32);
         if (formats & (bit(Format::q8) | bit(Format::q4)))
-            kernels_.quantize(f32, x.blocks, x.q8 + r * blocks * BLOCK, x.scales + r * blocks, x.sums + r * blocks);
+            kernels_.quantize(f32, x.blocks, x.q8 + r * blocks * BLOCK, x.scales + r * blocks, x.starts + r * blocks, x.scaled_sums + r * blocks);
         if (kernels_.multiplies_bf16 && formats & bit(Format::bf16)) kernels_.to_bf16(f32, blocks * BLOCK, x.bf16 + r * blocks * BLOCK);
     }
     if (is_shared) pool_.barrier();

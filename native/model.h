@@ -97,8 +97,8 @@ private:
         Buffer<float> f32, products, scratch, partials;
         Buffer<uint16_t> bf16;
         Buffer<int8_t> q8;
-        Buffer<float> scales;
-        Buffer<int32_t> sums;
+        Buffer<float> scales, scaled_sums;
+        Buffer<int32_t> starts;
         std::vector<int> range;  // first and last position of each query
         std::vector<float> best;
         std::vector<int32_t> best_ids;

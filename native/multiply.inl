@@ -3,6 +3,8 @@
 // A strip is read once and serves R rows from registers; more rows go in groups over the same strip, which then sits in
 // the first-level cache. Each (row, output) has its own accumulator: that is all there is to bit-identical rows.
 
+#define UNROLL _Pragma("GCC unroll 16")  // sums[..] then become registers
+
 constexpr int PARTS = TILE / LANES;       // registers per 16 lanes
 constexpr int PREFETCH_BYTES = 4 * 1024;  // ahead of the weights in use: hardware prefetchers stop at each page
 
@@ -12,11 +14,17 @@ static inline I splat_unit(const void* p) {  // a 32-bit unit of one row of x, i
     return splat_int(unit);
 }
 
+// load_units that the compiler cannot merge with an earlier load of the same units.
+static inline I load_units_again(const uint8_t* p) {
+    asm volatile("" : "+r"(p));
+    return load_units(p);
+}
+
 // f32 weights with f32 activations, bf16 weights with f32 ones or, where the processor multiplies bf16, with bf16.
 template <Format FORMAT>
 struct FloatProduct {
     static constexpr int MAX_ROWS = MAX_FLOAT_ROWS;
-    static constexpr int PAIRED_ROWS = MAX_FLOAT_ROWS / 2;  // up to which two strips fit in the registers
+    static constexpr int PAIRED_ROWS = MAX_FLOAT_ROWS / 3;
 
     // Two strips at once give few rows enough independent sums to hide the latency of an addition.
     template <int R, int STRIPS>
@@ -26,38 +34,58 @@ struct FloatProduct {
         const size_t stride = static_cast<size_t>(x.blocks) * BLOCK;
         const float* rows[R];
         const uint16_t* bf16_rows[R];
+        UNROLL
         for (int r = 0; r < R; ++r) {
             rows[r] = x.f32 + stride * static_cast<size_t>(first_row + r);
             bf16_rows[r] = x.bf16 + stride * static_cast<size_t>(first_row + r);
         }
-        V sum[STRIPS][R][PARTS];
-        for (auto& of_strip : sum)
-            for (auto& of_row : of_strip)
-                for (auto& part : of_row) part = zero();
+        V sum[STRIPS][R][PARTS] = {};
         const uint8_t* units = m.strip(strip);
         for (int c = 0; c < m.blocks * BLOCK; c += COLUMNS, units += TILE * 4) {
+            UNROLL
             for (int s = 0; s < STRIPS; ++s) {
                 const uint8_t* unit = units + m.strip_bytes * static_cast<size_t>(s);
                 prefetch(unit + PREFETCH_BYTES);
-                I w[PARTS];
-                for (int p = 0; p < PARTS; ++p) w[p] = load_units(unit + p * LANES * 4);
-                for (int r = 0; r < R; ++r) {
-                    if constexpr (IN_BF16) {
-                        I pair = splat_unit(bf16_rows[r] + c);
+                V w[PARTS];
+                if constexpr (IN_BF16) {
+                    UNROLL
+                    for (int p = 0; p < PARTS; ++p) w[p] = as_float(load_units(unit + p * LANES * 4));
+                    UNROLL
+                    for (int r = 0; r < R; ++r) {
+                        V pair = as_float(splat_unit(bf16_rows[r] + c));
+                        UNROLL
                         for (int p = 0; p < PARTS; ++p) sum[s][r][p] = dot_bf16(sum[s][r][p], w[p], pair);
-                    } else if constexpr (FORMAT == Format::bf16) {
-                        V even = splat(rows[r][c]), odd = splat(rows[r][c + 1]);
-                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(even_bf16(w[p]), even, sum[s][r][p]);
-                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(odd_bf16(w[p]), odd, sum[s][r][p]);
-                    } else {
-                        V column = splat(rows[r][c]);
-                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(as_float(w[p]), column, sum[s][r][p]);
                     }
+                    continue;
+                }
+                UNROLL
+                for (int p = 0; p < PARTS; ++p) {
+                    I bits = load_units(unit + p * LANES * 4);
+                    w[p] = FORMAT == Format::f32 ? as_float(bits) : even_bf16(bits);
+                }
+                UNROLL
+                for (int r = 0; r < R; ++r) {
+                    V column = splat(rows[r][c]);
+                    UNROLL
+                    for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(w[p], column, sum[s][r][p]);
+                }
+                if (FORMAT == Format::f32) continue;
+                // Read again, not kept: with the sums of six rows there is no register left for them.
+                UNROLL
+                for (int p = 0; p < PARTS; ++p) w[p] = odd_bf16(load_units_again(unit + p * LANES * 4));
+                UNROLL
+                for (int r = 0; r < R; ++r) {
+                    V column = splat(rows[r][c + 1]);
+                    UNROLL
+                    for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(w[p], column, sum[s][r][p]);
                 }
             }
         }
+        UNROLL
         for (int s = 0; s < STRIPS; ++s)
+            UNROLL
             for (int r = 0; r < R; ++r)
+                UNROLL
                 for (int p = 0; p < PARTS; ++p)
                     store(out + out_stride * s + (first_row + r) * TILE + p * LANES, sum[s][r][p]);
     }
@@ -74,52 +102,59 @@ struct IntProduct {
         const size_t blocks = static_cast<size_t>(x.blocks);
         const int8_t* rows[R];
         const float* x_scales[R];
-        const int32_t* x_sums[R];
+        const int32_t* x_starts[R];
+        const float* x_scaled_sums[R];
+        UNROLL
         for (int r = 0; r < R; ++r) {
             const size_t row = static_cast<size_t>(first_row + r);
             rows[r] = x.q8 + blocks * BLOCK * row;
             x_scales[r] = x.scales + blocks * row;
-            x_sums[r] = x.sums + blocks * row;
+            x_starts[r] = x.starts + blocks * row;
+            x_scaled_sums[r] = x.scaled_sums + blocks * row;
         }
-        V sum[PARTS][R];
-        for (auto& part : sum)
-            for (auto& of_row : part) of_row = zero();
+        V sum[PARTS][R] = {};
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(m.strip(strip));
         const uint16_t* minima = scales + m.blocks * TILE;
         const uint8_t* units = m.strip(strip) + m.units_offset;
         constexpr int UNITS = FORMAT == Format::q8 ? 8 : 4;  // of a block
         for (int b = 0; b < m.blocks; ++b, units += UNITS * TILE * 4) {
             for (int u = 0; u < UNITS; ++u) prefetch(units + u * TILE * 4 + PREFETCH_BYTES);
+            UNROLL
             for (int p = 0; p < PARTS; ++p) {
-                I dot[R];
-                for (auto& d : dot) d = zero_int();
-                for (int u = 0; u < UNITS; ++u) {
-                    I w = load_units(units + (u * PARTS + p) * LANES * 4);
-                    if constexpr (FORMAT == Format::q8) {
-                        SignedBytes bytes = signed_bytes(w);
-                        for (int r = 0; r < R; ++r) dot[r] = dot_signed(dot[r], bytes, splat_unit(rows[r] + b * BLOCK + u * 4));
-                    } else {
-                        I low = low_nibbles(w), high = high_nibbles(w);
-                        for (int r = 0; r < R; ++r) {
-                            const int8_t* column = rows[r] + b * BLOCK + u * 4;
-                            dot[r] = dot_nibbles(dot[r], low, splat_unit(column));
-                            dot[r] = dot_nibbles(dot[r], high, splat_unit(column + 16));
-                        }
+                const auto unit = [&](int u) { return load_units(units + (u * PARTS + p) * LANES * 4); };
+                const auto column = [&](int r, int c) { return splat_unit(rows[r] + b * BLOCK + c); };
+                const V scale = load_f16(scales + b * TILE + p * LANES);
+                if constexpr (FORMAT == Format::q8) {
+                    ByteSum dot[R];
+                    UNROLL
+                    for (int r = 0; r < R; ++r) dot[r] = start_bytes(splat_unit(x_starts[r] + b));
+                    for (int u = 0; u < UNITS; ++u) {
+                        const Bytes w = bytes(unit(u));
+                        UNROLL
+                        for (int r = 0; r < R; ++r) pin(dot[r] = dot_bytes(dot[r], w, column(r, u * 4)));
                     }
-                }
-                V scale = load_f16(scales + b * TILE + p * LANES);
-                for (int r = 0; r < R; ++r) {
-                    I whole = FORMAT == Format::q8 ? finish_signed(dot[r], x_sums[r][b]) : finish_nibbles(dot[r]);
-                    sum[p][r] = fma(to_float(whole), mul(scale, splat(x_scales[r][b])), sum[p][r]);
-                    if (FORMAT == Format::q4) {  // w = scale * q + minimum: the minimum multiplies the sum of x
-                        V minimum = load_f16(minima + b * TILE + p * LANES);
-                        V x_sum = splat(x_scales[r][b] * static_cast<float>(x_sums[r][b]));
-                        sum[p][r] = fma(minimum, x_sum, sum[p][r]);
+                    UNROLL
+                    for (int r = 0; r < R; ++r)
+                        sum[p][r] = fma(to_float(finish_bytes(dot[r])), mul(scale, splat(x_scales[r][b])), sum[p][r]);
+                } else {
+                    I dot[R] = {};
+                    for (int u = 0; u < UNITS; ++u) {
+                        const I w = unit(u), low = low_nibbles(w), high = high_nibbles(w);
+                        UNROLL
+                        for (int r = 0; r < R; ++r) pin(dot[r] = dot_nibbles(dot_nibbles(dot[r], low, column(r, u * 4)), high, column(r, u * 4 + 16)));
+                    }
+                    const V minimum = load_f16(minima + b * TILE + p * LANES);
+                    UNROLL
+                    for (int r = 0; r < R; ++r) {  // w = scale * nibble + minimum: the minimum multiplies the sum of x
+                        V x_sum = splat(x_scaled_sums[r][b]);
+                        sum[p][r] = fma(to_float(finish_nibbles(dot[r])), mul(scale, splat(x_scales[r][b])), fma(minimum, x_sum, sum[p][r]));
                     }
                 }
             }
         }
+        UNROLL
         for (int r = 0; r < R; ++r)
+            UNROLL
             for (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[p][r]);
     }
 };

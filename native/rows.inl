@@ -24,7 +24,7 @@ static void rms_norm(const float* x, const float* weight, float eps, int cols, f
     for (int i = 0; i < padded; i += LANES) store(out + i, mul(load(weight + i), mul(load(x + i), scale)));
 }
 
-static void quantize(const float* x, int blocks, int8_t* q8, float* scales, int32_t* sums) {
+static void quantize(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums) {
     for (int b = 0; b < blocks; ++b, x += BLOCK, q8 += BLOCK) {
         V largest = zero();
         for (int i = 0; i < BLOCK; i += LANES) largest = max(absolute(load(x + i)), largest);
@@ -37,7 +37,9 @@ static void quantize(const float* x, int blocks, int8_t* q8, float* scales, int3
             store_bytes(q8 + i, to_int(rounded));
             sum = add(sum, rounded);
         }
-        sums[b] = static_cast<int32_t>(reduce_add(sum));
+        const float total = reduce_add(sum);  // exact: integers far below 2^24
+        starts[b] = byte_start(static_cast<int32_t>(total));
+        scaled_sums[b] = scales[b] * total;
     }
 }
 
@@ -153,7 +155,7 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
     float* scores = scratch + static_cast<size_t>(TILE) * task.padded_head_dim;  // [queries][CHUNK]
     const int blocks = task.padded_head_dim / BLOCK;
     Matrix keys{reinterpret_cast<const uint8_t*>(tile), Format::f32, TILE, task.head_dim, 1, blocks, 0, 0};
-    Activations queries{const_cast<float*>(task.queries), nullptr, nullptr, nullptr, nullptr, blocks};
+    Activations queries{const_cast<float*>(task.queries), nullptr, nullptr, nullptr, nullptr, nullptr, blocks};
     const int count = task.end - task.begin;
     const size_t stride = PARTIAL_VALUES + static_cast<size_t>(task.padded_head_dim);
     const V hidden = splat(-__builtin_inff());

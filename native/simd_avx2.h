@@ -3,9 +3,13 @@
 constexpr int LANES = 8;
 constexpr bool MULTIPLIES_BF16 = false;
 constexpr int MAX_FLOAT_ROWS = 6;  // 12 of 16 registers accumulate
-constexpr int MAX_INT_ROWS = 8;
+constexpr int MAX_INT_ROWS = 6;
 using V = __m256;
 using I = __m256i;
+
+// Keeps sums in registers, in the order of the source: GCC 12 would load all rows' x first, and spill the sums for them.
+static inline void pin(V& x) { asm volatile("" : "+x"(x)); }
+static inline void pin(I& x) { asm volatile("" : "+x"(x)); }
 
 static inline V zero() { return _mm256_setzero_ps(); }
 static inline V splat(float x) { return _mm256_set1_ps(x); }
@@ -51,7 +55,11 @@ static inline void store_bf16(uint16_t* p, V x) {
 static inline I load_units(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 static inline V as_float(I x) { return _mm256_castsi256_ps(x); }
 static inline V even_bf16(I x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-static inline V odd_bf16(I x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))); }
+static inline V odd_bf16(I x) {
+    x = _mm256_srli_epi32(x, 16);
+    pin(x);  // or the two shifts become a mask, which takes a register
+    return even_bf16(x);
+}
 
 static inline I zero_int() { return _mm256_setzero_si256(); }
 static inline I splat_int(int32_t x) { return _mm256_set1_epi32(x); }
@@ -60,20 +68,27 @@ static inline void store_bytes(int8_t* p, I x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
-// vpmaddubsw wants one unsigned side: |w| * (x with w's sign). |w| <= 128, |x| <= 127: a pair stays below 32768.
-struct SignedBytes {
-    I value, magnitude;
+// vpmaddubsw adds two products in 16 bits, so a byte is split into nibbles: w + 128 = 16 * high + low, both 0..15. Then
+// eight pairs of products still fit, a block is summed in 16 bits, and widened once. The 128 comes off as 8 from every high
+// nibble: each of a lane's two words starts from -4 * (sum of x), and ends within 30480 whatever w and x are.
+struct Bytes {
+    I low, high;
 };
-static inline SignedBytes signed_bytes(I w) { return {w, _mm256_abs_epi8(w)}; }
-static inline I dot_signed(I sum, SignedBytes w, I x) {
-    I pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-static inline I finish_signed(I sum, int32_t) { return sum; }
-
-// Eight pairs of products of a nibble and an int8 stay below 32768, so a block is summed in 16 bits and widened once.
+struct ByteSum {
+    I low, high;
+};
+static inline void pin(ByteSum& x) { pin(x.low), pin(x.high); }
 static inline I low_nibbles(I w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 static inline I high_nibbles(I w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
+static inline Bytes bytes(I w) { return {low_nibbles(w), high_nibbles(w)}; }
+static inline int32_t byte_start(int32_t x_sum) { return static_cast<int32_t>((-4u * static_cast<uint32_t>(x_sum) & 0xffffu) * 0x10001u); }
+static inline ByteSum start_bytes(I start) { return {_mm256_setzero_si256(), start}; }
+static inline ByteSum dot_bytes(ByteSum sum, Bytes w, I x) {
+    return {_mm256_add_epi16(sum.low, _mm256_maddubs_epi16(w.low, x)), _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(w.high, x))};
+}
+static inline I finish_bytes(ByteSum sum) {
+    return _mm256_add_epi32(_mm256_madd_epi16(sum.low, _mm256_set1_epi16(1)), _mm256_madd_epi16(sum.high, _mm256_set1_epi16(16)));
+}
 static inline I dot_nibbles(I sum, I w, I x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
 static inline I finish_nibbles(I sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 

@@ -6,6 +6,8 @@ constexpr int MAX_FLOAT_ROWS = 12;
 constexpr int MAX_INT_ROWS = 12;
 using V = __m512;
 using I = __m512i;
+static inline void pin(V&) {}  // 32 registers: nothing to keep
+static inline void pin(I&) {}
 
 static inline V zero() { return _mm512_setzero_ps(); }
 static inline V splat(float x) { return _mm512_set1_ps(x); }
@@ -54,7 +56,7 @@ static inline I load_units(const void* p) { return _mm512_loadu_si512(p); }
 static inline V as_float(I x) { return _mm512_castsi512_ps(x); }
 static inline V even_bf16(I x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 static inline V odd_bf16(I x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))); }
-static inline V dot_bf16(V sum, I w, I x) {  // both columns of a unit at once
+static inline V dot_bf16(V sum, V w, V x) {  // both columns of a unit at once
     __m512bh a, b;
     __builtin_memcpy(&a, &w, sizeof a);
     __builtin_memcpy(&b, &x, sizeof b);
@@ -65,11 +67,18 @@ static inline I zero_int() { return _mm512_setzero_si512(); }
 static inline I splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 static inline void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
 
-// vpdpbusd multiplies unsigned by signed bytes: the weights go in as w + 128, and 128 * (sum of x) comes off at the end.
-using SignedBytes = I;
-static inline SignedBytes signed_bytes(I w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
-static inline I dot_signed(I sum, SignedBytes w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }
-static inline I finish_signed(I sum, int32_t x_sum) { return _mm512_sub_epi32(sum, splat_int(128 * x_sum)); }
+// vpdpbusd multiplies unsigned by signed bytes, which is why weights are stored as w + 128; a block's sum starts from
+// -128 * (sum of x) in return.
+using Bytes = I;
+struct ByteSum {
+    I value;
+};
+static inline void pin(ByteSum&) {}
+static inline Bytes bytes(I w) { return w; }
+static inline int32_t byte_start(int32_t x_sum) { return -128 * x_sum; }
+static inline ByteSum start_bytes(I start) { return {start}; }
+static inline ByteSum dot_bytes(ByteSum sum, Bytes w, I x) { return {_mm512_dpbusd_epi32(sum.value, w, x)}; }
+static inline I finish_bytes(ByteSum sum) { return sum.value; }
 static inline I low_nibbles(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 static inline I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi32(w, 4), _mm512_set1_epi8(15)); }
 static inline I dot_nibbles(I sum, I w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }

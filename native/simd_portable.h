@@ -11,6 +11,8 @@ typedef uint32_t U __attribute__((vector_size(16)));
 typedef int16_t W __attribute__((vector_size(16)));
 typedef uint16_t UW __attribute__((vector_size(16)));
 
+static inline void pin(V&) {}  // holds a sum in its register
+static inline void pin(I&) {}
 template <class To, class From>
 static inline To bits(From x) {
     To y;
@@ -59,16 +61,23 @@ static inline I zero_int() { return I{}; }
 static inline I splat_int(int32_t x) { return I{x, x, x, x}; }
 static inline void store_bytes(int8_t* p, I x) { for (int i = 0; i < LANES; ++i) p[i] = static_cast<int8_t>(x[i]); }
 
-// Dot products of four bytes per lane. The bytes are multiplied as 16-bit words: products and sums of two fit in them.
-using SignedBytes = I;
-static inline SignedBytes signed_bytes(I w) { return w; }
+// Dot products of four bytes of weights, stored as w + 128, and of x per lane. The bytes are multiplied as 16-bit words:
+// products and sums of two fit in them.
+using Bytes = I;
+struct ByteSum {
+    I value;
+};
+static inline void pin(ByteSum&) {}
+static inline Bytes bytes(I w) { return w ^ static_cast<int32_t>(0x80808080u); }
+static inline int32_t byte_start(int32_t) { return 0; }  // what the sum of a block starts from, given the sum of its x
+static inline ByteSum start_bytes(I start) { return {start}; }
 static inline W word_sums(I w, I x) {
     W even = (bits<W>(bits<UW>(w) << 8) >> 8) * (bits<W>(bits<UW>(x) << 8) >> 8);
     return even + (bits<W>(w) >> 8) * (bits<W>(x) >> 8);
 }
 static inline I widened(W words) { I x = bits<I>(words); return (bits<I>(bits<U>(x) << 16) >> 16) + (x >> 16); }
-static inline I dot_signed(I sum, SignedBytes w, I x) { return sum + widened(word_sums(w, x)); }
-static inline I finish_signed(I sum, int32_t) { return sum; }  // int32 per lane, given the sum of x
+static inline ByteSum dot_bytes(ByteSum sum, Bytes w, I x) { return {sum.value + widened(word_sums(w, x))}; }
+static inline I finish_bytes(ByteSum sum) { return sum.value; }  // int32 per lane
 static inline I low_nibbles(I w) { return w & 0x0f0f0f0f; }
 static inline I high_nibbles(I w) { return bits<I>((bits<U>(w) >> 4) & 0x0f0f0f0fu); }
 static inline I dot_nibbles(I sum, I w, I x) { return bits<I>(bits<W>(sum) + word_sums(w, x)); }

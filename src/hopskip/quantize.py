@@ -173,7 +173,7 @@ def pack(weight: Tensor | Q8 | Q4, cols: int) -> Packed:
     A float tensor is packed in its own precision: float32, or bfloat16.
     """
     if isinstance(weight, Q8):
-        return _packed(Format.Q8, weight.values, cols, weight.scales)
+        return _packed(Format.Q8, weight.values.view(torch.uint8) ^ 128, cols, weight.scales)
     if isinstance(weight, Q4):
         return _packed(Format.Q4, weight.nibbles.flatten(1), cols, weight.scales, weight.minima)
     assert weight.dtype in (torch.float32, torch.bfloat16)
