@@ -121,10 +121,8 @@ class Engine:
         """End a request now; its slot is free for the next step. Aborting a finished request does nothing."""
         if not sequence.is_finished:
             sequence.finish_reason = "abort"
-            if sequence in self._running:
-                self._retire()
-            else:
-                self._waiting.remove(sequence)
+            self._waiting = deque(s for s in self._waiting if s is not sequence)
+            self._retire()
 
     @property
     def has_work(self) -> bool:
@@ -153,8 +151,9 @@ class Engine:
         self._reserve(self._running + newcomers)
         for sequence in newcomers:
             self._take_slot(sequence)
-            self._waiting.popleft()
+            # in this order, so that an interrupt between the two loses no request
             self._running.append(sequence)
+            self._waiting.popleft()
 
     def _reserve(self, sequences: list[Sequence]) -> None:
         """Make the cache large enough for these sequences at their longest, keeping what it holds."""
