@@ -1,0 +1,53 @@
+"""What README and guide say works: Python blocks run, commands parse, and options and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hopskip.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+
+
+def blocks(language: str, page: Path) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks("console", page) for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("code", blocks("python", ROOT / "README.md"))
+def test_python_runs(code: str, default_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "hopskip " in c])
+def test_commands_have_options_that_exist(command: str) -> None:
+    """The command as it stands, with --help in front of what would start the work."""
+    words = shlex.split(command.split("|")[-1], comments=True)
+    assert words[0] == "hopskip"
+    help_text = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    for option in (word for word in words[2:] if word.startswith("--")):
+        assert option in help_text, f"{command}: no option {option}"
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("scripts/")])
+def test_scripts_exist(command: str) -> None:
+    script = ROOT / shlex.split(command, comments=True)[0]
+    assert script.stat().st_mode & 0o100, f"{script} cannot be executed"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
