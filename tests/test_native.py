@@ -1,0 +1,534 @@
+"""The native engine against the PyTorch decoder, and against itself: a row's bits depend on its own tokens only."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hopskip import native
+from hopskip.cache import Cache, Rows, Segment
+from hopskip.config import ModelConfig
+from hopskip.errors import CheckpointError, ConfigError
+from hopskip.model import Model, Transformer
+from hopskip.native import NativeModel, PackedWeights
+from hopskip.quantize import from_gguf_blocks, quantize_q4, quantize_q8
+from hopskip.weights import Checkpoint, expected_tensors, load_weights, open_checkpoint
+
+from .models import tiny_config
+from .tiny import FAMILIES, write_checkpoint, write_gguf
+
+pytestmark = pytest.mark.skipif(native.available() is not None, reason=native.available() or "")
+
+PRECISIONS = ("float32", "bfloat16", "q8", "q4")
+TOLERANCES = {"float32": 1e-5, "bfloat16": 0.02, "q8": 0.07, "q4": 0.07}
+"""Error of the logits (root mean square, in standard deviations of the logits) against PyTorch in float32 on the same
+(dequantized) weights. What is left is the rounding of activations (q8, q4, and bf16 on AVX-512), and of keys and values
+to bfloat16 (all but float32)."""
+
+
+def runnable_isas() -> list[str]:
+    return [] if native.available() else [isa for isa in native.ISAS if native._native.runs_here(isa)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Made when first asked for: family -> checkpoint."""
+
+    class Made(dict[str, Checkpoint]):
+        def __missing__(self, family: str) -> Checkpoint:
+            folder = tmp_path_factory.mktemp(family)
+            write_checkpoint(folder, family)
+            self[family] = open_checkpoint(folder)
+            return self[family]
+
+    return Made()
+
+
+class Dequantized:
+    """A checkpoint whose matrices have been through a format of the native engine and back."""
+
+    def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
+        self.config = checkpoint.config
+        self._checkpoint, self._precision = checkpoint, precision
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        value = self._checkpoint.tensor(name, torch.float32)
+        if value.ndim == 2:
+            if self._precision == "bfloat16":
+                value = value.bfloat16()
+            elif self._precision in ("q8", "q4"):
+                quantized = (quantize_q8 if self._precision == "q8" else quantize_q4)(value)
+                value = quantized.dequantize()[:, : value.shape[1]]
+        out.copy_(value)
+
+
+def reference(checkpoint: Checkpoint, precision: str) -> Transformer:
+    weights = load_weights(Dequantized(checkpoint, precision), torch.float32)  # type: ignore[arg-type]
+    return Transformer(checkpoint.config, weights)
+
+
+def random_packed_weights(config: ModelConfig, precision: str, given: dict[str, Tensor]) -> PackedWeights:
+    """Ones where `given` has nothing."""
+
+    class InMemory:
+        path = Path("memory")
+
+        def __init__(self) -> None:
+            self.config = config
+
+        def quantized(self, name: str) -> None:
+            return None
+
+        def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+            return given.get(name, torch.ones(expected_tensors(config)[name])).to(dtype or torch.float32)
+
+    return PackedWeights.from_checkpoint(InMemory(), precision)  # type: ignore[arg-type]
+
+
+def tokens(model: Model, count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model: Model, ids: Tensor, segments: Sequence[Segment], cache: Cache) -> Tensor:
+    return model.run_layers(model.embed(ids), 0, model.config.num_hidden_layers, Rows(segments), cache)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).square().mean().sqrt() / expected.std())
+
+
+def garbage_cache(model: Model, slots: int, length: int) -> Cache:
+    """A cache full of what must never be read."""
+    cache = model.new_cache(slots, length)
+    cache.k_LSHTD.fill_(float("nan"))
+    cache.v_LSHTD.fill_(float("nan"))
+    return cache
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_pytorch(
+    checkpoints: dict[str, Checkpoint], family: str, precision: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    model = NativeModel.load(checkpoints[family], precision, threads=2)
+    assert model.isa == isa
+    torch_model = reference(checkpoints[family], precision)
+    ids = tokens(model, 70)
+    expected = torch_model.unembed(run(torch_model, ids, [Segment(0, 0, 70)], torch_model.new_cache(1, 128)))
+    cache, segments = garbage_cache(model, 3, 128), [Segment(1, 0, 45), Segment(1, 45, 1), Segment(1, 46, 24)]
+    found, first = [], 0
+    for segment in segments:
+        found.append(model.unembed(run(model, ids[first : first + segment.count], [segment], cache)))
+        first += segment.count
+    assert error(torch.cat(found), expected) < TOLERANCES[precision]
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cols", [32, 40, 96])
+def test_products_are_exact_given_the_rounded_activations(
+    precision: str, cols: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head alone, on extreme values too, against float64 on the same rounded weights and activations."""
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    config = tiny_config(hidden_size=cols, vocab_size=50, num_hidden_layers=1, tie_word_embeddings=True)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((50, cols), generator=generator)
+    weight[:16] = weight[:16].sign()  # all levels at the ends of their range
+    h = torch.randn((9, cols), generator=generator)
+    h[:4] = h[:4].sign()
+    weight[0], h[0] = 1, 1
+    weights = random_packed_weights(config, precision, {"model.embed_tokens.weight": weight})
+    model = NativeModel(config, weights, threads=1)
+    x = h.double() * torch.rsqrt(h.double().square().mean(-1, keepdim=True) + config.rms_norm_eps)
+    if precision in ("q8", "q4"):
+        x_blocks = F.pad(x, (0, -cols % 32)).reshape(9, -1, 32)
+        scale = x_blocks.abs().amax(-1, keepdim=True) / 127
+        x = ((x_blocks / scale).round() * scale).reshape(9, -1)[:, :cols]
+    elif precision == "bfloat16" and isa == "avx512":
+        x = x.bfloat16().double()
+    rounded = model.embed(torch.arange(50)).double()  # the head is tied: its rows as they are stored
+    assert error(rounded, weight.double()) < {"float32": 1e-9, "bfloat16": 0.01, "q8": 0.01, "q4": 0.15}[precision]
+    torch.testing.assert_close(model.unembed(h).double(), x @ rounded.T, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_number_of_rows(
+    checkpoints: dict[str, Checkpoint], precision: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 to 17 rows, and 140 (two passes inside), give the bits of one row at a time."""
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    model = NativeModel.load(checkpoints["smollm2"], precision, threads=2)
+    ids, cache = tokens(model, 140), garbage_cache(model, 2, 160)
+    one_by_one = torch.cat([run(model, ids[i : i + 1], [Segment(0, i, 1)], cache) for i in range(140)])
+    logits = model.unembed(one_by_one)
+    for count in (*range(1, 18), 140):
+        together = run(model, ids[:count], [Segment(1, 0, count)], cache)
+        assert torch.equal(together, one_by_one[:count])
+        assert torch.equal(model.unembed(together), logits[:count])
+        assert torch.equal(model.greedy(together), logits[:count].argmax(-1))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_long_contexts_split_over_threads(checkpoints: dict[str, Checkpoint], precision: str) -> None:
+    """Chunks of 256 positions go to several threads, and merge as if one had done them all."""
+    models = [NativeModel.load(checkpoints["llama3-gqa"], precision, threads) for threads in (1, 2, 3)]
+    torch_model = reference(checkpoints["llama3-gqa"], precision)
+    ids = tokens(torch_model, 900)
+    expected = run(torch_model, ids, [Segment(0, 0, 900)], torch_model.new_cache(1, 900))[880:]
+    found = []
+    for model in models:
+        cache = garbage_cache(model, 1, 900)
+        run(model, ids[:880], [Segment(0, 0, 880)], cache)
+        found.append(torch.cat([run(model, ids[i : i + 1], [Segment(0, i, 1)], cache) for i in range(880, 900)]))
+        assert torch.equal(run(model, ids[880:], [Segment(0, 880, 20)], cache), found[-1])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert error(found[0], expected) < TOLERANCES[precision]
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Segment]:
+    """Chunks of up to five sequences at positions within 300 tokens, in any order of slots."""
+    slots = draw(st.permutations(range(5)))[: draw(st.integers(1, 5))]
+    segments = []
+    for slot in slots:
+        start = draw(st.integers(0, 299))
+        segments.append(Segment(slot, start, draw(st.integers(1, min(17, 300 - start)))))
+    return segments
+
+
+@pytest.fixture(scope="module")
+def prefilled(checkpoints: dict[str, Checkpoint]) -> list[tuple[list[NativeModel], Cache, Tensor]]:
+    """Per precision: models of 1, 2 and 3 threads, a cache with five sequences of 300 tokens, their hidden states."""
+    made = []
+    for precision in PRECISIONS:
+        models = [NativeModel.load(checkpoints["mistral-window"], precision, threads) for threads in (1, 2, 3)]
+        cache = garbage_cache(models[0], 5, 300)
+        states = [run(models[0], tokens(models[0], 300, slot), [Segment(slot, 0, 300)], cache) for slot in range(5)]
+        made.append((models, cache, torch.stack(states)))
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(segments=batches(), threads=st.sampled_from([0, 1, 2]), precision=st.integers(0, 3))
+def test_rows_are_bit_identical_in_any_company(
+    prefilled: list[tuple[list[NativeModel], Cache, Tensor]], segments: list[Segment], threads: int, precision: int
+) -> None:
+    models, cache, states = prefilled[precision]
+    ids = torch.cat([tokens(models[0], 300, s.slot)[s.start : s.start + s.count] for s in segments])
+    expected = torch.cat([states[s.slot, s.start : s.start + s.count] for s in segments])
+    assert torch.equal(run(models[threads], ids, segments, cache), expected)
+
+
+def test_ranges_of_layers_compose(checkpoints: dict[str, Checkpoint]) -> None:
+    model = NativeModel.load(checkpoints["qwen3"], "q8")
+    ids, cache = tokens(model, 9), garbage_cache(model, 1, 32)
+    whole = run(model, ids, [Segment(0, 0, 9)], cache)
+    h, rows = model.embed(ids), Rows([Segment(0, 0, 9)])
+    for layer in range(model.config.num_hidden_layers):
+        h = model.run_layers(h, layer, layer + 1, rows, cache)
+    assert torch.equal(h, whole)
+    assert torch.equal(model.run_layers(h, 1, 1, rows, cache), h)
+
+
+def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, "llama2-mha")
+    with torch.no_grad():
+        model.lm_head.weight[40:] = model.lm_head.weight[39]  # ties of the last 281 tokens
+        model.lm_head.weight[:39] = -model.lm_head.weight[39]
+    model.save_pretrained(tmp_path)
+    found = NativeModel.load(open_checkpoint(tmp_path), threads=3)
+    h = torch.randn((40, found.config.hidden_size), generator=torch.Generator().manual_seed(0))
+    logits = found.unembed(h)
+    assert torch.equal(found.greedy(h), logits.argmax(-1))
+    assert set(found.greedy(h).tolist()) == {0, 39}
+
+
+def test_head_subsets(checkpoints: dict[str, Checkpoint]) -> None:
+    for precision in PRECISIONS:
+        model = NativeModel.load(checkpoints["smollm2"], precision)
+        h = torch.randn((7, model.config.hidden_size), generator=torch.Generator().manual_seed(1))
+        subset = model.head_subset(torch.tensor([300, 5, 17, 18, 250, 0, 99]))
+        expected = model.unembed(h)[:, subset.ids]
+        assert torch.equal(model.unembed_subset(h, subset), expected)
+        assert torch.equal(model.greedy_subset(h, subset), subset.ids[expected.argmax(-1)])
+        values, ids = model.topk(h, 3)
+        assert torch.equal(model.unembed(h).gather(1, ids), values)
+        assert torch.equal(ids[:, 0], model.greedy(h))
+    for bad in (torch.tensor([], dtype=torch.int64), torch.tensor([-1]), torch.tensor([10_000])):
+        with pytest.raises(ConfigError, match="token ids from 0 to"):
+            model.head_subset(bad)
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.1])
+def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confidence: float) -> None:
+    model = NativeModel.load(checkpoints["llama2-mha"], "q4", threads=2)
+    cache = garbage_cache(model, 4, 40)
+    starts = {2: 5, 0: 9, 3: 1}
+    for slot, start in starts.items():
+        run(model, tokens(model, start, slot), [Segment(slot, 0, start)], cache)
+    last = torch.tensor([7, 8, 9])
+    drafted, counts, states = model.draft_greedy(
+        last, torch.tensor(list(starts)), torch.tensor(list(starts.values())), 2, 6, cache, min_confidence
+    )
+    lengths = set()
+    for i, (slot, start) in enumerate(starts.items()):
+        token, expected = int(last[i]), []
+        for step in range(6):
+            rows = Rows([Segment(slot, start + step, 1)])
+            h = model.run_layers(model.embed(torch.tensor([token])), 0, 2, rows, cache)
+            assert torch.equal(states[i, step], h[0])
+            token = int(model.greedy(h))
+            expected.append(token)
+            if float(model.unembed(h).softmax(-1)[0, token]) < min_confidence:
+                break
+        assert int(counts[i]) == len(expected)
+        assert drafted[i, : len(expected)].tolist() == expected
+        lengths.add(len(expected))
+    if min_confidence:
+        assert min(lengths) < 6
+
+
+def test_precision_auto_keeps_what_the_file_has(tmp_path: Path) -> None:
+    import gguf
+
+    model = write_checkpoint(tmp_path / "bf16", "llama2-mha", dtype=torch.bfloat16)
+    loaded = NativeModel.load(open_checkpoint(tmp_path / "bf16"))
+    assert {m.format.name for m in loaded._weights.matrices.values()} == {"BF16"}
+    kinds = gguf.GGMLQuantizationType
+    types = {"token_embd.weight": kinds.Q8_0, "blk.0.attn_q.weight": kinds.Q4_0}
+    types |= {f"blk.{i}.ffn_up.weight": kinds.Q4_1 for i in range(3)} | {"blk.1.ffn_down.weight": kinds.F16}
+    write_gguf(tmp_path / "mixed.gguf", model.float(), types=types)
+    checkpoint = open_checkpoint(tmp_path / "mixed.gguf")
+    mixed = NativeModel.load(checkpoint)
+    formats = {name.removeprefix("model."): m.format.name for name, m in mixed._weights.matrices.items()}
+    assert formats["embed_tokens.weight"] == "Q8"
+    assert formats["layers.0.self_attn.q_proj.weight"] == "Q4"
+    assert formats["layers.2.mlp.up_proj.weight"] == "Q4"
+    assert formats["layers.1.mlp.down_proj.weight"] == "BF16"
+    assert formats["layers.1.mlp.gate_proj.weight"] == "F32"
+    # the embedding's rows are the file's values, bit for bit
+    ids = torch.arange(mixed.config.vocab_size)
+    assert torch.equal(mixed.embed(ids), checkpoint.tensor("model.embed_tokens.weight", torch.float32))
+    quantized = checkpoint.quantized("model.layers.0.self_attn.q_proj.weight")
+    assert quantized is not None
+    exact = from_gguf_blocks(quantized.type, quantized.blocks)
+    assert exact is not None
+    assert torch.equal(exact.dequantize(), checkpoint.tensor("model.layers.0.self_attn.q_proj.weight", torch.float32))
+    # mixed formats share one input: q in q4, k and v in float32
+    torch_model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    ids, segments = tokens(mixed, 20), [Segment(0, 0, 20)]
+    expected = torch_model.unembed(run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
+    found = mixed.unembed(run(mixed, ids, segments, garbage_cache(mixed, 1, 32)))
+    assert error(found, expected) < TOLERANCES["q4"]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_kv_dtype(checkpoints: dict[str, Checkpoint], kv_dtype: torch.dtype) -> None:
+    model = NativeModel.load(checkpoints["smollm2"], "float32", kv_dtype=kv_dtype)
+    assert model.new_cache(1, 8).k_LSHTD.dtype == kv_dtype
+    torch_model = reference(checkpoints["smollm2"], "float32")
+    ids, segments = tokens(model, 20), [Segment(0, 0, 20)]
+    expected = run(torch_model, ids, segments, torch_model.new_cache(1, 32))
+    loss = error(run(model, ids, segments, garbage_cache(model, 1, 32)), expected)
+    assert (loss < 1e-5) == (kv_dtype == torch.float32)
+    with pytest.raises(ConfigError, match="kv_dtype"):
+        NativeModel.load(checkpoints["smollm2"], kv_dtype=torch.float16)
+
+
+def test_bad_options(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="precision is 'q5'"):
+        NativeModel.load(checkpoints["smollm2"], "q5")
+    monkeypatch.setenv("HOPSKIP_ISA", "sse9")
+    with pytest.raises(ConfigError, match="HOPSKIP_ISA is 'sse9'"):
+        NativeModel.load(checkpoints["smollm2"])
+    for isa in set(native.ISAS) - set(runnable_isas()):
+        monkeypatch.setenv("HOPSKIP_ISA", isa)
+        with pytest.raises(ConfigError, match="cannot run"):
+            NativeModel.load(checkpoints["smollm2"])
+
+
+def test_without_the_extension(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_native", None)
+    assert "not built" in (native.available() or "")
+    with pytest.raises(ConfigError, match="not built"):
+        NativeModel.load(checkpoints["smollm2"])
+
+
+def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, "smollm2")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        NativeModel.load(open_checkpoint(tmp_path), "q8")
+
+
+def bad_calls() -> Iterator[Any]:
+    """Arguments of `Engine.run_layers` that must be refused: name -> what replaces the good one."""
+    good = {"slots": torch.tensor([0, 0, 1]), "positions": torch.tensor([3, 4, 2])}
+    ints = {name: value.int() for name, value in good.items()}
+    yield pytest.param({"h": torch.zeros(3, 63)}, id="hidden size")
+    yield pytest.param({"h": torch.zeros(3, 64, dtype=torch.float64)}, id="type")
+    yield pytest.param({"h": torch.zeros(3, 128)[:, ::2]}, id="strides")
+    yield pytest.param({"h": torch.zeros(3 * 64 * 4 + 1, dtype=torch.uint8)[1:].view(3, 256)}, id="bytes")
+    yield pytest.param({"h": torch.zeros(2, 64)}, id="fewer rows")
+    yield pytest.param({"out": torch.zeros(4, 64)}, id="more rows out")
+    yield pytest.param({"start": -1}, id="negative start")
+    yield pytest.param({"start": 2, "stop": 1}, id="stop before start")
+    yield pytest.param({"stop": 4}, id="stop beyond the last layer")
+    yield pytest.param({"stop": 2**40}, id="stop overflows")
+    yield pytest.param({"slots": good["slots"]}, id="int64 slots")
+    yield pytest.param({"slots": ints["slots"] - 1}, id="negative slot")
+    yield pytest.param({"slots": torch.tensor([0, 0, 2], dtype=torch.int32)}, id="slot beyond the cache")
+    yield pytest.param({"slots": torch.tensor([0, 1, 0], dtype=torch.int32)}, id="slot in two segments")
+    yield pytest.param({"positions": ints["positions"][:2]}, id="fewer positions")
+    yield pytest.param({"positions": torch.tensor([-1, 0, 2], dtype=torch.int32)}, id="negative position")
+    yield pytest.param({"positions": torch.tensor([3, 4, 16], dtype=torch.int32)}, id="position beyond the cache")
+    yield pytest.param({"positions": torch.tensor([3, 5, 2], dtype=torch.int32)}, id="gap in a segment")
+    yield pytest.param({"k": torch.zeros(3, 2, 2, 16, 8)}, id="head size of the cache")
+    yield pytest.param({"k": torch.zeros(2, 2, 2, 16, 16)}, id="layers of the cache")
+    yield pytest.param({"v": torch.zeros(3, 2, 2, 17, 16)}, id="v unlike k")
+    yield pytest.param({"v": torch.zeros(3, 2, 2, 16, 16, dtype=torch.bfloat16)}, id="v of another type")
+    yield pytest.param({"k": torch.zeros(3, 2, 2, 32, 16)[:, :, :, ::2]}, id="strides of the cache")
+    yield pytest.param({"k": torch.zeros(3, 2, 2, 16, 16, dtype=torch.float16)}, id="float16 cache")
+
+
+@pytest.mark.parametrize("change", list(bad_calls()))
+def test_bad_arrays_are_refused_before_anything_runs(
+    checkpoints: dict[str, Checkpoint], change: dict[str, object]
+) -> None:
+    model = NativeModel.load(checkpoints["llama3-gqa"], "float32")
+    assert model.config.head_dim == 16
+    cache = garbage_cache(model, 2, 16)
+    model._extend_rope(16)
+    arguments: dict[str, object] = {
+        "h": torch.zeros(3, 64),
+        "out": torch.full((3, 64), 5.0),
+        "start": 0,
+        "stop": 3,
+        "slots": torch.tensor([0, 0, 1], dtype=torch.int32),
+        "positions": torch.tensor([3, 4, 2], dtype=torch.int32),
+        "k": cache.k_LSHTD,
+        "v": cache.v_LSHTD,
+    }
+    with pytest.raises(ValueError, match=r"."):
+        model._engine.run_layers(**{**arguments, **change})
+    out = arguments["out"]
+    assert isinstance(out, Tensor)
+    assert torch.equal(out, torch.full((3, 64), 5.0))
+    assert bool(cache.k_LSHTD.isnan().all())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    slots=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 2), max_size=5),
+    positions=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 17), max_size=5),
+    rows=st.integers(0, 5),
+    start=st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 4),
+    stop=st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 4),
+)
+def test_fuzzed_rows_run_or_are_refused(
+    checkpoints: dict[str, Checkpoint], slots: list[int], positions: list[int], rows: int, start: int, stop: int
+) -> None:
+    model = NativeModel.load(checkpoints["llama3-gqa"], "float32", threads=1)
+    cache = model.new_cache(2, 16)
+    model._extend_rope(16)
+    out = torch.empty(rows, 64)
+    as_int = [torch.tensor(values, dtype=torch.int32) for values in (slots, positions)]
+    consecutive = all(
+        positions[i] == positions[i - 1] + 1
+        for i in range(1, min(len(slots), len(positions)))
+        if slots[i] == slots[i - 1]
+    )
+    runs = [s for i, s in enumerate(slots) if i == 0 or slots[i - 1] != s]
+    is_good = (
+        rows == len(slots) == len(positions)
+        and all(0 <= s < 2 for s in slots)
+        and all(0 <= p < 16 for p in positions)
+        and consecutive
+        and len(set(runs)) == len(runs)
+        and 0 <= start <= stop <= 3
+    )
+    try:
+        model._engine.run_layers(torch.ones(rows, 64), out, start, stop, *as_int, cache.k_LSHTD, cache.v_LSHTD)
+    except ValueError:
+        assert not is_good
+    else:
+        assert is_good
+
+
+def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) -> None:
+    model = NativeModel.load(checkpoints["llama3-gqa"], "float32")
+    for bad in (-1, model.config.vocab_size):
+        with pytest.raises(ValueError, match="token id"):
+            model.embed(torch.tensor([bad]))
+    with pytest.raises(ValueError, match="exit_layer"):
+        model.draft_greedy(torch.tensor([1]), torch.tensor([0]), torch.tensor([0]), 0, 2, model.new_cache(1, 8))
+    with pytest.raises(ValueError, match="position is 7"):  # the second step would be beyond the cache
+        model.draft_greedy(torch.tensor([1]), torch.tensor([0]), torch.tensor([7]), 1, 2, model.new_cache(1, 8))
+    data = torch.zeros((2, 2048 // 4), dtype=torch.int32)
+    native._native.Matrix(0, 32, 32, torch.zeros((2, 512), dtype=torch.int32))
+    for bad_arguments in [
+        (0, 32, 33, data),
+        (0, 33, 32, data),
+        (4, 32, 32, data),
+        (0, 0, 32, data),
+        (0, 2**40, 32, data),
+    ]:
+        with pytest.raises(ValueError, match=r"."):
+            native._native.Matrix(*bad_arguments)
+    misaligned = torch.zeros(2 * 512 + 1, dtype=torch.int32)[1:].view(2, 512)
+    with pytest.raises(ValueError, match="misaligned"):
+        native._native.Matrix(0, 32, 32, misaligned)
+
+
+def test_no_rows(checkpoints: dict[str, Checkpoint]) -> None:
+    model = NativeModel.load(checkpoints["smollm2"], "q8")
+    nothing = run(model, tokens(model, 0), [], model.new_cache(1, 8))
+    assert nothing.shape == (0, 64)
+    assert model.unembed(nothing).shape == (0, model.config.vocab_size)
+    assert model.greedy(nothing).shape == (0,)
+
+
+def test_a_forked_child_computes_the_same(checkpoints: dict[str, Checkpoint]) -> None:
+    model = NativeModel.load(checkpoints["smollm2"], "q8", threads=3)
+    ids, cache = tokens(model, 5), model.new_cache(1, 8)
+    expected = run(model, ids, [Segment(0, 0, 5)], cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside threads at all
+        child = os.fork()
+    if child == 0:
+        same = torch.equal(run(model, ids, [Segment(0, 0, 5)], cache), expected)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(run(model, ids, [Segment(0, 0, 5)], cache), expected)
+
+
+def test_two_models_and_many_callers(checkpoints: dict[str, Checkpoint]) -> None:
+    models = [NativeModel.load(checkpoints["smollm2"], precision, threads=2) for precision in ("q8", "bfloat16")]
+    caches = [garbage_cache(model, 4, 32) for model in models]
+    ids = tokens(models[0], 12)
+    expected = [run(model, ids, [Segment(0, 0, 12)], garbage_cache(model, 1, 32)) for model in models]
+
+    def work(number: int) -> bool:
+        which, slot = number % 2, number % 4
+        return torch.equal(run(models[which], ids, [Segment(slot, 0, 12)], caches[which]), expected[which])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(40)))
