@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.config import ModelConfig
-from hopskip.native import NativeModel, PackedWeights
+from hopskip.native import NativeModel
+from hopskip.packed import PackedWeights
 from hopskip.quantize import Packed, pack, quantize_q4, quantize_q8
 from hopskip.rope import RopeConfig
 from hopskip.weights import expected_tensors, open_checkpoint

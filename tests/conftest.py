@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from hopskip.hub import DEFAULT_MODEL_PACKAGE, find_model
 
 # On tensors of a few thousand numbers, waking a second thread costs more than the work, and on a busy machine far more.
 torch.set_num_threads(1)
+
+# Tests of the cache of packed weights name a folder of their own.
+os.environ["HOPSKIP_CACHE"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ LAYERS = [
     ("model", "quantize", "stored", "chat_template"),
     ("gguf", "hf_folder"),
     ("weights", "hub", "tokenizer"),
+    ("packed",),
     ("native",),
     ("draft",),
     ("load", "engine"),

@@ -21,7 +21,8 @@ from hopskip.cache import Cache, Rows, Segment
 from hopskip.config import ModelConfig
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.model import Model, Transformer
-from hopskip.native import NativeModel, PackedWeights
+from hopskip.native import NativeModel
+from hopskip.packed import PackedWeights
 from hopskip.quantize import from_gguf_blocks, quantize_q4, quantize_q8
 from hopskip.weights import Checkpoint, expected_tensors, load_weights, open_checkpoint
 

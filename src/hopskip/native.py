@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
-from hopskip.errors import CheckpointError, ConfigError
-from hopskip.quantize import Packed, from_gguf_blocks, pack, quantize_q4, quantize_q8, select_rows
-
-if TYPE_CHECKING:
-    from hopskip.weights import Checkpoint
+from hopskip.errors import ConfigError
+from hopskip.packed import PackedWeights
+from hopskip.quantize import Packed, select_rows
+from hopskip.weights import Checkpoint
 
 _native: Any
 try:
@@ -107,7 +105,7 @@ class NativeModel:
             sliding_window=config.sliding_window or 0,
         )
         for index in range(config.num_hidden_layers):
-            self._engine.add_layer(**weights.layer(index))
+            self._engine.add_layer(**_layer_arguments(weights, index))
         self._engine.set_edges(
             _matrix(weights.matrices["model.embed_tokens.weight"]),
             _matrix(weights.head),
@@ -122,7 +120,7 @@ class NativeModel:
         threads: int | None = None,
         kv_dtype: torch.dtype | None = None,
     ) -> NativeModel:
-        """Pack the weights of a checkpoint.
+        """Pack the weights of a checkpoint, or map them from the cache of packed weights (see `packed.py`).
 
         Args:
             precision: `auto` keeps the checkpoint's own, tensor by tensor: float32 and bfloat16 as they are, float16
@@ -137,7 +135,7 @@ class NativeModel:
         """
         if precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
-        return cls(checkpoint.config, PackedWeights.from_checkpoint(checkpoint, precision), threads, kv_dtype)
+        return cls(checkpoint.config, PackedWeights.load(checkpoint, precision), threads, kv_dtype)
 
     @property
     def isa(self) -> str:
@@ -245,85 +243,20 @@ class NativeModel:
             self._engine.set_rope(cos.contiguous(), sin.contiguous())
 
 
-class PackedWeights:
-    """All weights in the engine's formats, by Hugging Face name."""
-
-    def __init__(self, config: ModelConfig, matrices: dict[str, Packed], vectors: dict[str, Tensor]) -> None:
-        self.config = config
-        self.matrices = matrices
-        self.vectors = vectors
-        """Norms and biases, float32."""
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, precision: str) -> PackedWeights:
-        config = checkpoint.config
-        matrices, vectors = {}, {}
-        for name in _tensor_names(config):
-            if name.endswith(("norm.weight", ".bias")):
-                vectors[name] = checkpoint.tensor(name, torch.float32).contiguous()
-            else:
-                try:
-                    matrices[name] = _pack_tensor(checkpoint, name, precision)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{name} of {checkpoint.path}: {error}") from None
-        return cls(config, matrices, vectors)
-
-    @property
-    def head(self) -> Packed:
-        return self.matrices["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
-
-    @property
-    def kv_dtype(self) -> torch.dtype:
-        """float32 where all weights are: halving the cache would then lose more than it gains."""
-        is_float = all(matrix.format.name == "F32" for matrix in self.matrices.values())
-        return torch.float32 if is_float else torch.bfloat16
-
-    def layer(self, index: int) -> dict[str, object]:
-        """Arguments of `Engine.add_layer`."""
-        prefix = f"model.layers.{index}."
-        arguments: dict[str, object] = {
-            part: _matrix(self.matrices[f"{prefix}{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
-            for part in ("q", "k", "v", "o", "gate", "up", "down")
-        }
-        arguments["input_norm"] = self.vectors[f"{prefix}input_layernorm.weight"]
-        arguments["post_norm"] = self.vectors[f"{prefix}post_attention_layernorm.weight"]
-        if self.config.qkv_bias:
-            arguments |= {f"{x}_bias": self.vectors[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"}
-        if self.config.qk_norm:
-            arguments |= {f"{x}_norm": self.vectors[f"{prefix}self_attn.{x}_norm.weight"] for x in "qk"}
-        return arguments
-
-
-def _tensor_names(config: ModelConfig) -> Iterator[str]:
-    yield "model.embed_tokens.weight"
-    for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        yield from (f"{prefix}{norm}_layernorm.weight" for norm in ("input", "post_attention"))
-        yield from (f"{prefix}self_attn.{x}_proj.weight" for x in "qkvo")
-        yield from (f"{prefix}mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
-        if config.qkv_bias:
-            yield from (f"{prefix}self_attn.{x}_proj.bias" for x in "qkv")
-        if config.qk_norm:
-            yield from (f"{prefix}self_attn.{x}_norm.weight" for x in "qk")
-    yield "model.norm.weight"
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight"
-
-
-def _pack_tensor(checkpoint: Checkpoint, name: str, precision: str) -> Packed:
-    quantized = checkpoint.quantized(name)
-    if quantized is not None and precision in ("auto", "q8", "q4"):
-        exact = from_gguf_blocks(quantized.type, quantized.blocks)
-        if exact is not None and precision in ("auto", type(exact).__name__.lower()):
-            return pack(exact, quantized.shape[1])
-    if precision == "auto":
-        stored = checkpoint.tensor(name).dtype if quantized is None else None
-        precision = "q8" if quantized is not None else "float32" if stored == torch.float32 else "bfloat16"
-    if precision in ("q8", "q4"):
-        weight_OI = checkpoint.tensor(name, torch.float32)
-        return pack((quantize_q8 if precision == "q8" else quantize_q4)(weight_OI), weight_OI.shape[1])
-    weight_OI = checkpoint.tensor(name, torch.float32 if precision == "float32" else torch.bfloat16)
-    return pack(weight_OI, weight_OI.shape[1])
+def _layer_arguments(weights: PackedWeights, index: int) -> dict[str, object]:
+    """Arguments of `Engine.add_layer`."""
+    prefix = f"model.layers.{index}."
+    arguments: dict[str, object] = {
+        part: _matrix(weights.matrices[f"{prefix}{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
+        for part in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+    arguments["input_norm"] = weights.vectors[f"{prefix}input_layernorm.weight"]
+    arguments["post_norm"] = weights.vectors[f"{prefix}post_attention_layernorm.weight"]
+    if weights.config.qkv_bias:
+        arguments |= {f"{x}_bias": weights.vectors[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"}
+    if weights.config.qk_norm:
+        arguments |= {f"{x}_norm": weights.vectors[f"{prefix}self_attn.{x}_norm.weight"] for x in "qk"}
+    return arguments
 
 
 def _matrix(packed: Packed) -> object:

@@ -1,0 +1,186 @@
+"""All weights of a model in the native engine's formats, kept on disk so that only the first start has to pack them.
+
+A cache file holds, in this order: 8 bytes of magic, the length of the header and a checksum of all that follows (64 bits
+each), the header (JSON: what is where), and the tensors, each at a multiple of 64 bytes. It is mapped, not read: its
+pages are those of the system's file cache.
+
+The folder is `$HOPSKIP_CACHE`, by default `hopskip` in `$XDG_CACHE_HOME` or `~/.cache`; an empty HOPSKIP_CACHE turns
+the cache off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hopskip.config import ModelConfig
+from hopskip.errors import CheckpointError
+from hopskip.quantize import Format, Packed, from_gguf_blocks, pack, quantize_q4, quantize_q8
+from hopskip.weights import Checkpoint, expected_tensors
+
+VERSION = 1
+"""Raised whenever packing or a layout changes: files of other versions are not looked at."""
+_MAGIC = b"hopskip\n"
+_ALIGNMENT = 64
+_START = len(_MAGIC) + 16  # of the header
+
+
+class PackedWeights:
+    """All weights in the engine's formats, by Hugging Face name."""
+
+    def __init__(self, config: ModelConfig, matrices: dict[str, Packed], vectors: dict[str, Tensor]) -> None:
+        self.config = config
+        self.matrices = matrices
+        self.vectors = vectors
+        """Norms and biases, float32."""
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, precision: str) -> PackedWeights:
+        """Map the weights from the cache, or pack them and put them there. A damaged file is made anew.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+        folder = cache_folder()
+        if folder is None:
+            return cls.from_checkpoint(checkpoint, precision)
+        path = folder / f"{checkpoint.fingerprint[:32]}-{precision}-{VERSION}.packed"
+        try:
+            return cls.read(checkpoint.config, path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path} is damaged ({error}); it is being rebuilt", stacklevel=2)
+        weights = cls.from_checkpoint(checkpoint, precision)
+        try:
+            weights.write(path)
+            return cls.read(checkpoint.config, path)
+        except (OSError, ValueError) as error:
+            warnings.warn(
+                f"packed weights cannot be cached in {folder} ({error}), so every start packs them again; "
+                "set HOPSKIP_CACHE to a folder with space, or to nothing to turn the cache off",
+                stacklevel=2,
+            )
+            return weights
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, precision: str) -> PackedWeights:
+        """Pack a checkpoint; `precision` as in `NativeModel.load`."""
+        matrices, vectors = {}, {}
+        for name, shape in expected_tensors(checkpoint.config).items():
+            if len(shape) == 1:
+                vectors[name] = checkpoint.tensor(name, torch.float32).contiguous()
+                continue
+            try:
+                matrices[name] = _pack_tensor(checkpoint, name, precision)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name} of {checkpoint.path}: {error}") from None
+        return cls(checkpoint.config, matrices, vectors)
+
+    @property
+    def head(self) -> Packed:
+        return self.matrices["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """float32 where all weights are: halving the cache would then lose more than it gains."""
+        is_float = all(matrix.format is Format.F32 for matrix in self.matrices.values())
+        return torch.float32 if is_float else torch.bfloat16
+
+    def write(self, path: Path) -> None:
+        """Write a cache file, whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written, or would be left with less space than the file itself takes.
+        """
+        tensors = [*self.vectors.items(), *((name, matrix.data) for name, matrix in self.matrices.items())]
+        entries: dict[str, dict[str, Any]] = {}
+        size = 0
+        for name, tensor in tensors:
+            entries[name] = {"offset": size, "shape": list(tensor.shape)}
+            if matrix := self.matrices.get(name):
+                entries[name] |= {"format": matrix.format.name, "rows": matrix.rows, "cols": matrix.cols}
+            size += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
+        header = json.dumps({"tensors": entries, "size": size}).encode()
+        header += b" " * (-(_START + len(header)) % _ALIGNMENT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < 2 * size:
+            raise OSError(f"less than {2 * size / 1e9:.1f} GB are free there")
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                checksum = zlib.crc32(header)
+                file.write(bytes(_START) + header)
+                for _, tensor in tensors:
+                    for part in (tensor.numpy().reshape(-1).view(np.uint8).data, bytes(-tensor.nbytes % _ALIGNMENT)):
+                        checksum = zlib.crc32(part, checksum)
+                        file.write(part)
+                file.seek(0)
+                file.write(_MAGIC + len(header).to_bytes(8, "little") + checksum.to_bytes(8, "little"))
+                file.close()
+                Path(file.name).replace(path)  # another process may be doing the same: both files are alike
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+    @classmethod
+    def read(cls, config: ModelConfig, path: Path) -> PackedWeights:
+        """Map a cache file. The arrays are private to the process: nothing that happens to them reaches the file.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: it cannot be read, or is not what `write` wrote.
+        """
+        data = np.memmap(path, dtype=np.uint8, mode="c")
+        if bytes(data[: len(_MAGIC)]) != _MAGIC:
+            raise ValueError("it is of another kind")
+        header_size, checksum = (int(number) for number in data[len(_MAGIC) : _START].view("<u8"))
+        if zlib.crc32(data[_START:].data) != checksum:
+            raise ValueError("its checksum is wrong")
+        start = _START + header_size
+        header = json.loads(bytes(data[_START:start]))
+        if len(data) - start != header["size"]:
+            raise ValueError(f"it has {len(data) - start} bytes of weights instead of {header['size']}")
+        matrices, vectors = {}, {}
+        for name, shape in expected_tensors(config).items():
+            entry: dict[str, Any] = header["tensors"][name]
+            dtype = np.float32 if len(shape) == 1 else np.int32
+            first, count = start + entry["offset"], int(np.prod(entry["shape"]))
+            tensor = torch.from_numpy(data[first : first + 4 * count].view(dtype).reshape(entry["shape"]))
+            if len(shape) == 1:
+                vectors[name] = tensor
+            else:
+                matrices[name] = Packed(Format[entry["format"]], entry["rows"], entry["cols"], tensor)
+        return cls(config, matrices, vectors)
+
+
+def cache_folder() -> Path | None:
+    """Where packed weights are kept, or None if they are not."""
+    folder = os.environ.get("HOPSKIP_CACHE")
+    if folder is not None:
+        return Path(folder).expanduser() if folder else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hopskip"
+
+
+def _pack_tensor(checkpoint: Checkpoint, name: str, precision: str) -> Packed:
+    quantized = checkpoint.quantized(name)
+    if quantized is not None and precision in ("auto", "q8", "q4"):
+        exact = from_gguf_blocks(quantized.type, quantized.blocks)
+        if exact is not None and precision in ("auto", type(exact).__name__.lower()):
+            return pack(exact, quantized.shape[1])
+    if precision == "auto":
+        stored = checkpoint.tensor(name).dtype if quantized is None else None
+        precision = "q8" if quantized is not None else "float32" if stored == torch.float32 else "bfloat16"
+    if precision in ("q8", "q4"):
+        weight_OI = checkpoint.tensor(name, torch.float32)
+        return pack((quantize_q8 if precision == "q8" else quantize_q4)(weight_OI), weight_OI.shape[1])
+    weight_OI = checkpoint.tensor(name, torch.float32 if precision == "float32" else torch.bfloat16)
+    return pack(weight_OI, weight_OI.shape[1])
