@@ -208,7 +208,7 @@ def _print_report(report: dict[str, Any]) -> None:
     )
     table = Table(box=None, pad_edge=False)
     for heading in ("", "decode", "prefill", "bandwidth", "tokens/pass", "lossless", "ours / this"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     contenders = report["contenders"]
     absent = [c for c in contenders if c["status"] != "measured"]
     for contender in contenders:

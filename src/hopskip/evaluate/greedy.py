@@ -105,7 +105,7 @@ def _judge(
     for index, (prompt, reference, got) in enumerate(zip(prompts, references, runs, strict=True)):
         fault = None
         if promise == "ids":
-            fault = _compare_with_ties(model, index, prompt, reference.token_ids, got.token_ids, ties)
+            fault = compare_with_ties(model, index, prompt, reference.token_ids, got.token_ids, ties)
         elif (position := first_difference(reference.token_ids, got.token_ids)) is not None:
             fault = (
                 f"token {position} differs: {_at(got.token_ids, position)}, not {_at(reference.token_ids, position)}"
@@ -143,7 +143,7 @@ def _judge(
     )
 
 
-def _compare_with_ties(
+def compare_with_ties(
     model: Model, index: int, prompt: Seq[int], expected: list[int], got: list[int], ties: list[Tie]
 ) -> str | None:
     """None if the tokens are those of plain decoding, which after a tie goes on from the token that was taken."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence as Seq
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ def load_in_transformers(path: Path, dtype: torch.dtype) -> Any:
 
     _quieten()
     try:
-        model = AutoModelForCausalLM.from_pretrained(*_place(path)[0], dtype=dtype, **_place(path)[1])
+        with redirect_stderr(io.StringIO()):  # where progress bars go that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(*_place(path)[0], dtype=dtype, **_place(path)[1])
     except Exception as error:  # of many kinds, by file format and architecture
         raise CheckpointError(f"transformers cannot load {path} ({_first_line(error)})") from error
     return model.eval()
@@ -104,6 +107,7 @@ def _place(path: Path) -> tuple[tuple[str], dict[str, Any]]:
 
 
 def _quieten() -> None:
+    """Its warnings would stand between our lines."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,0 +1,443 @@
+"""`hopskip bench`: turns, medians and ratios; contenders that are absent, fail or die; what it reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from typer.testing import CliRunner
+from typer.testing import Result as ClickResult
+
+from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.cli import app
+from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
+from hopskip.evaluate import bench
+from hopskip.evaluate.bench import Result, measure, ratio, report
+from hopskip.evaluate.contenders import (
+    AbsentError,
+    Contender,
+    Footprint,
+    Hopskip,
+    LlamaCpp,
+    Precision,
+    Transformers,
+    gguf_bytes_per_token,
+)
+from hopskip.evaluate.lineup import lineup, parse_setting
+from hopskip.evaluate.machine import measure_read_bandwidth, versions
+from hopskip.evaluate.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, spread
+from hopskip.evaluate.requantize import requantize
+from hopskip.weights import load_weights, open_checkpoint
+from tests.scripted import Scripted
+from tests.tiny import make_model, write_checkpoint, write_gguf
+
+PROMPTS = [(Prompt("one", "a", "x"), [1, 2, 3]), (Prompt("one", "b", "x"), [4, 5]), (Prompt("two", "c", "x"), [6])]
+
+
+# -- turns, with made-up contenders ------------------------------------------------------------------------------------
+
+
+def run(*contenders: Contender, repeats: int = 1) -> dict[str, Result]:
+    results = measure(contenders, PROMPTS, num_tokens=5, repeats=repeats, threads=1)
+    assert [r.name for r in results] == [c.name for c in contenders]
+    return {r.name: r for r in results}
+
+
+def test_contenders_take_turns_prompt_by_prompt(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    results = run(Scripted(name="A", log=log), Scripted(name="B", log=log, plain="A"), repeats=2)
+    warm_up = ["A1", "B1"]
+    turns = ["A1", "B1", "A4", "B4", "A6", "B6"]
+    assert log.read_text().split() == warm_up + turns + turns
+    # runs take 0.1, 0.2, .. 0.7 s; the first warmed up, so the first prompt's are the 2nd and the 5th
+    rates = [p.decode_tokens_per_second for p in results["A"].per_prompt]
+    assert rates == pytest.approx([(4 / 0.2 + 4 / 0.5) / 2, (4 / 0.3 + 4 / 0.6) / 2, (4 / 0.4 + 4 / 0.7) / 2])
+    assert results["A"].per_prompt[0].prefill_tokens_per_second == 3 / 0.5
+    assert results["B"].lossless is True
+    assert results["A"].lossless is None
+
+
+def test_a_contender_that_cannot_go_on_is_reported_and_the_others_finish(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    results = run(
+        Scripted(name="A", log=log),
+        Scripted(name="absent", log=log, is_absent=True),
+        Scripted(name="raises", log=log, fails_at=2),
+        Scripted(name="dies", log=log, dies_at=1),
+        Scripted(name="early", log=log, fails_at=0),
+        Scripted(name="other", log=log, first_token=8, plain="A"),
+    )
+    assert [(r.name, r.status, r.reason) for r in results.values()] == [
+        ("A", "measured", None),
+        ("absent", "absent", "it is on holiday"),
+        ("raises", "failed", "ValueError: no more"),
+        ("dies", "failed", "its process died (exit code 3)"),
+        ("early", "failed", "ValueError: no more"),
+        ("other", "measured", None),
+    ]
+    assert len(results["A"].per_prompt) == 3
+    assert results["raises"].per_prompt == []
+    assert results["other"].lossless is False
+    whole = report(
+        list(results.values()),
+        machine={"read_bytes_per_second": 1e6},
+        versions=versions(),
+        settings={"max_new_tokens": 5},
+    )
+    json.dumps(whole, allow_nan=False)
+    entries = {c["name"]: c for c in whole["contenders"]}
+    assert entries["dies"]["decode_tokens_per_second"] is None
+    assert set(entries["A"]["decode_ratio_to"]) == {"other"}
+
+
+def test_figures_of_a_report() -> None:
+    def result(name: str, rates: list[float]) -> Result:
+        own = Result(contender=LlamaCpp(name=name, path=Path("x")))
+        own.footprint = Footprint(weight_bytes=1000, kv_bytes_per_position=10)
+        own.per_prompt = [
+            bench.PromptResult(
+                set=prompt.set,
+                id=prompt.id,
+                num_prompt_tokens=10,
+                prefill_tokens_per_second=1.0,
+                decode_tokens_per_second=rate,
+                mean_acceptance_length=1.0,
+            )
+            for (prompt, _), rate in zip(PROMPTS, rates, strict=True)
+        ]
+        return own
+
+    ours, theirs = result("ours", [10.0, 40.0, 30.0]), result("theirs", [5.0, 10.0, 30.0])
+    assert ours.middle("decode_tokens_per_second") == 30
+    assert ours.middle("decode_tokens_per_second", "one") == 25
+    # prompt by prompt 2, 4 and 1: the ratio of the medians would be 3
+    assert ratio(ours, theirs, "decode_tokens_per_second") == 2
+    assert ratio(ours, theirs, "decode_tokens_per_second", "two") == 1
+    # 1000 bytes of weights, and keys and values of 10 prompt tokens and half of 20 new ones, 30 times a second
+    assert ours.mbu(20, read_bandwidth=60_000) == pytest.approx(30 * (1000 + 10 * 20) / 60_000)
+
+
+# -- real contenders, on a tiny checkpoint ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, tokenizer=True)
+    return folder
+
+
+IDS = [5, 9, 2, 5, 9, 2, 5, 9]
+
+
+def test_hopskip_and_transformers_generate_the_same(checkpoint: Path) -> None:
+    plain = SpeculativeConfig(draft="none")
+    torch_path = Precision(backend="torch", dtype="float32")
+    contenders: list[Contender] = [
+        Hopskip(name="plain", path=checkpoint, precision=torch_path, speculative=plain),
+        Hopskip(name="ours", path=checkpoint, precision=torch_path, speculative=SpeculativeConfig(draft="early-exit")),
+        Transformers(name="transformers", path=checkpoint, dtype=torch.float32),
+        Transformers(name="early exit", path=checkpoint, dtype=torch.float32, exit_layer=1, num_draft_tokens=3),
+    ]
+    expected = LLM(checkpoint, speculative=plain, backend="torch", dtype="float32").generate(
+        [IDS], SamplingParams(max_new_tokens=20, ignore_eos=True)
+    )
+    weight_bytes = set()
+    for contender in contenders:
+        runner = contender.load(threads=torch.get_num_threads(), max_model_len=64)
+        for _ in range(2):  # nothing is kept from one run to the next
+            got = runner.generate(IDS, 20)
+            assert got.token_ids == expected[0].token_ids, contender.name
+        assert got.prefill_seconds > 0
+        assert got.decode_seconds > 0
+        assert (got.mean_acceptance_length > 1) <= (contender.name in ("ours", "early exit"))
+        assert got.num_decoded == 19 or contender.name == "early exit"
+        weight_bytes.add(runner.footprint.weight_bytes)
+        assert runner.footprint.kv_bytes_per_position == 3 * 2 * 2 * 16 * 4
+    assert len(weight_bytes) == 1
+
+
+def test_assistant_early_exit_really_drafts(checkpoint: Path) -> None:
+    """Drafting with all but no layers missing: everything is accepted, so every pass gives k + 1 tokens."""
+    lengths = []
+    for num_draft_tokens in (1, 4):
+        contender = Transformers(
+            name="x", path=checkpoint, dtype=torch.float32, exit_layer=3, num_draft_tokens=num_draft_tokens
+        )
+        lengths.append(contender.load(2, 64).generate(IDS, 21).mean_acceptance_length)
+    assert lengths[0] == pytest.approx(2, abs=0.2)
+    assert lengths[1] == pytest.approx(5, abs=0.8)
+
+
+def test_ends_of_text_do_not_shorten_a_run(tmp_path: Path) -> None:
+    """Every token ends a text here, and still all contenders generate as many."""
+    write_checkpoint(tmp_path, tokenizer=True)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**settings, "eos_token_id": list(range(320))}))
+    for contender in (
+        Hopskip(name="a", path=tmp_path, precision=Precision(backend="torch")),
+        Transformers(name="b", path=tmp_path, dtype=torch.float32),
+        Transformers(name="c", path=tmp_path, dtype=torch.float32, exit_layer=1, num_draft_tokens=2),
+    ):
+        assert len(contender.load(1, 64).generate(IDS, 9).token_ids) == 9
+
+
+def test_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from tests.tiny import byte_level_tokenizer
+
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, make_model("smollm2"), tokenizer=byte_level_tokenizer())
+    # float32 weights, so llama.cpp's tokens are ours but for near-ties
+    ours = Hopskip(name="ours", path=path, precision=Precision(backend="torch", dtype="float32")).load(1, 128)
+    runner = LlamaCpp(name="x", path=path).load(1, 128)
+    first, again = runner.generate(IDS, 12), runner.generate(IDS, 12)
+    assert first.token_ids == again.token_ids
+    assert first.token_ids[:4] == ours.generate(IDS, 12).token_ids[:4]
+    assert first.num_decoded == 11
+    assert runner.footprint.weight_bytes == ours.footprint.weight_bytes
+    drafting = LlamaCpp(name="y", path=path, num_lookup_tokens=3).load(1, 128)
+    assert len(drafting.generate(IDS, 12).token_ids) == 12
+
+
+def test_llama_cpp_is_absent_without_a_gguf_file(checkpoint: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    with pytest.raises(AbsentError, match="--llama-cpp-model"):
+        LlamaCpp(name="x", path=checkpoint).load(1, 64)
+
+
+# -- who takes part --------------------------------------------------------------------------------------------------
+
+
+def names(checkpoint: Path, **options: object) -> list[str]:
+    opened = open_checkpoint(checkpoint)
+    draft = options.pop("draft", SpeculativeConfig(draft="early-exit", exit_layer=2, num_draft_tokens=4))
+    return [c.name for c in lineup(opened.path, opened.config, Precision(), draft, **options)]  # type: ignore[arg-type]
+
+
+def test_lineup(checkpoint: Path) -> None:
+    assert names(checkpoint) == ["hopskip", "hopskip-plain"]
+    assert names(checkpoint, draft=SpeculativeConfig(draft="none")) == ["hopskip-plain"]
+    assert names(checkpoint, settings=["draft=ngram", "quantize=q8", "quantize=q8,draft=none"]) == [
+        "hopskip",
+        "hopskip-plain",
+        "hopskip(draft=ngram)",
+        "hopskip(quantize=q8)",
+        "hopskip-plain(quantize=q8)",
+    ]
+    opponents = ["transformers", "transformers-early-exit", "llama.cpp", "llama.cpp-lookup"]
+    assert names(checkpoint, against=opponents, llama_cpp_models=[Path("q8.gguf"), Path("q4.gguf")])[2:] == [
+        "transformers-float32",
+        "transformers-bfloat16",
+        "transformers-early-exit-bfloat16",
+        "llama.cpp(q8.gguf)",
+        "llama.cpp(q4.gguf)",
+        "llama.cpp-lookup(q8.gguf)",
+        "llama.cpp-lookup(q4.gguf)",
+    ]
+
+
+def test_opponents_draft_as_we_do(checkpoint: Path) -> None:
+    opened = open_checkpoint(checkpoint)
+    draft = SpeculativeConfig(draft="early-exit", exit_layer=2, num_draft_tokens=4)
+    contenders = lineup(opened.path, opened.config, Precision(), draft, against=["transformers-early-exit"])
+    early_exit = contenders[-1]
+    assert isinstance(early_exit, Transformers)
+    assert (early_exit.exit_layer, early_exit.num_draft_tokens) == (2, 4)
+    assert early_exit.plain is None  # nobody measures what it speculates on top of
+    assert contenders[0].plain == "hopskip-plain"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"against": ["vllm"]}, "'vllm'"),
+        ({"llama_cpp_models": [Path("x.gguf")]}, "llama-cpp-model has no effect"),
+        ({"settings": ["exit_layer=99"]}, "exit_layer is 99"),
+        ({"settings": ["exit_layer=two"]}, "exit_layer is 'two'"),
+        ({"settings": ["speed=high"]}, "'speed=high'"),
+        ({"settings": ["draft=ngram", "draft=ngram"]}, "given twice"),
+        ({"settings": ["ngram"]}, "give key=value"),
+    ],
+)
+def test_wrong_lineups(checkpoint: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        names(checkpoint, **options)
+
+
+def test_settings_build_on_the_given_ones() -> None:
+    precision, draft = Precision(dtype="bfloat16"), SpeculativeConfig(draft="early-exit", exit_layer=2)
+    assert parse_setting("num-draft-tokens=3", precision, draft) == (precision, replace(draft, num_draft_tokens=3))
+    assert parse_setting("draft=ngram", precision, draft)[1] == SpeculativeConfig(draft="ngram")
+    assert parse_setting("quantize=q4", precision, draft) == (Precision(quantize="q4"), draft)
+
+
+# -- prompts, machine, requantize ------------------------------------------------------------------------------------
+
+
+def test_prompt_sets_are_in_the_package() -> None:
+    assert [len(load_prompts(name)) for name in PROMPT_SETS] == [80, 80, 80, 80, 12]
+    assert len(load_prompts("mt_bench", 7)) == 7
+    assert [p.set for p in mixed_prompts(7)] == [*PROMPT_SETS, *PROMPT_SETS[:2]]
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    chat = [{"role": "user", "content": "hi"}]
+    lines = [{"prompt": "a"}, {"turns": ["b", "c"], "question_id": "q"}, {"messages": chat}]
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    assert load_prompts(str(file)) == [
+        Prompt("own", "1", "a"),
+        Prompt("own", "q", "b"),
+        Prompt("own", "5", tuple(chat)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"text": "x"}', '{"turns": []}', '{"messages": [1]}', '{"prompt": 1}']
+)
+def test_wrong_prompt_files(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(text)
+    with pytest.raises(PromptError, match=r"own\.jsonl"):
+        load_prompts(str(file))
+
+
+def test_prompts_that_cannot_be_found(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="alpaka"):
+        load_prompts("alpaka")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_prompts(str(tmp_path))
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(PromptError, match="not UTF-8"):
+        load_prompts(str(tmp_path / "x.jsonl"))
+
+
+def test_read_bandwidth_is_that_of_memory() -> None:
+    before = torch.get_num_threads()
+    assert 1e8 < measure_read_bandwidth(1, repeats=3) < 1e13
+    assert torch.get_num_threads() == before
+
+
+def test_requantize(tmp_path: Path) -> None:
+    source, target = tmp_path / "f32.gguf", tmp_path / "q.gguf"
+    write_gguf(source, make_model("llama2-mha"), metadata={"general.name": "tiny"})
+    for kind, head, matrix in (("q8_0", "Q8_0", "Q8_0"), ("q4_0", "Q8_0", "Q4_0")):
+        requantize(source, target, kind)
+        checkpoint = open_checkpoint(target)
+        assert checkpoint.config == open_checkpoint(source).config
+        for name, wanted in (("lm_head.weight", head), ("model.layers.1.mlp.up_proj.weight", matrix)):
+            stored = checkpoint.quantized(name)
+            assert stored is not None
+            assert stored.type == wanted
+        assert checkpoint.quantized("model.norm.weight") is None
+        reader = gguf.GGUFReader(target)
+        name = reader.get_field("general.name")
+        assert name is not None
+        assert name.contents() == "tiny"
+        # all tensors but the embedding table, which is not the head here
+        table = next(t for t in reader.tensors if t.name == "token_embd.weight")
+        assert gguf_bytes_per_token(target) == sum(int(t.n_bytes) for t in reader.tensors) - int(table.n_bytes)
+    exact = load_weights(open_checkpoint(source), torch.float32, torch.device("cpu")).layers[0].down_proj
+    rounded = load_weights(open_checkpoint(target), torch.float32, torch.device("cpu")).layers[0].down_proj
+    error = (exact - rounded).abs().max() / exact.abs().max()
+    assert 0 < error < 0.13  # 4 bits: steps of an eighth of the largest value of a block
+
+
+def test_requantize_refuses(tmp_path: Path) -> None:
+    source = tmp_path / "f32.gguf"
+    write_gguf(source, make_model("llama2-mha"))
+    with pytest.raises(ConfigError, match="the input itself"):
+        requantize(source, source, "q8_0")
+    with pytest.raises(ConfigError, match="q5_k"):
+        requantize(source, tmp_path / "x.gguf", "q5_k")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        requantize(tmp_path / "none.gguf", tmp_path / "x.gguf", "q8_0")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(HopskipError, match=r"bad\.gguf cannot be read"):
+        requantize(tmp_path / "bad.gguf", tmp_path / "x.gguf", "q8_0")
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def invoke(checkpoint: Path, *arguments: str) -> ClickResult:
+    short = ["-n", "8", "--num-prompts", "2", "--repeats", "1", "--backend", "torch", "--threads", "1"]
+    return CliRunner().invoke(app, ["bench", "--model", str(checkpoint), *short, *arguments])
+
+
+def test_command_reports_json(checkpoint: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    arguments = ["--against", "transformers,llama.cpp", "--draft", "ngram", "--prompts", "alpaca", "--prompts", "gsm8k"]
+    pytest.importorskip("matplotlib")
+    result = invoke(checkpoint, *arguments, "--json", "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert list(found) == ["machine", "versions", "settings", "contenders"]
+    assert found["machine"]["threads"] == 1
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in found["versions"]["torch"]
+    contenders = {c["name"]: c for c in found["contenders"]}
+    assert list(contenders)[:4] == ["hopskip", "hopskip-plain", "transformers-float32", "transformers-bfloat16"]
+    for name in list(contenders)[:4]:
+        entry = contenders[name]
+        assert entry["status"] == "measured"
+        assert entry["decode_tokens_per_second"] > 0
+        assert entry["prefill_tokens_per_second"] > 0
+        assert entry["mbu"] > 0
+        assert entry["mean_acceptance_length"] >= 1
+        assert [p["set"] for p in entry["per_prompt"]] == ["alpaca", "alpaca", "gsm8k", "gsm8k"]
+        assert set(entry["by_set"]) == {"alpaca", "gsm8k"}
+    assert contenders["hopskip"]["lossless"] is True
+    assert contenders["hopskip-plain"]["lossless"] is None
+    assert set(contenders["hopskip"]["decode_ratio_to"]) == set(list(contenders)[1:4])
+    assert list(contenders.values())[4]["status"] == "absent"  # the checkpoint is no GGUF file
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_prints_a_table(checkpoint: Path) -> None:
+    result = invoke(checkpoint, "--draft", "none")
+    assert result.exit_code == 0, result.output
+    assert "hopskip-plain" in result.stdout
+    assert "GB/s read" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--num-prompts", "0"], "num_prompts is 0"),
+        (["--repeats", "-1"], "repeats is -1"),
+        (["-n", "1"], "max_new_tokens is 1"),
+        (["-n", "5000"], "the model's context holds 1024"),
+        (["--against", "vllm"], "'vllm'"),
+        (["--against", "llama.cpp", "--llama-cpp-model", "none.gguf"], "none.gguf"),
+        (["--setting", "quantize=q8"], "quantize=q8 needs the native CPU backend"),
+        (["--dtype", "int3"], "int3"),
+        (["--exit-layer", "3"], "exit_layer is 3"),
+        (["--threads", "0"], "threads is 0"),
+        (["--device", "cuda"], "'cuda'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, arguments: list[str], message: str) -> None:
+    result = invoke(checkpoint, *arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_failure_of_our_own_is_exit_code_1(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(contenders: list[Contender], *rest: object, **options: object) -> list[Result]:
+        return [Result(contender=c, status="failed", reason="broken") for c in contenders]
+
+    monkeypatch.setattr(bench, "measure", fail)
+    result = invoke(checkpoint)
+    assert result.exit_code == 1
+    assert "hopskip: failed: broken" in result.stdout

@@ -1,0 +1,405 @@
+"""`hopskip check`: it passes where hopskip keeps its promises, and fails for every fault put in here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import hopskip.engine
+import hopskip.evaluate.sampled
+from hopskip.cache import Cache, Rows, Segment
+from hopskip.cli import app
+from hopskip.cli.check import parse_precisions
+from hopskip.draft.early_exit import EarlyExitDrafter
+from hopskip.engine import Engine
+from hopskip.errors import ConfigError
+from hopskip.evaluate.context import context_proofs
+from hopskip.evaluate.greedy import PLAIN, compare_with_ties, exits_to_try, greedy_proofs, settings_to_try
+from hopskip.evaluate.hf_reference import tokenizer_proof, transformers_proof
+from hopskip.evaluate.proof import Proof, Tie, all_hold
+from hopskip.evaluate.recorder import run, same_bits
+from hopskip.evaluate.sampled import chi_squared_p_value, sampling_proofs
+from hopskip.model import LayerWeights, Transformer
+from hopskip.sampling import SamplingParams
+from hopskip.verify import Verdict, verify_greedy, verify_sampled
+from tests.models import tiny_model
+from tests.tiny import write_checkpoint
+
+VOCAB = 12  # so few that any two tokens in a row have stood in the prompt before, and n-gram lookup has drafts
+PROMPTS = torch.randint(VOCAB, (3, 48), generator=torch.Generator().manual_seed(1)).tolist()
+NUM_TOKENS = 12
+
+
+class RowByRow(Transformer):
+    """The torch decoder, one row after the other: slow, and row-exact as the native engine is."""
+
+    row_exact = True
+
+    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+        places = zip(rows.slots.tolist(), rows.positions.tolist(), strict=True)
+        return torch.cat(
+            [
+                super(RowByRow, self).run_layers(h_D[None], start, stop, Rows([Segment(*place, 1)]), cache)
+                for h_D, place in zip(h_ND, places, strict=True)
+            ]
+        )
+
+    def unembed(self, h_ND: Tensor) -> Tensor:
+        return torch.cat([super(RowByRow, self).unembed(h_D[None]) for h_D in h_ND])
+
+
+class TouchedByCompanions(RowByRow):
+    """A fault too small to change a token: with others in the pass, a row's last bits change."""
+
+    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+        out_ND = super().run_layers(h_ND, start, stop, rows, cache)
+        return out_ND * (1 + 1e-6) if 1 < len(rows) <= 7 and stop == self.config.num_hidden_layers else out_ND
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> Transformer:
+    return tiny_model(dtype, vocab_size=VOCAB)
+
+
+def row_exact_model(kind: type[RowByRow] = RowByRow) -> RowByRow:
+    model = small_model()
+    return kind(model.config, model.weights)
+
+
+def greedy(model: Transformer) -> list[Proof]:
+    return list(greedy_proofs(model, PROMPTS, NUM_TOKENS))
+
+
+# -- greedy ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [small_model, row_exact_model, partial(small_model, torch.bfloat16)])
+def test_every_greedy_setting_is_proved(make: object) -> None:
+    model = make()  # type: ignore[operator]
+    proofs = greedy(model)
+    assert all_hold(proofs)
+    proved = [p for p in proofs if p.status == "passed"]
+    assert all(p.counts["num_rejected_tokens"] > 0 for p in proved)
+    num_settings = len(settings_to_try(model.config))
+    assert num_settings == (3 + 1 + 1) * 3 * 2
+    is_bfloat16 = model.dtype == torch.bfloat16
+    # on torch in bfloat16 only recompute has the bits of plain decoding, and only at its own shape
+    assert len(proved) == (num_settings // 2 if is_bfloat16 else num_settings)
+    claims = {p.claim for p in proved}
+    assert any("at the verify shape" in claim for claim in claims) == is_bfloat16
+    assert all("bit for bit" in claim for claim in claims) == (is_bfloat16 or model.row_exact)
+
+
+def test_a_wrong_verdict_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_one_too_many(draft_ids: Sequence[int], target_ids: Sequence[int]) -> Verdict:
+        verdict = verify_greedy(draft_ids, target_ids)
+        num_accepted = min(verdict.num_accepted + 1, len(draft_ids))
+        return Verdict(num_accepted, target_ids[num_accepted])
+
+    monkeypatch.setattr(hopskip.engine, "verify_greedy", accept_one_too_many)
+    proofs = greedy(small_model())
+    assert not all_hold(proofs)
+    assert any("differs" in p.detail for p in proofs if p.status == "failed")
+
+
+def test_hidden_states_are_held_against_each_other_not_only_tokens() -> None:
+    proofs = greedy(row_exact_model(TouchedByCompanions))
+    failed = [p for p in proofs if p.status == "failed"]
+    assert any("hidden states differ from position" in p.detail for p in failed)
+    assert not all_hold(proofs)
+
+
+def test_a_verify_pass_that_misreads_positions_is_found_out() -> None:
+    class Shifted(Transformer):
+        def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+            out_ND = super().run_layers(h_ND, start, stop, rows, cache)
+            is_verify = stop == self.config.num_hidden_layers and len(rows) == 2 * len(rows.segments)
+            return out_ND.roll(1, dims=0) if is_verify else out_ND
+
+    model = small_model()
+    assert not all_hold(greedy(Shifted(model.config, model.weights)))
+
+
+def test_a_draft_that_always_agrees_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = EarlyExitDrafter.__init__
+
+    def peek(self: EarlyExitDrafter, model: Transformer, exit_layer: int, *rest: float) -> None:
+        original(self, model, exit_layer, *rest)
+        self._exit_layer = model.config.num_hidden_layers  # drafts with the whole model
+
+    monkeypatch.setattr(EarlyExitDrafter, "__init__", peek)
+    proofs = [p for p in greedy(small_model()) if p.setting.startswith("early-exit") and "recompute" in p.setting]
+    assert len(proofs) == 9
+    for proof in proofs:
+        assert proof.status == "failed"
+        assert "no draft was rejected, so nothing is proved" in proof.detail
+
+
+def test_an_exit_that_truly_agrees_everywhere_is_no_failure() -> None:
+    model = small_model()
+
+    def silent(layer: LayerWeights) -> LayerWeights:
+        return replace(layer, o_proj=torch.zeros_like(layer.o_proj), down_proj=torch.zeros_like(layer.down_proj))
+
+    layers = [model.weights.layers[0], *map(silent, model.weights.layers[1:])]
+    proofs = greedy(Transformer(model.config, replace(model.weights, layers=layers)))
+    early = [p for p in proofs if p.setting.startswith("early-exit")]
+    assert early
+    for proof in early:
+        assert proof.status == "passed"
+        assert proof.counts["num_rejected_tokens"] == 0
+        assert "agrees with the last layer everywhere" in proof.detail
+
+
+def test_nothing_drafted_proves_nothing() -> None:
+    proofs = list(greedy_proofs(small_model(), [[1, 2, 3]], 2))
+    ngram = [p for p in proofs if p.setting.startswith("ngram")]
+    assert ngram
+    assert all(p.status == "failed" and "nothing was drafted" in p.detail for p in ngram)
+
+
+def test_exits_to_try() -> None:
+    config = small_model().config
+    assert exits_to_try(config) == [1, 3, 4]
+    assert exits_to_try(replace(config, recommended_exit_layer=2)) == [1, 2, 3, 4]
+    assert exits_to_try(replace(config, num_hidden_layers=1)) == []
+
+
+def with_twin(model: Transformer, token: int, twin: int) -> Transformer:
+    """A model in which two tokens are the same in everything: each is a tie with the other."""
+    embed_tokens, lm_head = model.weights.embed_tokens.clone(), model.weights.lm_head.clone()
+    embed_tokens[twin], lm_head[twin] = embed_tokens[token], lm_head[token]
+    return Transformer(model.config, replace(model.weights, embed_tokens=embed_tokens, lm_head=lm_head))
+
+
+def test_only_a_tie_excuses_a_difference() -> None:
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    plain = run(tiny_model(), PROMPTS[:1], PLAIN, params, max_num_seqs=1)[0].token_ids
+    token, twin = plain[3], 96
+    assert twin not in plain
+    model = with_twin(tiny_model(), token, twin)
+    expected = run(model, PROMPTS[:1], PLAIN, params, max_num_seqs=1)[0].token_ids
+    assert expected == plain
+    taken_the_other_way = [*plain[:3], twin, *plain[4:]]
+    ties: list[Tie] = []
+    assert compare_with_ties(model, 0, PROMPTS[0], expected, taken_the_other_way, ties) is None
+    assert ties == [Tie(0, 3, token, twin, 0.0)]
+    # the same difference without the tie, and a difference behind a tie
+    assert compare_with_ties(tiny_model(), 0, PROMPTS[0], expected, taken_the_other_way, []) is not None
+    wrong_later = [*taken_the_other_way[:6], (taken_the_other_way[6] + 1) % 90, taken_the_other_way[7]]
+    assert "token 6 differs" in (compare_with_ties(model, 0, PROMPTS[0], expected, wrong_later, []) or "")
+
+
+def test_same_bits_sees_the_last_bit() -> None:
+    one = torch.ones(2, 3)
+    assert same_bits(one, one.clone())
+    assert not same_bits(one, torch.nextafter(one, 2 * one))
+    assert not same_bits(torch.zeros(1), -torch.zeros(1))
+    assert same_bits(one * torch.nan, one * torch.nan)
+    assert not same_bits(one, one[:1])
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def sampling() -> list[Proof]:
+    return list(sampling_proofs(small_model(), PROMPTS, num_draws=3000))
+
+
+def test_sampling_is_proved() -> None:
+    proofs = sampling()
+    assert [p.status for p in proofs] == ["passed"] * 5
+    distributions = [p for p in proofs if "p_value" in p.counts]
+    assert {p.setting.split()[0] for p in distributions} == {"early-exit", "ngram"}
+    assert all(p.counts["num_rejected_tokens"] > 0 for p in distributions)
+
+
+def test_a_wrong_accept_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resample_from_the_target(
+        draft_ids: Sequence[int], draft_probs: Sequence[Tensor] | None, target: Tensor, generator: torch.Generator
+    ) -> Verdict:
+        """Wrong: after a rejection draws from the target, not from what the draft left of it."""
+        verdict = verify_sampled(draft_ids, draft_probs, target, generator)
+        if verdict.num_accepted == len(draft_ids):
+            return verdict
+        return Verdict(verdict.num_accepted, verify_sampled([], None, target[verdict.num_accepted :], generator)[1])
+
+    monkeypatch.setattr(hopskip.engine, "verify_sampled", resample_from_the_target)
+    # a few thousand draws do not see it everywhere, but for each kind of draft somewhere
+    found = [p for p in sampling() if p.status == "failed" and "another distribution" in p.detail]
+    assert {p.setting.split()[0] for p in found} == {"early-exit", "ngram"}
+
+
+def test_drafts_that_are_always_rejected_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ignore_the_draft(
+        draft_ids: Sequence[int], draft_probs: object, target: Tensor, generator: torch.Generator
+    ) -> Verdict:
+        return verify_sampled([], None, target, generator)
+
+    monkeypatch.setattr(hopskip.engine, "verify_sampled", ignore_the_draft)
+    distributions = [p for p in sampling() if "p_value" in p.counts]
+    assert all(p.status == "failed" and "nothing is proved" in p.detail for p in distributions)
+
+
+def test_a_seed_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unseeded(ids: Sequence[int], probs: object, target: Tensor, generator: torch.Generator) -> Verdict:
+        return verify_sampled(ids, probs, target, torch.default_generator)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hopskip.engine, "verify_sampled", unseeded)
+    assert sampling()[-1].status == "failed"
+
+
+def test_chi_squared_p_value() -> None:
+    import numpy as np
+    from scipy.stats import chisquare
+
+    expected = np.array([50.0, 30.0, 20.0])
+    observed = np.array([61.0, 22.0, 17.0])
+    assert chi_squared_p_value(observed, expected) == pytest.approx(chisquare(observed, expected).pvalue)
+    assert chi_squared_p_value(np.array([99.0, 1.0]), np.array([100.0, 0.0])) == 0
+
+
+# -- context -----------------------------------------------------------------------------------------------------------
+
+
+def test_context_is_proved_where_rows_are_exact() -> None:
+    proofs = list(context_proofs(row_exact_model(), PROMPTS, NUM_TOKENS))
+    assert [p.status for p in proofs] == ["passed", "passed"]
+    assert proofs[0].counts["num_cached_prompt_tokens"] > 0
+
+
+def test_context_is_not_claimed_on_torch() -> None:
+    proofs = list(context_proofs(small_model(), PROMPTS, NUM_TOKENS))
+    assert [p.status for p in proofs] == ["not claimed", "not claimed"]
+    assert not all_hold(proofs)
+
+
+def test_companions_that_change_bits_are_found_out() -> None:
+    proofs = list(context_proofs(row_exact_model(TouchedByCompanions), PROMPTS, NUM_TOKENS))
+    assert proofs[1].status == "failed"
+
+
+def test_a_spoiled_prefix_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    retire = Engine._retire
+
+    def spoil(self: Engine) -> None:
+        had_work = bool(self._running)
+        retire(self)
+        if had_work and not self._running and self._cache is not None:
+            self._cache.v_LSHTD.mul_(-1)
+
+    monkeypatch.setattr(Engine, "_retire", spoil)
+    assert next(context_proofs(row_exact_model(), PROMPTS, NUM_TOKENS)).status == "failed"
+
+
+# -- against transformers ----------------------------------------------------------------------------------------------
+
+
+def test_against_transformers(tmp_path: Path) -> None:
+    from hopskip import LLM
+
+    theirs = write_checkpoint(tmp_path, tokenizer=True)
+    llm = LLM(tmp_path, backend="torch", dtype="float32")
+    params = SamplingParams(max_new_tokens=16, ignore_eos=True)
+    ours = [r.token_ids for r in run(llm.model, PROMPTS, PLAIN, params, max_num_seqs=3)]
+    proof = transformers_proof(theirs, PROMPTS, ours, "plain")
+    assert proof.status == "passed"
+    assert proof.counts["num_tokens"] == 48
+    # every single token counts, the last one too
+    for position in (0, 7, 15):
+        changed = [list(ids) for ids in ours]
+        changed[1][position] = (changed[1][position] + 1) % 320
+        proof = transformers_proof(theirs, PROMPTS, changed, "plain")
+        assert proof.status == "failed"
+        assert f"prompt 1: token {position} is" in proof.detail
+
+
+def test_tokenizer_proof() -> None:
+    assert tokenizer_proof([[1, 2], [3]], [[1, 2], [3]]).status == "passed"
+    proof = tokenizer_proof([[1, 2], [3]], [[1, 2], [4]])
+    assert proof.status == "failed"
+    assert proof.detail == "1 of 2 prompts have the same ids; not prompt 1"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, tokenizer=True)
+    return folder
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopskip.evaluate.sampled, "sampling_proofs", partial(sampling_proofs, num_draws=500))
+
+
+ARGUMENTS = ["--backend", "torch", "--num-prompts", "3", "-n", "8"]
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_command_prints_a_table(checkpoint: Path) -> None:
+    result = CliRunner().invoke(app, ["check", str(checkpoint), "--precision", "fp32", *ARGUMENTS])
+    assert result.exit_code == 0, result.output
+    assert "float32 greedy: ids equal plain decoding's" in result.output
+    assert "early-exit E=1 k=3 recompute" in result.output
+    assert "failed" not in result.output
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_command_exits_with_1_when_a_proof_fails(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopskip.engine, "verify_greedy", lambda draft, target: Verdict(len(draft), target[-1]))
+    result = CliRunner().invoke(app, ["check", str(checkpoint), "--precision", "fp32", "--json", *ARGUMENTS])
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["passed"] is False
+    failed = [p for p in report["proofs"] if p["status"] == "failed"]
+    assert failed
+    assert all(p["topic"] == "greedy" and p["precision"] == "float32" for p in failed)
+
+
+def test_command_against_transformers(checkpoint: Path) -> None:
+    result = CliRunner().invoke(app, ["check", str(checkpoint), "--against", "transformers", "--json", *ARGUMENTS])
+    assert result.exit_code == 0, result.output
+    proofs = json.loads(result.stdout)["proofs"]
+    assert [p["status"] for p in proofs] == ["passed", "passed"]
+    assert proofs[1]["counts"]["num_tokens"] == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "int3"], "'int3'"),
+        (["--precision", "fp32,float32"], "each once"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16 has no effect here"),
+        (["--quantize", "q8"], "--quantize q8 has no effect here"),
+        (["--against", "vllm"], "'vllm'"),
+        (["--against", "transformers", "--precision", "bf16"], "only float32 can be compared"),
+        (["--num-prompts", "0"], "number of prompts is 0"),
+        (["--num-prompts", "9999"], "number of prompts is 9999"),
+        (["-n", "1"], "max_new_tokens is 1"),
+        (["--precision", "q8", "--backend", "torch"], "quantize=q8 needs the native CPU backend"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["check", str(checkpoint), *arguments])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_parse_precisions() -> None:
+    assert parse_precisions("bf16, q8") == ["bfloat16", "q8"]
+    with pytest.raises(ConfigError, match="''"):
+        parse_precisions("")
