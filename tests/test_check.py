@@ -209,8 +209,8 @@ def test_same_bits_sees_the_last_bit() -> None:
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 
-def sampling() -> list[Proof]:
-    return list(sampling_proofs(small_model(), PROMPTS, num_draws=3000))
+def sampling(num_draws: int = 3000) -> list[Proof]:
+    return list(sampling_proofs(small_model(), PROMPTS, num_draws=num_draws))
 
 
 def test_sampling_is_proved() -> None:
@@ -232,8 +232,8 @@ def test_a_wrong_accept_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> No
         return Verdict(verdict.num_accepted, verify_sampled([], None, target[verdict.num_accepted :], generator)[1])
 
     monkeypatch.setattr(hopskip.engine, "verify_sampled", resample_from_the_target)
-    # a few thousand draws do not see it everywhere, but for each kind of draft somewhere
-    found = [p for p in sampling() if p.status == "failed" and "another distribution" in p.detail]
+    # fewer draws than the command takes do not see it everywhere, but for each kind of draft somewhere
+    found = [p for p in sampling(num_draws=10_000) if p.status == "failed" and "another distribution" in p.detail]
     assert {p.setting.split()[0] for p in found} == {"early-exit", "ngram"}
 
 
