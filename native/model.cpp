@@ -1,5 +1,5 @@
-// One pass of the decoder. All threads walk through the layers together and meet at a barrier wherever one needs what another
-// has written. Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head dimension.
+// One pass of the decoder. All threads walk through the layers together; a phase (threads.h) ends wherever one needs what
+// another has written. Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head dimension.
 #include "model.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace hopskip {
 namespace {
 
 constexpr int MAX_PASS_ROWS = 128;    // more go in several passes: their activations then stay in the second-level cache
-constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread prepares inputs for itself, to save a barrier
+constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread makes inputs for itself, to save a phase
 constexpr int MAX_BLOCK_ROWS = 8;     // rows of a sequence that share one reading of its keys and values
 constexpr int MAX_HEAD_DIM = 512;
 
@@ -133,47 +133,59 @@ void Model::reserve(int rows) {
     }
 }
 
-// Makes the rows that the next product multiplies with, in every form its weights want.
-template <class MakeRow>
-Activations Model::prepare(int thread, int rows, int cols, unsigned formats, const MakeRow& make_row) {
+// Makes inputs and shares out the items that multiply with them: make_row(row, to) writes one row, which is then put in every
+// form that the weights' formats want; use(inputs, item) is called for every item.
+//
+// Few rows are made by every thread for itself, when it takes its first item; many are made once, in a phase of their own.
+template <class MakeRow, class Use>
+void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items, const Use& use) {
     const bool is_shared = rows > MAX_PRIVATE_ROWS;
-    Worker& worker = is_shared ? workers_.back() : workers_[static_cast<size_t>(thread)];
-    const Activations x{worker.f32.get(), worker.bf16.get(), worker.q8.get(), worker.scales.get(), worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
+    Worker& worker = is_shared ? workers_.back() : workers_[static_cast<size_t>(team.thread())];
+    const Activations x{worker.f32.get(),    worker.bf16.get(),   worker.q8.get(),
+                        worker.scales.get(), worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
     const auto blocks = static_cast<size_t>(x.blocks);
-    for (int row = is_shared ? thread : 0; row < rows; row += is_shared ? pool_.threads() : 1) {
+    const auto make = [&](int row) {
         const auto r = static_cast<size_t>(row);
         float* f32 = x.f32 + r * blocks * BLOCK;
         make_row(row, f32);
         if (formats & (bit(Format::q8) | bit(Format::q4)))
             kernels_.quantize(f32, x.blocks, x.q8 + r * blocks * BLOCK, x.scales + r * blocks, x.starts + r * blocks, x.scaled_sums + r * blocks);
         if (kernels_.multiplies_bf16 && formats & bit(Format::bf16)) kernels_.to_bf16(f32, blocks * BLOCK, x.bf16 + r * blocks * BLOCK);
-    }
-    if (is_shared) pool_.barrier();
-    return x;
+    };
+    if (is_shared) team.share(rows, make);
+    bool is_ready = is_shared;
+    team.share(items, [&](int item) {
+        for (int row = 0; row < rows && !is_ready; ++row) make(row);
+        is_ready = true;
+        use(x, item);
+    });
 }
 
-// Multiplies the rows with matrices that share them. use(matrix, strip, products) gets each strip's products [row][16].
-template <class Use>
-void Model::multiply(int thread, std::initializer_list<const Matrix*> matrices, const Activations& x, int rows, const Use& use) {
-    Worker& worker = workers_[static_cast<size_t>(thread)];
-    int strips = 0;
-    for (const Matrix* m : matrices) strips += m->strips;
+// The rows times matrices of the same inputs: use(matrix, strip, products) gets each strip's products [row][16].
+template <class MakeRow, class Use>
+void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use) {
+    unsigned formats = 0;
+    int strips = 0, items = 0;
+    for (const Matrix* m : matrices) {
+        formats |= bit(m->format);
+        strips += m->strips;
+    }
     // Items large enough to stream, small enough that a thread which was held up can be helped out.
     const int per_item = std::clamp(strips / (pool_.threads() * 4), 2, 16) / 2 * 2;
-    int first = 0, item = pool_.first_item(thread), index = 0;
-    for (const Matrix* m : matrices) {
-        const int items = (m->strips + per_item - 1) / per_item;
-        for (; item < first + items; item = pool_.next_item()) {
-            const int end = std::min(m->strips, (item - first + 1) * per_item);
-            for (int strip = (item - first) * per_item; strip < end; strip += 2) {
-                const int count = std::min(2, end - strip);
-                kernels_.multiply(*m, strip, count, x, rows, worker.products.get());
-                for (int s = 0; s < count; ++s) use(index, strip + s, worker.products.get() + static_cast<size_t>(s * rows) * TILE);
-            }
+    const auto items_of = [&](const Matrix* m) { return (m->strips + per_item - 1) / per_item; };
+    for (const Matrix* m : matrices) items += items_of(m);
+    float* products = workers_[static_cast<size_t>(team.thread())].products.get();
+    share_with_inputs(team, rows, (*matrices.begin())->cols, formats, make_row, items, [&](const Activations& x, int item) {
+        int index = 0;
+        const Matrix* const* m = matrices.begin();
+        for (; item >= items_of(*m); ++m, ++index) item -= items_of(*m);
+        const int end = std::min((*m)->strips, (item + 1) * per_item);
+        for (int strip = item * per_item; strip < end; strip += 2) {
+            const int count = std::min(2, end - strip);
+            kernels_.multiply(**m, strip, count, x, rows, products);
+            for (int s = 0; s < count; ++s) use(index, strip + s, products + static_cast<size_t>(s * rows) * TILE);
         }
-        first += items;
-        ++index;
-    }
+    });
 }
 
 namespace {
@@ -190,63 +202,54 @@ void scatter(const Matrix& m, int strip, const float* products, int rows, float*
 
 }  // namespace
 
-void Model::run_layer(int thread, int index, const Pass& pass) {
+constexpr int MAX_LAYER_PHASES = 10, MAX_HEAD_PHASES = 2;
+
+void Model::run_layer(Team& team, int index, const Pass& pass) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
-    Worker& worker = workers_[static_cast<size_t>(thread)];
+    Worker& worker = workers_[static_cast<size_t>(team.thread())];
     const int rows = pass.rows.count, head_dim = shape_.head_dim;
     const size_t hidden = padded(shape_.hidden_size), intermediate = padded(shape_.intermediate_size);
     const size_t qkv = static_cast<size_t>(shape_.num_heads + 2 * shape_.num_kv_heads) * static_cast<size_t>(head_dim);
     float* h = hidden_.get();
+    const auto norm = [&](const std::vector<float>& weight) {
+        return [&, h](int row, float* out) {
+            kernels_.rms_norm(h + hidden * static_cast<size_t>(row), weight.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
+        };
+    };
+    const auto add_to_hidden = [&](const Matrix& matrix) {
+        return [&, h](int, int strip, const float* products) {
+            scatter(matrix, strip, products, rows, h, hidden, [](float& to, float y, int) { to += y; });
+        };
+    };
 
-    const Activations x = prepare(thread, rows, shape_.hidden_size, bit(layer.q.format) | bit(layer.k.format) | bit(layer.v.format),
-        [&](int row, float* out) {
-            kernels_.rms_norm(h + hidden * static_cast<size_t>(row), layer.input_norm.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
-        });
     const Matrix* parts[] = {&layer.q, &layer.k, &layer.v};
     const std::vector<float>* biases[] = {&layer.q_bias, &layer.k_bias, &layer.v_bias};
     const int offsets[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
-    multiply(thread, {&layer.q, &layer.k, &layer.v}, x, rows, [&](int part, int strip, const float* products) {
+    multiply(team, rows, {&layer.q, &layer.k, &layer.v}, norm(layer.input_norm), [&](int part, int strip, const float* products) {
         const float* bias = biases[part]->empty() ? nullptr : biases[part]->data();
         scatter(*parts[part], strip, products, rows, qkv_.get() + offsets[part], qkv,
                 [&](float& to, float y, int column) { to = bias ? y + bias[column] : y; });
     });
-    pool_.barrier();
-    for (int item = thread; item < rows * shape_.num_kv_heads; item += pool_.threads()) rotate_and_store(item, index, pass);
-    pool_.barrier();
-    const int attention_items = static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads * (pass.is_split ? pass.max_chunks : 1);
-    for (int item = pool_.first_item(thread); item < attention_items; item = pool_.next_item()) attend(item, index, worker, pass);
-    pool_.barrier();
-
-    const auto add = [](float& to, float y, int) { to += y; };
-    const Activations attended = prepare(thread, rows, shape_.num_heads * head_dim, bit(layer.o.format),
-        [&](int row, float* out) { merge_attention(row, pass, worker, out); });
-    multiply(thread, {&layer.o}, attended, rows,
-             [&](int, int strip, const float* products) { scatter(layer.o, strip, products, rows, h, hidden, add); });
-    pool_.barrier();
-
-    const Activations normed = prepare(thread, rows, shape_.hidden_size, bit(layer.gate.format) | bit(layer.up.format),
-        [&](int row, float* out) {
-            kernels_.rms_norm(h + hidden * static_cast<size_t>(row), layer.post_norm.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
-        });
-    float* products = worker.products.get();
-    const int pairs = (layer.gate.strips + 1) / 2;
-    for (int item = pool_.first_item(thread); item < pairs; item = pool_.next_item()) {
+    team.share(rows * shape_.num_kv_heads, [&](int item) { rotate_and_store(item, index, pass); });
+    team.share(static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads * (pass.is_split ? pass.max_chunks : 1),
+               [&](int item) { attend(item, index, worker, pass); });
+    multiply(team, rows, {&layer.o}, [&](int row, float* out) { merge_attention(row, pass, worker, out); }, add_to_hidden(layer.o));
+    // Gate and up go together, so that their product needs no phase of its own.
+    const unsigned formats = bit(layer.gate.format) | bit(layer.up.format);
+    share_with_inputs(team, rows, shape_.hidden_size, formats, norm(layer.post_norm), (layer.gate.strips + 1) / 2, [&](const Activations& x, int item) {
         const int strip = item * 2, count = std::min(2, layer.gate.strips - strip);
         const size_t size = static_cast<size_t>(count * rows) * TILE;
-        kernels_.multiply(layer.gate, strip, count, normed, rows, products);
-        kernels_.multiply(layer.up, strip, count, normed, rows, products + size);
+        float* products = worker.products.get();
+        kernels_.multiply(layer.gate, strip, count, x, rows, products);
+        kernels_.multiply(layer.up, strip, count, x, rows, products + size);
         kernels_.silu_multiply(products, products + size, size, products);
         for (int s = 0; s < count; ++s)
             scatter(layer.gate, strip + s, products + static_cast<size_t>(s * rows) * TILE, rows, activation_.get(), intermediate,
                     [](float& to, float y, int) { to = y; });
-    }
-    pool_.barrier();
-    const Activations activated = prepare(thread, rows, shape_.intermediate_size, bit(layer.down.format), [&](int row, float* out) {
-        std::memcpy(out, activation_.get() + intermediate * static_cast<size_t>(row), intermediate * sizeof(float));
     });
-    multiply(thread, {&layer.down}, activated, rows,
-             [&](int, int strip, const float* products) { scatter(layer.down, strip, products, rows, h, hidden, add); });
-    pool_.barrier();
+    multiply(team, rows, {&layer.down}, [&](int row, float* out) {
+        std::memcpy(out, activation_.get() + intermediate * static_cast<size_t>(row), intermediate * sizeof(float));
+    }, add_to_hidden(layer.down));
 }
 
 // One row's share of one key/value head: q and k normed and rotated, k and v written to the cache.
@@ -407,8 +410,8 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     const auto size = static_cast<size_t>(shape_.hidden_size);
     for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
         std::memcpy(hidden_.get() + row * padded(shape_.hidden_size), in + row * size, size * sizeof(float));
-    pool_.run([&](int thread) {
-        for (int layer = pass.start; layer < pass.stop; ++layer) run_layer(thread, layer, pass);
+    pool_.run((pass.stop - pass.start) * MAX_LAYER_PHASES, [&](Team& team) {
+        for (int layer = pass.start; layer < pass.stop; ++layer) run_layer(team, layer, pass);
     });
     for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
         std::memcpy(out + row * size, hidden_.get() + row * padded(shape_.hidden_size), size * sizeof(float));
@@ -438,11 +441,11 @@ void Model::apply_head(const float* in, int count, const Matrix& head, const Use
     const size_t hidden = padded(shape_.hidden_size), size = static_cast<size_t>(shape_.hidden_size);
     for (size_t row = 0; row < static_cast<size_t>(count); ++row)
         std::memcpy(hidden_.get() + row * hidden, in + row * size, size * sizeof(float));
-    pool_.run([&](int thread) {
-        const Activations x = prepare(thread, count, shape_.hidden_size, bit(head.format), [&](int row, float* out) {
+    pool_.run(MAX_HEAD_PHASES, [&](Team& team) {
+        const auto norm = [&](int row, float* out) {
             kernels_.rms_norm(hidden_.get() + hidden * static_cast<size_t>(row), norm_.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
-        });
-        multiply(thread, {&head}, x, count, [&](int, int strip, const float* products) { use(thread, strip, products); });
+        };
+        multiply(team, count, {&head}, norm, [&](int, int strip, const float* products) { use(team.thread(), strip, products); });
     });
 }
 

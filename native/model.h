@@ -110,15 +110,15 @@ private:
     struct Pass;
 
     void run_pass(const float* in, float* out, Pass& pass);
-    void run_layer(int thread, int index, const Pass& pass);
+    void run_layer(Team& team, int index, const Pass& pass);
     void rotate_and_store(int item, int index, const Pass& pass);
     void attend(int item, int index, Worker& worker, const Pass& pass);
     void attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass, float* partials);
     void merge_attention(int row, const Pass& pass, Worker& worker, float* out);
-    template <class MakeRow>
-    Activations prepare(int thread, int rows, int cols, unsigned formats, const MakeRow& make_row);
-    template <class Use>
-    void multiply(int thread, std::initializer_list<const Matrix*> matrices, const Activations& x, int rows, const Use& use);
+    template <class MakeRow, class Use>
+    void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items, const Use& use);
+    template <class MakeRow, class Use>
+    void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use);
     template <class Use>
     void apply_head(const float* in, int count, const Matrix& head, const Use& use);
     void reserve(int rows);

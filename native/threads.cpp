@@ -18,17 +18,15 @@ inline void pause() {
 #endif
 }
 
-// Spins for about 50 microseconds, then sleeps in the kernel: the phases of a pass are far shorter than waking up takes,
-// while a model that nobody uses must not cost a core.
+}  // namespace
+
 void wait_while_equal(const std::atomic<int>& value, int old) {
     for (int spin = 0; spin < 2000; ++spin) {
         if (value.load(std::memory_order_acquire) != old) return;
         pause();
     }
-    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+    value.wait(old, std::memory_order_acquire);
 }
-
-}  // namespace
 
 Pool::Pool(int threads) : threads_(threads) { start(); }
 
@@ -39,7 +37,7 @@ void Pool::start() {
     sigset_t all, before;  // signals go to the program's own threads, where Python handles them
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (int thread = 1; thread < threads_; ++thread) state_->workers.emplace_back(work, this, state_, thread);
+    for (int thread = 1; thread < threads_; ++thread) state_->workers.emplace_back(work, state_, thread);
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
@@ -52,42 +50,40 @@ Pool::~Pool() {
     delete state_;
 }
 
-void Pool::run_erased(Erased body, const void* argument) {
+void Pool::run_erased(int phases, Erased body, const void* argument) {
     // A fork copies the caller's thread only: leave the old state to the parent's threads and start afresh.
     if (process_ != static_cast<long>(getpid())) start();
-    state_->body = body;
-    state_->argument = argument;
-    state_->next.store(threads_, std::memory_order_relaxed);
-    if (threads_ > 1) {
-        state_->job.fetch_add(1, std::memory_order_release);
-        state_->job.notify_all();
+    State& state = *state_;
+    state.body = body;
+    state.argument = argument;
+    if (static_cast<int>(state.phases.size()) < phases) state.phases = std::vector<Phase>(static_cast<size_t>(phases));
+    for (int i = 0; i < phases; ++i) {
+        state.phases[static_cast<size_t>(i)].next.store(0, std::memory_order_relaxed);
+        state.phases[static_cast<size_t>(i)].done.store(0, std::memory_order_relaxed);
     }
-    body(argument, 0);
-    barrier();
+    state.inside.store(0, std::memory_order_release);
+    state.job.fetch_add(1, std::memory_order_release);
+    state.job.notify_all();
+    Team team(0, state.phases.data());
+    body(argument, team);
+    state.inside.fetch_add(CLOSED, std::memory_order_acq_rel);
+    for (int inside; (inside = state.inside.load(std::memory_order_acquire)) != CLOSED;) wait_while_equal(state.inside, inside);
 }
 
-void Pool::work(Pool* pool, State* state, int thread) {
-    for (int seen = 0;; ++seen) {
-        wait_while_equal(state->job, seen);
+void Pool::work(State* state, int thread) {
+    for (int seen = 0;;) {
+        int job;
+        while ((job = state->job.load(std::memory_order_acquire)) == seen) wait_while_equal(state->job, seen);
+        seen = job;
         if (state->stop) return;
-        state->body(state->argument, thread);
-        pool->barrier();
-    }
-}
-
-void Pool::barrier() {
-    if (threads_ == 1) {
-        state_->next.store(1, std::memory_order_relaxed);
-        return;
-    }
-    const int generation = state_->generation.load(std::memory_order_relaxed);
-    if (state_->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-        state_->arrived.store(0, std::memory_order_relaxed);
-        state_->next.store(threads_, std::memory_order_relaxed);
-        state_->generation.store(generation + 1, std::memory_order_release);
-        state_->generation.notify_all();
-    } else {
-        wait_while_equal(state_->generation, generation);
+        int inside = state->inside.load(std::memory_order_relaxed);
+        while (inside < CLOSED && !state->inside.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) {
+        }
+        if (inside >= CLOSED) continue;  // too late for this run
+        Team team(thread, state->phases.data());
+        state->body(state->argument, team);
+        state->inside.fetch_sub(1, std::memory_order_acq_rel);
+        state->inside.notify_all();
     }
 }
 

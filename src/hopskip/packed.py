@@ -1,6 +1,6 @@
 """All weights of a model in the native engine's formats, kept on disk so that only the first start has to pack them.
 
-A cache file holds, in this order: 8 bytes of magic, the length of the header and a checksum of all that follows (64 bits
+A cache file holds, in this order: 8 bytes of magic, the length of the header and a checksum of what follows (64 bits
 each), the header (JSON: what is where), and the tensors, each at a multiple of 64 bytes. It is mapped, not read: its
 pages are those of the system's file cache.
 
