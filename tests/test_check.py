@@ -209,8 +209,8 @@ def test_same_bits_sees_the_last_bit() -> None:
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 
-def sampling(num_draws: int = 3000) -> list[Proof]:
-    return list(sampling_proofs(small_model(), PROMPTS, num_draws=num_draws))
+def sampling(prompts: list[list[int]] = PROMPTS, num_draws: int = 3000) -> list[Proof]:
+    return list(sampling_proofs(small_model(), prompts, num_draws=num_draws))
 
 
 def test_sampling_is_proved() -> None:
@@ -233,7 +233,9 @@ def test_a_wrong_accept_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(hopskip.engine, "verify_sampled", resample_from_the_target)
     # fewer draws than the command takes do not see it everywhere, but for each kind of draft somewhere
-    found = [p for p in sampling(num_draws=10_000) if p.status == "failed" and "another distribution" in p.detail]
+    found = [
+        p for p in sampling(PROMPTS[:1], num_draws=8000) if p.status == "failed" and "another distribution" in p.detail
+    ]
     assert {p.setting.split()[0] for p in found} == {"early-exit", "ngram"}
 
 
