@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,8 @@ class LLM:
     >>> llm = LLM()                                             # doctest: +SKIP
     >>> llm.generate("The capital of France is")[0].text        # doctest: +SKIP
 
-    Not safe for use from several threads at once. See `load_model` for `dtype`, `quantize`, `device`, `backend` and
-    `threads`, `Engine` for the rest.
+    Not safe for use from several threads at once. See `load_model` for `dtype`, `quantize`, `device`, `backend`,
+    `threads` and `progress`, `Engine` for the rest.
 
     Args:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
@@ -93,13 +93,20 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         checkpoint = open_checkpoint(find_model(model))
         self.tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
         # a wrong option must not cost the time of loading the weights
         (speculative or SpeculativeConfig()).resolve(checkpoint.config)
         self.model = load_model(
-            checkpoint, dtype=dtype, quantize=quantize, device=device, backend=backend, threads=threads
+            checkpoint,
+            dtype=dtype,
+            quantize=quantize,
+            device=device,
+            backend=backend,
+            threads=threads,
+            progress=progress,
         )
         self.engine = Engine(
             self.model,

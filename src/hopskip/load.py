@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -26,6 +27,7 @@ def load_model(
     device: str = "auto",
     backend: Backend = "auto",
     threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Model:
     """Load the weights of an opened checkpoint.
 
@@ -36,6 +38,7 @@ def load_model(
         device: `auto` takes a CUDA device where there is one, else the CPU.
         backend: `native` is the C++ engine for CPUs; `torch` runs anywhere; `auto` prefers native on a CPU.
         threads: CPU threads; None uses as many as the process may run on.
+        progress: told the share loaded so far, up to 1.
 
     Raises:
         ConfigError: an option has an unknown value, or two of them cannot be had together.
@@ -43,11 +46,11 @@ def load_model(
     """
     kind, target = resolve_backend(dtype=dtype, quantize=quantize, device=device, backend=backend, threads=threads)
     if kind == "native":
-        return native.NativeModel.load(checkpoint, precision=quantize or dtype, threads=threads)
+        return native.NativeModel.load(checkpoint, precision=quantize or dtype, threads=threads, progress=progress)
     if threads is not None:
         torch.set_num_threads(threads)
     torch_dtype = checkpoint.dtype if dtype == "auto" else _TORCH_DTYPES[dtype]
-    return Transformer(checkpoint.config, load_weights(checkpoint, torch_dtype, target))
+    return Transformer(checkpoint.config, load_weights(checkpoint, torch_dtype, target, progress))
 
 
 def resolve_backend(

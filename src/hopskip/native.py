@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ class NativeModel:
         precision: str = "auto",
         threads: int | None = None,
         kv_dtype: torch.dtype | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> NativeModel:
         """Pack the weights of a checkpoint, or map them from the cache of packed weights (see `packed.py`).
 
@@ -128,6 +130,7 @@ class NativeModel:
                 types as q8. `float32`, `bfloat16`, `q8`, `q4` ask for one; blocks that are so already stay as they are.
             threads: None uses as many as the process may run on.
             kv_dtype: of the cache, float32 or bfloat16; None takes float32 beside float32 weights, else bfloat16.
+            progress: told the share packed so far, up to 1.
 
         Raises:
             ConfigError: an unknown precision or kv_dtype, or HOPSKIP_ISA names an instruction set that cannot run.
@@ -135,7 +138,7 @@ class NativeModel:
         """
         if precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
-        return cls(checkpoint.config, PackedWeights.load(checkpoint, precision), threads, kv_dtype)
+        return cls(checkpoint.config, PackedWeights.load(checkpoint, precision, progress), threads, kv_dtype)
 
     @property
     def isa(self) -> str:

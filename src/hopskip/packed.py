@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class PackedWeights:
         """Norms and biases, float32."""
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, precision: str) -> PackedWeights:
+    def load(
+        cls, checkpoint: Checkpoint, precision: str, progress: Callable[[float], None] | None = None
+    ) -> PackedWeights:
         """Map the weights from the cache, or pack them and put them there. A damaged file is made anew.
 
         Raises:
@@ -53,7 +56,7 @@ class PackedWeights:
         """
         folder = cache_folder()
         if folder is None:
-            return cls.from_checkpoint(checkpoint, precision)
+            return cls.from_checkpoint(checkpoint, precision, progress)
         path = folder / f"{checkpoint.fingerprint[:32]}-{precision}-{VERSION}.packed"
         try:
             return cls.read(checkpoint.config, path)
@@ -61,7 +64,7 @@ class PackedWeights:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"{path} is damaged ({error}); it is being rebuilt", stacklevel=2)
-        weights = cls.from_checkpoint(checkpoint, precision)
+        weights = cls.from_checkpoint(checkpoint, precision, progress)
         try:
             weights.write(path)
             return cls.read(checkpoint.config, path)
@@ -74,10 +77,15 @@ class PackedWeights:
             return weights
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, precision: str) -> PackedWeights:
-        """Pack a checkpoint; `precision` as in `NativeModel.load`."""
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, precision: str, progress: Callable[[float], None] | None = None
+    ) -> PackedWeights:
+        """Pack a checkpoint; `precision` as in `NativeModel.load`. `progress` is told the share done, up to 1."""
         matrices, vectors = {}, {}
-        for name, shape in expected_tensors(checkpoint.config).items():
+        expected = expected_tensors(checkpoint.config)
+        for index, (name, shape) in enumerate(expected.items()):
+            if progress is not None:
+                progress((index + 1) / len(expected))
             if len(shape) == 1:
                 vectors[name] = checkpoint.tensor(name, torch.float32).contiguous()
                 continue

@@ -35,9 +35,9 @@ def chat(
 
     Questions are read line by line, from the terminal or from a pipe.
     """
-    with loading(load.model, quiet=False):
+    with loading(load.model, quiet=False) as progress:
         params = sampling.params(_MAX_NEW_TOKENS)
-        llm = load.load(draft.config(), prefix_caching=True)
+        llm = load.load(draft.config(), prefix_caching=True, progress=progress)
     if not llm.tokenizer.has_chat_template:
         raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
     if sys.stdin.isatty():

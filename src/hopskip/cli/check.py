@@ -199,8 +199,8 @@ def _models(
     names = parse_precisions(precision)
     for name in names:
         chosen = replace(load, quantize=name) if name in ("q8", "q4") else replace(load, dtype=name)
-        with loading(load.model, quiet=quiet):
-            model = load_model(checkpoint, **chosen.arguments())
+        with loading(load.model, quiet=quiet) as progress:
+            model = load_model(checkpoint, progress=progress, **chosen.arguments())
         yield name, model
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -62,17 +62,21 @@ def plain_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def loading(model: str | None, *, quiet: bool) -> Iterator[None]:
-    """Show that a model is being loaded, in a terminal and unless `quiet`."""
+def loading(model: str | None, *, quiet: bool) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar while a model is loaded, in a terminal and unless `quiet`. Yields what moves it: told the
+    share loaded so far."""
     console = _stderr()
     if quiet or not console.is_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield
+        yield lambda share: None
         return
     from rich.markup import escape
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-    with console.status(f"Loading {escape(model or 'SmolLM2-135M-Instruct')} ...", spinner_style="dim"):
-        yield
+    columns = (SpinnerColumn(style="dim"), TextColumn("{task.description}"), BarColumn(bar_width=30))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"Loading {escape(model or 'SmolLM2-135M-Instruct')}", total=1.0)
+        yield lambda share: bar.update(task, completed=share)
 
 
 class PieceWriter:

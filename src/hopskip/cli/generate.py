@@ -43,9 +43,9 @@ def generate(
     text = read_prompt(prompt or [])
     if raw and system is not None:
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
-    with loading(load.model, quiet=as_json):
+    with loading(load.model, quiet=as_json) as progress:
         params = sampling.params(_MAX_NEW_TOKENS)
-        llm = load.load(draft.config())
+        llm = load.load(draft.config(), progress=progress)
         wrapped = _with_template(llm, text, raw, system)
     answer = Answer()
     writer = None if as_json else PieceWriter()

@@ -141,11 +141,19 @@ class LoadOptions:
             raise ConfigError(f"the model is given twice, as {place} and as --model {self.model}; leave one out")
         return replace(self, model=place)
 
-    def load(self, speculative: SpeculativeConfig, *, prefix_caching: bool | None = None) -> LLM:
+    def load(
+        self,
+        speculative: SpeculativeConfig,
+        *,
+        prefix_caching: bool | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> LLM:
         """Load the model."""
         from hopskip.llm import LLM
 
-        return LLM(self.model, speculative=speculative, prefix_caching=prefix_caching, **self.arguments())
+        return LLM(
+            self.model, speculative=speculative, prefix_caching=prefix_caching, progress=progress, **self.arguments()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
