@@ -394,6 +394,9 @@ def test_command_reports_json(checkpoint: Path, tmp_path: Path) -> None:
         assert [p["set"] for p in entry["per_prompt"]] == ["alpaca", "alpaca", "gsm8k", "gsm8k"]
         assert set(entry["by_set"]) == {"alpaca", "gsm8k"}
     assert contenders["hopskip"]["lossless"] is True
+    theirs = [c for name, c in contenders.items() if name.startswith("transformers")]
+    assert [c["quoted"] for c in sorted(theirs, key=lambda c: c["decode_tokens_per_second"])] == [False, True]
+    assert contenders["hopskip"]["quoted"]
     assert contenders["hopskip-plain"]["lossless"] is None
     assert set(contenders["hopskip"]["decode_ratio_to"]) == set(list(contenders)[1:4])
     assert list(contenders.values())[4]["status"] == "absent"  # the checkpoint is no GGUF file

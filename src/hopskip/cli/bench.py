@@ -226,6 +226,7 @@ def _print_report(report: dict[str, Any]) -> None:
             f"{contender['mean_acceptance_length']:.2f}",
             lossless,
             "" if ours is None else f"{ours:.2f} x",
+            style=None if contender["quoted"] else "dim",
         )
     console.print(table)
     console.print("decode and prefill in tokens/s; ours is the first line", style="dim")

@@ -233,7 +233,7 @@ class _Table:
         if (heading, proof.claim) != (self._heading, self._claim):
             self._print(f"{heading}: {proof.claim}", style="bold", before="\n")
             self._heading, self._claim = heading, proof.claim
-        self._print(f"{proof.status:<12}{proof.setting:<34}{proof.detail}", style=_STYLES[proof.status], before="  ")
+        self._print(f"{proof.status:<12}{proof.setting:<40}{proof.detail}", style=_STYLES[proof.status], before="  ")
         for tie in proof.ties:
             self._print(
                 f"tie at prompt {tie.prompt}, token {tie.position}: {tie.got} or {tie.expected}, {tie.gap:.1e} apart",

@@ -171,6 +171,16 @@ def ratio(ours: Result, theirs: Result, field_name: str, prompt_set: str | None 
     return median(ratios) if ratios else None
 
 
+def is_quoted(result: Result, results: Seq[Result]) -> bool:
+    """False for an opponent's slower variant: nobody should be measured by that."""
+    rates = [
+        (other.middle("decode_tokens_per_second") or 0.0, other.name)
+        for other in results
+        if other.contender.variant_of == result.contender.variant_of
+    ]
+    return result.contender.variant_of is None or max(rates)[1] == result.name
+
+
 def report(
     results: Seq[Result],
     *,
@@ -189,6 +199,7 @@ def report(
             {
                 "name": result.name,
                 "status": result.status,
+                "quoted": is_quoted(result, results),
                 "reason": result.reason,
                 "prefill_tokens_per_second": result.middle("prefill_tokens_per_second"),
                 "decode_tokens_per_second": result.middle("decode_tokens_per_second"),

@@ -71,6 +71,8 @@ class Contender(ABC):
     name: str
     plain: str | None = None
     """Name of the contender whose tokens this one must give, because it only speculates on top of it."""
+    variant_of: str | None = None
+    """Contenders that are one opponent in several precisions share this name; the fastest of them is quoted."""
 
     @abstractmethod
     def load(self, threads: int, max_model_len: int) -> Runner:

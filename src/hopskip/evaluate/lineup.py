@@ -116,7 +116,7 @@ def _add_ours(
 
 
 def _transformers(path: Path, dtype: torch.dtype) -> Transformers:
-    return Transformers(name=f"transformers-{_name(dtype)}", path=path, dtype=dtype)
+    return Transformers(name=f"transformers-{_name(dtype)}", variant_of="transformers", path=path, dtype=dtype)
 
 
 def _early_exit(path: Path, config: ModelConfig, precision: Precision, speculative: SpeculativeConfig) -> Transformers:
