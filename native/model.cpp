@@ -495,9 +495,9 @@ void Model::greedy(const float* in, int count, const Matrix* subset, int32_t* ou
 
 // The draft of one sequence is a chain, so its steps cannot share a pass; those of several sequences do.
 void Model::draft(const int32_t* ids, RowsView rows, int exit_layer, int k, float min_confidence, const CacheView& cache,
-                  int32_t* tokens, int32_t* counts, float* states) {
+                  const Matrix* subset, const int32_t* subset_ids, int32_t* tokens, int32_t* counts, float* states) {
     const auto guard = lock();
-    const auto size = static_cast<size_t>(shape_.hidden_size), vocabulary = static_cast<size_t>(head_.rows);
+    const auto size = static_cast<size_t>(shape_.hidden_size), vocabulary = static_cast<size_t>((subset ? *subset : head_).rows);
     std::vector<int> open;  // sequences that go on
     for (int i = 0; i < rows.count; ++i) open.push_back(i);
     std::fill(counts, counts + rows.count, 0);
@@ -517,18 +517,18 @@ void Model::draft(const int32_t* ids, RowsView rows, int exit_layer, int k, floa
         run_layers(hidden.data(), hidden.data(), 0, exit_layer, {n, slots.data(), positions.data()}, cache);
         if (min_confidence > 0) {
             logits.resize(vocabulary * open.size());
-            this->logits(hidden.data(), n, nullptr, logits.data());
+            this->logits(hidden.data(), n, subset, logits.data());
             for (size_t i = 0; i < open.size(); ++i) {
                 const float* row = logits.data() + vocabulary * i;
                 best[i] = static_cast<int32_t>(std::max_element(row, row + vocabulary) - row);
             }
         } else {
-            greedy(hidden.data(), n, nullptr, best.data());
+            greedy(hidden.data(), n, subset, best.data());
         }
         std::vector<int> still_open;
         for (size_t i = 0; i < open.size(); ++i) {
             const int sequence = open[i];
-            tokens[sequence * k + step] = best[i];
+            tokens[sequence * k + step] = subset ? subset_ids[best[i]] : best[i];
             counts[sequence] = step + 1;
             std::copy_n(hidden.data() + size * i, size, states + size * static_cast<size_t>(sequence * k + step));
             const float* row = logits.data() + vocabulary * i;

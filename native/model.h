@@ -88,9 +88,9 @@ public:
     void greedy(const float* in, int count, const Matrix* head, int32_t* out);
     // k greedy steps through layers 0..exit-1, norm and head for each of `count` sequences. A sequence stops after its first
     // token less probable than min_confidence. tokens [count, k], counts [count], states [count, k, hidden_size]: the hidden
-    // states that the tokens were read from.
+    // states that the tokens were read from. With a subset of the head's rows, subset_ids are the tokens they stand for.
     void draft(const int32_t* ids, RowsView rows, int exit_layer, int k, float min_confidence, const CacheView& cache,
-               int32_t* tokens, int32_t* counts, float* states);
+               const Matrix* subset, const int32_t* subset_ids, int32_t* tokens, int32_t* counts, float* states);
 
 private:
     struct Worker {  // what each thread has for itself

@@ -170,7 +170,8 @@ public:
     }
 
     void draft(const Array& ids, const Array& slots, const Array& positions, int64_t exit_layer, int64_t k, float min_confidence,
-               const Array& keys, const Array& values, const Array& tokens, const Array& counts, const Array& states) {
+               const Array& keys, const Array& values, const Array& tokens, const Array& counts, const Array& states, const PackedMatrix* subset,
+               const std::optional<Array>& subset_ids) {
         const int exit = in_range(exit_layer, "exit_layer", 1, model_.num_layers()), steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
         if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is " + std::to_string(min_confidence) + "; it must be 0 to 1");
         const int count = check_ids(ids);
@@ -183,8 +184,14 @@ public:
         auto* to = checked<int32_t>(tokens, "tokens", {count, steps});
         auto* lengths = checked<int32_t>(counts, "counts", {count});
         auto* exits = checked<float>(states, "states", {count, steps, shape().hidden_size});
+        check_subset(subset);
+        const int32_t* names = nullptr;
+        if (subset) {
+            if (!subset_ids || check_ids(*subset_ids) != subset->matrix.rows) refuse("a subset needs a token id for each of its rows");
+            names = static_cast<const int32_t*>(subset_ids->data());
+        }
         nb::gil_scoped_release release;
-        model_.draft(from, rows, exit, steps, min_confidence, cache, to, lengths, exits);
+        model_.draft(from, rows, exit, steps, min_confidence, cache, subset ? &subset->matrix : nullptr, names, to, lengths, exits);
     }
 
     const char* isa() const { return model_.isa(); }
@@ -216,8 +223,12 @@ private:
     int check_head(const Array& h, const PackedMatrix* subset) {
         if (!is_complete_) refuse("the model has no head yet");
         checked<float>(h, "h", {ANY, shape().hidden_size});
-        if (subset && subset->matrix.cols != shape().hidden_size) refuse("the subset's head has " + std::to_string(subset->matrix.cols) + " columns");
+        check_subset(subset);
         return static_cast<int>(h.shape(0));
+    }
+
+    void check_subset(const PackedMatrix* subset) {
+        if (subset && subset->matrix.cols != shape().hidden_size) refuse("the subset's head has " + std::to_string(subset->matrix.cols) + " columns");
     }
 
     int check_ids(const Array& ids) {
@@ -307,7 +318,8 @@ NB_MODULE(_native, m) {
         .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a)
         .def("logits", &Engine::logits, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = nb::none())
-        .def("draft", &Engine::draft, "ids"_a, "slots"_a, "positions"_a, "exit_layer"_a, "num_draft_tokens"_a, "min_confidence"_a, "k"_a, "v"_a, "tokens"_a, "counts"_a, "states"_a)
+        .def("draft", &Engine::draft, "ids"_a, "slots"_a, "positions"_a, "exit_layer"_a, "num_draft_tokens"_a, "min_confidence"_a, "k"_a, "v"_a, "tokens"_a, "counts"_a, "states"_a,
+             "subset"_a = nb::none(), "subset_ids"_a = nb::none())
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("rope_length", &Engine::rope_length);

@@ -216,6 +216,7 @@ class NativeModel:
         num_draft_tokens: int,
         cache: Cache,
         min_confidence: float = 0.0,
+        subset: HeadSubset | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """k greedy draft steps through layers 0..exit_layer-1, final norm and head, in one call.
 
@@ -224,6 +225,7 @@ class NativeModel:
             num_draft_tokens: k.
             cache: the early layers' keys and values are written to it, at `positions_B` and the k - 1 positions after.
             min_confidence: a sequence drafts no more after its first token whose probability is below it.
+            subset: draft from these tokens alone; probabilities are then among them.
 
         Returns:
             tokens int64 [B, k]; counts int64 [B], how many of them each sequence drafted, the rest being undefined; and
@@ -237,6 +239,7 @@ class NativeModel:
         self._engine.draft(
             _int32(ids_B), _int32(slots_B), _int32(positions_B), exit_layer, k, min_confidence,
             cache.k_LSHTD, cache.v_LSHTD, tokens, counts, states,
+            *(() if subset is None else (subset.matrix, _int32(subset.ids))),
         )  # fmt: skip
         return tokens.long(), counts.long(), states
 
