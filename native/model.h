@@ -38,6 +38,12 @@ private:
     size_t size_ = 0;
 };
 
+constexpr int MAX_BLOCK_ROWS = 8;  // rows of a sequence that share one reading of its keys and values
+constexpr int MAX_HEAD_DIM = 512;
+
+inline int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
+inline size_t padded(int cols) { return static_cast<size_t>(blocks_of(cols)) * BLOCK; }
+
 struct Shape {
     int hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
     float rms_norm_eps;
@@ -107,7 +113,15 @@ private:
         int row, count;
         int first_chunk, num_chunks;  // of the cache positions that any of them sees
     };
-    struct Pass;
+    struct Pass {
+        RowsView rows;
+        CacheView cache;
+        int start, stop;
+        std::vector<Block> blocks;
+        std::vector<int> block_of_row;
+        int max_chunks;
+        bool is_split;  // chunks of one block go to several threads, and are merged afterwards
+    };
 
     void run_pass(const float* in, float* out, Pass& pass);
     void run_layer(Team& team, int index, const Pass& pass);

@@ -302,7 +302,7 @@ NB_MODULE(_native, m) {
                 int64_t head_dim, int64_t vocab_size, float rms_norm_eps, int64_t sliding_window) {
                  Shape s{in_range(hidden_size, "hidden_size", 1, 1 << 20),    in_range(intermediate_size, "intermediate_size", 1, 1 << 20),
                          in_range(num_heads, "num_attention_heads", 1, 1024), in_range(num_kv_heads, "num_key_value_heads", 1, num_heads),
-                         in_range(head_dim, "head_dim", 2, 512),              in_range(vocab_size, "vocab_size", 1, 1 << 28),
+                         in_range(head_dim, "head_dim", 2, MAX_HEAD_DIM),              in_range(vocab_size, "vocab_size", 1, 1 << 28),
                          rms_norm_eps,                                        in_range(sliding_window, "sliding_window", 0, INT32_MAX)};
                  if (s.num_heads % s.num_kv_heads || s.head_dim % 2) refuse("heads do not divide evenly");
                  if (!runs_here(isa)) refuse("this processor cannot run the instruction set " + isa);

@@ -71,7 +71,7 @@ private:
         Erased body = nullptr;
         const void* argument = nullptr;
         std::vector<Phase> phases;
-        bool stop = false;
+        std::atomic<bool> stop{false};
         std::vector<std::thread> workers;
     };
 
