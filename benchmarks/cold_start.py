@@ -1,0 +1,69 @@
+"""Time from starting a process to the first byte of its answer: `hopskip generate` against a few lines of transformers.
+
+Both run the default model's GGUF file from disk, in turn. Needs the `eval` extra (transformers reads a GGUF file only
+with accelerate). Usage: python benchmarks/cold_start.py [REPEATS]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+from hopskip.hub import find_model
+
+PROMPT = "Why is the sky blue?"
+TRANSFORMERS = f"""
+import sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+path = Path(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+chat = [{{"role": "user", "content": {PROMPT!r}}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+model.generate(**inputs, max_new_tokens=16, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True))
+"""
+
+
+def seconds_to_first_byte(command: list[str]) -> float:
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    if not first or process.returncode:
+        raise SystemExit(f"{command[:3]} gave no answer (exit code {process.returncode})")
+    return seconds
+
+
+def main() -> None:
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    commands = {
+        "hopskip": [sys.executable, "-m", "hopskip.cli", "generate", "--max-new-tokens", "16", PROMPT],
+        "transformers": [sys.executable, "-c", TRANSFORMERS, str(find_model())],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for command in commands.values():
+        seconds_to_first_byte(command)  # files come from the disk once
+    for _ in range(repeats):
+        for name, command in commands.items():
+            seconds[name].append(seconds_to_first_byte(command))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    report = {
+        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("hopskip", "torch", "transformers")},
+        "seconds_to_first_byte": {name: {"median": medians[name], "runs": seconds[name]} for name in commands},
+        "ratio": medians["transformers"] / medians["hopskip"],
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
