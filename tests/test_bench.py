@@ -407,6 +407,7 @@ def test_command_prints_a_table(checkpoint: Path) -> None:
     result = invoke(checkpoint, "--draft", "none")
     assert result.exit_code == 0, result.output
     assert "hopskip-plain" in result.stdout
+    assert "…" not in result.stdout
     assert "GB/s read" in result.stdout
 
 

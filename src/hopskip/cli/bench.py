@@ -207,8 +207,9 @@ def _print_report(report: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "decode", "prefill", "bandwidth", "tokens/pass", "lossless", "ours / this"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    table.add_column("", overflow="fold")  # where the terminal is narrow, names are wrapped and figures stay whole
+    for heading in ("decode", "prefill", "bandwidth", "tokens/pass", "lossless", "ours / this"):
+        table.add_column(heading, justify="right", no_wrap=True)
     contenders = report["contenders"]
     absent = [c for c in contenders if c["status"] != "measured"]
     for contender in contenders:
