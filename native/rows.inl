@@ -106,10 +106,10 @@ static void pack_keys(const ChunkTask& task, int position, int count, float* til
 }
 
 // values[query][column..] = sum over positions of weight[query][position] * value[position][column..]
-template <int R>
+template <bool IS_BF16, int R>
 static void weigh_values(int rows, const ChunkTask& task, const float* weights, float* partials, size_t stride) {
     if constexpr (R > 1) {
-        if (rows != R) return weigh_values<R - 1>(rows, task, weights, partials, stride);
+        if (rows != R) return weigh_values<IS_BF16, R - 1>(rows, task, weights, partials, stride);
     }
     const size_t size = static_cast<size_t>(task.head_dim);
     const size_t base = static_cast<size_t>(task.begin) * size;
@@ -118,32 +118,36 @@ static void weigh_values(int rows, const ChunkTask& task, const float* weights, 
     const auto* f32 = static_cast<const float*>(task.values) + base;
     size_t e = 0;
     for (; e + TILE <= size; e += TILE) {
-        V sum[R][PARTS];
-        for (auto& row : sum)
-            for (auto& part : row) part = zero();
+        V sum[R][PARTS] = {};
         for (int t = 0; t < count; ++t) {
             V value[PARTS];
+            UNROLL
             for (int p = 0; p < PARTS; ++p) {
                 const size_t at = static_cast<size_t>(t) * size + e + static_cast<size_t>(p * LANES);
-                value[p] = task.is_bf16 ? load_bf16(bf16 + at) : load(f32 + at);
+                value[p] = IS_BF16 ? load_bf16(bf16 + at) : load(f32 + at);
             }
+            UNROLL
             for (int r = 0; r < R; ++r) {
                 V weight = splat(weights[r * CHUNK + t]);
+                UNROLL
                 for (int p = 0; p < PARTS; ++p) sum[r][p] = fma(weight, value[p], sum[r][p]);
             }
         }
+        UNROLL
         for (int r = 0; r < R; ++r)
+            UNROLL
             for (int p = 0; p < PARTS; ++p) store(partials + stride * r + PARTIAL_VALUES + e + p * LANES, sum[r][p]);
     }
     for (; e < size; ++e) {
+        UNROLL
         for (int r = 0; r < R; ++r) {
             float sum = 0;
             for (int t = 0; t < count; ++t) {
                 const size_t at = static_cast<size_t>(t) * size + e;
-                uint32_t bits = static_cast<uint32_t>(bf16[task.is_bf16 ? at : 0]) << 16;
+                uint32_t bits = static_cast<uint32_t>(bf16[IS_BF16 ? at : 0]) << 16;
                 float value;
                 __builtin_memcpy(&value, &bits, 4);
-                sum += weights[r * CHUNK + t] * (task.is_bf16 ? value : f32[at]);
+                sum += weights[r * CHUNK + t] * (IS_BF16 ? value : f32[at]);
             }
             partials[stride * r + PARTIAL_VALUES + e] = sum;
         }
@@ -194,7 +198,8 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
     }
     for (int q = 0; q < task.num_queries; q += MAX_FLOAT_ROWS) {
         const int own = task.num_queries - q < MAX_FLOAT_ROWS ? task.num_queries - q : MAX_FLOAT_ROWS;
-        weigh_values<MAX_FLOAT_ROWS>(own, task, scores + q * CHUNK, partials + stride * q, stride);
+        const auto weigh = task.is_bf16 ? weigh_values<true, MAX_FLOAT_ROWS> : weigh_values<false, MAX_FLOAT_ROWS>;
+        weigh(own, task, scores + q * CHUNK, partials + stride * q, stride);
     }
 }
 
