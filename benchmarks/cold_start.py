@@ -46,7 +46,7 @@ def seconds_to_first_byte(command: list[str]) -> float:
 def main() -> None:
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     commands = {
-        "hopskip": [sys.executable, "-m", "hopskip.cli", "generate", "--max-new-tokens", "16", PROMPT],
+        "hopskip": [sys.executable, "-m", "hopskip", "generate", "--max-new-tokens", "16", PROMPT],
         "transformers": [sys.executable, "-c", TRANSFORMERS, str(find_model())],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}

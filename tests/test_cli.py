@@ -63,7 +63,7 @@ def generate(model: Path, *arguments: str | Path, **kwargs: Any) -> Result:
 
 def subprocess_arguments(*arguments: str | Path) -> dict[str, Any]:
     return {
-        "args": [sys.executable, "-m", "hopskip.cli", *map(str, arguments)],
+        "args": [sys.executable, "-m", "hopskip", *map(str, arguments)],
         "env": {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100"},
     }
 
@@ -371,13 +371,19 @@ def long_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ctrl_c_ends_cleanly(long_model: Path) -> None:
     options = ["-m", long_model, "--backend", "torch", "-n", "150000", "--ignore-eos", "--draft", "ngram"]
     process = subprocess.Popen(
-        **subprocess_arguments("generate", *options, "Hello"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        **subprocess_arguments("generate", *options, "Hello"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=take_interrupts,
     )
     assert process.stdout is not None
-    first = os.read(process.stdout.fileno(), 1)
-    assert first  # it has begun
-    process.send_signal(signal.SIGINT)
-    rest, error = process.communicate(timeout=60)
+    try:
+        first = os.read(process.stdout.fileno(), 1)
+        assert first  # it has begun
+        process.send_signal(signal.SIGINT)
+        rest, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, error.decode()
     assert (first + rest).endswith(b"\n")
     assert b"Traceback" not in error
@@ -434,9 +440,16 @@ def test_chat_in_a_terminal(long_model: Path) -> None:
         os.close(controller)
 
 
+def take_interrupts() -> None:
+    """A shell starts what it runs in the background with Ctrl-C ignored, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def own_terminal() -> None:
     import fcntl
     import termios
+
+    take_interrupts()
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 

@@ -23,7 +23,8 @@ LAYERS = [
     ("load", "engine"),
     ("llm",),
     ("train", "evaluate", "serve", "export"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -226,7 +226,7 @@ def _print_report(report: dict[str, Any]) -> None:
             f"{contender['decode_tokens_per_second']:.1f}",
             f"{contender['prefill_tokens_per_second']:.0f}",
             f"{contender['mbu']:.0%}",
-            f"{contender['mean_acceptance_length']:.2f}",
+            f"{contender['tokens_per_pass']:.2f}",
             lossless,
             "" if ours is None else f"{ours:.2f} x",
             style=None if contender["quoted"] else "dim",

@@ -29,6 +29,7 @@ class PromptResult:
     num_prompt_tokens: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    tokens_per_pass: float
     mean_acceptance_length: float
     matches_plain: bool | None = None
     """Whether the tokens are those of the contender that this one speculates on top of; None if there is none."""
@@ -159,6 +160,7 @@ def _summary(prompt: Prompt, ids: list[int], runs: Seq[Measurement], plain_runs:
         num_prompt_tokens=len(ids),
         prefill_tokens_per_second=median(len(ids) / run.prefill_seconds for run in runs),
         decode_tokens_per_second=median(run.decode_tokens_per_second for run in runs),
+        tokens_per_pass=median(run.tokens_per_pass for run in runs),
         mean_acceptance_length=median(run.mean_acceptance_length for run in runs),
         matches_plain=all(run.token_ids == plain_runs[0].token_ids for run in runs) if plain_runs else None,
     )
@@ -204,6 +206,7 @@ def report(
                 "prefill_tokens_per_second": result.middle("prefill_tokens_per_second"),
                 "decode_tokens_per_second": result.middle("decode_tokens_per_second"),
                 "mbu": result.mbu(num_tokens, bandwidth),
+                "tokens_per_pass": result.middle("tokens_per_pass"),
                 "mean_acceptance_length": result.middle("mean_acceptance_length"),
                 "lossless": result.lossless,
                 "lossless_against": result.contender.plain,
@@ -212,6 +215,7 @@ def report(
                     name: {
                         "prefill_tokens_per_second": result.middle("prefill_tokens_per_second", name),
                         "decode_tokens_per_second": result.middle("decode_tokens_per_second", name),
+                        "tokens_per_pass": result.middle("tokens_per_pass", name),
                         "mean_acceptance_length": result.middle("mean_acceptance_length", name),
                     }
                     for name in sets

@@ -36,7 +36,10 @@ class Measurement:
     decode_seconds: float
     num_decoded: int
     """Tokens generated in `decode_seconds`."""
+    tokens_per_pass: float = 1.0
+    """Of all full passes, those without a draft to verify among them: what the time depends on."""
     mean_acceptance_length: float = 1.0
+    """Of the passes that had a draft, the bonus or recovered token counted; 1 without drafts."""
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -127,8 +130,8 @@ class _HopskipRunner(Runner):
             prefill_seconds=stats.prefill_seconds,
             decode_seconds=stats.decode_seconds,
             num_decoded=stats.num_tokens - 1,
-            # rounds without a draft count too: tokens per pass is what the time depends on
-            mean_acceptance_length=(stats.num_tokens - 1) / max(1, stats.num_target_passes),
+            tokens_per_pass=(stats.num_tokens - 1) / max(1, stats.num_target_passes),
+            mean_acceptance_length=stats.mean_acceptance_length,
         )
 
 
@@ -306,10 +309,13 @@ def _from_arrivals(
     if len(token_ids) != num_tokens:
         raise RuntimeError(f"{len(token_ids)} tokens were generated, not {num_tokens}")
     first, num_first = arrivals[0]
+    # the others draft in every round, so that both means are the same
+    tokens_per_pass = sum(count for _, count in arrivals) / len(arrivals)
     return Measurement(
         token_ids=token_ids,
         prefill_seconds=first - started,
         decode_seconds=arrivals[-1][0] - first,
         num_decoded=num_tokens - num_first,
-        mean_acceptance_length=sum(count for _, count in arrivals) / len(arrivals),
+        tokens_per_pass=tokens_per_pass,
+        mean_acceptance_length=tokens_per_pass,
     )

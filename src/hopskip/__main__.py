@@ -1,4 +1,4 @@
-"""`python -m hopskip.cli`"""
+"""`python -m hopskip`"""
 
 from hopskip.cli import main
 
