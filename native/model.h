@@ -57,11 +57,18 @@ struct Layer {
     std::vector<float> q_norm, k_norm;              // padded; empty: none
 };
 
-// Keys and values [layers, slots, kv heads, positions, head_dim], bf16 or f32.
+// Keys and values [layers, slots, kv heads, positions, head_dim]; int8 ones have a scale per [.., positions].
 struct CacheView {
     void *k, *v;
-    bool is_bf16;
-    int layers, slots, length;
+    float *k_scales, *v_scales;
+    CacheType type;
+    int layers, slots, kv_heads, length;
+
+    int element_size() const { return type == CacheType::f32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
+    size_t position(int layer, int slot, int kv_head, int position) const {  // counted over the whole cache
+        const size_t head = (static_cast<size_t>(layer) * static_cast<size_t>(slots) + static_cast<size_t>(slot)) * static_cast<size_t>(kv_heads);
+        return (head + static_cast<size_t>(kv_head)) * static_cast<size_t>(length) + static_cast<size_t>(position);
+    }
 };
 
 // Where each row lives. Rows of one sequence are consecutive, in the order of their positions.

@@ -143,9 +143,10 @@ public:
         model_.embed(from, count, to);
     }
 
-    void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions, const Array& k, const Array& v) {
+    void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions, const Array& k, const Array& v,
+                    const std::optional<Array>& k_scales, const std::optional<Array>& v_scales) {
         const int first = in_range(start, "start", 0, model_.num_layers()), last = in_range(stop, "stop", first, model_.num_layers());
-        const CacheView cache = check_cache(k, v);
+        const CacheView cache = check_cache(k, v, k_scales, v_scales);
         const RowsView rows = check_rows(slots, positions, cache, 1);
         const float* in = hidden(h, "h", rows.count);
         float* to = hidden(out, "out", rows.count);
@@ -169,13 +170,13 @@ public:
         model_.greedy(in, count, subset ? &subset->matrix : nullptr, to);
     }
 
-    void draft(const Array& ids, const Array& slots, const Array& positions, int64_t exit_layer, int64_t k, float min_confidence,
-               const Array& keys, const Array& values, const Array& tokens, const Array& counts, const Array& states, const PackedMatrix* subset,
+    void draft(const Array& ids, const Array& slots, const Array& positions, int64_t exit_layer, int64_t num_draft_tokens, float min_confidence,
+               const Array& k, const Array& v, const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const Array& tokens, const Array& counts, const Array& states, const PackedMatrix* subset,
                const std::optional<Array>& subset_ids) {
-        const int exit = in_range(exit_layer, "exit_layer", 1, model_.num_layers()), steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
+        const int exit = in_range(exit_layer, "exit_layer", 1, model_.num_layers()), steps = in_range(num_draft_tokens, "num_draft_tokens", 1, 1 << 20);
         if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is " + std::to_string(min_confidence) + "; it must be 0 to 1");
         const int count = check_ids(ids);
-        const CacheView cache = check_cache(keys, values);
+        const CacheView cache = check_cache(k, v, k_scales, v_scales);
         const RowsView rows = check_rows(slots, positions, cache, steps);
         if (rows.count != count) refuse("ids and slots differ in length");
         for (int i = 1; i < count; ++i)
@@ -239,15 +240,22 @@ private:
         return count;
     }
 
-    CacheView check_cache(const Array& k, const Array& v) {
-        const nb::dlpack::dtype bf16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
-        const bool is_bf16 = k.dtype() == bf16;
-        const nb::dlpack::dtype type = is_bf16 ? bf16 : nb::dtype<float>();
-        const int64_t layers = model_.num_layers();
-        void* keys = checked(k, "the cache's k", type, {layers, ANY, shape().num_kv_heads, ANY, shape().head_dim}, 4);
-        const auto slots = static_cast<int64_t>(k.shape(1)), length = static_cast<int64_t>(k.shape(3));
-        void* values = checked(v, "the cache's v", type, {layers, slots, shape().num_kv_heads, length, shape().head_dim}, 4);
-        return {keys, values, is_bf16, static_cast<int>(layers), static_cast<int>(slots), static_cast<int>(length)};
+    CacheView check_cache(const Array& k, const Array& v, const std::optional<Array>& k_scales, const std::optional<Array>& v_scales) {
+        const nb::dlpack::dtype bf16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1}, type = k.dtype();
+        CacheView cache{};
+        cache.type = type == bf16 ? CacheType::bf16 : type == nb::dtype<int8_t>() ? CacheType::int8 : CacheType::f32;
+        if (cache.type == CacheType::f32 && type != nb::dtype<float>()) refuse("the cache's k is neither float32, bfloat16 nor int8");
+        const int64_t layers = cache.layers = model_.num_layers(), heads = cache.kv_heads = shape().num_kv_heads;
+        const auto alignment = static_cast<size_t>(cache.element_size());
+        cache.k = checked(k, "the cache's k", type, {layers, ANY, heads, ANY, shape().head_dim}, alignment);
+        const int64_t slots = cache.slots = static_cast<int>(k.shape(1)), length = cache.length = static_cast<int>(k.shape(3));
+        cache.v = checked(v, "the cache's v", type, {layers, slots, heads, length, shape().head_dim}, alignment);
+        if (cache.type == CacheType::int8) {
+            if (!k_scales || !v_scales) refuse("an int8 cache needs scales");
+            cache.k_scales = checked<float>(*k_scales, "the cache's k_scales", {layers, slots, heads, length});
+            cache.v_scales = checked<float>(*v_scales, "the cache's v_scales", {layers, slots, heads, length});
+        }
+        return cache;
     }
 
     // `steps`: how many positions from each row's on will be written.
@@ -315,10 +323,12 @@ NB_MODULE(_native, m) {
         .def("set_edges", &Engine::set_edges, "embedding"_a, "head"_a, "norm"_a)
         .def("set_rope", &Engine::set_rope, "cos"_a, "sin"_a)
         .def("embed", &Engine::embed, "ids"_a, "out"_a)
-        .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a)
+        .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a, "k_scales"_a = nb::none(),
+             "v_scales"_a = nb::none())
         .def("logits", &Engine::logits, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = nb::none())
-        .def("draft", &Engine::draft, "ids"_a, "slots"_a, "positions"_a, "exit_layer"_a, "num_draft_tokens"_a, "min_confidence"_a, "k"_a, "v"_a, "tokens"_a, "counts"_a, "states"_a,
+        .def("draft", &Engine::draft, "ids"_a, "slots"_a, "positions"_a, "exit_layer"_a, "num_draft_tokens"_a, "min_confidence"_a, "k"_a, "v"_a, "k_scales"_a.none(),
+             "v_scales"_a.none(), "tokens"_a, "counts"_a, "states"_a,
              "subset"_a = nb::none(), "subset_ids"_a = nb::none())
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)

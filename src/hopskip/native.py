@@ -32,6 +32,8 @@ except ImportError as error:  # installed without a compiler
     _native, _import_error = None, str(error)
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+KV_NAMES = "float32, bfloat16 or int8"
 ISAS = ("avx512", "avx2", "portable")
 """Instruction sets, best first. The environment variable HOPSKIP_ISA forces one."""
 
@@ -92,8 +94,8 @@ class NativeModel:
     ) -> None:
         if obstacle := available():
             raise ConfigError(f"the native backend cannot be used: {obstacle}")
-        if kv_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ConfigError(f"kv_dtype is {kv_dtype}; the native engine keeps keys and values in float32 or bfloat16")
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise ConfigError(f"kv_dtype is {kv_dtype}; the native engine keeps keys and values in {KV_NAMES}")
         self.config = config
         self.device = torch.device("cpu")
         self.kv_dtype = kv_dtype or weights.kv_dtype
@@ -139,7 +141,7 @@ class NativeModel:
                 as bfloat16, GGUF's Q8_0 as q8, Q4_0 and Q4_1 as q4 without a change to their values, its other block
                 types as q8. `float32`, `bfloat16`, `q8`, `q4` ask for one; blocks that are so already stay as they are.
             threads: None uses as many as the process may run on.
-            kv_dtype: of the cache, float32 or bfloat16; None takes float32 beside float32 weights, else bfloat16.
+            kv_dtype: of the cache, float32, bfloat16 or int8; None takes float32 beside float32 weights, else bfloat16.
             progress: told the share packed so far, up to 1.
 
         Raises:
@@ -194,7 +196,7 @@ class NativeModel:
     def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
         out_ND = torch.empty(h_ND.shape)
         self._extend_rope(cache.length)
-        self._engine.run_layers(h_ND, out_ND, start, stop, rows.slots, rows.positions, cache.k_LSHTD, cache.v_LSHTD)
+        self._engine.run_layers(h_ND, out_ND, start, stop, rows.slots, rows.positions, **_cache_arguments(cache))
         return out_ND
 
     def unembed(self, h_ND: Tensor) -> Tensor:
@@ -266,8 +268,8 @@ class NativeModel:
         self._extend_rope(cache.length)
         self._engine.draft(
             _int32(ids_B), _int32(slots_B), _int32(positions_B), exit_layer, k, min_confidence,
-            cache.k_LSHTD, cache.v_LSHTD, tokens, counts, states,
-            *(() if subset is None else (subset.matrix, _int32(subset.ids))),
+            tokens=tokens, counts=counts, states=states, **_cache_arguments(cache),
+            **({} if subset is None else {"subset": subset.matrix, "subset_ids": _int32(subset.ids)}),
         )  # fmt: skip
         return tokens.long(), counts.long(), states
 
@@ -300,6 +302,15 @@ def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
 
 def _pack_q8(weight_OI: Tensor) -> Packed:
     return pack(quantize_q8(weight_OI.float()), weight_OI.shape[1])
+
+
+def _cache_arguments(cache: Cache) -> dict[str, Tensor | None]:
+    return {
+        "k": cache.k_LSHTD,
+        "v": cache.v_LSHTD,
+        "k_scales": cache.k_scales_LSHT,
+        "v_scales": cache.v_scales_LSHT,
+    }
 
 
 def _matrix(packed: Packed) -> object:
