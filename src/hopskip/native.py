@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -119,6 +120,7 @@ class NativeModel:
             )
         self._num_layers = config.num_hidden_layers
         self._draft_head: HeadSubset | None = None
+        self._branch: object | None = None
         self._engine.set_edges(
             _matrix(weights.matrices["model.embed_tokens.weight"]),
             _matrix(weights.head),
@@ -168,8 +170,8 @@ class NativeModel:
         return layers + self._weights.head.data.nbytes
 
     def attach(self, branch: ExitBranch) -> None:
-        """As `Model.attach`. The branch and its head are packed to q8 whatever the model's precision: what they draft
-        is verified, so that costs a little acceptance and never exactness."""
+        """As `BranchedModel.attach`. The branch is packed to q8 whatever the model's precision: what it drafts is
+        verified, so that costs a little acceptance and never exactness."""
         if self._draft_head is not None:
             raise ConfigError("an exit is attached to this model already; load the model anew for another")
         branch.check(self.config)
@@ -178,8 +180,20 @@ class NativeModel:
             vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
             self._engine.add_layer(**_layer_arguments(self.config, matrices, vectors))
         self._num_layers += len(branch.layers)
-        rows = select_rows(self._weights.head, branch.vocabulary)
-        self._draft_head = HeadSubset(branch.vocabulary, _matrix(rows))
+        self._draft_head = self.head_subset(branch.vocabulary)
+        mixing: dict[str, object] = {}
+        if branch.mixing:
+            mixing = {name: _matrix(_pack_q8(branch.mixing[name])) for name in ("fuse", "mix")}
+            mixing |= {name: branch.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
+        self._branch = _native.Branch(
+            start=branch.config.start,
+            first_layer=self.config.num_hidden_layers,
+            num_layers=branch.config.num_layers,
+            head=self._draft_head.matrix,
+            vocabulary=_int32(branch.vocabulary),
+            num_features=len(branch.config.features),
+            **mixing,
+        )
 
     def unembed_draft(self, h_ND: Tensor) -> Tensor:
         assert self._draft_head is not None, "no branch is attached"
@@ -261,15 +275,74 @@ class NativeModel:
             tokens int64 [B, k]; counts int64 [B], how many of them each sequence drafted, the rest being undefined; and
             the hidden states float32 [B, k, D] at the exit that the tokens were read from.
         """
-        size, k = len(ids_B), num_draft_tokens
+        exit_at = _native.Branch(
+            start=exit_layer,
+            first_layer=self.config.num_hidden_layers,
+            num_layers=0,
+            head=None if subset is None else subset.matrix,
+            vocabulary=None if subset is None else _int32(subset.ids),
+        )
+        limits = [num_draft_tokens] * len(ids_B)
+        return self._draft(exit_at, ids_B, slots_B, positions_B, limits, cache, min_confidence)
+
+    def draft_branch(
+        self,
+        ids_N: Tensor,
+        rows: Rows,
+        features_NAD: Tensor | None,
+        token_states_ND: Tensor | None,
+        limits: Seq[int],
+        cache: Cache,
+        min_confidence: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Greedy draft steps through the attached exit, in one call.
+
+        Args:
+            ids_N: committed tokens that the exit has not seen yet, each sequence's last one at the end of its segment.
+            features_NAD: the features of the token before each row, if the exit wants any.
+            token_states_ND: outputs of the model's layer start - 1 at the rows, if the exit starts after a layer. Those
+                at the last row of a segment are not used: the model has not been there yet.
+            limits: most tokens to draft for each segment, at least 1.
+            min_confidence: a sequence drafts no more after its first token whose probability, among the draft
+                vocabulary, is below it.
+
+        Returns:
+            tokens int64 [B, max(limits)]; counts int64 [B], how many of them each sequence drafted.
+        """
+        assert self._branch is not None, "no branch is attached"
+        return self._draft(
+            self._branch,
+            ids_N,
+            rows.slots,
+            rows.positions,
+            limits,
+            cache,
+            min_confidence,
+            features_NAD,
+            token_states_ND,
+        )[:2]
+
+    def _draft(
+        self,
+        branch: object,
+        ids_N: Tensor,
+        slots_N: Tensor,
+        positions_N: Tensor,
+        limits: Seq[int],
+        cache: Cache,
+        min_confidence: float,
+        features_NAD: Tensor | None = None,
+        token_states_ND: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size, k = len(limits), max(limits)
         tokens = torch.zeros((size, k), dtype=torch.int32)
         counts = torch.zeros(size, dtype=torch.int32)
         states = torch.zeros((size, k, self.config.hidden_size))
         self._extend_rope(cache.length)
         self._engine.draft(
-            _int32(ids_B), _int32(slots_B), _int32(positions_B), exit_layer, k, min_confidence,
-            tokens=tokens, counts=counts, states=states, **_cache_arguments(cache),
-            **({} if subset is None else {"subset": subset.matrix, "subset_ids": _int32(subset.ids)}),
+            branch, _int32(ids_N), _int32(slots_N), _int32(positions_N), features_NAD, token_states_ND,
+            k, torch.tensor(limits, dtype=torch.int32), min_confidence,
+            **_cache_arguments(cache), tokens=tokens, counts=counts, states=states,
         )  # fmt: skip
         return tokens.long(), counts.long(), states
 
