@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft
 from hopskip.model import Model
 from hopskip.sampling import adjust_logits, draw, probabilities
 from hopskip.sequence import Sequence
+
+
+class DraftGreedy(Protocol):
+    """`draft_greedy` of a model that can take many greedy steps in one call, as `NativeModel` does."""
+
+    def __call__(
+        self,
+        ids_B: Tensor,
+        slots_B: Tensor,
+        positions_B: Tensor,
+        exit_layer: int,
+        num_draft_tokens: int,
+        cache: Cache,
+        min_confidence: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class EarlyExitDrafter:
@@ -25,14 +42,51 @@ class EarlyExitDrafter:
         self._model = model
         self._exit_layer = exit_layer
         self._min_confidence = min_confidence
+        # a model may do without: the steps below give the same drafts and states
+        self._draft_greedy: DraftGreedy | None = getattr(model, "draft_greedy", None)
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         drafts = [Draft("early-exit", probs=None if s.params.is_greedy else []) for s in sequences]
         active = [i for i, limit in enumerate(limits) if limit > 0]
+        if chained := self._chained(sequences, limits, active):
+            self._chain(
+                [sequences[i] for i in chained], [limits[i] for i in chained], [drafts[i] for i in chained], cache
+            )
+            active = [i for i in active if i not in chained]
         while active:
             self._step([sequences[i] for i in active], [drafts[i] for i in active], cache)
             active = [i for i in active if not drafts[i].is_closed and len(drafts[i].token_ids) < limits[i]]
         return drafts
+
+    def _chained(self, sequences: Seq[Sequence], limits: Seq[int], active: Seq[int]) -> list[int]:
+        """Which of the active sequences can leave all their steps to the model: those that take its own best tokens."""
+        if self._draft_greedy is None:
+            return []
+        chained = [i for i in active if sequences[i].params.is_greedy and not sequences[i].params.changes_logits]
+        # with several limits a call has to be continued, and it does not tell whether its last token was an unsure one
+        if self._min_confidence > 0 and len({limits[i] for i in chained}) > 1:
+            return []
+        return chained
+
+    def _chain(self, sequences: Seq[Sequence], limits: Seq[int], drafts: Seq[Draft], cache: Cache) -> None:
+        """Whole drafts: in one call where all limits are equal, else in one for each stretch between two limits."""
+        assert self._draft_greedy is not None
+        active = list(range(len(drafts)))
+        while active:
+            tokens_Bk, counts_B, states_BkD = self._draft_greedy(
+                torch.tensor([(drafts[i].token_ids or sequences[i].token_ids)[-1] for i in active]),
+                torch.tensor([sequences[i].slot for i in active]),
+                torch.tensor([sequences[i].num_cached + len(drafts[i].token_ids) for i in active]),
+                self._exit_layer,
+                min(limits[i] - len(drafts[i].token_ids) for i in active),
+                cache,
+                self._min_confidence,
+            )
+            for i, tokens_k, count, states_kD in zip(active, tokens_Bk, counts_B.tolist(), states_BkD, strict=True):
+                drafts[i].token_ids += tokens_k[:count].tolist()
+                drafts[i].exit_states += states_kD[:count].unbind()
+                drafts[i].is_closed = count < len(tokens_k)
+            active = [i for i in active if not drafts[i].is_closed and len(drafts[i].token_ids) < limits[i]]
 
     def _step(self, sequences: Seq[Sequence], drafts: Seq[Draft], cache: Cache) -> None:
         """One more token for every draft, in one pass of the early layers."""
