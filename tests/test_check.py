@@ -17,7 +17,7 @@ import hopskip.engine
 import hopskip.evaluate.sampled
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.cli import app
-from hopskip.cli.check import parse_precisions
+from hopskip.cli.precisions import parse_precisions
 from hopskip.draft.early_exit import EarlyExitDrafter
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError
