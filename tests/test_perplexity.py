@@ -208,7 +208,7 @@ def test_a_shuffled_model_lies_on_no_grid(tmp_path: Path) -> None:
     for shuffle in (None, 1):
         requantize(tmp_path / "q4_0.gguf", tmp_path / "f32.gguf", "f32", shuffle=shuffle)
         requantize(tmp_path / "f32.gguf", tmp_path / "again.gguf", "q4_0", pure=True)
-        name = "model.layers.0.self_attn.o_proj.weight"
+        name = "model.layers.0.mlp.down_proj.weight"
         before, after = (open_checkpoint(tmp_path / f"{n}.gguf").tensor(name) for n in ("f32", "again"))
         errors.append(float((after - before).norm() / before.norm()))
     assert errors[0] < 1e-3
