@@ -385,8 +385,8 @@ def test_command_against_transformers(checkpoint: Path) -> None:
         (["--against", "transformers", "--precision", "bf16"], "only float32 can be compared"),
         (["--num-prompts", "0"], "number of prompts is 0"),
         (["--num-prompts", "9999"], "number of prompts is 9999"),
-        (["-n", "1"], "max_new_tokens is 1"),
-        (["--precision", "q8", "--backend", "torch"], "quantize=q8 needs the native CPU backend"),
+        (["-n", "1"], "--max-new-tokens is 1"),
+        (["--precision", "q8", "--backend", "torch"], ": quantize=q8 needs the native CPU backend"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, arguments: list[str], message: str) -> None:

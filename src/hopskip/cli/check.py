@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hopskip.cli.console import print_json
-from hopskip.cli.options import LoadOptions, ModelArgument, with_options
+from hopskip.cli.options import LoadOptions, ModelArgument, max_new_tokens_option, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
 from hopskip.errors import ConfigError
 
@@ -42,14 +42,7 @@ def check(
         typer.Option(metavar="N", help="Prompts per proof (default: 20; with --against 80).", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "-n",
-            metavar="N",
-            help="Tokens to generate per prompt (default: 32; with --against 64).",
-            show_default=False,
-        ),
+        int | None, max_new_tokens_option("Tokens to generate per prompt (default: 32; with --against 64).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     load: LoadOptions,
