@@ -54,7 +54,7 @@ class _Commands(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
     def _with_options(self, message: str, arguments: Sequence[str]) -> str:
-        """A message of the core, which names parameters (`exit_layer is 9`), with the options that the user has given in
+        """A message of the core, which names parameters (`exit_layer is 9`), with the options that were given in
         their place (`--exit-layer is 9`). What `--precision` or `--setting` stands for keeps its name."""
         given = {argument.partition("=")[0] for argument in arguments}
         for parameter in (parameter for command in self.commands.values() for parameter in command.params):
