@@ -253,94 +253,52 @@ class NativeModel:
 
     def draft_greedy(
         self,
-        ids_B: Tensor,
-        slots_B: Tensor,
-        positions_B: Tensor,
-        exit_layer: int,
-        num_draft_tokens: int,
-        cache: Cache,
-        min_confidence: float = 0.0,
-        subset: HeadSubset | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """k greedy draft steps through layers 0..exit_layer-1, final norm and head, in one call.
-
-        Args:
-            ids_B: the last token of each sequence, to stand at `positions_B` of slot `slots_B`; no slot twice.
-            num_draft_tokens: k.
-            cache: the early layers' keys and values are written to it, at `positions_B` and the k - 1 positions after.
-            min_confidence: a sequence drafts no more after its first token whose probability is below it.
-            subset: draft from these tokens alone; probabilities are then among them.
-
-        Returns:
-            tokens int64 [B, k]; counts int64 [B], how many of them each sequence drafted, the rest being undefined; and
-            the hidden states float32 [B, k, D] at the exit that the tokens were read from.
-        """
-        exit_at = _native.Branch(
-            start=exit_layer,
-            first_layer=self.config.num_hidden_layers,
-            num_layers=0,
-            head=None if subset is None else subset.matrix,
-            vocabulary=None if subset is None else _int32(subset.ids),
-        )
-        limits = [num_draft_tokens] * len(ids_B)
-        return self._draft(exit_at, ids_B, slots_B, positions_B, limits, cache, min_confidence)
-
-    def draft_branch(
-        self,
         ids_N: Tensor,
         rows: Rows,
-        features_NAD: Tensor | None,
-        token_states_ND: Tensor | None,
         limits: Seq[int],
         cache: Cache,
-        min_confidence: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Greedy draft steps through the attached exit, in one call.
-
-        Args:
-            ids_N: committed tokens that the exit has not seen yet, each sequence's last one at the end of its segment.
-            features_NAD: the features of the token before each row, if the exit wants any.
-            token_states_ND: outputs of the model's layer start - 1 at the rows, if the exit starts after a layer. Those
-                at the last row of a segment are not used: the model has not been there yet.
-            limits: most tokens to draft for each segment, at least 1.
-            min_confidence: a sequence drafts no more after its first token whose probability, among the draft
-                vocabulary, is below it.
-
-        Returns:
-            tokens int64 [B, max(limits)]; counts int64 [B], how many of them each sequence drafted.
-        """
-        assert self._branch is not None, "no branch is attached"
-        return self._draft(
-            self._branch,
-            ids_N,
-            rows.slots,
-            rows.positions,
-            limits,
-            cache,
-            min_confidence,
-            features_NAD,
-            token_states_ND,
-        )[:2]
-
-    def _draft(
-        self,
-        branch: object,
-        ids_N: Tensor,
-        slots_N: Tensor,
-        positions_N: Tensor,
-        limits: Seq[int],
-        cache: Cache,
-        min_confidence: float,
+        *,
+        exit_layer: int | None = None,
+        subset: HeadSubset | None = None,
         features_NAD: Tensor | None = None,
         token_states_ND: Tensor | None = None,
+        min_confidence: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy draft steps in one call: through layers 0..exit_layer-1, or through the attached branch.
+
+        Args:
+            ids_N: committed tokens that have not been at the exit, each sequence's last one at the end of its segment.
+                An exit without layers of its own takes that one alone.
+            limits: most tokens to draft for each segment, at least 1.
+            cache: keys and values are written to it, at the rows' positions and up to limit - 1 positions after.
+            exit_layer: None takes the attached branch.
+            subset: with `exit_layer`, draft from these tokens alone; probabilities are then among them.
+            features_NAD: features of the token before each row, if the branch wants any.
+            token_states_ND: outputs of the model's layer start - 1 at the rows, if the branch begins after a layer and
+                has layers. Those at the last row of a segment are not used: the model has not been there yet.
+            min_confidence: a sequence drafts no more after its first token whose probability is below it.
+
+        Returns:
+            tokens int64 [B, max(limits)]; counts int64 [B], how many of them each sequence drafted, the rest being
+            undefined; and the hidden states float32 [B, max(limits), D] that the tokens were read from.
+        """
+        branch = self._branch
+        if exit_layer is not None:
+            branch = _native.Branch(
+                start=exit_layer,
+                first_layer=self.config.num_hidden_layers,
+                num_layers=0,
+                head=None if subset is None else subset.matrix,
+                vocabulary=None if subset is None else _int32(subset.ids),
+            )
+        assert branch is not None, "no branch is attached"
         size, k = len(limits), max(limits)
         tokens = torch.zeros((size, k), dtype=torch.int32)
         counts = torch.zeros(size, dtype=torch.int32)
         states = torch.zeros((size, k, self.config.hidden_size))
         self._extend_rope(cache.length)
         self._engine.draft(
-            branch, _int32(ids_N), _int32(slots_N), _int32(positions_N), features_NAD, token_states_ND,
+            branch, _int32(ids_N), rows.slots, rows.positions, features_NAD, token_states_ND,
             k, torch.tensor(limits, dtype=torch.int32), min_confidence,
             **_cache_arguments(cache), tokens=tokens, counts=counts, states=states,
         )  # fmt: skip

@@ -42,6 +42,11 @@ ModelArgument = Annotated[
 """A model as the argument of a command: goes with `LoadOptions.at`."""
 
 
+def max_new_tokens_option(help: str, panel: str | None = None) -> Any:
+    """`--max-new-tokens`: commands differ in what they do without it, as `help` says."""
+    return typer.Option("--max-new-tokens", "-n", metavar="N", help=help, show_default=False, rich_help_panel=panel)
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give typer a command that takes groups of options: every parameter annotated with a dataclass of this module is
     replaced by one option per field, and the command gets the dataclass back.
@@ -222,14 +227,7 @@ class SamplingOptions:
 
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "-n",
-            metavar="N",
-            help="Most tokens to generate (default: 256; in a chat 1024 an answer).",
-            show_default=False,
-            rich_help_panel=_SAMPLING,
-        ),
+        max_new_tokens_option("Most tokens to generate (default: 256; in a chat 1024 an answer).", _SAMPLING),
     ] = None
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 is greedy: always the best token.", rich_help_panel=_SAMPLING)

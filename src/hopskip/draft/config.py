@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from hopskip.branch import ExitBranch
 from hopskip.config import ModelConfig
 from hopskip.draft.base import Drafter, FirstOf
-from hopskip.draft.early_exit import EarlyExitDrafter
-from hopskip.draft.exit_branch import BranchDrafter
+from hopskip.draft.exit import ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
 from hopskip.errors import ConfigError
-from hopskip.model import BranchedModel, Model
+from hopskip.model import Model
 
 DraftSource = Literal["exit-branch", "early-exit", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
@@ -130,11 +129,7 @@ class SpeculativeConfig:
             return None
         if self.draft == "ngram":
             return NgramDrafter()
-        drafter: Drafter
-        if self.exit_layer is None:
-            assert branch is not None
-            # only a model that can have a branch has one attached
-            drafter = BranchDrafter(cast(BranchedModel, model), branch, self.min_confidence)
-        else:
-            drafter = EarlyExitDrafter(model, self.exit_layer, self.min_confidence)
+        exit_at = branch if self.exit_layer is None else self.exit_layer
+        assert exit_at is not None
+        drafter = ExitDrafter(model, exit_at, self.min_confidence)
         return FirstOf(NgramDrafter(), drafter) if self.draft == "both" else drafter

@@ -116,9 +116,7 @@ class Hopskip(Contender):
 class _HopskipRunner(Runner):
     def __init__(self, model: Model, speculative: SpeculativeConfig) -> None:
         self._engine = Engine(model, speculative, max_num_seqs=1, prefix_caching=False)
-        self.footprint = Footprint(
-            weight_bytes=_weight_bytes(model), kv_bytes_per_position=model.new_cache(1, 1).nbytes
-        )
+        self.footprint = Footprint(weight_bytes=weight_bytes(model), kv_bytes_per_position=model.new_cache(1, 1).nbytes)
 
     def generate(self, prompt_ids: list[int], num_tokens: int) -> Measurement:
         sequence = self._engine.add(prompt_ids, SamplingParams(max_new_tokens=num_tokens, ignore_eos=True))
@@ -135,7 +133,7 @@ class _HopskipRunner(Runner):
         )
 
 
-def _weight_bytes(model: Model) -> int:
+def weight_bytes(model: Model) -> int:
     """Bytes of weights that one token needs: all but an embedding table of which it reads a single row."""
     if not isinstance(model, Transformer):
         return int(model.weight_bytes)  # type: ignore[attr-defined]  # the native model counts its packed weights
