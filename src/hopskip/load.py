@@ -10,7 +10,7 @@ import torch
 
 from hopskip import native
 from hopskip.errors import ConfigError
-from hopskip.model import Model, Transformer
+from hopskip.model import BranchedModel, Transformer
 from hopskip.weights import Checkpoint, load_weights
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -28,7 +28,7 @@ def load_model(
     backend: Backend = "auto",
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
-) -> Model:
+) -> BranchedModel:
     """Load the weights of an opened checkpoint.
 
     Args:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
 from hopskip.errors import ConfigError
 from hopskip.packed import PackedWeights
-from hopskip.quantize import Packed, select_rows
+from hopskip.quantize import Packed, pack, quantize_q8, select_rows
 from hopskip.weights import Checkpoint
+
+T = TypeVar("T")
 
 _native: Any
 try:
@@ -79,6 +83,7 @@ class NativeModel:
     """
 
     row_exact = True
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -108,7 +113,12 @@ class NativeModel:
             sliding_window=config.sliding_window or 0,
         )
         for index in range(config.num_hidden_layers):
-            self._engine.add_layer(**_layer_arguments(weights, index))
+            prefix = f"model.layers.{index}."
+            self._engine.add_layer(
+                **_layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
+            )
+        self._num_layers = config.num_hidden_layers
+        self._draft_head: HeadSubset | None = None
         self._engine.set_edges(
             _matrix(weights.matrices["model.embed_tokens.weight"]),
             _matrix(weights.head),
@@ -157,8 +167,26 @@ class NativeModel:
         layers = sum(m.data.nbytes for name, m in self._weights.matrices.items() if name.startswith("model.layers."))
         return layers + self._weights.head.data.nbytes
 
+    def attach(self, branch: ExitBranch) -> None:
+        """As `Model.attach`. The branch and its head are packed to q8 whatever the model's precision: what they draft
+        is verified, so that costs a little acceptance and never exactness."""
+        if self._draft_head is not None:
+            raise ConfigError("an exit is attached to this model already; load the model anew for another")
+        branch.check(self.config)
+        for layer in branch.layers:
+            matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
+            vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
+            self._engine.add_layer(**_layer_arguments(self.config, matrices, vectors))
+        self._num_layers += len(branch.layers)
+        rows = select_rows(self._weights.head, branch.vocabulary)
+        self._draft_head = HeadSubset(branch.vocabulary, _matrix(rows))
+
+    def unembed_draft(self, h_ND: Tensor) -> Tensor:
+        assert self._draft_head is not None, "no branch is attached"
+        return self.unembed_subset(h_ND, self._draft_head)
+
     def new_cache(self, num_slots: int, length: int) -> Cache:
-        return Cache(self.config, num_slots, length, self.kv_dtype)
+        return Cache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
 
     def embed(self, ids_N: Tensor) -> Tensor:
         out_ND = torch.empty((len(ids_N), self.config.hidden_size))
@@ -251,20 +279,29 @@ class NativeModel:
             self._engine.set_rope(cos.contiguous(), sin.contiguous())
 
 
-def _layer_arguments(weights: PackedWeights, index: int) -> dict[str, object]:
-    """Arguments of `Engine.add_layer`."""
-    prefix = f"model.layers.{index}."
+def _layer_arguments(
+    config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]
+) -> dict[str, object]:
+    """Arguments of `Engine.add_layer`, from the tensors of a layer by their names in it."""
     arguments: dict[str, object] = {
-        part: _matrix(weights.matrices[f"{prefix}{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
+        part: _matrix(matrices[f"{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
         for part in ("q", "k", "v", "o", "gate", "up", "down")
     }
-    arguments["input_norm"] = weights.vectors[f"{prefix}input_layernorm.weight"]
-    arguments["post_norm"] = weights.vectors[f"{prefix}post_attention_layernorm.weight"]
-    if weights.config.qkv_bias:
-        arguments |= {f"{x}_bias": weights.vectors[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"}
-    if weights.config.qk_norm:
-        arguments |= {f"{x}_norm": weights.vectors[f"{prefix}self_attn.{x}_norm.weight"] for x in "qk"}
+    arguments["input_norm"] = vectors["input_layernorm.weight"]
+    arguments["post_norm"] = vectors["post_attention_layernorm.weight"]
+    if config.qkv_bias:
+        arguments |= {f"{x}_bias": vectors[f"self_attn.{x}_proj.bias"] for x in "qkv"}
+    if config.qk_norm:
+        arguments |= {f"{x}_norm": vectors[f"self_attn.{x}_norm.weight"] for x in "qk"}
     return arguments
+
+
+def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _pack_q8(weight_OI: Tensor) -> Packed:
+    return pack(quantize_q8(weight_OI.float()), weight_OI.shape[1])
 
 
 def _cache_arguments(cache: Cache) -> dict[str, Tensor | None]:

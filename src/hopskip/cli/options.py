@@ -164,8 +164,16 @@ class DraftOptions:
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="early-exit (the model's first layers), ngram (text seen before), both, or none; by default what "
-            "suits the model.",
+            help="exit-branch (a trained exit), early-exit (the model's first layers), ngram (text seen before), both, "
+            "or none; by default what suits the model.",
+            rich_help_panel=_DRAFTING,
+        ),
+    ] = None
+    exit_branch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A trained exit for the model (default: the one that comes with hopskip, if any).",
             rich_help_panel=_DRAFTING,
         ),
     ] = None
@@ -200,6 +208,7 @@ class DraftOptions:
 
         return SpeculativeConfig(
             draft=cast("DraftSource | None", self.draft),
+            exit_branch=self.exit_branch,
             exit_layer=self.exit_layer,
             num_draft_tokens=self.num_draft_tokens,
             verify=cast("VerifyMode | None", self.verify),

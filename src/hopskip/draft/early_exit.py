@@ -7,13 +7,13 @@ from collections.abc import Sequence as Seq
 import torch
 
 from hopskip.cache import Cache, Rows, Segment
-from hopskip.draft.base import Draft
+from hopskip.draft.base import Draft, Drafter
 from hopskip.model import Model
 from hopskip.sampling import adjust_logits, draw, probabilities
 from hopskip.sequence import Sequence
 
 
-class EarlyExitDrafter:
+class EarlyExitDrafter(Drafter):
     """Drafts token by token through the shared norm and head after `exit_layer` layers.
 
     A draft ends early after its first token whose probability at the exit is below `min_confidence`: what follows an

@@ -1,0 +1,1 @@
+"""Making models that speculate well."""
