@@ -99,15 +99,22 @@ static void widen(const ChunkTask& task, const void* cache, const float* scales,
             continue;
         }
         const Element* from = static_cast<const Element*>(cache) + static_cast<size_t>(position + t) * size;
-        for (size_t e = 0; e < size; e += 64 / sizeof(Element)) prefetch(reinterpret_cast<const uint8_t*>(from + e) + CACHE_AHEAD);
         const V scale = splat(TYPE == CacheType::int8 ? scales[position + t] : 1.0f);
-        const auto put = [&](size_t e, V x) { store(tile + e, TYPE == CacheType::int8 ? mul(x, scale) : x); };
+        const auto put = [&](const Element* block, float* to) {
+            for (int i = 0; i < BLOCK; i += LANES) {
+                const V x = widened(block + i);
+                store(to + i, TYPE == CacheType::int8 ? mul(x, scale) : x);
+            }
+        };
         size_t e = 0;
-        for (; e + LANES <= size; e += LANES) put(e, widened(from + e));
-        for (; e < padded; e += LANES) {  // the rest of a head size that fills no register
-            Element rest[LANES] = {};
-            if (e < size) __builtin_memcpy(rest, from + e, (size - e) * sizeof(Element));
-            put(e, widened(rest));
+        for (; e + BLOCK <= size; e += BLOCK) {
+            for (size_t i = 0; i < BLOCK * sizeof(Element); i += 64) prefetch(reinterpret_cast<const uint8_t*>(from + e) + CACHE_AHEAD + i);
+            put(from + e, tile + e);
+        }
+        if (e < size) {  // a head size that fills no whole block
+            Element rest[BLOCK] = {};
+            __builtin_memcpy(rest, from + e, (size - e) * sizeof(Element));
+            put(rest, tile + e);
         }
     }
 }
@@ -118,6 +125,59 @@ static void widen(const ChunkTask& task, const void* cache, const float* scales,
         case CacheType::bf16: return widen<CacheType::bf16>(task, cache, scales, position, tile);
         case CacheType::int8: return widen<CacheType::int8>(task, cache, scales, position, tile);
     }
+}
+
+// Calls use.operator()<n>(first) for consecutive groups of n = R items, and for what remains.
+template <int R, class Use>
+static inline void in_groups(int count, const Use& use, int first = 0) {
+    for (; first + R <= count; first += R) use.template operator()<R>(first);
+    if constexpr (R > 1) in_groups<R - 1>(count, use, first);
+}
+
+// products[query][first + t] = lanes of query * key t, for 4 keys.
+template <int R>
+static inline void dot_keys(const float* queries, const float* keys, int padded, V (*products)[LANES], int first) {
+    V sum[R][4] = {};
+    for (int e = 0; e < padded; e += LANES) {
+        V query[R];
+        UNROLL
+        for (int r = 0; r < R; ++r) query[r] = load(queries + r * padded + e);
+        UNROLL
+        for (int t = 0; t < 4; ++t) {
+            const V key = load(keys + t * padded + e);
+            UNROLL
+            for (int r = 0; r < R; ++r) sum[r][t] = fma(key, query[r], sum[r][t]);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int t = 0; t < 4; ++t) products[r][first + t] = sum[r][t];
+}
+
+// sums[query][0..31] += weights[query][t] * values[t][0..31] for LANES positions t.
+template <int R>
+static inline void add_values(const float* weights, const float* values, int padded, float* sums, size_t stride) {
+    V sum[R][BLOCK / LANES];
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int i = 0; i < BLOCK / LANES; ++i) sum[r][i] = load(sums + stride * r + i * LANES);
+    for (int t = 0; t < LANES; ++t, values += padded) {
+        V weight[R];
+        UNROLL
+        for (int r = 0; r < R; ++r) weight[r] = splat(weights[r * CHUNK + t]);
+        UNROLL
+        for (int i = 0; i < BLOCK / LANES; ++i) {
+            const V value = load(values + i * LANES);
+            UNROLL
+            for (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], value, sum[r][i]);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int i = 0; i < BLOCK / LANES; ++i) store(sums + stride * r + i * LANES, sum[r][i]);
 }
 
 // A group of LANES positions is widened once and serves all queries. Groups start at multiples of LANES, and every sum takes
@@ -131,17 +191,15 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
     for (int position = task.begin; position < task.end; position += LANES) {
         widen(task, task.keys, task.key_scales, position, tile);
         const V index = add(lane_indices(), splat(static_cast<float>(position)));
-        for (int q = 0; q < task.num_queries; ++q) {
-            const float* query = task.queries + static_cast<size_t>(q) * padded;
-            V sum[LANES] = {};
-            for (int e = 0; e < padded; e += LANES) {
-                const V x = load(query + e);
-                UNROLL
-                for (int t = 0; t < LANES; ++t) sum[t] = fma(load(tile + t * padded + e), x, sum[t]);
+        in_groups<MAX_QUERIES>(task.num_queries, [&]<int R>(int q) {
+            V products[R][LANES];
+            for (int first = 0; first < LANES; first += 4) dot_keys<R>(task.queries + q * padded, tile + first * padded, padded, products, first);
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                const V seen = where_less(index, splat(static_cast<float>(task.first[q + r])), hidden, sums(products[r]));
+                store(scores + (q + r) * CHUNK + position - task.begin, where_less(splat(static_cast<float>(task.last[q + r])), index, hidden, seen));
             }
-            const V from_first = where_less(index, splat(static_cast<float>(task.first[q])), hidden, sums(sum));
-            store(scores + q * CHUNK + position - task.begin, where_less(splat(static_cast<float>(task.last[q])), index, hidden, from_first));
-        }
+        });
     }
     for (int i = 0; i < CACHE_AHEAD; i += 64)
         prefetch(static_cast<const uint8_t*>(task.values) + static_cast<size_t>(task.begin) * task.head_dim * task.element_size + i);
@@ -164,22 +222,10 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
     }
     for (int position = task.begin; position < task.end; position += LANES) {
         widen(task, task.values, task.value_scales, position, tile);
-        for (int q = 0; q < task.num_queries; ++q) {
-            const float* weights = scores + q * CHUNK + position - task.begin;
-            for (int e = 0; e < padded; e += BLOCK) {
-                float* values = partials + stride * q + PARTIAL_VALUES + e;
-                V sum[BLOCK / LANES];
-                UNROLL
-                for (int i = 0; i < BLOCK / LANES; ++i) sum[i] = load(values + i * LANES);
-                for (int t = 0; t < LANES; ++t) {
-                    const V weight = splat(weights[t]);
-                    UNROLL
-                    for (int i = 0; i < BLOCK / LANES; ++i) sum[i] = fma(weight, load(tile + t * padded + e + i * LANES), sum[i]);
-                }
-                UNROLL
-                for (int i = 0; i < BLOCK / LANES; ++i) store(values + i * LANES, sum[i]);
-            }
-        }
+        in_groups<MAX_QUERIES>(task.num_queries, [&]<int R>(int q) {
+            for (int e = 0; e < padded; e += BLOCK)
+                add_values<R>(scores + q * CHUNK + position - task.begin, tile + e, padded, partials + stride * q + PARTIAL_VALUES + e, stride);
+        });
     }
 }
 

@@ -4,6 +4,7 @@ constexpr int LANES = 8;
 constexpr bool MULTIPLIES_BF16 = false;
 constexpr int MAX_FLOAT_ROWS = 6;  // 12 of 16 registers accumulate
 constexpr int MAX_INT_ROWS = 8;
+constexpr int MAX_QUERIES = 3;
 using V = __m256;
 using I = __m256i;
 

@@ -4,6 +4,7 @@ constexpr int LANES = 16;
 constexpr bool MULTIPLIES_BF16 = true;
 constexpr int MAX_FLOAT_ROWS = 12;
 constexpr int MAX_INT_ROWS = 12;
+constexpr int MAX_QUERIES = 6;
 using V = __m512;
 using I = __m512i;
 static inline void pin(V&) {}  // 32 registers: nothing to keep

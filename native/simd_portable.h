@@ -5,6 +5,7 @@ constexpr int LANES = 4;
 constexpr bool MULTIPLIES_BF16 = false;  // has dot_bf16
 constexpr int MAX_FLOAT_ROWS = 3;        // rows of x that multiply a strip while it is in registers
 constexpr int MAX_INT_ROWS = 4;
+constexpr int MAX_QUERIES = 1;  // that share keys and values in registers
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));

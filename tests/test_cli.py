@@ -96,6 +96,8 @@ def assert_refused(result: Result, *named: str) -> None:
         (["--draft", "none", "--verify", "reuse"], ("--verify=reuse", "leave one out")),
         (["--dtype", "float8"], ("--dtype is 'float8'", "auto, float32, bfloat16, float16")),
         (["--quantize", "q3"], ("'q3'", "q8, q4")),
+        (["--kv-dtype", "int4"], ("'int4'", "bfloat16, int8")),
+        (["--kv-dtype", "int8", "--backend", "torch"], ("--kv-dtype=int8", "native CPU backend", "leave it out")),
         (["--quantize", "q8", "--dtype", "float32"], ("--quantize=q8", "--dtype=float32", "leave one out")),
         (["--backend", "tpu"], ("'tpu'", "auto, native, torch")),
         (["--device", "warp"], ("'warp'", "'cpu' or 'cuda'")),

@@ -13,7 +13,7 @@ from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError, PromptError
 from hopskip.hub import find_model, shipped_exit
-from hopskip.load import Backend, DType, Quantize, load_model
+from hopskip.load import Backend, DType, KVDType, Quantize, load_model
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import FinishReason, Sequence, Token
 from hopskip.stats import SpeculativeStats
@@ -70,7 +70,7 @@ class LLM:
     >>> llm.generate("The capital of France is")[0].text        # doctest: +SKIP
 
     Not safe for use from several threads at once. See `load_model` for `dtype`, `quantize`, `device`, `backend`,
-    `threads` and `progress`, `Engine` for the rest.
+    `threads`, `kv_dtype` and `progress`, `Engine` for the rest.
 
     Args:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
@@ -91,6 +91,7 @@ class LLM:
         device: str = "auto",
         backend: Backend = "auto",
         threads: int | None = None,
+        kv_dtype: KVDType = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
@@ -109,6 +110,7 @@ class LLM:
             device=device,
             backend=backend,
             threads=threads,
+            kv_dtype=kv_dtype,
             progress=progress,
         )
         if branch is not None:

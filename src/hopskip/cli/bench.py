@@ -152,14 +152,26 @@ def _prepare(
     contenders = lineup(
         checkpoint.path,
         checkpoint.config,
-        Precision(dtype=arguments["dtype"], quantize=arguments["quantize"], backend=arguments["backend"]),
+        Precision(
+            dtype=arguments["dtype"],
+            quantize=arguments["quantize"],
+            backend=arguments["backend"],
+            kv_dtype=arguments["kv_dtype"],
+        ),
         draft.config(),
         settings=settings or (),
         against=[name.strip() for name in against.split(",")] if against else (),
         llama_cpp_models=llama_cpp_models or (),
     )
     for how in dict.fromkeys(c.precision for c in contenders if isinstance(c, Hopskip)):
-        resolve_backend(dtype=how.dtype, quantize=how.quantize, device="cpu", backend=how.backend, threads=load.threads)
+        resolve_backend(
+            dtype=how.dtype,
+            quantize=how.quantize,
+            device="cpu",
+            backend=how.backend,
+            threads=load.threads,
+            kv_dtype=how.kv_dtype,
+        )
     return contenders, encoded
 
 

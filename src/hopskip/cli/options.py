@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hopskip.draft.config import DraftSource, SpeculativeConfig, VerifyMode
     from hopskip.llm import LLM
-    from hopskip.load import Backend, DType, Quantize
+    from hopskip.load import Backend, DType, KVDType, Quantize
     from hopskip.sampling import SamplingParams
 
     class BackendArguments(TypedDict):
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         device: str
         backend: Backend
         threads: int | None
+        kv_dtype: KVDType
 
 
 _MODEL, _DRAFTING, _SAMPLING = "Model", "Drafting", "Sampling"  # headings of --help
@@ -123,6 +124,14 @@ class LoadOptions:
         int | None,
         typer.Option(metavar="N", help="CPU threads; by default as many as there are cores.", rich_help_panel=_MODEL),
     ] = None
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Precision of cached keys and values: float32, bfloat16, int8, or auto (native backend).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "auto"
 
     def arguments(self) -> BackendArguments:
         """The keyword arguments of `LLM` and `load_model`, which check their values."""
@@ -132,6 +141,7 @@ class LoadOptions:
             "device": self.device,
             "backend": cast("Backend", self.backend),
             "threads": self.threads,
+            "kv_dtype": cast("KVDType", self.kv_dtype),
         }
 
     def at(self, place: str | None) -> LoadOptions:

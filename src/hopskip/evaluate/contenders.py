@@ -16,7 +16,7 @@ from hopskip.config import ModelConfig
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.evaluate.hf_reference import load_in_transformers
-from hopskip.load import Backend, DType, Quantize, load_model
+from hopskip.load import Backend, DType, KVDType, Quantize, load_model
 from hopskip.model import Model, Transformer
 from hopskip.sampling import SamplingParams
 from hopskip.weights import open_checkpoint
@@ -96,6 +96,7 @@ class Precision:
     dtype: DType = "auto"
     quantize: Quantize | None = None
     backend: Backend = "auto"
+    kv_dtype: KVDType = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,13 @@ class Hopskip(Contender):
         how = self.precision
         checkpoint = open_checkpoint(self.path)
         model = load_model(
-            checkpoint, dtype=how.dtype, quantize=how.quantize, device="cpu", backend=how.backend, threads=threads
+            checkpoint,
+            dtype=how.dtype,
+            quantize=how.quantize,
+            device="cpu",
+            backend=how.backend,
+            threads=threads,
+            kv_dtype=how.kv_dtype,
         )
         return _HopskipRunner(model, self.speculative)
 
