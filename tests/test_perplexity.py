@@ -17,9 +17,9 @@ from hopskip.errors import CheckpointError, ConfigError, PromptError
 from hopskip.evaluate.perplexity import (
     cut_windows,
     difference,
-    exits_of,
     negative_log_likelihoods,
     perplexity,
+    places_to_read,
     read_text,
 )
 from hopskip.evaluate.prompts import whole_prompts
@@ -38,7 +38,7 @@ BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(available()
 def test_losses_are_those_of_transformers_at_every_layer(tmp_path: Path, backend: str) -> None:
     theirs = write_checkpoint(tmp_path, "llama2-mha")
     model = load_model(open_checkpoint(tmp_path), backend=backend, dtype="float32")  # type: ignore[arg-type]
-    found = negative_log_likelihoods(model, WINDOWS, exits_of(model, [2, 1]))
+    found = negative_log_likelihoods(model, WINDOWS, places_to_read(3, [2, 1]))
     assert list(found) == [1, 2, 3]
     expected: dict[int, list[torch.Tensor]] = {1: [], 2: [], 3: []}
     for window in WINDOWS:
@@ -51,7 +51,7 @@ def test_losses_are_those_of_transformers_at_every_layer(tmp_path: Path, backend
         torch.testing.assert_close(nll, torch.cat(expected[stop]), rtol=1e-4, atol=1e-3)
     assert perplexity(found[3]) == pytest.approx(math.exp(torch.cat(expected[3]).mean()), rel=1e-3)
     with pytest.raises(ConfigError, match="exit_layers has 3; this model has 3 layers, so give numbers from 1 to 2"):
-        exits_of(model, [3])
+        places_to_read(3, [3])
 
 
 def test_windows(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_report(model: Path, tmp_path: Path) -> None:
         (["--context", "0"], "0; it must be at least 2"),
         (["--max-tokens", "1"], "--max-tokens is 1; it must be at least 2"),
         (["--against", "nowhere.gguf"], "nowhere.gguf does not exist"),
-        (["--against", "OTHER"], "vocabulary of 96, the model one of 320"),
+        (["--against", "OTHER"], "vocab_size of 96, the model one of 320"),
     ],
 )
 def test_wrong_options(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -224,6 +224,8 @@ def test_types_of_edges(tmp_path: Path) -> None:
         assert checkpoint.stored("model.embed_tokens.weight").type.name == edges
         assert checkpoint.stored("model.layers.2.mlp.down_proj.weight").type.name == kind.upper()
         assert checkpoint.stored("model.norm.weight").type.name == "F32"
+    with pytest.raises(ConfigError, match="shuffle is -1"):
+        requantize(tmp_path / "f32.gguf", tmp_path / "out.gguf", "f32", shuffle=-1)
     # a file that is no model
     writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
     writer.write_header_to_file()

@@ -68,13 +68,14 @@ def perplexity(
     load = load.at(place)
     precisions = choose_precisions(load, precision)
     from hopskip.evaluate.machine import versions
-    from hopskip.evaluate.perplexity import MAX_CONTEXT, cut_windows, read_text
+    from hopskip.evaluate.perplexity import MAX_CONTEXT, cut_windows, places_to_read, read_text
     from hopskip.evaluate.prompts import whole_prompts
     from hopskip.hub import find_model
     from hopskip.tokenizer import Tokenizer
     from hopskip.weights import open_checkpoint
 
     checkpoint = open_checkpoint(find_model(load.model))
+    stops = places_to_read(checkpoint.config.num_hidden_layers, _numbers(exit_layers))
     longest = checkpoint.config.max_position_embeddings
     if context is not None and context > longest:
         raise ConfigError(f"context is {context}; the model's own is {longest}")
@@ -85,7 +86,7 @@ def perplexity(
     rows = _measure(
         _models(load, precisions, checkpoint, others),
         windows,
-        _numbers(exit_layers),
+        stops,
         len(precisions) + len(others),
         quiet=as_json,
     )
@@ -109,11 +110,13 @@ def _open_other(file: Path, checkpoint: Checkpoint) -> Checkpoint:
     from hopskip.weights import open_checkpoint
 
     other = open_checkpoint(file)
-    if other.config.vocab_size != checkpoint.config.vocab_size:
-        raise ConfigError(
-            f"against {str(file)!r} has a vocabulary of {other.config.vocab_size}, the model one of "
-            f"{checkpoint.config.vocab_size}; give another file of the same model"
-        )
+    for what in ("vocab_size", "num_hidden_layers"):
+        own, wanted = getattr(other.config, what), getattr(checkpoint.config, what)
+        if own != wanted:
+            raise ConfigError(
+                f"against {str(file)!r} has a {what} of {own}, the model one of {wanted}; give another file of the "
+                "same model"
+            )
     return other
 
 
@@ -141,7 +144,7 @@ def _models(
 def _measure(
     models: Iterator[tuple[str, Model]],
     windows: list[list[int]],
-    exit_layers: list[int],
+    stops: list[int],
     num_models: int,
     *,
     quiet: bool,
@@ -152,7 +155,7 @@ def _measure(
     from torch import Tensor
 
     from hopskip.evaluate.contenders import weight_bytes
-    from hopskip.evaluate.perplexity import difference, exits_of, negative_log_likelihoods
+    from hopskip.evaluate.perplexity import difference, negative_log_likelihoods
     from hopskip.evaluate.perplexity import perplexity as perplexity_of
 
     console = Console(stderr=True)
@@ -162,17 +165,14 @@ def _measure(
         task = bar.add_task("", total=num_models * len(windows))
         for name, model in models:
             bar.update(task, description=name)
-            num_layers = model.config.num_hidden_layers
-            found = negative_log_likelihoods(
-                model, windows, exits_of(model, exit_layers), lambda: bar.update(task, advance=1)
-            )
+            found = negative_log_likelihoods(model, windows, stops, lambda: bar.update(task, advance=1))
             first = first or found
             for stop, nll_N in found.items():
                 gap = difference(nll_N, first[stop])
                 rows.append(
                     {
                         "name": name,
-                        "exit_layer": stop if stop < num_layers else None,
+                        "exit_layer": stop if stop < stops[-1] else None,
                         "perplexity": perplexity_of(nll_N),
                         "delta": gap.delta,
                         "delta_error": gap.error,

@@ -80,13 +80,12 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a text file") from None
 
 
-def exits_of(model: Model, exit_layers: Seq[int]) -> list[int]:
-    """Numbers of layers after which to read the model: the exits in order, and all layers.
+def places_to_read(num_layers: int, exit_layers: Seq[int]) -> list[int]:
+    """Numbers of layers after which to read a model of `num_layers`: the exits in order, and all layers.
 
     Raises:
         ConfigError: the model has no such exit.
     """
-    num_layers = model.config.num_hidden_layers
     for exit_layer in exit_layers:
         if not 0 < exit_layer < num_layers:
             raise ConfigError(
@@ -104,7 +103,7 @@ def negative_log_likelihoods(
 
     Args:
         windows: token ids, at least two each.
-        stops: numbers of layers, rising (see `exits_of`). All are read in one pass, through final norm and head.
+        stops: numbers of layers, rising (see `places_to_read`). All are read in one pass, through final norm and head.
         on_window: called after each window.
     """
     cache = model.new_cache(1, max(map(len, windows)) - 1)

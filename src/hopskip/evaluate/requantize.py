@@ -43,11 +43,13 @@ def requantize(source: Path, target: Path, kind: str, *, pure: bool = False, shu
         shuffle: a seed; reorder the model's dimensions first.
 
     Raises:
-        ConfigError: an unknown type, or source and target are the same file.
+        ConfigError: an unknown type, a seed below 0, or source and target are the same file.
         CheckpointError: the source cannot be read, or is not a decoder of the Llama family (to be shuffled).
     """
     if kind not in _TYPES:
         raise ConfigError(f"type is {kind!r}; choose one of {', '.join(_TYPES)}")
+    if shuffle is not None and shuffle < 0:
+        raise ConfigError(f"shuffle is {shuffle}; it is a seed, 0 or above")
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError(f"{target} is the input itself; give another name for the output")
     try:
