@@ -21,6 +21,7 @@ from hopskip.cli.check import check
 from hopskip.cli.console import plain_warnings, print_error
 from hopskip.cli.generate import generate
 from hopskip.cli.info import info
+from hopskip.cli.train import app as train
 from hopskip.errors import HopskipError
 
 # the error of a wrong option or argument: click's, of which typer carries a copy but names only this subclass
@@ -91,6 +92,7 @@ app.command()(chat)
 app.command()(info)
 app.command()(check)
 app.command()(bench)
+app.add_typer(train, name="train")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""When the LayerSkip recipe drops a layer and how much each exit counts: arXiv 2404.16710, section 4, as pure functions.
+"""When the LayerSkip recipe drops a layer, and how much each exit counts: arXiv 2404.16710 as pure functions.
 
 Layers are numbered 0..L-1. The loss of layer l is taken at its *output*, so layer l is what drafting calls exit l + 1.
 Steps are numbered 0..T-1. Nothing here has state: a resumed run continues at its step, not at the curriculum's start.
@@ -58,7 +58,9 @@ class LayerSkipConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.rotation is not None and self.curriculum != "rotational":
-            raise ConfigError(f"rotation={self.rotation} has no effect with curriculum {self.curriculum!r}; leave it out")
+            raise ConfigError(
+                f"rotation={self.rotation} has no effect with curriculum {self.curriculum!r}; leave it out"
+            )
         if self.e_scale > 0 and self.ce_weight == self.kl_weight == 0:
             raise ConfigError("ce_weight and kl_weight are both 0, so the exits would learn nothing; use e_scale=0")
 

@@ -69,18 +69,22 @@ def exit_loss(
         losses: gets every layer's sums.
     """
     parameters = {f"{part}.{n}": p for part, m in (("norm", norm), ("head", head)) for n, p in m.named_parameters()}
-    plan = _Plan(terms, norm, head, tuple(parameters), labels_BT, chunk_tokens, losses)
+    # position t predicts label t + 1; the last position of a row predicts nothing
+    targets_N = F.pad(labels_BT[:, 1:], (0, 1), value=-100).flatten()
+    plan = _Plan(terms, norm, head, tuple(parameters), targets_N, chunk_tokens, losses)
     total: Tensor = _ExitLoss.apply(plan, *(hidden[term.layer] for term in terms), *parameters.values())  # type: ignore[no-untyped-call]
     return total / num_items
 
 
 @dataclass(frozen=True)
 class _Plan:
+    """What does not take part in autograd."""
+
     terms: Sequence[ExitTerm]
     norm: nn.Module
     head: nn.Module
     names: tuple[str, ...]
-    labels_BT: Tensor
+    targets_N: Tensor  # noqa: N815
     chunk_tokens: int | None
     losses: ExitLosses | None
 
@@ -106,18 +110,17 @@ class _ExitLoss(torch.autograd.Function):
         for parameter, wanted in zip(parameters.values(), wants[num_exits:], strict=True):
             parameter.requires_grad_(wanted)
         total = hidden[0].new_zeros((), dtype=torch.float32)
-        # position t predicts label t + 1; the last position of a row predicts nothing
-        targets_N = F.pad(plan.labels_BT[:, 1:], (0, 1), value=-100).flatten()
-        where_N = targets_N.ne(-100).nonzero().squeeze(1)
-        chunk = plan.chunk_tokens or max(1, MAX_CHUNK_LOGITS // plan.head.weight.shape[0])  # type: ignore[operator]
-        for where in where_N.split(chunk):
-            total += _chunk(plan, hidden, parameters, where, targets_N[where], grads)
+        where_N = plan.targets_N.ne(-100).nonzero().squeeze(1)
+        vocab_size = next(iter(plan.head.parameters())).shape[0]
+        chunk = plan.chunk_tokens or max(1, MAX_CHUNK_LOGITS // vocab_size)
+        for where in torch.split(where_N, chunk):
+            total += _chunk(plan, hidden, parameters, where, plan.targets_N[where], grads)
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor) -> Any:
         grads = [
             # in place: nothing else holds them, and a second backward pass through this loss is refused by autograd
             None if grad is None else grad.mul_(grad_total).to(dtype)
@@ -137,7 +140,8 @@ def _chunk(
     """The loss of one chunk of tokens over all exits, which are unembedded one after the other; adds to `grads`."""
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     num_exits = len(plan.terms)
-    best_N = teacher_NV = None
+    best_N: Tensor | None = None
+    teacher_NV: Tensor | None = None
     total = hidden[0].new_zeros((), dtype=torch.float32)
     teaches = any(term.kl_weight > 0 and term.weight > 0 for term in plan.terms[1:])
     for index, term in enumerate(plan.terms):
@@ -153,11 +157,11 @@ def _chunk(
                 kl = F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True)
                 loss = loss + term.weight * term.kl_weight * kl
         choice_N = logits_NV.detach().argmax(-1)
-        if index == 0:
+        if best_N is None:
             best_N = choice_N
             teacher_NV = logits_NV.detach().log_softmax(-1) if teaches else None
         if plan.losses is not None:
-            plan.losses.add(term.layer, ce.detach(), (choice_N == best_N).sum(), len(targets_N))
+            plan.losses.add(term.layer, ce.detach(), choice_N.eq(best_N).sum(), len(targets_N))
         if term.weight > 0:
             total += loss.detach()
         if is_learned:

@@ -29,7 +29,7 @@ _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 """Implementations whose masks are tensors with a row for each sample."""
 
 
-class LayerSkipTrainer(Trainer):
+class LayerSkipTrainer(Trainer):  # type: ignore[misc]
     """Trains a causal language model of the Llama family so that its early layers can draft.
 
     Args:
@@ -75,7 +75,7 @@ class LayerSkipTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one (micro-)batch: sets which samples and exits take part, then lets the Trainer call the model."""
+        """The loss of one (micro-)batch: choose samples and exits, then let the Trainer call the model."""
         step, num_samples = self.state.global_step, len(inputs["input_ids"])
         kept = None
         if model.training:
@@ -170,6 +170,12 @@ class LayerSkipTrainer(Trainer):
                 logs[f"exit{layer + 1}_loss"] = ce / tokens
                 logs[f"exit{layer + 1}_agreement"] = agreeing / tokens
         return logs
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run, resumed: the Trainer would make one step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     # Checkpoints: the Trainer's own, but written beside their place and renamed when complete.
 
