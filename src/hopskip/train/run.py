@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,8 @@ def _drop_printer(trainer: LayerSkipTrainer) -> None:
 
 
 def _quieten() -> None:
+    """What these libraries say to each other would stand between our lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|accelerate|peft)")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
