@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -33,8 +34,9 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        # a resumed run repeats the steps after its checkpoint
-        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+        # a resumed run repeats the steps after its checkpoint, and what comes after the last step
+        steps = itertools.takewhile(lambda line: "train_runtime" not in line, read_log(self.path))
+        kept = [line for line in steps if line["step"] <= state.global_step]
         fresh = self.path.with_suffix(".new")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(fresh, self.path)
