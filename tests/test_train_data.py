@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def test_blocks_are_one_stream(tmp_path: Path, tokenizer: Any) -> None:
     data = DataConfig(train=(texts(tmp_path),), packing="blocks", max_length=7)
     rows = load_rows(data, tokenizer, 64)
     assert isinstance(rows, list)
-    stream = sum(documents(tokenizer), [])
+    stream = list(itertools.chain(*documents(tokenizer)))
     assert torch.cat([row["input_ids"] for row in rows]).tolist() == stream
     assert {len(row["input_ids"]) for row in rows[:-1]} == {7}
     for row in rows:
@@ -197,7 +198,7 @@ def test_documents_are_packed_whole(tmp_path: Path, tokenizer: Any) -> None:
     for row in rows:
         assert len(row["input_ids"]) <= longest
         starts = [*row["position_ids"].eq(0).nonzero().flatten().tolist(), len(row["input_ids"])]
-        found += [row["input_ids"][a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+        found += [row["input_ids"][a:b].tolist() for a, b in itertools.pairwise(starts)]
         assert row["labels"][starts[:-1]].tolist() == [IGNORED] * (len(starts) - 1)
     assert found == documents(tokenizer)
 

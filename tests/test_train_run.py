@@ -140,19 +140,19 @@ def test_resumed_equals_uninterrupted(finished: Path, base: Path, data: Path, tm
     output = tmp_path / "run"
     settings = recipe(output, base, data)
 
-    class Stop(Exception):
+    class StopHere(Exception):  # noqa: N818
         pass
 
     original = LayerSkipTrainer.training_step
 
     def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 9:
-            raise Stop
+            raise StopHere
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LayerSkipTrainer, "training_step", stopping)
-        with pytest.raises(Stop):
+        with pytest.raises(StopHere):
             run(settings)
     assert not (output / "model").exists()
     torch.manual_seed(99)  # whatever state the next process starts with

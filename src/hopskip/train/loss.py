@@ -91,9 +91,21 @@ class _Plan:
     def logits(self, h_ND: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Through norm and head with detached weights, whose gradients are ours to add up."""
         for part, module in (("norm.", self.norm), ("head.", self.head)):
-            own = {name.removeprefix(part): p for name, p in parameters.items() if name.startswith(part)}
-            h_ND = functional_call(module, own, (h_ND,))
+            own = {f"module.{n.removeprefix(part)}": p for n, p in parameters.items() if n.startswith(part)}
+            h_ND = functional_call(_WithoutHooks(module), own, (h_ND,))
         return h_ND.float()
+
+
+class _WithoutHooks(nn.Module):
+    """Runs a module without its hooks: FSDP's would take every chunk for a forward pass of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, h_ND: Tensor) -> Tensor:
+        output: Tensor = self.module.forward(h_ND)
+        return output
 
 
 class _ExitLoss(torch.autograd.Function):
