@@ -35,15 +35,15 @@ def load_base(recipe: ModelRecipe) -> tuple[Any, Any]:
         ConfigError: a tokenizer or a config file is missing.
     """
     if recipe.base is not None:
-        checkpoint = open_checkpoint(find_model(None if recipe.base == "default" else recipe.base))
+        checkpoint = open_checkpoint(_find(recipe.base))
         model = to_transformers(checkpoint, getattr(torch, recipe.dtype))
-        tokenizer = load_tokenizer(find_model(recipe.tokenizer) if recipe.tokenizer else checkpoint.path)
+        tokenizer = load_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else checkpoint.path)
     else:
         assert recipe.config is not None
         place = Path(recipe.config)
         model = from_scratch(place, getattr(torch, recipe.dtype))
         folder = place if place.is_dir() else place.parent
-        tokenizer = load_tokenizer(find_model(recipe.tokenizer) if recipe.tokenizer else folder)
+        tokenizer = load_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else folder)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; give the model's own "
@@ -172,6 +172,10 @@ def add_lora(model: Any, lora: LoraRecipe) -> Any:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from None
+
+
+def _find(name: str) -> Path:
+    return find_model(None if name == "default" else name)
 
 
 def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
