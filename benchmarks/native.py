@@ -95,8 +95,7 @@ def passes(model: NativeModel, cache: Cache) -> dict[str, Callable[[], object]]:
         return lambda: model.greedy(model.run_layers(model.embed(ids), 0, layers, rows, cache)[-1:])
 
     def draft() -> object:
-        one = torch.tensor([1])
-        return model.draft_greedy(one, torch.tensor([0]), torch.tensor([SHORT]), 6, 4, cache)
+        return model.draft_greedy(torch.tensor([1]), Rows([Segment(0, SHORT, 1)]), [4], cache, exit_layer=6)
 
     found = {f"rows {m}": decode(Rows([Segment(0, SHORT, m)])) for m in (1, 2, 4, 6, 8, 16)}
     found["16 sequences"] = decode(Rows(Segment(slot, SHORT, 1) for slot in range(16)))

@@ -57,13 +57,20 @@ class Tokenizer:
         """
         return _from_gguf(path, config) if path.is_file() else _from_folder(path, config)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, after BOS where the model's tokenizer puts one. Special tokens in it count as such.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens in it count as such.
+
+        Args:
+            add_special_tokens: put BOS first where the model's tokenizer does. Text from `render_chat` has it already.
 
         Raises:
             PromptError: the text cannot be written as UTF-8 (a lone surrogate).
         """
-        return self._encode(text, add_special_tokens=True)
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise PromptError(f"the prompt is not valid text ({error}); give a string of Unicode characters") from None
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out. Bytes that form no character become U+FFFD."""
@@ -102,19 +109,26 @@ class Tokenizer:
         Raises:
             PromptError: the model has no chat template, or the template refuses these messages.
         """
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text that the chat template makes of these messages, its special tokens written out.
+
+        Raises:
+            PromptError: as `apply_chat_template`.
+        """
         if self._template is None:
             raise PromptError("this model has no chat template; give a plain prompt, or use an instruct model")
-        text = self._template.render(
+        return self._template.render(
             messages, add_generation_prompt=add_generation_prompt, **{**self._special_tokens, **variables}
         )
-        return self._encode(text, add_special_tokens=False)  # the template writes them itself
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise PromptError(f"the prompt is not valid text ({error}); give a string of Unicode characters") from None
-        return ids
 
 
 @dataclass

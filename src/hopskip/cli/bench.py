@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hopskip.cli.console import loading, print_json
-from hopskip.cli.options import DraftOptions, LoadOptions, with_options
+from hopskip.cli.options import DraftOptions, LoadOptions, max_new_tokens_option, with_options
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def bench(
         ),
     ] = None,
     num_prompts: Annotated[int, typer.Option(metavar="N", help="Prompts of each set, evenly spread.")] = 10,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Tokens to generate per prompt.")
-    ] = 64,
+    max_new_tokens: Annotated[int, max_new_tokens_option("Tokens to generate per prompt (default: 64).")] = 64,
     repeats: Annotated[int, typer.Option(metavar="N", help="Runs of every prompt; the median counts.")] = 3,
     against: Annotated[
         str | None,
@@ -154,14 +152,26 @@ def _prepare(
     contenders = lineup(
         checkpoint.path,
         checkpoint.config,
-        Precision(dtype=arguments["dtype"], quantize=arguments["quantize"], backend=arguments["backend"]),
+        Precision(
+            dtype=arguments["dtype"],
+            quantize=arguments["quantize"],
+            backend=arguments["backend"],
+            kv_dtype=arguments["kv_dtype"],
+        ),
         draft.config(),
         settings=settings or (),
         against=[name.strip() for name in against.split(",")] if against else (),
         llama_cpp_models=llama_cpp_models or (),
     )
     for how in dict.fromkeys(c.precision for c in contenders if isinstance(c, Hopskip)):
-        resolve_backend(dtype=how.dtype, quantize=how.quantize, device="cpu", backend=how.backend, threads=load.threads)
+        resolve_backend(
+            dtype=how.dtype,
+            quantize=how.quantize,
+            device="cpu",
+            backend=how.backend,
+            threads=load.threads,
+            kv_dtype=how.kv_dtype,
+        )
     return contenders, encoded
 
 
