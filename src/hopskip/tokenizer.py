@@ -42,6 +42,8 @@ class Tokenizer:
     ) -> None:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
+        """The Jinja source."""
         self._template = ChatTemplate(chat_template) if chat_template is not None else None
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         """Tokens that end a text: those of the config, else the tokenizer's own and its chat template's."""
@@ -78,6 +80,16 @@ class Tokenizer:
         # a byte-fallback decoder can spoil the whole run of bytes around a bad one: agree with what a stream shows
         detokenizer = Detokenizer(self)
         return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
+
+    @property
+    def backend(self) -> Backend:
+        """The tokenizer of the `tokenizers` library."""
+        return self._backend
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, ... as text, as far as the checkpoint names them."""
+        return dict(self._special_tokens)
 
     @property
     def has_chat_template(self) -> bool:

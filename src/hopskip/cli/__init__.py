@@ -23,6 +23,7 @@ from hopskip.cli.console import plain_warnings, print_error
 from hopskip.cli.generate import generate
 from hopskip.cli.info import info
 from hopskip.cli.perplexity import perplexity
+from hopskip.cli.train import app as train
 from hopskip.errors import HopskipError
 
 # the error of a wrong option or argument: click's, of which typer carries a copy but names only this subclass
@@ -107,6 +108,7 @@ app.command()(info)
 app.command()(check)
 app.command()(bench)
 app.command()(perplexity)
+app.add_typer(train, name="train")
 
 
 def main() -> None:
