@@ -32,3 +32,25 @@ def layerskip(
     from hopskip.train.run import run
 
     print(run(settings))
+
+
+@app.command()
+def exit(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For which model, on what, and how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
+    ] = None,
+) -> None:
+    """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
+
+    The model writes its own training text. Run the same command again to go on after an interruption.
+    """
+    from hopskip.train.exit.recipe import ExitRecipe
+    from hopskip.train.recipe import read_recipe
+
+    settings = read_recipe(ExitRecipe, recipe, overrides or ())
+
+    from hopskip.train.exit.run import run
+
+    print(run(settings))

@@ -8,11 +8,13 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hopskip.errors import ConfigError
 from hopskip.train.curriculum import LayerSkipConfig
 from hopskip.train.read import DataConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,13 @@ OWN_ARGUMENTS = {
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of a LayerSkip run, as `read_recipe`."""
+    recipe = read_recipe(Recipe, path, overrides)
+    _check_training(recipe)
+    return recipe
+
+
+def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """Read a recipe; `overrides` are `section.key=value`, their values written as in YAML.
 
     Raises:
@@ -112,9 +121,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {str(path)!r} is not a mapping of sections (model, data, ...); see recipes/")
     for override in overrides:
         _override(values, override)
-    recipe = make(Recipe, values, "")
-    assert isinstance(recipe, Recipe)
-    _check_training(recipe)
+    recipe = make(kind, values, "")
+    assert isinstance(recipe, kind)
     return recipe
 
 

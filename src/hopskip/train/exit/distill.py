@@ -67,11 +67,9 @@ class BranchTrainer(nn.Module):
         ]
         self.mixing: dict[str, nn.Parameter] = {}
         if branch.features:
-            mix = torch.zeros(size, 2 * size)
-            nn.init.normal_(mix[:, :size], std=size**-0.5)
             self.mixing = {
                 "fuse": nn.Parameter(torch.zeros(size, len(branch.features) * size)),
-                "mix": nn.Parameter(mix),
+                "mix": nn.Parameter(torch.zeros(size, 2 * size)),
                 "token_norm": nn.Parameter(torch.ones(size)),
                 "feature_norm": nn.Parameter(torch.ones(size)),
             }
@@ -94,11 +92,19 @@ class BranchTrainer(nn.Module):
         )
 
     def scale_to(self, states_NAD: Tensor) -> None:
-        """Let the fused features begin as the last one itself: normalised, then brought back to its usual size."""
+        """Let a branch with features begin near the last one itself: normalised, then brought back to its usual size,
+        with a tenth of that for the token.
+
+        Args:
+            states_NAD: outputs of the tapped layers at some tokens, those of the last layer at the end.
+        """
+        if not self.mixing:
+            return
         size = self.config.hidden_size
-        rms = states_NAD[:, -1].float().square().mean(-1).sqrt().median()
+        rms = float(states_NAD[:, -1].float().square().mean(-1).sqrt().median())
         with torch.no_grad():
             self.mixing["fuse"][:, -size:] = torch.eye(size) * rms
+            nn.init.orthogonal_(self.mixing["mix"][:, :size], gain=rms / 10)
 
     def forward(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
         """Logits [P, n] of every unroll step in turn."""

@@ -27,8 +27,8 @@ class FitConfig:
 
     num_tokens: int
     """Tokens to train on, counted with repetition and padding left out."""
-    batch_tokens: int = 2048
-    learning_rate: float = 1e-3
+    batch_tokens: int = 512
+    learning_rate: float = 3e-3
     warmup: float = 0.02
     """Share of the tokens over which the learning rate rises."""
     decay: float = 0.3
@@ -38,10 +38,18 @@ class FitConfig:
     unroll_steps: int = 3
     step_discount: float = 0.8
     """The loss of unroll step j weighs this to the power j - 1."""
-    hard_weight: float = 0.5
+    hard_weight: float = 0.3
+    """Weight of the model's own next token beside its distribution."""
     seed: int = 0
     eval_every: int = 100_000
     """Tokens between evaluations, which also write a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "batch_tokens", "unroll_steps", "eval_every", "learning_rate", "warmup", "decay"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.hard_weight <= 1:
+            raise ConfigError(f"hard_weight is {self.hard_weight}; it must be between 0 and 1")
 
     def rate(self, num_tokens: int) -> float:
         """Learning rate after so many tokens: warm-up, constant, linear decay."""
@@ -86,8 +94,6 @@ def fit(
         trainer.load_state_dict(state["trainer"])
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
-    else:
-        trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
     next_eval = (progress["num_tokens"] // config.eval_every + 1) * config.eval_every
     recent: list[float] = []
     started, started_tokens = time.perf_counter(), progress["num_tokens"]
