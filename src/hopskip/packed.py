@@ -29,7 +29,7 @@ from hopskip.errors import CheckpointError
 from hopskip.quantize import Format, Packed, from_gguf_blocks, pack, quantize_q4, quantize_q8
 from hopskip.weights import Checkpoint, expected_tensors
 
-VERSION = 1
+VERSION = 2
 """Raised whenever packing or a layout changes: files of other versions are not looked at."""
 _MAGIC = b"hopskip\n"
 _ALIGNMENT = 64
@@ -170,6 +170,15 @@ class PackedWeights:
         return cls(config, matrices, vectors)
 
 
+_NORM_BEFORE = {
+    "q_proj": "input_layernorm",
+    "k_proj": "input_layernorm",
+    "v_proj": "input_layernorm",
+    "gate_proj": "post_attention_layernorm",
+    "up_proj": "post_attention_layernorm",
+}
+
+
 def cache_folder() -> Path | None:
     """Where packed weights are kept, or None if they are not."""
     folder = os.environ.get("HOPSKIP_CACHE")
@@ -182,13 +191,35 @@ def _pack_tensor(checkpoint: Checkpoint, name: str, precision: str) -> Packed:
     quantized = checkpoint.quantized(name)
     if quantized is not None and precision in ("auto", "q8", "q4"):
         exact = from_gguf_blocks(quantized.type, quantized.blocks)
-        if exact is not None and precision in ("auto", type(exact).__name__.lower()):
+        kept = ("q8", "q4") if precision == "auto" else (precision, format_of(name, precision))
+        if exact is not None and type(exact).__name__.lower() in kept:
             return pack(exact, quantized.shape[1])
     if precision == "auto":
         stored = checkpoint.tensor(name).dtype if quantized is None else None
         precision = "q8" if quantized is not None else "float32" if stored == torch.float32 else "bfloat16"
-    if precision in ("q8", "q4"):
-        weight_OI = checkpoint.tensor(name, torch.float32)
-        return pack((quantize_q8 if precision == "q8" else quantize_q4)(weight_OI), weight_OI.shape[1])
-    weight_OI = checkpoint.tensor(name, torch.float32 if precision == "float32" else torch.bfloat16)
+    weight_OI = checkpoint.tensor(name, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    format = format_of(name, precision)
+    if format == "q8":
+        return pack(quantize_q8(weight_OI), weight_OI.shape[1])
+    if format == "q4":
+        return pack(quantize_q4(weight_OI, _importance(checkpoint, name)), weight_OI.shape[1])
     return pack(weight_OI, weight_OI.shape[1])
+
+
+def format_of(name: str, precision: str) -> str:
+    """What a precision other than `auto` makes of a matrix. Embedding and head are never made 4 bits: there they cost
+    quality out of proportion, so GGUF files of type Q4_0 do not either."""
+    is_edge = name in ("model.embed_tokens.weight", "lm_head.weight")
+    return "q8" if precision == "q4" and is_edge else precision
+
+
+def _importance(checkpoint: Checkpoint, name: str) -> Tensor | None:
+    """How much each column of a matrix matters: the mean square of its input, as far as the weights tell. The input of
+    the first matrices of attention and MLP is normalised, then scaled by the norm's weights; of others nothing is
+    known."""
+    layer, _, part = name.removesuffix(".weight").rpartition(".")
+    norm = _NORM_BEFORE.get(part)
+    if norm is None:
+        return None
+    layer = layer.rpartition(".")[0]
+    return checkpoint.tensor(f"{layer}.{norm}.weight", torch.float32).square()

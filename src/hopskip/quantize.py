@@ -78,16 +78,22 @@ def quantize_q8(weight_OI: Tensor) -> Q8:
     return Q8(values.to(torch.int8).flatten(1), scales_OB)
 
 
-def quantize_q4(weight_OI: Tensor) -> Q4:
+def quantize_q4(weight_OI: Tensor, importance_I: Tensor | None = None) -> Q4:
     """Asymmetric 4 bits; scale and minimum of each block minimise its squared error.
 
     From several ranges, each a shrunken [minimum, maximum] of the block: assign the nearest levels, fit scale and
-    minimum to them by least squares, assign again. The best of all is kept.
+    minimum to them by least squares, and so on once more. The best of all is kept.
+
+    Args:
+        importance_I: how much each column's errors weigh, float32, not negative; None weighs all alike.
 
     Raises:
         CheckpointError: a weight is not finite, or too large for a float16 scale.
     """
-    parts = [_quantize_q4(rows) for rows in torch.split(weight_OI, _ROWS_AT_ONCE)]
+    if importance_I is None:
+        importance_I = torch.ones(weight_OI.shape[1])
+    importance_B32 = _blocks(importance_I[None])[0]
+    parts = [_quantize_q4(rows, importance_B32) for rows in torch.split(weight_OI, _ROWS_AT_ONCE)]
     return Q4(
         torch.cat([part.nibbles for part in parts]),
         torch.cat([part.scales for part in parts]),
@@ -95,21 +101,25 @@ def quantize_q4(weight_OI: Tensor) -> Q4:
     )
 
 
-def _quantize_q4(weight_OI: Tensor) -> Q4:
+def _quantize_q4(weight_OI: Tensor, importance_B32: Tensor) -> Q4:
     x = _blocks(weight_OI)
+    # a block whose columns all count for nothing is fitted as any other
+    weights_B32 = torch.where(importance_B32.sum(-1, keepdim=True) > 0, importance_B32, 1.0)
     low, high = x.amin(-1), x.amax(-1)
     best: tuple[Tensor, ...] | None = None
     for shrink in _SHRINKS:
         middle, reach = (low + high) / 2, (high - low) / 2 * shrink
-        levels = _levels(x, _to_half(reach * 2 / 15), _to_half(middle - reach))
-        scale, minimum = (_to_half(fit) for fit in _least_squares(x, levels))
+        scale, minimum = _to_half(reach * 2 / 15), _to_half(middle - reach)
+        for _ in range(2):
+            levels = _levels(x, scale, minimum)
+            scale, minimum = (_to_half(fit) for fit in _least_squares(x, levels, weights_B32))
         levels = _levels(x, scale, minimum)
-        error = (levels * scale.float()[..., None] + minimum.float()[..., None] - x).square().sum(-1)
-        found = (error, scale, minimum, levels)
+        off = levels * scale.float()[..., None] + minimum.float()[..., None] - x
+        found = ((weights_B32 * off.square()).sum(-1), scale, minimum, levels)
         if best is None:
             best = found
         else:
-            is_better = error < best[0]
+            is_better = found[0] < best[0]
             best = tuple(
                 torch.where(is_better if new.ndim == 2 else is_better[..., None], new, old)
                 for new, old in zip(found, best, strict=True)
@@ -124,12 +134,13 @@ def _levels(x_OB32: Tensor, scale_OB: Tensor, minimum_OB: Tensor) -> Tensor:
     return ((x_OB32 - minimum_OB.float()[..., None]) / _divisor(scale_OB)).round().clamp(0, 15)
 
 
-def _least_squares(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def _least_squares(x: Tensor, levels: Tensor, weights_B32: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and minimum that bring `scale * levels + minimum` closest to `x`, per block."""
-    mean_x, mean_level = x.mean(-1), levels.mean(-1)
+    shares = weights_B32 / weights_B32.sum(-1, keepdim=True)
+    mean_x, mean_level = (shares * x).sum(-1), (shares * levels).sum(-1)
     spread = levels - mean_level[..., None]
-    variance = spread.square().sum(-1)
-    scale = (spread * (x - mean_x[..., None])).sum(-1) / variance.clamp_min(1e-12)
+    variance = (shares * spread.square()).sum(-1)
+    scale = (shares * spread * (x - mean_x[..., None])).sum(-1) / variance.clamp_min(1e-12)
     return scale, mean_x - scale * mean_level
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal
 
+from hopskip.packed import format_of
 from hopskip.quantize import BLOCK
 from hopskip.weights import Checkpoint
 
@@ -76,7 +77,9 @@ def model_costs(
         if name.endswith(("norm.weight", ".bias")):
             continue
         stored = checkpoint.stored(name)
-        own_format = _NATIVE_FORMATS.get(stored.type.name, "q8") if precision == "auto" else precision
+        own = _NATIVE_FORMATS.get(stored.type.name, "q8")
+        # blocks of 4 bits stay what they are when 4 bits are asked for
+        own_format = own if precision in ("auto", own) else format_of(name, precision)
         num_bytes = _matrix_bytes(stored.shape, own_format)
         by_format[own_format] += num_bytes
         if name.startswith("model.layers."):
