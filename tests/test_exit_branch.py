@@ -119,8 +119,9 @@ def drafts_of(
         seen.extend((list(s.token_ids), d) for s, d in zip(sequences, drafts, strict=True) if d.token_ids)
         return drafts
 
-    monkeypatch.setattr(ExitDrafter, "propose", propose)
-    run(engine, prompts, PARAMS)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitDrafter, "propose", propose)
+        run(engine, prompts, PARAMS)
     return seen
 
 
@@ -200,7 +201,6 @@ def test_a_slot_that_is_used_again_drafts_as_a_fresh_one(
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=3)
         engine = Engine(model, setting, branch=branch, max_num_seqs=1, prefix_caching=prefix_caching)
         found.append([drafts_of(monkeypatch, engine, [turn]) for turn in turns])
-        monkeypatch.undo()
     with_reuse, without = ([[d.token_ids for _, d in turn] for turn in turns] for turns in found)
     assert with_reuse == without
 
@@ -280,7 +280,7 @@ def test_a_wrong_base_is_refused(checkpoint: Checkpoint) -> None:
     [
         ({"format": 2}, "format 2"),
         ({"features": "all"}, "features = 'all'"),
-        ({"num_layers": 0}, "does not fit|cannot use features"),
+        ({"num_layers": 0}, "is none"),
     ],
 )
 def test_damaged_files_are_refused(

@@ -70,7 +70,7 @@ class Engine:
         self.max_num_seqs = max_num_seqs
         self._eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._drafter = self.speculative.make_drafter(model, branch)
-        self._taps = self._drafter.taps if self._drafter else ()
+        self._taps = self._drafter.taps if self._drafter else None
         self._prefix_caching = model.row_exact if prefix_caching is None else prefix_caching
         self._rows_per_sequence = rows_per_sequence or self._verify_rows()
         self._cache: Cache | None = None
@@ -181,7 +181,7 @@ class Engine:
             # the last prompt token always runs: its hidden state yields the first new token
             prompt = sequence.token_ids[:-1]
             shared = {slot: _common_prefix(self._slot_token_ids.get(slot, []), prompt) for slot in free}
-            if self._taps:
+            if self._taps is not None:
                 # the drafter wants the states of the last shared token, which the cache does not hold
                 shared = {slot: max(0, length - 1) for slot, length in shared.items()}
         sequence.slot = max(free, key=lambda slot: (shared[slot], slot not in self._slot_token_ids, -slot))
@@ -305,14 +305,15 @@ class Engine:
         h_ND = self.model.embed(torch.tensor(ids, dtype=torch.int32))
         start, depth = 0, self.model.config.num_hidden_layers
         seen: list[Tensor] = []
-        for tap in self._taps:
+        for tap in self._taps or ():
             h_ND = self.model.run_layers(h_ND, start, tap, rows, self._cache_or_fail)
             seen.append(h_ND)
             start = tap
         if start < depth:
             h_ND = self.model.run_layers(h_ND, start, depth, rows, self._cache_or_fail)
-        if self._drafter is not None and seen:
-            self._drafter.observe(rows, torch.stack(seen, dim=1))
+        if self._drafter is not None and self._taps is not None:
+            states_NAD = torch.stack(seen, dim=1) if seen else h_ND.new_empty((len(h_ND), 0, h_ND.shape[1]))
+            self._drafter.observe(rows, states_NAD)
         return h_ND
 
     # -- choosing tokens -----------------------------------------------------------------------------------------------

@@ -28,11 +28,12 @@ class Draft:
 
 
 class Drafter(Protocol):
-    taps: tuple[int, ...] = ()
-    """Layers after which the drafter wants to see the hidden states of every pass, rising."""
+    taps: tuple[int, ...] | None = None
+    """Layers after which the drafter wants to see the hidden states of every pass, rising; empty if it wants to be told
+    of passes only, None if not even that."""
 
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
-        """Told of every pass of the model, if there are taps.
+        """Told of every pass of the model, unless `taps` is None.
 
         A pass starts at a position whose token is committed, and what it says of later positions replaces what was said
         before. A slot's first pass for a new sequence starts at 0, or at the last token that it shares with the old.
@@ -56,11 +57,13 @@ class FirstOf(Drafter):
 
     def __init__(self, *drafters: Drafter) -> None:
         self._drafters = drafters
-        self.taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
+        watching = [drafter.taps for drafter in drafters if drafter.taps is not None]
+        self.taps = tuple(sorted({tap for taps in watching for tap in taps})) if watching else None
 
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
+        assert self.taps is not None
         for drafter in self._drafters:
-            if drafter.taps:
+            if drafter.taps is not None:
                 drafter.observe(rows, states_NAD[:, [self.taps.index(tap) for tap in drafter.taps]])
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:

@@ -111,7 +111,7 @@ class ExitDrafter(Drafter):
         self._feature_columns = [self._branch.taps.index(feature) for feature in self._branch.features]
         self._slots: dict[int, _Slot] = {}
         # without layers of its own a branch has no cache to keep up to date
-        self.taps = self._branch.taps if self._branch.num_layers else ()
+        self.taps = self._branch.taps if self._branch.num_layers else None
         # a model may do without: the steps below give the same drafts
         self._draft_greedy: DraftGreedy | None = getattr(model, "draft_greedy", None)
 
@@ -182,7 +182,7 @@ class ExitDrafter(Drafter):
 
     def _enter(self, sequences: Seq[Sequence]) -> _Entry:
         """The committed tokens that the branch has yet to see, with what is known of them; they count as seen then."""
-        if not self.taps and not self._branch.num_layers:
+        if self.taps is None:
             rows = Rows(Segment(s.slot, s.num_cached, 1) for s in sequences)
             return _Entry([s.token_ids[-1] for s in sequences], rows)
         segments: list[Segment] = []
