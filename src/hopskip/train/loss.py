@@ -84,7 +84,7 @@ class _Plan:
     norm: nn.Module
     head: nn.Module
     names: tuple[str, ...]
-    targets_N: Tensor  # noqa: N815
+    targets_N: Tensor
     chunk_tokens: int | None
     losses: ExitLosses | None
 
