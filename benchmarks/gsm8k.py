@@ -3,8 +3,8 @@
     python benchmarks/gsm8k.py --data FILE.jsonl [--where src=gsm8k] [--output runs/gsm8k] [SECTION.KEY=VALUE ...]
 
 Trains by recipes/gsm8k-finetune.yaml (overrides go to both trainings), then measures on both models: the accuracy of
-greedy answers to the held-out problems (every 15th of the data), and acceptance and speed on the gsm8k prompts that come
-with hopskip. Prints one JSON object. Run again after an interruption: it goes on where it was.
+greedy answers to the held-out problems (every 15th of the data), and acceptance and speed on the gsm8k prompts that
+come with hopskip. Prints one JSON object. Run again after an interruption: it goes on where it was.
 
 A line of FILE is {"prompt": ..., "response": ...}, the response ending in its number ("The answer is 72", "#### 72").
 """
