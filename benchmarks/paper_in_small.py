@@ -59,14 +59,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--output", type=Path, default=Path("runs/paper-in-small"))
-    parser.add_argument("--steps", type=int, default=1200, help="of 4,096 tokens, for each model")
+    parser.add_argument("--steps", type=int, default=1200, help="for each model")
+    parser.add_argument("--batch", type=int, default=16, help="rows of 256 tokens a step")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     sources = DataConfig(train=tuple(arguments.text), holdout_every=HOLDOUT_EVERY)
     shape = prepare(sources, arguments.output, arguments.vocabulary)
-    folders = {name: train(name, shape, sources, arguments.output, arguments.steps) for name in RECIPES}
+    folders = {name: train(name, shape, sources, arguments) for name in RECIPES}
     exits = {name: exit_perplexities(folder) for name, folder in folders.items()}
     speeds = decode(folders["recipe"] / "model", sources, arguments.threads)
     draw(exits, arguments.output / "figure.png")
@@ -77,6 +78,7 @@ def main() -> None:
         "last_layer_ratio": exits["recipe"][NUM_LAYERS] / exits["baseline"][NUM_LAYERS],
         "decoding": speeds,
         "steps": arguments.steps,
+        "tokens": arguments.steps * arguments.batch * 256,
         "threads": arguments.threads,
     }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
@@ -113,9 +115,9 @@ def texts(sources: DataConfig, *, held_out: bool) -> Iterator[str]:
         yield row["text"] if "text" in row else f"{row['prompt']}\n{row['response']}"
 
 
-def train(name: str, shape: Path, sources: DataConfig, output: Path, steps: int) -> Path:
+def train(name: str, shape: Path, sources: DataConfig, arguments: argparse.Namespace) -> Path:
     """One model, with or without the recipe; everything else is the same."""
-    folder = output / name
+    folder, steps = arguments.output / name, arguments.steps
     if (folder / "model").exists():
         return folder
     print(f"training: {name}", file=sys.stderr)
@@ -124,7 +126,7 @@ def train(name: str, shape: Path, sources: DataConfig, output: Path, steps: int)
     )
     training = {
         "max_steps": steps,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": arguments.batch,
         "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, steps // 20),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,19 +54,16 @@ def _encode_spans(
     """Pieces of one text, each learned or not; a token belongs to the piece in which it starts. Plain text gets the
     tokenizer's own BOS and an EOS; a chat template writes its own."""
     text = "".join(piece for piece, _ in spans)
-    encoded = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True)
-    ends, learned_spans, end = [], [], 0
-    for piece, is_learned in spans:
-        end += len(piece)
-        ends.append(end)
-        learned_spans.append(is_learned or loss_on == "all")
+    encoded = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=loss_on != "all")
     ids = list(encoded["input_ids"])
-    learned: list[bool] = []
-    span = 0
-    for start, stop in encoded["offset_mapping"]:
-        while start >= ends[span] and span < len(ends) - 1:
-            span += 1
-        learned.append(learned_spans[span] if stop > start or loss_on == "all" else False)
+    learned = [loss_on == "all"] * len(ids)
+    if loss_on != "all":
+        ends = list(itertools.accumulate(len(piece) for piece, _ in spans))
+        span = 0
+        for index, (start, stop) in enumerate(encoded["offset_mapping"]):
+            while start >= ends[span] and span < len(ends) - 1:
+                span += 1
+            learned[index] = spans[span][1] and stop > start
     if not is_chat and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
         learned.append(True)

@@ -1,0 +1,131 @@
+"""The paper's fine-tuning experiment in small: SmolLM2-135M on grade-school arithmetic, with and without the recipe.
+
+    python benchmarks/gsm8k.py --data FILE.jsonl [--where src=gsm8k] [--output runs/gsm8k] [SECTION.KEY=VALUE ...]
+
+Trains by recipes/gsm8k-finetune.yaml (overrides go to both trainings), then measures on both models: the accuracy of
+greedy answers to the held-out problems (every 15th of the data), and acceptance and speed on the gsm8k prompts that
+come with hopskip. Prints one JSON object. Run again after an interruption: it goes on where it was.
+
+A line of FILE is {"prompt": ..., "response": ...}, the response ending in its number ("The answer is 72", "#### 72").
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.evaluate.prompts import load_prompts
+from hopskip.train.read import read_split
+from hopskip.train.recipe import Recipe, load_recipe
+from hopskip.train.run import run
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "gsm8k-finetune.yaml"
+VARIANTS = {"with-recipe": [], "without-recipe": ["layerskip={p_max: 0, e_scale: 0}"]}
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument("--where", metavar="FIELD=VALUE", help="only rows with this value")
+    parser.add_argument("--output", type=Path, default=Path("runs/gsm8k"))
+    parser.add_argument("--num-problems", type=int, default=500, help="held-out problems to answer")
+    parser.add_argument("--num-prompts", type=int, default=20, help="prompts to measure speed on")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {"overrides": arguments.overrides}
+    for name, own in VARIANTS.items():
+        overrides = [f"data.train={arguments.data}", f"output={arguments.output / name}", *own, *arguments.overrides]
+        if arguments.where:
+            field, _, value = arguments.where.partition("=")
+            overrides.append(f"data.where={{{field}: {value}}}")
+        recipe = load_recipe(RECIPE, overrides)
+        model = Path(recipe.output) / "model"
+        if not model.exists():
+            print(f"training: {name}", file=sys.stderr)
+            run(recipe)
+        print(f"measuring: {name}", file=sys.stderr)
+        report[name] = {
+            **accuracy(model, recipe, arguments.num_problems, arguments.threads),
+            **speed(model, arguments.num_prompts, arguments.threads),
+        }
+    (arguments.output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+def accuracy(model: Path, recipe: Recipe, num_problems: int, threads: int) -> dict[str, Any]:
+    """Share of held-out problems whose answer ends in the right number, with its standard error."""
+    data = recipe.data
+    problems = list(itertools.islice(read_split(data, held_out=True), num_problems))
+    llm = LLM(model, speculative=SpeculativeConfig(draft="none"), threads=threads, max_num_seqs=16)
+    chats = [[{"role": "user", "content": problem[data.prompt_field]}] for problem in problems]
+    results = llm.generate(chats, SamplingParams(max_new_tokens=256))
+    right = sum(
+        final_number(result.text) == final_number(problem[data.response_field]) is not None
+        for result, problem in zip(results, problems, strict=True)
+    )
+    share = right / len(problems)
+    return {
+        "num_problems": len(problems),
+        "accuracy": share,
+        "standard_error": math.sqrt(share * (1 - share) / len(problems)),
+    }
+
+
+def final_number(text: str) -> float | None:
+    """The last number of an answer.
+
+    >>> final_number("5*3 = 15 dollars. The answer is 1,215.")
+    1215.0
+    """
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def speed(model: Path, num_prompts: int, threads: int) -> dict[str, Any]:
+    """Greedy decoding, plain and by early exit at a few exits and lengths; alternating, the best of three each."""
+    prompts = load_prompts("gsm8k", num_prompts)
+    settings: dict[str, SpeculativeConfig] = {"plain": SpeculativeConfig(draft="none")}
+    for exit_layer, length in itertools.product((2, 4, 6, 8), (3, 5)):
+        settings[f"exit {exit_layer}, {length} draft tokens"] = SpeculativeConfig(
+            draft="early-exit", exit_layer=exit_layer, num_draft_tokens=length
+        )
+    engines = {name: LLM(model, speculative=s, threads=threads, max_num_seqs=1) for name, s in settings.items()}
+    params = SamplingParams(max_new_tokens=128)
+    measured: dict[str, dict[str, float]] = {}
+    for _ in range(3):
+        for name, llm in engines.items():
+            stats = [llm.generate([llm_prompt(p.content)], params)[0].stats for p in prompts]
+            tokens, seconds = sum(s.num_tokens - 1 for s in stats), sum(s.decode_seconds for s in stats)
+            drafts, accepted = sum(s.num_drafts for s in stats), sum(s.num_accepted_tokens for s in stats)
+            if tokens / seconds > measured.get(name, {"tokens_per_second": 0.0})["tokens_per_second"]:
+                measured[name] = {
+                    "tokens_per_second": tokens / seconds,
+                    "mean_acceptance_length": 1 + accepted / drafts if drafts else 1.0,
+                }
+    best = max(measured, key=lambda name: measured[name]["tokens_per_second"])
+    return {
+        "settings": measured,
+        "best": best,
+        "speedup": measured[best]["tokens_per_second"] / measured["plain"]["tokens_per_second"],
+    }
+
+
+def llm_prompt(content: Any) -> list[dict[str, str]]:
+    """As the model was trained: through its chat template."""
+    return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+
+
+if __name__ == "__main__":
+    main()
