@@ -1,0 +1,243 @@
+"""Training exits: what is collected, what the unrolled attention sees, resumption, and whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typer.testing import CliRunner
+
+from hopskip.branch import BranchConfig, ExitBranch
+from hopskip.cache import Rows, Segment
+from hopskip.cli import app
+from hopskip.errors import ConfigError
+from hopskip.model import Transformer
+from hopskip.train.exit.collect import Conversation, collect, read_conversations
+from hopskip.train.exit.distill import BranchTrainer, acceptance, attend_unrolled
+from hopskip.train.exit.fit import FitConfig, batches_from, fit
+from hopskip.weights import Checkpoint, load_weights, open_checkpoint
+from tests.tiny import write_checkpoint
+
+PROMPTS = [[2 + i, 5, 7 * i + 3, 9] for i in range(12)]
+VOCABULARY = torch.arange(320)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, tokenizer=True)
+    return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def conversations(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
+    folder = tmp_path_factory.mktemp("data")
+    gather(checkpoint, folder)
+    return read_conversations(folder)[1]
+
+
+def gather(checkpoint: Checkpoint, folder: Path, taps: tuple[int, ...] = (1, 2)) -> None:
+    model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    collect(
+        model, PROMPTS, folder, fingerprint=checkpoint.fingerprint, taps=taps, max_new_tokens=20, eos_token_ids=[1],
+        max_num_seqs=5,
+    )  # fmt: skip
+
+
+# -- collection -------------------------------------------------------------------------------------------------------
+
+
+def test_collected_states_are_the_models_own(checkpoint: Checkpoint, conversations: list[Conversation]) -> None:
+    model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    assert sorted(c.ids_T[: c.num_prompt_tokens].tolist() for c in conversations) == sorted(PROMPTS)
+    for conversation in conversations:
+        ids = conversation.ids_T[:-1]
+        rows, cache = Rows([Segment(0, 0, len(ids))]), model.new_cache(1, len(ids))
+        h_ND, start = model.embed(ids), 0
+        for column, tap in enumerate((1, 2, 3)):
+            h_ND = model.run_layers(h_ND, start, tap, rows, cache)
+            start = tap
+            torch.testing.assert_close(conversation.states_TAD[:, column].float(), h_ND, rtol=0.02, atol=0.02)
+        answers = conversation.ids_T[conversation.num_prompt_tokens :]
+        assert model.greedy(h_ND)[conversation.num_prompt_tokens - 1 :].tolist() == answers.tolist()
+
+
+def test_a_shard_that_is_there_is_not_made_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    gather(checkpoint, tmp_path)
+    (path,) = tmp_path.iterdir()
+    before = path.stat().st_mtime_ns
+    gather(checkpoint, tmp_path)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="use another folder"):
+        gather(checkpoint, tmp_path, taps=(1,))
+
+
+@pytest.mark.parametrize("taps", [(2, 1), (0,), (3,)])
+def test_wrong_taps_are_refused(checkpoint: Checkpoint, tmp_path: Path, taps: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="rising layers from 1 to 2"):
+        gather(checkpoint, tmp_path, taps=taps)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no collected text"):
+        read_conversations(tmp_path)
+
+
+# -- unrolling --------------------------------------------------------------------------------------------------------
+
+
+def test_unrolled_attention_sees_verified_tokens_then_its_own_chain() -> None:
+    """Against one softmax per query over the keys that a draft of j tokens would have in its cache."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        return torch.randn(2, heads, 7, 8, generator=generator)
+
+    past = [(random(2), random(2)) for _ in range(3)]
+    for step in (1, 2, 3):
+        q = random(4)
+        out = attend_unrolled(q, past[:step])
+        for position in range(step - 1, 7):
+            start = position - step + 1  # the last verified position that the draft began with
+            chain = [slice(start + 1)] + [slice(start + m, start + m + 1) for m in range(1, step)]
+            keys, values = ([past[m][i][:, :, own] for m, own in enumerate(chain)] for i in (0, 1))
+            k, v = (torch.cat(parts, dim=2).repeat_interleave(2, dim=1) for parts in (keys, values))
+            expected = F.scaled_dot_product_attention(q[:, :, position : position + 1], k, v)
+            torch.testing.assert_close(out[:, :, position : position + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_acceptance_counts_drafts_that_are_right_from_their_first_token() -> None:
+    # two conversations of 4 and 2 positions; a draft that starts at p has its second token read at p + 1
+    correct = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]]).bool()
+    first = torch.tensor([0, 1, 2, 3, 0, 1])
+    shares = acceptance(correct, first)
+    assert shares[0] == pytest.approx(4 / 6)
+    # second tokens: from 0 right, from 1 right, from 2 wrong first; in the other conversation wrong first
+    assert shares[1] == pytest.approx(2 / 4)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+SETTINGS = FitConfig(num_tokens=600, batch_tokens=60, learning_rate=2e-3, unroll_steps=2, eval_every=200)
+BRANCH = BranchConfig(start=0, num_layers=1, features=(2, 3))
+
+
+def train(checkpoint: Checkpoint, conversations: list[Conversation], folder: Path, config: FitConfig) -> BranchTrainer:
+    torch.manual_seed(0)
+    trainer = BranchTrainer(checkpoint, BRANCH, VOCABULARY)
+    trainer.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
+    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    fit(trainer, conversations[3:], conversations[:3], [1, 2, 3], embedding, config, folder)
+    return trainer
+
+
+def test_interrupted_training_goes_on_as_if_it_had_not_been(
+    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(checkpoint, conversations, tmp_path / "whole", SETTINGS)
+
+    def interrupt(entry: dict[str, object]) -> None:
+        raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    stopped = BranchTrainer(checkpoint, BRANCH, VOCABULARY)
+    stopped.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
+    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, conversations[3:], conversations[:3], [1, 2, 3], embedding, SETTINGS, tmp_path / "two", interrupt)
+    resumed = train(checkpoint, conversations, tmp_path / "two", SETTINGS)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "two")
+    ]
+    assert [x["num_tokens"] for x in logs[0]] == [x["num_tokens"] for x in logs[1]]
+    assert logs[0][-1]["acceptance"] == logs[1][-1]["acceptance"]
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone(
+    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    before = checkpoint.tensor("model.layers.2.mlp.up_proj.weight").clone()
+    config = FitConfig(num_tokens=4000, batch_tokens=60, learning_rate=2e-3, unroll_steps=2, eval_every=500)
+    train(checkpoint, conversations, tmp_path, config)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(before, checkpoint.tensor("model.layers.2.mlp.up_proj.weight"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
+    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    train(checkpoint, conversations, tmp_path, SETTINGS)
+    saved = (tmp_path / "state.pt").read_bytes()
+    broken = [Conversation(c.ids_T, c.num_prompt_tokens, c.states_TAD * float("nan")) for c in conversations]
+    with pytest.raises(ConfigError, match=r"the loss is nan after .*; lower learning_rate"):
+        train(checkpoint, broken, tmp_path, FitConfig(num_tokens=9000, batch_tokens=60))
+    assert (tmp_path / "state.pt").read_bytes() == saved
+
+
+def test_every_epoch_has_every_conversation_once(conversations: list[Conversation]) -> None:
+    batches = batches_from(conversations, SETTINGS, 0)
+    for _ in range(3):
+        seen: list[int] = []
+        while len(seen) < len(conversations):
+            seen.extend(id(c) for c in next(batches))
+        assert sorted(seen) == sorted(id(c) for c in conversations)
+    again = batches_from(conversations, SETTINGS, 2)
+    fresh = batches_from(conversations, SETTINGS, 0)
+    next(fresh), next(fresh)
+    assert [[id(c) for c in next(again)] for _ in range(9)] == [[id(c) for c in next(fresh)] for _ in range(9)]
+
+
+@pytest.mark.parametrize("change", [{"num_tokens": 0}, {"unroll_steps": 0}, {"hard_weight": 1.5}, {"decay": 0.0}])
+def test_impossible_settings_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        FitConfig(**{"num_tokens": 100, **change})  # type: ignore[arg-type]
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_makes_an_exit_that_drafts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"number {i} and {i * i}"}) + "\n" for i in range(12)))
+    excluded = tmp_path / "excluded.jsonl"
+    excluded.write_text(json.dumps({"turns": ["number 3 and 9"]}) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+output: {tmp_path / "run"}
+base: {checkpoint.path}
+prompts: {{files: [{prompts}], exclude: [{excluded}]}}
+collect: {{precision: float32, max_new_tokens: 12}}
+branches: [{{start: 0, num_layers: 1, features: [2, 3]}}, {{start: 1, num_layers: 0}}]
+vocabulary: 40
+stages: [{{num_tokens: 200, batch_tokens: 60, eval_every: 100, unroll_steps: 2}}]
+held_out_every: 3
+search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], repeats: 1}}
+threads: 1
+"""
+    )
+    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
+    assert result.exit_code == 0, result.output
+    branch = ExitBranch.load(tmp_path / "run" / "exit")
+    branch.check_base(checkpoint.fingerprint)
+    branch.check(checkpoint.config)
+    assert len(branch.vocabulary) <= 40
+    assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
+    assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
+    generated = CliRunner().invoke(
+        app,
+        ["generate", "-m", str(checkpoint.path), "--exit-branch", str(tmp_path / "run" / "exit"), "-n", "4", "number"],
+    )
+    assert generated.exit_code == 0, generated.output
+    wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "stages=[]"])
+    assert wrong.exit_code == 2
+    assert "stages" in wrong.output
