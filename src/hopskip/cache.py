@@ -94,3 +94,8 @@ class Cache:
         slots, length = other.num_slots, other.length
         self.k_LSHTD[:, :slots, :, :length] = other.k_LSHTD
         self.v_LSHTD[:, :slots, :, :length] = other.v_LSHTD
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
+        self.k_LSHTD[:, target, :, :length] = self.k_LSHTD[:, source, :, :length]
+        self.v_LSHTD[:, target, :, :length] = self.v_LSHTD[:, source, :, :length]
