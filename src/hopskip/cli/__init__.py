@@ -21,6 +21,7 @@ from hopskip.cli.check import check
 from hopskip.cli.console import plain_warnings, print_error
 from hopskip.cli.generate import generate
 from hopskip.cli.info import info
+from hopskip.cli.serve import serve
 from hopskip.errors import HopskipError
 
 # the error of a wrong option or argument: click's, of which typer carries a copy but names only this subclass
@@ -89,6 +90,7 @@ def _start(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
+app.command()(serve)
 app.command()(check)
 app.command()(bench)
 
