@@ -70,7 +70,7 @@ class Answer:
                 yield {**head, "choices": [opening]}
         async for index, pieces in merged:
             choice, generation = self._choices[index], self.generations[index]
-            part = choice.last_part(generation) if pieces is None else choice.part(choice.add(pieces), pieces)
+            part = choice.last_part(generation) if pieces is None else choice.part(generation, choice.add(pieces), pieces)
             if part is not None:
                 yield {**head, "choices": [part]}
         if with_usage:
@@ -140,14 +140,14 @@ class _Choice:
             return self._delta({"role": "assistant", "content": ""})
         return self._delta(self._echo) if self._echo else None
 
-    def part(self, shown: str, pieces: list[Piece]) -> dict[str, Any] | None:
+    def part(self, generation: Generation, shown: str, pieces: list[Piece]) -> dict[str, Any] | None:
         """A chunk's choice; None if it would say nothing."""
         if not shown and not self._answer.wants_logprobs and not self._answer.wants_tokens:
             return None
         part = self._delta({"content": shown} if self._answer.is_chat else shown)
         part["logprobs"] = self._logprobs(pieces)
         if self._answer.wants_tokens:
-            part["hopskip"] = {"tokens": self._tokens(pieces)}
+            part["hopskip"] = {"tokens": self._tokens(pieces), "stats": generation.sequence.stats.as_dict()}
         return part
 
     def last_part(self, generation: Generation) -> dict[str, Any]:
