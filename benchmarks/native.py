@@ -1,7 +1,8 @@
-"""Speed of the native engine's passes: ms, GB/s and share of the machine's read bandwidth, per precision.
+"""Speed of the native engine's passes: ms, and the share of the machine's read bandwidth, per precision.
 
 Random weights of a chosen shape (speed does not depend on their values), or a checkpoint with --model. Every figure is
-a median of passes taken in turns, so that other load on the machine hits all alike. The last line is one JSON object.
+a median of passes taken in turns, so that other load on the machine hits all alike. Plain reading takes its turn among
+them; its best is the bandwidth that passes are measured against. The last line is one JSON object.
 
     python benchmarks/native.py --precisions bfloat16,q8,q4 --threads 2
 """
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,8 @@ SHAPES = {
 }
 CONTEXT = 8192
 LONG, SHORT = 7000, 100  # positions already in the cache
+DRAFT_LAYERS, DRAFT_STEPS, DRAFT_VOCABULARY = 6, 4, 8192
+READ_BYTES = 1 << 28  # far more than a last-level cache holds
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -66,20 +70,6 @@ def random_weights(config: ModelConfig, precision: str) -> PackedWeights:
     return PackedWeights(config, matrices, vectors)
 
 
-def read_bandwidth(threads: int) -> float:
-    """GB/s that plain reading of 512 MiB reaches with the threads: the limit that passes are measured against."""
-    data = torch.ones(1 << 29, dtype=torch.uint8).view(torch.int64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        data.max()
-        seconds.append(time.perf_counter() - start)
-    torch.set_num_threads(before)
-    return data.nbytes / min(seconds) / 1e9
-
-
 def passes(model: NativeModel, cache: Cache) -> dict[str, Callable[[], object]]:
     """Name -> one pass: all layers, and the head for the rows that would need it."""
     layers = model.config.num_hidden_layers
@@ -94,20 +84,31 @@ def passes(model: NativeModel, cache: Cache) -> dict[str, Callable[[], object]]:
         rows = Rows([Segment(0, 0, count)])
         return lambda: model.greedy(model.run_layers(model.embed(ids), 0, layers, rows, cache)[-1:])
 
-    def draft() -> object:
-        one = torch.tensor([1])
-        return model.draft_greedy(one, torch.tensor([0]), torch.tensor([SHORT]), 6, 4, cache)
+    subset = model.head_subset(torch.arange(min(DRAFT_VOCABULARY, model.config.vocab_size)))
 
-    found = {f"rows {m}": decode(Rows([Segment(0, SHORT, m)])) for m in (1, 2, 4, 6, 8, 16)}
+    def draft() -> object:
+        rows = Rows([Segment(0, SHORT, 1)])
+        return model.draft_greedy(torch.tensor([1]), rows, [DRAFT_STEPS], cache, exit_layer=DRAFT_LAYERS, subset=subset)
+
+    found = {f"{m} row{'s'[: m - 1]}": decode(Rows([Segment(0, SHORT, m)])) for m in (1, 2, 4, 6, 8, 16)}
     found["16 sequences"] = decode(Rows(Segment(slot, SHORT, 1) for slot in range(16)))
-    found["draft 4 x 6 layers"] = draft
     found["context 7000"] = decode(Rows([Segment(0, LONG, 1)]))
+    found["draft"] = draft
     found["prefill 512"] = prefill(512)
     return found
 
 
-def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each; they take turns."""
+def draft_share(weights: PackedWeights) -> float:
+    """Bytes of weights of a draft step over those of a full pass."""
+    layers = sum(m.data.nbytes for name, m in weights.matrices.items() if name.startswith("model.layers."))
+    head = weights.head
+    vocabulary = min(DRAFT_VOCABULARY, head.rows)
+    read = layers * DRAFT_LAYERS / weights.config.num_hidden_layers + head.data.nbytes * vocabulary / head.rows
+    return read / (layers + head.data.nbytes)
+
+
+def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each; they take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -116,7 +117,51 @@ def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
                 run()
                 if repeat:  # the first round warms up
                     times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times
+
+
+def report_on(model: NativeModel, weights: PackedWeights, repeats: int) -> dict[str, object]:
+    cache = model.new_cache(16, CONTEXT)
+    for tensor in cache.tensors:  # what a long context would have left there
+        for part in (tensor[:, 0], tensor[:, 1:, :, : SHORT + 1]):
+            part.random_(-127, 128) if tensor.dtype == torch.int8 else part.normal_()
+    data = torch.ones(READ_BYTES // 4)
+    torch.set_num_threads(model.threads)
+    times = measure({**passes(model, cache), "read": data.sum}, repeats)
+    bandwidth = READ_BYTES / min(times.pop("read")) / 1e6
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    medians["draft step"] = medians.pop("draft") / DRAFT_STEPS
+    one = medians["1 row"]
+    kv_bytes = cache.nbytes / (cache.num_slots * cache.length)
+    shares = {
+        name: (model.weight_bytes + kv_bytes * positions) / medians[name] / 1e6 / bandwidth
+        for name, positions in (("1 row", SHORT), ("context 7000", LONG))
+    }
+    return {
+        "isa": model.isa,
+        "threads": model.threads,
+        "kv_dtype": str(model.kv_dtype).removeprefix("torch."),
+        "weight_bytes": model.weight_bytes,
+        "kv_bytes_per_position": kv_bytes,
+        "read_bandwidth_gb_s": bandwidth,
+        "bandwidth_share": shares,
+        "ms": medians,
+        "over_one_row": {name: ms / one for name, ms in medians.items()},
+        "draft_step_over_its_share": medians["draft step"] / (one * draft_share(weights)),
+    }
+
+
+def show(precision: str, report: Any) -> None:
+    print(
+        f"\n{precision}: {report['weight_bytes'] / 1e6:.0f} MB per pass, {report['kv_dtype']} keys and values, "
+        f"{report['isa']}, {report['threads']} threads; reading reaches {report['read_bandwidth_gb_s']:.1f} GB/s"
+    )
+    for name, ms in report["ms"].items():
+        share = report["bandwidth_share"].get(name)
+        note = f"{share:.0%} of the bandwidth" if share else ""
+        if name == "draft step":
+            note = f"{report['draft_step_over_its_share']:.2f} x its share of the bytes"
+        print(f"  {name:14} {ms:9.2f} ms  {report['over_one_row'][name]:6.2f} x one row  {note}".rstrip())
 
 
 def main() -> None:
@@ -125,34 +170,23 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint, instead of random weights")
     parser.add_argument("--precisions", default="float32,bfloat16,q8,q4")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--kv-dtype", choices=["float32", "bfloat16", "int8"], default=None)
+    parser.add_argument("--json", action="store_true", help="print the JSON object and nothing else")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
 
+    kv_dtype = getattr(torch, arguments.kv_dtype) if arguments.kv_dtype else None
     report: dict[str, object] = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
     for precision in arguments.precisions.split(","):
         if arguments.model:
-            model = NativeModel.load(open_checkpoint(arguments.model), precision, arguments.threads)
+            weights = PackedWeights.load(open_checkpoint(arguments.model), precision)
         else:
-            config = shape_config(arguments.shape)
-            model = NativeModel(config, random_weights(config, precision), arguments.threads)
-        cache = model.new_cache(16, CONTEXT)
-        for tensor in (cache.k_LSHTD, cache.v_LSHTD):  # what a long context would have left there
-            tensor[:, 0].normal_()
-            tensor[:, 1:, :, : SHORT + 1].normal_()
-        bandwidth = read_bandwidth(model.threads)
-        times = measure(passes(model, cache), arguments.repeats)
-        one = times["rows 1"]
-        rate = model.weight_bytes / one / 1e6
-        print(
-            f"\n{precision}: {model.weight_bytes / 1e6:.0f} MB per pass, {model.isa}, {model.threads} threads; "
-            f"{rate:.1f} GB/s, {rate / bandwidth:.0%} of {bandwidth:.1f}"
-        )
-        for name, milliseconds in times.items():
-            print(f"  {name:20} {milliseconds:9.2f} ms  {milliseconds / one:6.2f} x one row")
-        report[precision] = {
-            "isa": model.isa, "threads": model.threads, "weight_bytes": model.weight_bytes,
-            "read_bandwidth_gb_s": bandwidth, "gb_s": rate, "bandwidth_share": rate / bandwidth, "ms": times,
-        }  # fmt: skip
+            weights = random_weights(shape_config(arguments.shape), precision)
+        model = NativeModel(weights.config, weights, arguments.threads, kv_dtype)
+        found = report_on(model, weights, arguments.repeats)
+        report[precision] = found
+        if not arguments.json:
+            show(precision, found)
     print(json.dumps(report))
 
 

@@ -29,23 +29,23 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
             out[i + half] = (x[i + half] * cos[i] + x[i] * sin[i]) * scale;
         }
     };
-    const size_t slot = static_cast<size_t>(index) * static_cast<size_t>(pass.cache.slots) + static_cast<size_t>(pass.rows.slots[row]);
-    const size_t at = ((slot * static_cast<size_t>(shape_.num_kv_heads) + static_cast<size_t>(kv_head)) *
-                           static_cast<size_t>(pass.cache.length) + static_cast<size_t>(position)) * size;
-    const auto store = [&](const float* x, void* cache) {
-        if (pass.cache.is_bf16) {
-            uint16_t rounded[MAX_HEAD_DIM];
-            kernels_.to_bf16(x, padded(head_dim), rounded);
-            std::memcpy(static_cast<uint16_t*>(cache) + at, rounded, size * sizeof(uint16_t));
-        } else {
-            std::memcpy(static_cast<float*>(cache) + at, x, size * sizeof(float));
+    const size_t at = pass.cache.position(index, pass.rows.slots[row], kv_head, position);
+    const auto store = [&](const float* x, void* cache, float* scales) {
+        alignas(64) char narrow[MAX_HEAD_DIM * sizeof(float)];  // whole registers are written, which the cache has no room for
+        const void* from = x;
+        switch (pass.cache.type) {
+            case CacheType::f32: break;
+            case CacheType::bf16: kernels_.to_bf16(x, padded(head_dim), reinterpret_cast<uint16_t*>(narrow)), from = narrow; break;
+            case CacheType::int8: scales[at] = kernels_.to_int8(x, static_cast<int>(padded(head_dim)), reinterpret_cast<int8_t*>(narrow)), from = narrow; break;
         }
+        const size_t bytes = size * static_cast<size_t>(pass.cache.element_size());
+        std::memcpy(static_cast<char*>(cache) + at * bytes, from, bytes);
     };
     alignas(64) float x[MAX_HEAD_DIM] = {};
     rotate(shape_.num_heads + kv_head, layer.k_norm, 1.0f, x);
-    store(x, pass.cache.k);
+    store(x, pass.cache.k, pass.cache.k_scales);
     std::memcpy(x, heads + static_cast<size_t>(shape_.num_heads + shape_.num_kv_heads + kv_head) * size, size * sizeof(float));
-    store(x, pass.cache.v);
+    store(x, pass.cache.v, pass.cache.v_scales);
 
     // Queries lie [K, N, G, E padded], so that those of a block of rows and one key/value head are consecutive.
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
@@ -64,9 +64,9 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
         range[static_cast<size_t>(i)] = shape_.sliding_window ? std::max(0, last - shape_.sliding_window + 1) : 0;
         range[static_cast<size_t>(num_queries + i)] = last;
     }
-    const size_t slot = static_cast<size_t>(index) * static_cast<size_t>(pass.cache.slots) + static_cast<size_t>(pass.rows.slots[block.row]);
-    const size_t base = (slot * static_cast<size_t>(shape_.num_kv_heads) + static_cast<size_t>(kv_head)) * static_cast<size_t>(pass.cache.length) * size;
-    const size_t bytes = base * (pass.cache.is_bf16 ? 2 : 4);
+    const CacheView& cache = pass.cache;
+    const size_t start = cache.position(index, pass.rows.slots[block.row], kv_head, 0);
+    const size_t bytes = start * size * static_cast<size_t>(cache.element_size());
     const size_t query = (static_cast<size_t>(kv_head) * static_cast<size_t>(pass.rows.count) + static_cast<size_t>(block.row)) * static_cast<size_t>(group);
     const int end = pass.rows.positions[block.row + block.count - 1] + 1;
     ChunkTask task;
@@ -74,9 +74,12 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
     task.num_queries = num_queries;
     task.first = range.data();
     task.last = range.data() + num_queries;
-    task.keys = static_cast<const char*>(pass.cache.k) + bytes;
-    task.values = static_cast<const char*>(pass.cache.v) + bytes;
-    task.is_bf16 = pass.cache.is_bf16;
+    task.keys = static_cast<const char*>(cache.k) + bytes;
+    task.values = static_cast<const char*>(cache.v) + bytes;
+    task.key_scales = cache.k_scales ? cache.k_scales + start : nullptr;
+    task.value_scales = cache.v_scales ? cache.v_scales + start : nullptr;
+    task.type = cache.type;
+    task.element_size = cache.element_size();
     task.head_dim = shape_.head_dim;
     task.padded_head_dim = static_cast<int>(padded(shape_.head_dim));
     task.begin = chunk * CHUNK;

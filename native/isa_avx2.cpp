@@ -1,5 +1,7 @@
 #include "kernels.h"
+
 #include <immintrin.h>
+#include <type_traits>
 
 namespace hopskip {
 namespace {  // internal linkage: no function compiled for this instruction set can be picked for another's

@@ -1,5 +1,7 @@
 #include "kernels.h"
+
 #include <cstring>
+#include <type_traits>
 
 namespace hopskip {
 namespace {  // internal linkage: no function compiled for this instruction set can be picked for another's

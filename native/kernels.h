@@ -42,10 +42,12 @@ struct Activations {
     uint16_t* bf16;   // [rows][blocks * 32], only where the instruction set multiplies bf16
     int8_t* q8;       // [rows][blocks * 32], -127..127
     float* scales;    // [rows][blocks] of q8
-    int32_t* starts;     // [rows][blocks] what a sum over q8 weights starts from: byte_start in simd_*.h
+    int32_t* starts;     // [rows][blocks] -128 * (sum of q8's integers): q8 weights are stored as w + 128, sums start from this
     float* scaled_sums;  // [rows][blocks] of q8's integers, times the scale
     int blocks;
 };
+
+enum class CacheType : int { f32, bf16, int8 };
 
 // One chunk of cache positions begin..end-1 of one key/value head, for the queries of all rows that share it.
 struct ChunkTask {
@@ -55,7 +57,10 @@ struct ChunkTask {
     const int* last;
     const void* keys;         // [positions][head_dim], from position 0
     const void* values;
-    bool is_bf16;
+    const float* key_scales;  // [positions], int8 only
+    const float* value_scales;
+    CacheType type;
+    int element_size;         // bytes
     int head_dim, padded_head_dim;
     int begin, end;           // begin is a multiple of CHUNK, end <= begin + CHUNK
 };
@@ -75,10 +80,11 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
     void (*quantize)(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums);
     void (*to_bf16)(const float* x, size_t count, uint16_t* out);
+    float (*to_int8)(const float* x, int count, int8_t* out);  // returns the scale; count: a multiple of 16
     void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16
     float (*sum_exp)(const float* x, size_t count, float maximum);
 
-    // scratch: float [16 * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
+    // scratch: float [TILE * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
     void (*attend_chunk)(const ChunkTask&, float* scratch, float* partials);
     void (*fold)(float* state, const float* partial, int padded_head_dim);  // state <- state and then partial
 };

@@ -82,6 +82,10 @@ void Model::set_edges(const Matrix& embedding, const Matrix& head, std::vector<f
     norm_ = std::move(norm);
 }
 
+void Model::make_room_for(const Branch& branch) {
+    if (branch.fuse) widest_ = std::max(widest_, static_cast<int>(padded(std::max(branch.fuse->cols, branch.mix->cols))));
+}
+
 void Model::set_rope(const float* cos, const float* sin, int length) {
     const auto guard = lock();
     const size_t size = static_cast<size_t>(length) * static_cast<size_t>(shape_.head_dim / 2);
@@ -306,6 +310,24 @@ void Model::apply_head(const float* in, int count, const Matrix& head, const Use
     });
 }
 
+// Rows [count, matrix columns] times a matrix: out [count, matrix rows].
+void Model::linear(const Matrix& matrix, const float* in, int count, float* out) {
+    const auto columns = static_cast<size_t>(matrix.cols), size = static_cast<size_t>(matrix.rows);
+    for (int first = 0; first < count; first += MAX_PASS_ROWS, in += columns * MAX_PASS_ROWS, out += size * MAX_PASS_ROWS) {
+        const int rows = std::min(MAX_PASS_ROWS, count - first);
+        reserve(rows);
+        const auto make_row = [&](int row, float* to) {
+            std::memcpy(to, in + columns * static_cast<size_t>(row), columns * sizeof(float));
+            std::fill(to + columns, to + padded(matrix.cols), 0.0f);
+        };
+        pool_.run(MAX_HEAD_PHASES, [&](Team& team) {
+            multiply(team, rows, {&matrix}, make_row, [&](int, int strip, const float* products) {
+                scatter(matrix, strip, products, rows, out, size, [](float& y, float x, int) { y = x; });
+            });
+        });
+    }
+}
+
 void Model::logits(const float* in, int count, const Matrix* subset, float* out) {
     const auto guard = lock();
     const Matrix& head = subset ? *subset : head_;
@@ -347,52 +369,6 @@ void Model::greedy(const float* in, int count, const Matrix* subset, int32_t* ou
                 if (worker.best[r] > best->best[r] || (worker.best[r] == best->best[r] && worker.best_ids[r] < best->best_ids[r])) best = &worker;
             out[first + row] = best->best_ids[r];
         }
-    }
-}
-
-// The draft of one sequence is a chain, so its steps cannot share a pass; those of several sequences do.
-void Model::draft(const int32_t* ids, RowsView rows, int exit_layer, int k, float min_confidence, const CacheView& cache,
-                  const Matrix* subset, const int32_t* subset_ids, int32_t* tokens, int32_t* counts, float* states) {
-    const auto guard = lock();
-    const auto size = static_cast<size_t>(shape_.hidden_size), vocabulary = static_cast<size_t>((subset ? *subset : head_).rows);
-    std::vector<int> open;  // sequences that go on
-    for (int i = 0; i < rows.count; ++i) open.push_back(i);
-    std::fill(counts, counts + rows.count, 0);
-    std::vector<int32_t> last, slots, positions, best;
-    std::vector<float> hidden, logits;
-    for (int step = 0; step < k && !open.empty(); ++step) {
-        const int n = static_cast<int>(open.size());
-        last.clear(), slots.clear(), positions.clear();
-        for (int i : open) {
-            last.push_back(step ? tokens[i * k + step - 1] : ids[i]);
-            slots.push_back(rows.slots[i]);
-            positions.push_back(rows.positions[i] + step);
-        }
-        hidden.resize(size * open.size());
-        best.resize(open.size());
-        embed(last.data(), n, hidden.data());
-        run_layers(hidden.data(), hidden.data(), 0, exit_layer, {n, slots.data(), positions.data()}, cache);
-        if (min_confidence > 0) {
-            logits.resize(vocabulary * open.size());
-            this->logits(hidden.data(), n, subset, logits.data());
-            for (size_t i = 0; i < open.size(); ++i) {
-                const float* row = logits.data() + vocabulary * i;
-                best[i] = static_cast<int32_t>(std::max_element(row, row + vocabulary) - row);
-            }
-        } else {
-            greedy(hidden.data(), n, subset, best.data());
-        }
-        std::vector<int> still_open;
-        for (size_t i = 0; i < open.size(); ++i) {
-            const int sequence = open[i];
-            tokens[sequence * k + step] = subset ? subset_ids[best[i]] : best[i];
-            counts[sequence] = step + 1;
-            std::copy_n(hidden.data() + size * i, size, states + size * static_cast<size_t>(sequence * k + step));
-            const float* row = logits.data() + vocabulary * i;
-            const bool is_sure = min_confidence <= 0 || 1.0f / kernels_.sum_exp(row, vocabulary, row[best[i]]) >= min_confidence;
-            if (is_sure) still_open.push_back(sequence);
-        }
-        open = std::move(still_open);
     }
 }
 

@@ -57,17 +57,40 @@ struct Layer {
     std::vector<float> q_norm, k_norm;              // padded; empty: none
 };
 
-// Keys and values [layers, slots, kv heads, positions, head_dim], bf16 or f32.
+// Keys and values [layers, slots, kv heads, positions, head_dim]; int8 ones have a scale per [.., positions].
 struct CacheView {
     void *k, *v;
-    bool is_bf16;
-    int layers, slots, length;
+    float *k_scales, *v_scales;
+    CacheType type;
+    int layers, slots, kv_heads, length;
+
+    int element_size() const { return type == CacheType::f32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
+    size_t position(int layer, int slot, int kv_head, int position) const {  // counted over the whole cache
+        const size_t head = (static_cast<size_t>(layer) * static_cast<size_t>(slots) + static_cast<size_t>(slot)) * static_cast<size_t>(kv_heads);
+        return (head + static_cast<size_t>(kv_head)) * static_cast<size_t>(length) + static_cast<size_t>(position);
+    }
 };
 
 // Where each row lives. Rows of one sequence are consecutive, in the order of their positions.
 struct RowsView {
     int count;
     const int32_t *slots, *positions;
+};
+
+// An exit: layers 0..start-1 of the model (0: the embedding), then num_layers of those added after the model's own, norm, head.
+struct Branch {
+    int start, first_layer, num_layers;
+    const Matrix* head;         // null: the model's own
+    const int32_t* vocabulary;  // tokens that the head's rows stand for; null: all, in order
+    const Matrix *fuse, *mix;   // null: without features; see `Mixing` in branch.py
+    int num_features;
+    std::vector<float> token_norm, feature_norm;
+};
+
+// What the last passes of the model left behind for each row of a draft's beginning.
+struct DraftInputs {
+    const float* features;      // [rows, num_features, hidden_size], of the token before
+    const float* token_states;  // [rows, hidden_size], outputs of layer start-1; those of each sequence's last row are not used
 };
 
 class Model {
@@ -77,6 +100,7 @@ public:
 
     void add_layer(Layer layer) { layers_.push_back(std::move(layer)); }
     void set_edges(const Matrix& embedding, const Matrix& head, std::vector<float> norm);
+    void make_room_for(const Branch& branch);
     void set_rope(const float* cos, const float* sin, int length);
 
     const Shape& shape() const { return shape_; }
@@ -92,11 +116,12 @@ public:
     void logits(const float* in, int count, const Matrix* head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
     void greedy(const float* in, int count, const Matrix* head, int32_t* out);
-    // k greedy steps through layers 0..exit-1, norm and head for each of `count` sequences. A sequence stops after its first
-    // token less probable than min_confidence. tokens [count, k], counts [count], states [count, k, hidden_size]: the hidden
-    // states that the tokens were read from. With a subset of the head's rows, subset_ids are the tokens they stand for.
-    void draft(const int32_t* ids, RowsView rows, int exit_layer, int k, float min_confidence, const CacheView& cache,
-               const Matrix* subset, const int32_t* subset_ids, int32_t* tokens, int32_t* counts, float* states);
+    // Up to k greedy draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a
+    // branch has yet to see. limits [sequences]: fewer than k steps, if any. A sequence stops after its first token less
+    // probable than min_confidence. tokens [sequences, k], counts [sequences], states [sequences, k, hidden_size]: the hidden
+    // states that the tokens were read from.
+    void draft(const Branch& branch, const int32_t* ids, RowsView rows, const DraftInputs& inputs, int k, const int32_t* limits,
+               float min_confidence, const CacheView& cache, int32_t* tokens, int32_t* counts, float* states);
 
 private:
     struct Worker {  // what each thread has for itself
@@ -135,6 +160,8 @@ private:
     void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use);
     template <class Use>
     void apply_head(const float* in, int count, const Matrix& head, const Use& use);
+    void linear(const Matrix& matrix, const float* in, int count, float* out);
+    void mix(const Branch& branch, const float* token_states, const float* features, int count, float* out);
     void reserve(int rows);
     std::unique_lock<std::recursive_mutex> lock();
 
@@ -149,6 +176,7 @@ private:
     std::vector<float> norm_, cos_, sin_;
     int rope_length_ = 0;
     std::vector<Worker> workers_;  // the last one is shared: inputs of many rows, prepared once for all threads
+    Buffer<float> mixed_;
     Buffer<float> hidden_, qkv_, queries_, attention_, activation_, partials_;
 };
 

@@ -95,6 +95,30 @@ std::vector<float> padded_vector(const std::optional<Array>& array, const char* 
     return array ? padded_vector(*array, name, size) : std::vector<float>{};
 }
 
+// An exit, and what its pointers point to.
+struct PackedBranch {
+    Branch branch{};
+    std::optional<PackedMatrix> head, fuse, mix;
+    std::optional<Array> vocabulary;
+};
+
+PackedBranch make_branch(int64_t start, int64_t first_layer, int64_t num_layers, const std::optional<PackedMatrix>& head, const std::optional<Array>& vocabulary,
+                         const std::optional<PackedMatrix>& fuse, const std::optional<PackedMatrix>& mix, int64_t num_features, const std::optional<Array>& token_norm,
+                         const std::optional<Array>& feature_norm) {
+    PackedBranch made{{}, head, fuse, mix, vocabulary};
+    Branch& branch = made.branch;
+    branch.start = in_range(start, "start", 0, 1 << 20);
+    branch.first_layer = in_range(first_layer, "first_layer", 0, 1 << 20);
+    branch.num_layers = in_range(num_layers, "num_layers", 0, 1 << 20);
+    branch.num_features = in_range(num_features, "num_features", 0, 1 << 20);
+    if (start + num_layers == 0) refuse("a branch needs a layer, or must start after one of the model's");
+    if ((num_features > 0) != (fuse && mix && token_norm && feature_norm)) refuse("a branch with features needs fuse, mix and two norms; one without has none of them");
+    if (vocabulary) branch.vocabulary = checked<int32_t>(*vocabulary, "vocabulary", {ANY});
+    if (token_norm) branch.token_norm = padded_vector(*token_norm, "token_norm", static_cast<int>(token_norm->shape(0)));
+    if (feature_norm) branch.feature_norm = padded_vector(*feature_norm, "feature_norm", static_cast<int>(feature_norm->shape(0)));
+    return made;
+}
+
 class Engine {
 public:
     Engine(const std::string& isa, int threads, const Shape& shape) : model_(shape, kernels_for(isa), in_range(threads, "threads", 1, 1024)) {}
@@ -143,9 +167,10 @@ public:
         model_.embed(from, count, to);
     }
 
-    void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions, const Array& k, const Array& v) {
+    void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions, const Array& k, const Array& v,
+                    const std::optional<Array>& k_scales, const std::optional<Array>& v_scales) {
         const int first = in_range(start, "start", 0, model_.num_layers()), last = in_range(stop, "stop", first, model_.num_layers());
-        const CacheView cache = check_cache(k, v);
+        const CacheView cache = check_cache(k, v, k_scales, v_scales);
         const RowsView rows = check_rows(slots, positions, cache, 1);
         const float* in = hidden(h, "h", rows.count);
         float* to = hidden(out, "out", rows.count);
@@ -169,29 +194,57 @@ public:
         model_.greedy(in, count, subset ? &subset->matrix : nullptr, to);
     }
 
-    void draft(const Array& ids, const Array& slots, const Array& positions, int64_t exit_layer, int64_t k, float min_confidence,
-               const Array& keys, const Array& values, const Array& tokens, const Array& counts, const Array& states, const PackedMatrix* subset,
-               const std::optional<Array>& subset_ids) {
-        const int exit = in_range(exit_layer, "exit_layer", 1, model_.num_layers()), steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
+    void draft(const PackedBranch& exit, const Array& ids, const Array& slots, const Array& positions, const std::optional<Array>& features,
+               const std::optional<Array>& token_states, int64_t k, const Array& limits, float min_confidence, const Array& keys, const Array& values,
+               const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const Array& tokens, const Array& counts, const Array& states) {
+        const Branch& branch = exit.branch;
+        const int size = shape().hidden_size, steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
+        in_range(branch.start, "start", 0, branch.first_layer), in_range(branch.first_layer + branch.num_layers, "the branch's end", 0, model_.num_layers());
         if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is " + std::to_string(min_confidence) + "; it must be 0 to 1");
+        if (branch.head && branch.head->cols != size) refuse("the branch's head has " + std::to_string(branch.head->cols) + " columns");
+        if (branch.fuse && (branch.fuse->rows != size || branch.fuse->cols != size * branch.num_features || branch.mix->rows != size || branch.mix->cols != 2 * size ||
+                            branch.token_norm.size() < static_cast<size_t>(size) || branch.feature_norm.size() < static_cast<size_t>(size)))
+            refuse("the branch's mixing does not fit the model");
         const int count = check_ids(ids);
-        const CacheView cache = check_cache(keys, values);
-        const RowsView rows = check_rows(slots, positions, cache, steps);
+        if (!count) return;
+        const CacheView cache = check_cache(keys, values, k_scales, v_scales);
+        const RowsView rows = check_rows(slots, positions, cache, 1);
         if (rows.count != count) refuse("ids and slots differ in length");
-        for (int i = 1; i < count; ++i)
-            if (rows.slots[i] == rows.slots[i - 1]) refuse("slot " + std::to_string(rows.slots[i]) + " occurs twice; a draft takes one row per sequence");
-        const auto* from = static_cast<const int32_t*>(ids.data());
-        auto* to = checked<int32_t>(tokens, "tokens", {count, steps});
-        auto* lengths = checked<int32_t>(counts, "counts", {count});
-        auto* exits = checked<float>(states, "states", {count, steps, shape().hidden_size});
-        check_subset(subset);
-        const int32_t* names = nullptr;
-        if (subset) {
-            if (!subset_ids || check_ids(*subset_ids) != subset->matrix.rows) refuse("a subset needs a token id for each of its rows");
-            names = static_cast<const int32_t*>(subset_ids->data());
+        const auto* limit = checked<int32_t>(limits, "limits", {ANY});
+        const auto sequences = static_cast<int>(limits.shape(0));
+        const int64_t length = std::min(cache.length, model_.rope_length());
+        int sequence = -1;
+        for (int row = 0; row < count; ++row) {
+            const bool goes_on = row && rows.slots[row] == rows.slots[row - 1];
+            if (goes_on && !branch.num_layers) refuse("slot " + std::to_string(rows.slots[row]) + " occurs twice; an exit without layers takes one row per sequence");
+            sequence += !goes_on;
+            if (sequence >= sequences) refuse("there are fewer limits than sequences");
+            in_range(limit[sequence], "limit", 1, steps);
+            in_range(rows.positions[row], "position", 0, length - limit[sequence]);
         }
+        if (sequence + 1 != sequences) refuse("there are more limits than sequences");
+        DraftInputs inputs{};
+        if (branch.fuse) {
+            if (!features) refuse("the branch needs features");
+            inputs.features = checked<float>(*features, "features", {count, branch.num_features, size});
+        }
+        if (branch.start && branch.num_layers) {
+            if (!token_states) refuse("the branch needs token_states");
+            inputs.token_states = checked<float>(*token_states, "token_states", {count, size});
+        }
+        const int vocabulary = branch.head ? branch.head->rows : shape().vocab_size;
+        if (exit.vocabulary) {
+            if (check_ids(*exit.vocabulary) != vocabulary) refuse("a draft vocabulary needs a token id for each row of its head");
+        } else if (branch.head) {
+            refuse("a head of its own needs a draft vocabulary");
+        }
+        const auto* from = static_cast<const int32_t*>(ids.data());
+        auto* to = checked<int32_t>(tokens, "tokens", {sequences, steps});
+        auto* lengths = checked<int32_t>(counts, "counts", {sequences});
+        auto* exits = checked<float>(states, "states", {sequences, steps, size});
         nb::gil_scoped_release release;
-        model_.draft(from, rows, exit, steps, min_confidence, cache, subset ? &subset->matrix : nullptr, names, to, lengths, exits);
+        model_.make_room_for(branch);
+        model_.draft(branch, from, rows, inputs, steps, limit, min_confidence, cache, to, lengths, exits);
     }
 
     const char* isa() const { return model_.isa(); }
@@ -239,15 +292,22 @@ private:
         return count;
     }
 
-    CacheView check_cache(const Array& k, const Array& v) {
-        const nb::dlpack::dtype bf16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
-        const bool is_bf16 = k.dtype() == bf16;
-        const nb::dlpack::dtype type = is_bf16 ? bf16 : nb::dtype<float>();
-        const int64_t layers = model_.num_layers();
-        void* keys = checked(k, "the cache's k", type, {layers, ANY, shape().num_kv_heads, ANY, shape().head_dim}, 4);
-        const auto slots = static_cast<int64_t>(k.shape(1)), length = static_cast<int64_t>(k.shape(3));
-        void* values = checked(v, "the cache's v", type, {layers, slots, shape().num_kv_heads, length, shape().head_dim}, 4);
-        return {keys, values, is_bf16, static_cast<int>(layers), static_cast<int>(slots), static_cast<int>(length)};
+    CacheView check_cache(const Array& k, const Array& v, const std::optional<Array>& k_scales, const std::optional<Array>& v_scales) {
+        const nb::dlpack::dtype bf16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1}, type = k.dtype();
+        CacheView cache{};
+        cache.type = type == bf16 ? CacheType::bf16 : type == nb::dtype<int8_t>() ? CacheType::int8 : CacheType::f32;
+        if (cache.type == CacheType::f32 && type != nb::dtype<float>()) refuse("the cache's k is neither float32, bfloat16 nor int8");
+        const int64_t layers = cache.layers = model_.num_layers(), heads = cache.kv_heads = shape().num_kv_heads;
+        const auto alignment = static_cast<size_t>(cache.element_size());
+        cache.k = checked(k, "the cache's k", type, {layers, ANY, heads, ANY, shape().head_dim}, alignment);
+        const int64_t slots = cache.slots = static_cast<int>(k.shape(1)), length = cache.length = static_cast<int>(k.shape(3));
+        cache.v = checked(v, "the cache's v", type, {layers, slots, heads, length, shape().head_dim}, alignment);
+        if (cache.type == CacheType::int8) {
+            if (!k_scales || !v_scales) refuse("an int8 cache needs scales");
+            cache.k_scales = checked<float>(*k_scales, "the cache's k_scales", {layers, slots, heads, length});
+            cache.v_scales = checked<float>(*v_scales, "the cache's v_scales", {layers, slots, heads, length});
+        }
+        return cache;
     }
 
     // `steps`: how many positions from each row's on will be written.
@@ -296,6 +356,17 @@ NB_MODULE(_native, m) {
     nb::class_<PackedMatrix>(m, "Matrix")
         .def("__init__", [](PackedMatrix* self, int format, int64_t rows, int64_t cols, const Array& data) { new (self) PackedMatrix(make_matrix(format, rows, cols, data)); },
              "format"_a, "rows"_a, "cols"_a, "data"_a);
+    nb::class_<PackedBranch>(m, "Branch")
+        .def("__init__",
+             [](PackedBranch* self, int64_t start, int64_t first_layer, int64_t num_layers, const std::optional<PackedMatrix>& head, const std::optional<Array>& vocabulary,
+                const std::optional<PackedMatrix>& fuse, const std::optional<PackedMatrix>& mix, int64_t num_features, const std::optional<Array>& token_norm,
+                const std::optional<Array>& feature_norm) {
+                 new (self) PackedBranch(make_branch(start, first_layer, num_layers, head, vocabulary, fuse, mix, num_features, token_norm, feature_norm));
+                 const auto at = [](const std::optional<PackedMatrix>& matrix) { return matrix ? &matrix->matrix : nullptr; };
+                 self->branch.head = at(self->head), self->branch.fuse = at(self->fuse), self->branch.mix = at(self->mix);
+             },
+             nb::kw_only(), "start"_a, "first_layer"_a, "num_layers"_a, "head"_a = nb::none(), "vocabulary"_a = nb::none(), "fuse"_a = nb::none(), "mix"_a = nb::none(),
+             "num_features"_a = 0, "token_norm"_a = nb::none(), "feature_norm"_a = nb::none());
     nb::class_<Engine>(m, "Engine")
         .def("__init__",
              [](Engine* self, const std::string& isa, int threads, int64_t hidden_size, int64_t intermediate_size, int64_t num_heads, int64_t num_kv_heads,
@@ -315,11 +386,12 @@ NB_MODULE(_native, m) {
         .def("set_edges", &Engine::set_edges, "embedding"_a, "head"_a, "norm"_a)
         .def("set_rope", &Engine::set_rope, "cos"_a, "sin"_a)
         .def("embed", &Engine::embed, "ids"_a, "out"_a)
-        .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a)
+        .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a, "k_scales"_a = nb::none(),
+             "v_scales"_a = nb::none())
         .def("logits", &Engine::logits, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = nb::none())
-        .def("draft", &Engine::draft, "ids"_a, "slots"_a, "positions"_a, "exit_layer"_a, "num_draft_tokens"_a, "min_confidence"_a, "k"_a, "v"_a, "tokens"_a, "counts"_a, "states"_a,
-             "subset"_a = nb::none(), "subset_ids"_a = nb::none())
+        .def("draft", &Engine::draft, "branch"_a, "ids"_a, "slots"_a, "positions"_a, "features"_a, "token_states"_a, "num_draft_tokens"_a, "limits"_a, "min_confidence"_a,
+             "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "tokens"_a, "counts"_a, "states"_a)
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("rope_length", &Engine::rope_length);

@@ -125,17 +125,17 @@ struct IntProduct {
                 const auto column = [&](int r, int c) { return splat_unit(rows[r] + b * BLOCK + c); };
                 const V scale = load_f16(scales + b * TILE + p * LANES);
                 if constexpr (FORMAT == Format::q8) {
-                    ByteSum dot[R];
+                    I dot[R];
                     UNROLL
-                    for (int r = 0; r < R; ++r) dot[r] = start_bytes(splat_unit(x_starts[r] + b));
+                    for (int r = 0; r < R; ++r) dot[r] = splat_unit(x_starts[r] + b);
                     for (int u = 0; u < UNITS; ++u) {
-                        const Bytes w = bytes(unit(u));
+                        const I w = unit(u);
                         UNROLL
                         for (int r = 0; r < R; ++r) pin(dot[r] = dot_bytes(dot[r], w, column(r, u * 4)));
                     }
                     UNROLL
                     for (int r = 0; r < R; ++r)
-                        sum[p][r] = fma(to_float(finish_bytes(dot[r])), mul(scale, splat(x_scales[r][b])), sum[p][r]);
+                        sum[p][r] = fma(to_float(dot[r]), mul(scale, splat(x_scales[r][b])), sum[p][r]);
                 } else {
                     I dot[R] = {};
                     for (int u = 0; u < UNITS; ++u) {

@@ -1,6 +1,8 @@
 // What happens to single rows between the products: norm, quantization, SiLU, softmax over chunks of the cache.
 // Counts are padded to whole registers by the caller unless said otherwise; padding is zero.
 
+constexpr int CACHE_AHEAD = 2 * 1024;  // bytes of keys or values to prefetch
+
 static inline V exponential(V x) {
     // exp(x) = 2^n * exp(r), |r| <= ln 2 / 2; the polynomial is that of Cephes, good to about one unit in the last place.
     V clamped = min(max(x, splat(-87.0f)), splat(88.0f));
@@ -24,23 +26,36 @@ static void rms_norm(const float* x, const float* weight, float eps, int cols, f
     for (int i = 0; i < padded; i += LANES) store(out + i, mul(load(weight + i), mul(load(x + i), scale)));
 }
 
+// Multiples of a step that are nearest to x[0..count-1]; returns their sum, which is exact.
+static inline float round_to_int8(const float* x, int count, float inverse_step, int8_t* out) {
+    V sum = zero();
+    for (int i = 0; i < count; i += LANES) {
+        V rounded = round_even(mul(load(x + i), splat(inverse_step)));
+        store_bytes(out + i, to_int(rounded));
+        sum = add(sum, rounded);
+    }
+    return reduce_add(sum);
+}
+
+// int8 per block of 32 columns, the largest magnitude (simd_*.h) at 127.
 static void quantize(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums) {
     for (int b = 0; b < blocks; ++b, x += BLOCK, q8 += BLOCK) {
         V largest = zero();
-        for (int i = 0; i < BLOCK; i += LANES) largest = max(absolute(load(x + i)), largest);
+        for (int i = 0; i < BLOCK; i += LANES) largest = max(magnitude(load(x + i)), largest);
         const float maximum = reduce_max(largest);
+        const float sum = round_to_int8(x, BLOCK, maximum > 0 ? 127.0f / maximum : 0.0f, q8);
         scales[b] = maximum / 127.0f;
-        const V inverse = splat(maximum > 0 ? 127.0f / maximum : 0.0f);
-        V sum = zero();
-        for (int i = 0; i < BLOCK; i += LANES) {
-            V rounded = round_even(mul(load(x + i), inverse));
-            store_bytes(q8 + i, to_int(rounded));
-            sum = add(sum, rounded);
-        }
-        const float total = reduce_add(sum);  // exact: integers far below 2^24
-        starts[b] = byte_start(static_cast<int32_t>(total));
-        scaled_sums[b] = scales[b] * total;
+        starts[b] = -128 * static_cast<int32_t>(sum);
+        scaled_sums[b] = scales[b] * sum;
     }
+}
+
+static float to_int8(const float* x, int count, int8_t* out) {
+    V largest = zero();
+    for (int i = 0; i < count; i += LANES) largest = max(absolute(load(x + i)), largest);
+    const float maximum = reduce_max(largest);
+    round_to_int8(x, count, maximum > 0 ? 127.0f / maximum : 0.0f, out);
+    return maximum / 127.0f;
 }
 
 static void to_bf16(const float* x, size_t count, uint16_t* out) {
@@ -67,139 +82,150 @@ static float sum_exp(const float* x, size_t count, float maximum) {  // any coun
     return reduce_add(sum) + rest;
 }
 
-// Keys of 16 positions as a strip of f32 weights: column e of lane t is key[t][e]. Positions from `count` on repeat the
-// last; their scores are masked.
-static void pack_keys(const ChunkTask& task, int position, int count, float* tile) {
-    const int size = task.head_dim;
-    const int unit_columns = task.is_bf16 ? 2 : 1;
-    const uint8_t* keys = static_cast<const uint8_t*>(task.keys) + static_cast<size_t>(position) * size * 4 / unit_columns;
-    const int units = size / unit_columns, whole = units / LANES * LANES;
-    for (int first = 0; first < TILE; first += LANES) {
-        const uint8_t* lanes[LANES];
-        for (int t = 0; t < LANES; ++t) {
-            int own = first + t < count ? first + t : count - 1;
-            lanes[t] = keys + static_cast<size_t>(own) * units * 4;
+// Vectors of up to LANES cache positions from `position` on as f32 [LANES][padded_head_dim], zeros beyond task.end and head_dim.
+template <CacheType TYPE>
+static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile) {
+    using Element = std::conditional_t<TYPE == CacheType::f32, float, std::conditional_t<TYPE == CacheType::bf16, uint16_t, int8_t>>;
+    const auto widened = [](const Element* p) {
+        if constexpr (TYPE == CacheType::f32) return load(p);
+        else if constexpr (TYPE == CacheType::bf16) return load_bf16(p);
+        else return load_int8(p);
+    };
+    const size_t size = static_cast<size_t>(task.head_dim), padded = static_cast<size_t>(task.padded_head_dim);
+    const int count = task.end - position < LANES ? task.end - position : LANES;
+    for (int t = 0; t < LANES; ++t, tile += padded) {
+        if (t >= count) {
+            for (size_t e = 0; e < padded; e += LANES) store(tile + e, zero());
+            continue;
         }
-        for (int u = 0; u < whole; u += LANES) {
-            I block[LANES];
-            for (int t = 0; t < LANES; ++t) block[t] = load_units(lanes[t] + u * 4);
-            transpose(block);
-            for (int i = 0; i < LANES; ++i) {
-                float* column = tile + static_cast<size_t>(u + i) * unit_columns * TILE + first;
-                if (task.is_bf16) {
-                    store(column, even_bf16(block[i]));
-                    store(column + TILE, odd_bf16(block[i]));
-                } else {
-                    store(column, as_float(block[i]));
-                }
+        const Element* from = static_cast<const Element*>(cache) + static_cast<size_t>(position + t) * size;
+        const V scale = splat(TYPE == CacheType::int8 ? scales[position + t] : 1.0f);
+        const auto put = [&](const Element* block, float* to) {
+            for (int i = 0; i < BLOCK; i += LANES) {
+                const V x = widened(block + i);
+                store(to + i, TYPE == CacheType::int8 ? mul(x, scale) : x);
             }
+        };
+        size_t e = 0;
+        for (; e + BLOCK <= size; e += BLOCK) {
+            for (size_t i = 0; i < BLOCK * sizeof(Element); i += 64) prefetch(reinterpret_cast<const uint8_t*>(from + e) + CACHE_AHEAD + i);
+            put(from + e, tile + e);
         }
-        for (int t = 0; t < LANES; ++t) {
-            for (int e = whole * unit_columns; e < size; ++e) {
-                uint32_t bits = 0;
-                __builtin_memcpy(task.is_bf16 ? reinterpret_cast<uint8_t*>(&bits) + 2 : reinterpret_cast<uint8_t*>(&bits),
-                                 lanes[t] + e * 4 / unit_columns, 4 / unit_columns);
-                __builtin_memcpy(tile + static_cast<size_t>(e) * TILE + first + t, &bits, 4);
-            }
-        }
-    }
-}
-
-// values[query][column..] = sum over positions of weight[query][position] * value[position][column..]
-template <bool IS_BF16, int R>
-static void weigh_values(int rows, const ChunkTask& task, const float* weights, float* partials, size_t stride) {
-    if constexpr (R > 1) {
-        if (rows != R) return weigh_values<IS_BF16, R - 1>(rows, task, weights, partials, stride);
-    }
-    const size_t size = static_cast<size_t>(task.head_dim);
-    const size_t base = static_cast<size_t>(task.begin) * size;
-    const int count = task.end - task.begin;
-    const auto* bf16 = static_cast<const uint16_t*>(task.values) + base;
-    const auto* f32 = static_cast<const float*>(task.values) + base;
-    size_t e = 0;
-    for (; e + TILE <= size; e += TILE) {
-        V sum[R][PARTS] = {};
-        for (int t = 0; t < count; ++t) {
-            V value[PARTS];
-            UNROLL
-            for (int p = 0; p < PARTS; ++p) {
-                const size_t at = static_cast<size_t>(t) * size + e + static_cast<size_t>(p * LANES);
-                value[p] = IS_BF16 ? load_bf16(bf16 + at) : load(f32 + at);
-            }
-            UNROLL
-            for (int r = 0; r < R; ++r) {
-                V weight = splat(weights[r * CHUNK + t]);
-                UNROLL
-                for (int p = 0; p < PARTS; ++p) sum[r][p] = fma(weight, value[p], sum[r][p]);
-            }
-        }
-        UNROLL
-        for (int r = 0; r < R; ++r)
-            UNROLL
-            for (int p = 0; p < PARTS; ++p) store(partials + stride * r + PARTIAL_VALUES + e + p * LANES, sum[r][p]);
-    }
-    for (; e < size; ++e) {
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-            float sum = 0;
-            for (int t = 0; t < count; ++t) {
-                const size_t at = static_cast<size_t>(t) * size + e;
-                uint32_t bits = static_cast<uint32_t>(bf16[IS_BF16 ? at : 0]) << 16;
-                float value;
-                __builtin_memcpy(&value, &bits, 4);
-                sum += weights[r * CHUNK + t] * (IS_BF16 ? value : f32[at]);
-            }
-            partials[stride * r + PARTIAL_VALUES + e] = sum;
+        if (e < size) {  // a head size that fills no whole block
+            Element rest[BLOCK] = {};
+            __builtin_memcpy(rest, from + e, (size - e) * sizeof(Element));
+            put(rest, tile + e);
         }
     }
 }
 
+static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile) {
+    switch (task.type) {
+        case CacheType::f32: return widen<CacheType::f32>(task, cache, scales, position, tile);
+        case CacheType::bf16: return widen<CacheType::bf16>(task, cache, scales, position, tile);
+        case CacheType::int8: return widen<CacheType::int8>(task, cache, scales, position, tile);
+    }
+}
+
+// Calls use.operator()<n>(first) for consecutive groups of n = R items, and for what remains.
+template <int R, class Use>
+static inline void in_groups(int count, const Use& use, int first = 0) {
+    for (; first + R <= count; first += R) use.template operator()<R>(first);
+    if constexpr (R > 1) in_groups<R - 1>(count, use, first);
+}
+
+// products[query][first + t] = lanes of query * key t, for 4 keys.
+template <int R>
+static inline void dot_keys(const float* queries, const float* keys, int padded, V (*products)[LANES], int first) {
+    V sum[R][4] = {};
+    for (int e = 0; e < padded; e += LANES) {
+        V query[R];
+        UNROLL
+        for (int r = 0; r < R; ++r) query[r] = load(queries + r * padded + e);
+        UNROLL
+        for (int t = 0; t < 4; ++t) {
+            const V key = load(keys + t * padded + e);
+            UNROLL
+            for (int r = 0; r < R; ++r) sum[r][t] = fma(key, query[r], sum[r][t]);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int t = 0; t < 4; ++t) products[r][first + t] = sum[r][t];
+}
+
+// sums[query][0..31] += weights[query][t] * values[t][0..31] for LANES positions t.
+template <int R>
+static inline void add_values(const float* weights, const float* values, int padded, float* sums, size_t stride) {
+    V sum[R][BLOCK / LANES];
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int i = 0; i < BLOCK / LANES; ++i) sum[r][i] = load(sums + stride * r + i * LANES);
+    for (int t = 0; t < LANES; ++t, values += padded) {
+        V weight[R];
+        UNROLL
+        for (int r = 0; r < R; ++r) weight[r] = splat(weights[r * CHUNK + t]);
+        UNROLL
+        for (int i = 0; i < BLOCK / LANES; ++i) {
+            const V value = load(values + i * LANES);
+            UNROLL
+            for (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], value, sum[r][i]);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int i = 0; i < BLOCK / LANES; ++i) store(sums + stride * r + i * LANES, sum[r][i]);
+}
+
+// A group of LANES positions is widened once and serves all queries. Groups start at multiples of LANES, and every sum takes
+// its columns, then its positions, in order: bits depend neither on `end` nor on the other queries.
 static void attend_chunk(const ChunkTask& task, float* scratch, float* partials) {
     float* tile = scratch;
-    float* scores = scratch + static_cast<size_t>(TILE) * task.padded_head_dim;  // [queries][CHUNK]
-    const int blocks = task.padded_head_dim / BLOCK;
-    Matrix keys{reinterpret_cast<const uint8_t*>(tile), Format::f32, TILE, task.head_dim, 1, blocks, 0, 0};
-    Activations queries{const_cast<float*>(task.queries), nullptr, nullptr, nullptr, nullptr, nullptr, blocks};
-    const int count = task.end - task.begin;
-    const size_t stride = PARTIAL_VALUES + static_cast<size_t>(task.padded_head_dim);
+    float* scores = scratch + static_cast<size_t>(LANES) * task.padded_head_dim;  // [queries][CHUNK]
+    const int padded = task.padded_head_dim;
+    const size_t stride = PARTIAL_VALUES + static_cast<size_t>(padded);
     const V hidden = splat(-__builtin_inff());
-    for (int t = 0; t < count; t += TILE) {
-        pack_keys(task, task.begin + t, count - t, tile);
-        for (int q = 0; q < task.num_queries; q += MAX_FLOAT_ROWS) {
-            const int own = task.num_queries - q < MAX_FLOAT_ROWS ? task.num_queries - q : MAX_FLOAT_ROWS;
-            float out[MAX_FLOAT_ROWS * TILE];
-            queries.f32 = const_cast<float*>(task.queries) + static_cast<size_t>(q) * task.padded_head_dim;
-            run_rows<FloatProduct<Format::f32>, 1, MAX_FLOAT_ROWS>(own, keys, 0, queries, 0, out, 0);
-            for (int r = 0; r < own; ++r) {
-                const V before = splat(static_cast<float>(task.first[q + r] - task.begin));
-                const V after = splat(static_cast<float>(task.last[q + r] - task.begin));
-                for (int p = 0; p < TILE; p += LANES) {
-                    V index = add(lane_indices(), splat(static_cast<float>(t + p)));
-                    V score = where_less(index, before, hidden, load(out + r * TILE + p));
-                    store(scores + (q + r) * CHUNK + t + p, where_less(after, index, hidden, score));
-                }
+    for (int position = task.begin; position < task.end; position += LANES) {
+        widen(task, task.keys, task.key_scales, position, tile);
+        const V index = add(lane_indices(), splat(static_cast<float>(position)));
+        in_groups<MAX_QUERIES>(task.num_queries, [&]<int R>(int q) {
+            V products[R][LANES];
+            for (int first = 0; first < LANES; first += 4) dot_keys<R>(task.queries + q * padded, tile + first * padded, padded, products, first);
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                const V seen = where_less(index, splat(static_cast<float>(task.first[q + r])), hidden, sums(products[r]));
+                store(scores + (q + r) * CHUNK + position - task.begin, where_less(splat(static_cast<float>(task.last[q + r])), index, hidden, seen));
             }
-        }
+        });
     }
-    const int padded = (count + TILE - 1) / TILE * TILE;
+    for (int i = 0; i < CACHE_AHEAD; i += 64)
+        prefetch(static_cast<const uint8_t*>(task.values) + static_cast<size_t>(task.begin) * task.head_dim * task.element_size + i);
+    const int count = (task.end - task.begin + LANES - 1) / LANES * LANES;
     for (int q = 0; q < task.num_queries; ++q) {
         float* row = scores + q * CHUNK;
         V largest = hidden, sum = zero();
-        for (int t = 0; t < padded; t += LANES) largest = max(load(row + t), largest);
+        for (int t = 0; t < count; t += LANES) largest = max(load(row + t), largest);
         const float maximum = reduce_max(largest);
         const bool sees_any = maximum > -__builtin_inff();
-        for (int t = 0; t < padded; t += LANES) {
+        for (int t = 0; t < count; t += LANES) {
             V weight = sees_any ? exponential(sub(load(row + t), splat(maximum))) : zero();
             store(row + t, weight);
             sum = add(sum, weight);
         }
-        partials[stride * q + PARTIAL_MAX] = maximum;
-        partials[stride * q + PARTIAL_SUM] = reduce_add(sum);
+        float* partial = partials + stride * q;
+        partial[PARTIAL_MAX] = maximum;
+        partial[PARTIAL_SUM] = reduce_add(sum);
+        for (int e = 0; e < padded; e += LANES) store(partial + PARTIAL_VALUES + e, zero());
     }
-    for (int q = 0; q < task.num_queries; q += MAX_FLOAT_ROWS) {
-        const int own = task.num_queries - q < MAX_FLOAT_ROWS ? task.num_queries - q : MAX_FLOAT_ROWS;
-        const auto weigh = task.is_bf16 ? weigh_values<true, MAX_FLOAT_ROWS> : weigh_values<false, MAX_FLOAT_ROWS>;
-        weigh(own, task, scores + q * CHUNK, partials + stride * q, stride);
+    for (int position = task.begin; position < task.end; position += LANES) {
+        widen(task, task.values, task.value_scales, position, tile);
+        in_groups<MAX_QUERIES>(task.num_queries, [&]<int R>(int q) {
+            for (int e = 0; e < padded; e += BLOCK)
+                add_values<R>(scores + q * CHUNK + position - task.begin, tile + e, padded, partials + stride * q + PARTIAL_VALUES + e, stride);
+        });
     }
 }
 
@@ -222,5 +248,5 @@ static void fold(float* state, const float* partial, int padded_head_dim) {
         store(state + i, fma(load(partial + i), new_factor, mul(load(state + i), old_factor)));
 }
 
-static const Kernels TABLE = {NAME,     MULTIPLIES_BF16, multiply, rms_norm, quantize, to_bf16, silu_multiply,
-                              sum_exp, attend_chunk,    fold};
+static const Kernels TABLE = {NAME,          MULTIPLIES_BF16, multiply, rms_norm,     quantize, to_bf16,
+                              to_int8, silu_multiply,   sum_exp,  attend_chunk, fold};

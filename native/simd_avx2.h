@@ -3,7 +3,8 @@
 constexpr int LANES = 8;
 constexpr bool MULTIPLIES_BF16 = false;
 constexpr int MAX_FLOAT_ROWS = 6;  // 12 of 16 registers accumulate
-constexpr int MAX_INT_ROWS = 6;
+constexpr int MAX_INT_ROWS = 8;
+constexpr int MAX_QUERIES = 3;
 using V = __m256;
 using I = __m256i;
 
@@ -35,6 +36,12 @@ static inline float reduce_add(V x) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+// Lane i is the sum of the lanes of x[i].
+static inline V sums(const V x[LANES]) {
+    V low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    V high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
 static inline float reduce_max(V x) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -44,6 +51,9 @@ static inline float reduce_max(V x) {
 static inline V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 static inline V load_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+static inline V load_int8(const int8_t* p) {
+    return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 static inline void store_bf16(uint16_t* p, V x) {
     I bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -68,45 +78,15 @@ static inline void store_bytes(int8_t* p, I x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
-// vpmaddubsw adds two products in 16 bits, so a byte is split into nibbles: w + 128 = 16 * high + low, both 0..15. Then
-// eight pairs of products still fit, a block is summed in 16 bits, and widened once. The 128 comes off as 8 from every high
-// nibble: each of a lane's two words starts from -4 * (sum of x), and ends within 30480 whatever w and x are.
-struct Bytes {
-    I low, high;
-};
-struct ByteSum {
-    I low, high;
-};
-static inline void pin(ByteSum& x) { pin(x.low), pin(x.high); }
+// vpmaddubsw adds two products of an unsigned w + 128 and a signed x in 16 bits, where 255 * 128 still fits: so activations are
+// scaled by pairs, not alone, and no two neighbours' magnitudes sum to more than 128 (see quantize in rows.inl).
+static inline V magnitude(V x) { return add(absolute(x), absolute(_mm256_permute_ps(x, 0xb1))); }
+static inline I dot_bytes(I sum, I w, I x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
 static inline I low_nibbles(I w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 static inline I high_nibbles(I w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
-static inline Bytes bytes(I w) { return {low_nibbles(w), high_nibbles(w)}; }
-static inline int32_t byte_start(int32_t x_sum) { return static_cast<int32_t>((-4u * static_cast<uint32_t>(x_sum) & 0xffffu) * 0x10001u); }
-static inline ByteSum start_bytes(I start) { return {_mm256_setzero_si256(), start}; }
-static inline ByteSum dot_bytes(ByteSum sum, Bytes w, I x) {
-    return {_mm256_add_epi16(sum.low, _mm256_maddubs_epi16(w.low, x)), _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(w.high, x))};
-}
-static inline I finish_bytes(ByteSum sum) {
-    return _mm256_add_epi32(_mm256_madd_epi16(sum.low, _mm256_set1_epi16(1)), _mm256_madd_epi16(sum.high, _mm256_set1_epi16(16)));
-}
 static inline I dot_nibbles(I sum, I w, I x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
 static inline I finish_nibbles(I sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 
-static inline void transpose(I r[LANES]) {
-    I s[8], t[8];
-    for (int i = 0; i < 8; i += 2) {
-        s[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-        s[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        t[i] = _mm256_unpacklo_epi64(s[i], s[i + 2]);
-        t[i + 1] = _mm256_unpackhi_epi64(s[i], s[i + 2]);
-        t[i + 2] = _mm256_unpacklo_epi64(s[i + 1], s[i + 3]);
-        t[i + 3] = _mm256_unpackhi_epi64(s[i + 1], s[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x20);
-        r[i + 4] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x31);
-    }
-}
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -4,6 +4,7 @@ constexpr int LANES = 16;
 constexpr bool MULTIPLIES_BF16 = true;
 constexpr int MAX_FLOAT_ROWS = 12;
 constexpr int MAX_INT_ROWS = 12;
+constexpr int MAX_QUERIES = 6;
 using V = __m512;
 using I = __m512i;
 static inline void pin(V&) {}  // 32 registers: nothing to keep
@@ -36,6 +37,23 @@ static inline float reduce_add(V x) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+static inline V sums(const V x[LANES]) {
+    const auto parts = [](V a, V b, auto choose) {  // 128-bit parts 0 and 2, or 1 and 3, of both
+        return _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), choose));
+    };
+    const std::integral_constant<int, 0x88> even;
+    const std::integral_constant<int, 0xdd> odd;
+    V quad[4];
+    for (int i = 0; i < 4; ++i) {  // [x0, x1, x2, x3] in each 128 bits
+        const V *y = x + 4 * i;
+        V a = add(_mm512_unpacklo_ps(y[0], y[1]), _mm512_unpackhi_ps(y[0], y[1]));
+        V b = add(_mm512_unpacklo_ps(y[2], y[3]), _mm512_unpackhi_ps(y[2], y[3]));
+        quad[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    V low = add(parts(quad[0], quad[1], even), parts(quad[0], quad[1], odd));
+    V high = add(parts(quad[2], quad[3], even), parts(quad[2], quad[3], odd));
+    return add(parts(low, high, even), parts(low, high, odd));
+}
 static inline float reduce_max(V x) {
     __m256 half = _mm256_max_ps(low_half(x), high_half(x));
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -46,6 +64,9 @@ static inline float reduce_max(V x) {
 static inline __m256i load_words(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 static inline V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_words(p)); }
 static inline V load_bf16(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words(p)), 16)); }
+static inline V load_int8(const int8_t* p) {
+    return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 static inline void store_bf16(uint16_t* p, V x) {
     I bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -67,43 +88,11 @@ static inline I zero_int() { return _mm512_setzero_si512(); }
 static inline I splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 static inline void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
 
-// vpdpbusd multiplies unsigned by signed bytes, which is why weights are stored as w + 128; a block's sum starts from
-// -128 * (sum of x) in return.
-using Bytes = I;
-struct ByteSum {
-    I value;
-};
-static inline void pin(ByteSum&) {}
-static inline Bytes bytes(I w) { return w; }
-static inline int32_t byte_start(int32_t x_sum) { return -128 * x_sum; }
-static inline ByteSum start_bytes(I start) { return {start}; }
-static inline ByteSum dot_bytes(ByteSum sum, Bytes w, I x) { return {_mm512_dpbusd_epi32(sum.value, w, x)}; }
-static inline I finish_bytes(ByteSum sum) { return sum.value; }
+static inline V magnitude(V x) { return absolute(x); }
+static inline I dot_bytes(I sum, I w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }
 static inline I low_nibbles(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 static inline I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi32(w, 4), _mm512_set1_epi8(15)); }
 static inline I dot_nibbles(I sum, I w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }
 static inline I finish_nibbles(I sum) { return sum; }
 
-static inline void transpose(I r[LANES]) {
-    I s[LANES];
-    for (int i = 0; i < LANES; i += 2) {  // pairs of rows, then of pairs: 4 x 4 within each 128 bits
-        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {  // then the 4 x 4 of 128-bit parts
-        I even_low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        I even_high = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), odd_high = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-        s[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-        s[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-        s[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-        s[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-    }
-    for (int i = 0; i < LANES; ++i) r[i] = s[i];
-}
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -5,6 +5,7 @@ constexpr int LANES = 4;
 constexpr bool MULTIPLIES_BF16 = false;  // has dot_bf16
 constexpr int MAX_FLOAT_ROWS = 3;        // rows of x that multiply a strip while it is in registers
 constexpr int MAX_INT_ROWS = 4;
+constexpr int MAX_QUERIES = 1;  // that share keys and values in registers
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));
@@ -38,6 +39,7 @@ static inline V to_float(I x) { return __builtin_convertvector(x, V); }
 static inline V two_to(V n) { return bits<V>((to_int(n) + 127) << 23); }
 static inline V lane_indices() { return V{0, 1, 2, 3}; }
 static inline float reduce_add(V x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+static inline V sums(const V x[LANES]) { return V{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])}; }  // of each one's lanes
 static inline float reduce_max(V x) { float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3]; return a > b ? a : b; }
 
 static inline V load_f16(const uint16_t* p) {  // finite values only
@@ -46,6 +48,7 @@ static inline V load_f16(const uint16_t* p) {  // finite values only
     return bits<V>(bits<U>(magnitude) | (h & 0x8000) << 16);
 }
 static inline V load_bf16(const uint16_t* p) { U h = {p[0], p[1], p[2], p[3]}; return bits<V>(h << 16); }
+static inline V load_int8(const int8_t* p) { return to_float(I{p[0], p[1], p[2], p[3]}); }
 static inline void store_bf16(uint16_t* p, V x) {  // round to nearest even
     U b = bits<U>(x);
     b = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
@@ -61,34 +64,16 @@ static inline I zero_int() { return I{}; }
 static inline I splat_int(int32_t x) { return I{x, x, x, x}; }
 static inline void store_bytes(int8_t* p, I x) { for (int i = 0; i < LANES; ++i) p[i] = static_cast<int8_t>(x[i]); }
 
-// Dot products of four bytes of weights, stored as w + 128, and of x per lane. The bytes are multiplied as 16-bit words:
-// products and sums of two fit in them.
-using Bytes = I;
-struct ByteSum {
-    I value;
-};
-static inline void pin(ByteSum&) {}
-static inline Bytes bytes(I w) { return w ^ static_cast<int32_t>(0x80808080u); }
-static inline int32_t byte_start(int32_t) { return 0; }  // what the sum of a block starts from, given the sum of its x
-static inline ByteSum start_bytes(I start) { return {start}; }
-static inline W word_sums(I w, I x) {
-    W even = (bits<W>(bits<UW>(w) << 8) >> 8) * (bits<W>(bits<UW>(x) << 8) >> 8);
-    return even + (bits<W>(w) >> 8) * (bits<W>(x) >> 8);
-}
+// The magnitude that counts for the scale of int8 activations.
+static inline V magnitude(V x) { return absolute(x); }
+// sum + the dot products of four bytes, unsigned w and signed x, per lane. A product fits 16 bits, and so do two of nibbles.
+static inline W even_products(I w, I x) { return (bits<W>(w) & 255) * (bits<W>(bits<UW>(x) << 8) >> 8); }
+static inline W odd_products(I w, I x) { return bits<W>(bits<UW>(w) >> 8) * (bits<W>(x) >> 8); }
 static inline I widened(W words) { I x = bits<I>(words); return (bits<I>(bits<U>(x) << 16) >> 16) + (x >> 16); }
-static inline ByteSum dot_bytes(ByteSum sum, Bytes w, I x) { return {sum.value + widened(word_sums(w, x))}; }
-static inline I finish_bytes(ByteSum sum) { return sum.value; }  // int32 per lane
+static inline I dot_bytes(I sum, I w, I x) { return sum + widened(even_products(w, x)) + widened(odd_products(w, x)); }
 static inline I low_nibbles(I w) { return w & 0x0f0f0f0f; }
 static inline I high_nibbles(I w) { return bits<I>((bits<U>(w) >> 4) & 0x0f0f0f0fu); }
-static inline I dot_nibbles(I sum, I w, I x) { return bits<I>(bits<W>(sum) + word_sums(w, x)); }
+static inline I dot_nibbles(I sum, I w, I x) { return bits<I>(bits<W>(sum) + even_products(w, x) + odd_products(w, x)); }
 static inline I finish_nibbles(I sum) { return widened(bits<W>(sum)); }
 
-static inline void transpose(I r[LANES]) {
-    for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < i; ++j) {
-            int32_t above = r[j][i];
-            r[j][i] = r[i][j];
-            r[i][j] = above;
-        }
-}
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }

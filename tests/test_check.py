@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 import hopskip.engine
 import hopskip.evaluate.sampled
+from hopskip.branch import BranchConfig
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.cli import app
-from hopskip.cli.check import parse_precisions
-from hopskip.draft.early_exit import EarlyExitDrafter
+from hopskip.cli.precisions import parse_precisions
+from hopskip.draft.exit import ExitDrafter
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.evaluate.context import context_proofs
@@ -128,13 +129,14 @@ def test_a_verify_pass_that_misreads_positions_is_found_out() -> None:
 
 
 def test_a_draft_that_always_agrees_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = EarlyExitDrafter.__init__
+    original = ExitDrafter.__init__
 
-    def peek(self: EarlyExitDrafter, model: Transformer, exit_layer: int, *rest: float) -> None:
-        original(self, model, exit_layer, *rest)
-        self._exit_layer = model.config.num_hidden_layers  # drafts with the whole model
+    def peek(self: ExitDrafter, model: Transformer, exit: int, *rest: float) -> None:
+        original(self, model, exit, *rest)
+        # drafts with the whole model
+        self._branch = BranchConfig(start=model.config.num_hidden_layers, num_layers=0)
 
-    monkeypatch.setattr(EarlyExitDrafter, "__init__", peek)
+    monkeypatch.setattr(ExitDrafter, "__init__", peek)
     proofs = [p for p in greedy(small_model()) if p.setting.startswith("early-exit") and "recompute" in p.setting]
     assert len(proofs) == 9
     for proof in proofs:
@@ -385,8 +387,8 @@ def test_command_against_transformers(checkpoint: Path) -> None:
         (["--against", "transformers", "--precision", "bf16"], "only float32 can be compared"),
         (["--num-prompts", "0"], "number of prompts is 0"),
         (["--num-prompts", "9999"], "number of prompts is 9999"),
-        (["-n", "1"], "max_new_tokens is 1"),
-        (["--precision", "q8", "--backend", "torch"], "quantize=q8 needs the native CPU backend"),
+        (["-n", "1"], "--max-new-tokens is 1"),
+        (["--precision", "q8", "--backend", "torch"], ": quantize=q8 needs the native CPU backend"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, arguments: list[str], message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hopskip import native
+from hopskip.cache import Cache
 from hopskip.config import ModelConfig
 from hopskip.evaluate import costs
 from hopskip.evaluate.costs import best_num_draft_tokens, expected_speedup, expected_tokens, model_costs
@@ -91,6 +92,7 @@ def test_kv_bytes() -> None:
     assert model_costs(header_only(config), "torch", "bfloat16").kv_bytes_per_token == 128 * 1024
     assert model_costs(header_only(config), "torch", "float32").kv_bytes_per_token == 256 * 1024
     assert model_costs(header_only(config), "native", "q8").kv_bytes_per_token == 128 * 1024
+    assert model_costs(header_only(config), "native", "q8", "int8").kv_bytes_per_token == 2 * 32 * 8 * (128 + 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,6 +125,8 @@ def test_native_bytes_are_those_loaded(tmp_path: Path, stored: str, precision: s
     assert found.bytes_per_pass == pytest.approx(model.weight_bytes, rel=0.05)
     cache = model.new_cache(1, 256)
     assert found.kv_bytes_per_token == cache.nbytes / 256
+    int8 = Cache(checkpoint.config, 1, 256, torch.int8)
+    assert model_costs(checkpoint, "native", precision, "int8").kv_bytes_per_token == int8.nbytes / 256
 
 
 def test_mixed_formats_count_layer_by_layer(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ LAYERS = [
     ("rope",),
     ("config",),
     ("cache", "sampling", "text"),
-    ("sequence", "verify", "attention"),
+    ("sequence", "verify", "attention", "branch"),
     ("model", "quantize", "stored", "chat_template"),
     ("gguf", "hf_folder"),
     ("weights", "hub", "tokenizer"),

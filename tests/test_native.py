@@ -27,7 +27,8 @@ from hopskip.quantize import from_gguf_blocks, quantize_q4, quantize_q8
 from hopskip.weights import Checkpoint, expected_tensors, load_weights, open_checkpoint
 
 from .models import tiny_config
-from .tiny import FAMILIES, write_checkpoint, write_gguf
+from .test_gguf import random_blocks
+from .tiny import FAMILIES, make_model, write_checkpoint, write_gguf
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=native.available() or "")
 
@@ -112,8 +113,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 def garbage_cache(model: Model, slots: int, length: int) -> Cache:
     """A cache full of what must never be read."""
     cache = model.new_cache(slots, length)
-    cache.k_LSHTD.fill_(float("nan"))
-    cache.v_LSHTD.fill_(float("nan"))
+    for tensor in cache.tensors:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
     return cache
 
 
@@ -157,7 +158,10 @@ def test_products_are_exact_given_the_rounded_activations(
     x = h.double() * torch.rsqrt(h.double().square().mean(-1, keepdim=True) + config.rms_norm_eps)
     if precision in ("q8", "q4"):
         x_blocks = F.pad(x, (0, -cols % 32)).reshape(9, -1, 32)
-        scale = x_blocks.abs().amax(-1, keepdim=True) / 127
+        sizes = x_blocks.abs()
+        if isa == "avx2":  # where neighbours share the range, see native/simd_avx2.h
+            sizes = sizes + sizes.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        scale = sizes.amax(-1, keepdim=True) / 127
         x = ((x_blocks / scale).round() * scale).reshape(9, -1)[:, :cols]
     elif precision == "bfloat16" and isa == "avx512":
         x = x.bfloat16().double()
@@ -288,7 +292,13 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
         run(model, tokens(model, start, slot), [Segment(slot, 0, start)], cache)
     last = torch.tensor([7, 8, 9])
     drafted, counts, states = model.draft_greedy(
-        last, torch.tensor(list(starts)), torch.tensor(list(starts.values())), 2, 6, cache, min_confidence, subset
+        last,
+        Rows(Segment(slot, start, 1) for slot, start in starts.items()),
+        [6, 6, 6],
+        cache,
+        exit_layer=2,
+        subset=subset,
+        min_confidence=min_confidence,
     )
     lengths = set()
     for i, (slot, start) in enumerate(starts.items()):
@@ -343,17 +353,64 @@ def test_precision_auto_keeps_what_the_file_has(tmp_path: Path) -> None:
     assert error(found, expected) < TOLERANCES["q4"]
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
-def test_kv_dtype(checkpoints: dict[str, Checkpoint], kv_dtype: torch.dtype) -> None:
-    model = NativeModel.load(checkpoints["smollm2"], "float32", kv_dtype=kv_dtype)
+KV_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.int8: 0.02}
+"""As `TOLERANCES`, of hidden states, with float32 weights: what is left is the rounding of keys and values."""
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("family", ["smollm2", "llama3-gqa", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("kv_dtype", list(KV_TOLERANCES))
+def test_kv_dtype(
+    checkpoints: dict[str, Checkpoint],
+    kv_dtype: torch.dtype,
+    family: str,
+    isa: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows one by one, together and split over threads: the same bits, and close to PyTorch in float32."""
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    model = NativeModel.load(checkpoints[family], "float32", threads=1, kv_dtype=kv_dtype)
     assert model.new_cache(1, 8).k_LSHTD.dtype == kv_dtype
-    torch_model = reference(checkpoints["smollm2"], "float32")
-    ids, segments = tokens(model, 20), [Segment(0, 0, 20)]
-    expected = run(torch_model, ids, segments, torch_model.new_cache(1, 32))
-    loss = error(run(model, ids, segments, garbage_cache(model, 1, 32)), expected)
+    torch_model = reference(checkpoints[family], "float32")
+    ids = tokens(model, 300)
+    expected = run(torch_model, ids, [Segment(0, 0, 300)], torch_model.new_cache(1, 300))
+    cache = garbage_cache(model, 2, 300)
+    found = run(model, ids, [Segment(1, 0, 300)], cache)
+    loss = error(found, expected)
+    assert loss < KV_TOLERANCES[kv_dtype]
     assert (loss < 1e-5) == (kv_dtype == torch.float32)
-    with pytest.raises(ConfigError, match="kv_dtype"):
+    threaded = NativeModel.load(checkpoints[family], "float32", threads=3, kv_dtype=kv_dtype)
+    for each in (model, threaded):
+        one_by_one = [run(each, ids[i : i + 1], [Segment(1, i, 1)], cache) for i in range(290, 300)]
+        assert torch.equal(torch.cat(one_by_one), found[290:])
+    grown = model.new_cache(3, 310)
+    grown.copy_from(cache)
+    assert torch.equal(run(model, ids[299:], [Segment(1, 299, 1)], grown), found[299:])
+
+
+def test_other_kv_dtypes_are_refused(checkpoints: dict[str, Checkpoint]) -> None:
+    with pytest.raises(ConfigError, match=r"kv_dtype is torch\.float16; .* float32, bfloat16 or int8"):
         NativeModel.load(checkpoints["smollm2"], kv_dtype=torch.float16)
+
+
+def test_an_int8_cache_at_8k_positions(checkpoints: dict[str, Checkpoint]) -> None:
+    """After 8,128 random positions, whose int8 form is made here, 64 rows."""
+    models = [
+        NativeModel.load(checkpoints["llama3-gqa"], "q8", threads=2, kv_dtype=kv) for kv in (torch.float32, torch.int8)
+    ]
+    exact, rounded = caches = [model.new_cache(1, 8192) for model in models]
+    generator = torch.Generator().manual_seed(0)
+    for values, bytes_, scales in (
+        (exact.k_LSHTD, rounded.k_LSHTD, rounded.k_scales_LSHT),
+        (exact.v_LSHTD, rounded.v_LSHTD, rounded.v_scales_LSHT),
+    ):
+        assert scales is not None
+        values.normal_(generator=generator)
+        scales.copy_(values.abs().amax(-1) / 127)
+        bytes_.copy_((values / scales[..., None]).round())
+    ids = tokens(models[0], 64)
+    wanted, found = (run(m, ids, [Segment(0, 8128, 64)], cache) for m, cache in zip(models, caches, strict=True))
+    assert 0 < error(found, wanted) < TOLERANCES["q8"]
 
 
 def test_bad_options(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +430,32 @@ def test_without_the_extension(checkpoints: dict[str, Checkpoint], monkeypatch: 
     assert "not built" in (native.available() or "")
     with pytest.raises(ConfigError, match="not built"):
         NativeModel.load(checkpoints["smollm2"])
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_gguf_blocks_without_a_counterpart_become_q8(tmp_path: Path, kind: str) -> None:
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    type_ = gguf.GGMLQuantizationType[kind]
+    shape = {**make_model("llama2-mha").config.to_dict(), "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    matrices = {"blk.0.attn_v.weight": (256, 256), "blk.1.ffn_down.weight": (256, 512)}
+    blocks = {
+        name: random_blocks(type_, rows * cols // 256).reshape(rows, -1) for name, (rows, cols) in matrices.items()
+    }
+    path = tmp_path / "k.gguf"
+    write_gguf(path, LlamaForCausalLM(LlamaConfig(**shape)), types=dict.fromkeys(matrices, type_), raw_blocks=blocks)
+    checkpoint = open_checkpoint(path)
+    model = NativeModel.load(checkpoint, threads=1)
+    formats = {name: matrix.format.name for name, matrix in model._weights.matrices.items()}
+    changed = {"model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight"}
+    assert {name for name, found in formats.items() if found == "Q8"} == changed
+    assert set(formats.values()) == {"Q8", "F32"}
+    torch_model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    ids, segments = tokens(model, 20), [Segment(0, 0, 20)]
+    expected = torch_model.unembed(run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
+    found = model.unembed(run(model, ids, segments, garbage_cache(model, 1, 32)))
+    assert 1e-6 < error(found, expected) < TOLERANCES["q8"]
 
 
 def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
@@ -412,6 +495,11 @@ def bad_calls() -> Iterator[Any]:
     yield pytest.param({"v": torch.zeros(3, 2, 2, 16, 16, dtype=torch.bfloat16)}, id="v of another type")
     yield pytest.param({"k": torch.zeros(3, 2, 2, 32, 16)[:, :, :, ::2]}, id="strides of the cache")
     yield pytest.param({"k": torch.zeros(3, 2, 2, 16, 16, dtype=torch.float16)}, id="float16 cache")
+    int8 = {name: torch.zeros(3, 2, 2, 16, 16, dtype=torch.int8) for name in "kv"}
+    scales = {f"{name}_scales": torch.zeros(3, 2, 2, 16) for name in "kv"}
+    yield pytest.param(int8, id="int8 without scales")
+    yield pytest.param({**int8, **scales, "v_scales": torch.zeros(3, 2, 2, 15)}, id="too few scales")
+    yield pytest.param({**int8, **scales, "k_scales": torch.zeros(3, 2, 2, 16).double()}, id="float64 scales")
 
 
 @pytest.mark.parametrize("change", list(bad_calls()))
@@ -483,10 +571,15 @@ def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) ->
     for bad in (-1, model.config.vocab_size):
         with pytest.raises(ValueError, match="token id"):
             model.embed(torch.tensor([bad]))
-    with pytest.raises(ValueError, match="exit_layer"):
-        model.draft_greedy(torch.tensor([1]), torch.tensor([0]), torch.tensor([0]), 0, 2, model.new_cache(1, 8))
+    one, cache = torch.tensor([1]), model.new_cache(1, 8)
+    with pytest.raises(ValueError, match="branch needs a layer"):
+        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, exit_layer=0)
+    with pytest.raises(ValueError, match="start is 100"):
+        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, exit_layer=100)
     with pytest.raises(ValueError, match="position is 7"):  # the second step would be beyond the cache
-        model.draft_greedy(torch.tensor([1]), torch.tensor([0]), torch.tensor([7]), 1, 2, model.new_cache(1, 8))
+        model.draft_greedy(one, Rows([Segment(0, 7, 1)]), [2], cache, exit_layer=1)
+    with pytest.raises(ValueError, match="occurs twice"):
+        model.draft_greedy(one.repeat(2), Rows([Segment(0, 0, 2)]), [2, 2], cache, exit_layer=1)
     data = torch.zeros((2, 2048 // 4), dtype=torch.int32)
     native._native.Matrix(0, 32, 32, torch.zeros((2, 512), dtype=torch.int32))
     for bad_arguments in [

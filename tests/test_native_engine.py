@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hopskip import SamplingParams, SpeculativeConfig
+from hopskip.cache import Rows, Segment
 from hopskip.draft.config import DraftSource, VerifyMode
+from hopskip.draft.exit import ExitDrafter
 from hopskip.engine import Engine
 from hopskip.native import NativeModel, available
+from hopskip.sequence import Sequence
 from hopskip.weights import open_checkpoint
 from tests.test_engine import PLAIN, RecordingModel, new_ids, run
 from tests.tiny import write_checkpoint
@@ -53,3 +57,61 @@ def test_a_batch_changes_nothing(model: NativeModel) -> None:
     config = SpeculativeConfig(draft="both", num_draft_tokens=4)
     alone = [new_ids(run(Engine(model, config), [prompt], PARAMS))[0] for prompt in PROMPTS]
     assert new_ids(run(Engine(model, config), PROMPTS, PARAMS)) == alone
+
+
+class Counting:
+    """Passes everything on, counts the calls of `draft_greedy`, and can hide that there is such a thing."""
+
+    def __init__(self, model: NativeModel, *, has_draft_greedy: bool) -> None:
+        self._model = model
+        self._has_draft_greedy = has_draft_greedy
+        self.num_calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "draft_greedy" and not self._has_draft_greedy:
+            raise AttributeError(name)
+        return self._counted if name == "draft_greedy" else getattr(self._model, name)
+
+    def _counted(self, *arguments: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
+        self.num_calls += 1
+        return self._model.draft_greedy(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.04])
+@pytest.mark.parametrize(
+    ("limits", "num_calls"),
+    # the last sequence samples, the one before is greedy with a penalty: these two always go step by step
+    [((5, 5, 5, 5, 5), 1), ((3, 6, 1, 4, 6), 1), ((0, 4, 0, 0, 2), 1), ((0, 0, 0, 5, 5), 0)],
+)
+def test_a_draft_in_one_call_is_the_draft_of_its_steps(
+    model: NativeModel, limits: tuple[int, ...], num_calls: int, min_confidence: float
+) -> None:
+    params = [SamplingParams()] * 3
+    params += [SamplingParams(repetition_penalty=1.5), SamplingParams(temperature=1.0, seed=1)]
+    found, num_tokens = [], 0
+    for has_draft_greedy in (True, False):
+        counting = Counting(model, has_draft_greedy=has_draft_greedy)
+        drafter = ExitDrafter(counting, 2, min_confidence)
+        cache = model.new_cache(5, 64)
+        for tensor in (cache.k_LSHTD, cache.v_LSHTD):
+            tensor.zero_()
+        sequences = []
+        for slot, own in enumerate(params):
+            ids = [(7 * slot + 3 * i) % 300 for i in range(4 + slot)]
+            sequence = Sequence(ids, own, frozenset(), model.config.vocab_size)
+            sequence.slot, sequence.num_cached = 4 - slot, len(ids) - 1
+            prompt = torch.tensor(ids[:-1], dtype=torch.int32)
+            model.run_layers(model.embed(prompt), 0, 3, Rows([Segment(4 - slot, 0, len(prompt))]), cache)
+            sequences.append(sequence)
+        drafts = drafter.propose(sequences, limits, cache)
+        num_tokens = sum(len(draft.token_ids) for draft in drafts)
+        contents = [
+            ([d.token_ids, d.probs and [p.tolist() for p in d.probs]], [s.tolist() for s in d.exit_states])
+            for d in drafts
+        ]
+        found.append((contents, cache.k_LSHTD.clone(), cache.v_LSHTD.clone()))
+        assert counting.num_calls == (num_calls if has_draft_greedy else 0)
+    (one_call, *cache_one), (steps, *cache_steps) = found
+    assert one_call == steps
+    assert all(torch.equal(a, b) for a, b in zip(cache_one, cache_steps, strict=True))
+    assert (num_tokens < sum(limits)) == (min_confidence > 0), "a draft that never ends early proves nothing"

@@ -38,6 +38,15 @@ static inline __m512i emulated_cvtepu16_epi32(__m256i x) {
 }
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 
+static inline __m512i emulated_cvtepi8_epi32(__m128i x) {
+    int8_t from[16];
+    int32_t to[16];
+    simde_mm_storeu_si128(from, x);
+    for (int i = 0; i < 16; ++i) to[i] = from[i];
+    return _mm512_loadu_si512(to);
+}
+#define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
+
 static inline __m256i emulated_cvtepi32_epi16(__m512i x) {
     int32_t from[16];
     uint16_t to[16];

@@ -61,6 +61,8 @@ class Rows:
 class Cache:
     """Keys and values of every layer, `k_LSHTD` and `v_LSHTD`, allocated once.
 
+    In int8 each vector of D numbers has a float32 scale, in `k_scales_LSHT` and `v_scales_LSHT`; else these are None.
+
     Memory is only reserved here: the operating system commits a page when it is first written.
     """
 
@@ -75,6 +77,9 @@ class Cache:
         shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, length, config.head_dim)
         self.k_LSHTD = torch.empty(shape, dtype=dtype, device=device)
         self.v_LSHTD = torch.empty(shape, dtype=dtype, device=device)
+        has_scales = dtype == torch.int8
+        self.k_scales_LSHT = torch.empty(shape[:-1], device=device) if has_scales else None
+        self.v_scales_LSHT = torch.empty(shape[:-1], device=device) if has_scales else None
 
     @property
     def num_slots(self) -> int:
@@ -87,15 +92,21 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.k_LSHTD.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that the cache holds; the first four dimensions are L, S, H, T."""
+        found = (self.k_LSHTD, self.v_LSHTD, self.k_scales_LSHT, self.v_scales_LSHT)
+        return [tensor for tensor in found if tensor is not None]
 
     def copy_from(self, other: Cache) -> None:
         """Take over every slot of a smaller cache (used when the engine must grow its cache, never to reject)."""
         slots, length = other.num_slots, other.length
-        self.k_LSHTD[:, :slots, :, :length] = other.k_LSHTD
-        self.v_LSHTD[:, :slots, :, :length] = other.v_LSHTD
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine[:, :slots, :, :length] = theirs
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
-        self.k_LSHTD[:, target, :, :length] = self.k_LSHTD[:, source, :, :length]
-        self.v_LSHTD[:, target, :, :length] = self.v_LSHTD[:, source, :, :length]
+        for tensor in self.tensors:
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]

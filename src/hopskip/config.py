@@ -94,6 +94,31 @@ class ModelConfig:
         embeddings = self.num_head_parameters * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * self.num_layer_parameters + embeddings
 
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of one decoder layer: name within the layer -> shape, linears as [outputs, inputs]."""
+        hidden, intermediate, head_dim = self.hidden_size, self.intermediate_size, self.head_dim
+        q_size, kv_size = self.num_attention_heads * head_dim, self.num_key_value_heads * head_dim
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (q_size, hidden),
+            "self_attn.k_proj.weight": (kv_size, hidden),
+            "self_attn.v_proj.weight": (kv_size, hidden),
+            "self_attn.o_proj.weight": (hidden, q_size),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (intermediate, hidden),
+            "mlp.up_proj.weight": (intermediate, hidden),
+            "mlp.down_proj.weight": (hidden, intermediate),
+        }
+        if self.qkv_bias:
+            layer |= {
+                "self_attn.q_proj.bias": (q_size,),
+                "self_attn.k_proj.bias": (kv_size,),
+                "self_attn.v_proj.bias": (kv_size,),
+            }
+        if self.qk_norm:
+            layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+        return layer
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
         """Read a Hugging Face `config.json`, and the EOS ids of a `generation_config.json` where there is one.

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.config import SpeculativeConfig
@@ -40,6 +41,7 @@ class Engine:
     Args:
         model: the decoder.
         speculative: how to draft and verify; resolved against the model.
+        branch: the trained exit that is attached to the model (`Model.attach`), if any.
         max_model_len: longest sequence, prompt and output; None for the model's own context.
         max_num_seqs: sequences that are stepped together; further ones wait.
         prefix_caching: start a prompt from the cached keys and values of an earlier request that shares its beginning.
@@ -53,6 +55,7 @@ class Engine:
         model: Model,
         speculative: SpeculativeConfig | None = None,
         *,
+        branch: ExitBranch | None = None,
         eos_token_ids: Seq[int] | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
@@ -65,11 +68,13 @@ class Engine:
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
         self.model = model
-        self.speculative = (speculative or SpeculativeConfig()).resolve(model.config)
+        self.branch = branch
+        self.speculative = (speculative or SpeculativeConfig()).resolve(model.config, branch)
         self.max_model_len = max_model_len or context
         self.max_num_seqs = max_num_seqs
         self._eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self._drafter = self.speculative.make_drafter(model)
+        self._drafter = self.speculative.make_drafter(model, branch)
+        self._taps = self._drafter.taps if self._drafter else ()
         self._drafters_by_exit: dict[int, Drafter] = {}
         """Those of requests that ask for an exit layer of their own."""
         self._prefix_caching = model.row_exact if prefix_caching is None else prefix_caching
@@ -155,7 +160,7 @@ class Engine:
             )
         if exit_layer is None or exit_layer == speculative.exit_layer:
             return
-        if speculative.draft not in ("early-exit", "both"):
+        if speculative.exit_layer is None or speculative.draft not in ("early-exit", "both"):
             raise ConfigError(f"exit_layer={exit_layer} has no effect: this engine drafts by {speculative.draft!r}")
         if speculative.verify == "reuse":
             raise ConfigError(
@@ -291,9 +296,13 @@ class Engine:
         prompt = sequence.token_ids[:-1]
         if self._prefix_caching:
             shared = {slot: _common_prefix(self._slot_token_ids.get(slot, []), prompt) for slot in free}
+            if self._taps:
+                # the drafter wants the states of the last shared token, which the cache does not hold
+                shared = {slot: max(0, length - 1) for slot, length in shared.items()}
         sequence.slot = max(free, key=lambda slot: (shared[slot], slot not in self._slot_token_ids, -slot))
         sequence.num_cached = shared[sequence.slot]
-        if self._prefix_caching and self._running:
+        # a copy has no states for a drafter that wants to see every token
+        if self._prefix_caching and self._running and not self._taps:
             donor = max(self._running, key=lambda s: _common_prefix(s.token_ids[: s.num_cached], prompt))
             length = _common_prefix(donor.token_ids[: donor.num_cached], prompt)
             if length > sequence.num_cached:
@@ -432,9 +441,19 @@ class Engine:
         return self.model.run_layers(torch.cat(parts), exit_layer, self.model.config.num_hidden_layers, rows, cache)
 
     def _run(self, ids: list[int], rows: Rows) -> Tensor:
-        """All layers on these tokens: final hidden states [N, D]."""
+        """All layers on these tokens: final hidden states [N, D]. The drafter is shown what it wants to see."""
         h_ND = self.model.embed(torch.tensor(ids, dtype=torch.int32))
-        return self.model.run_layers(h_ND, 0, self.model.config.num_hidden_layers, rows, self._cache_or_fail)
+        start, depth = 0, self.model.config.num_hidden_layers
+        seen: list[Tensor] = []
+        for tap in self._taps:
+            h_ND = self.model.run_layers(h_ND, start, tap, rows, self._cache_or_fail)
+            seen.append(h_ND)
+            start = tap
+        if start < depth:
+            h_ND = self.model.run_layers(h_ND, start, depth, rows, self._cache_or_fail)
+        if self._drafter is not None and seen:
+            self._drafter.observe(rows, torch.stack(seen, dim=1))
+        return h_ND
 
     # -- choosing tokens -----------------------------------------------------------------------------------------------
 

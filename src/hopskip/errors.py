@@ -17,3 +17,7 @@ class CheckpointError(HopskipError):
 
 class PromptError(HopskipError, ValueError):
     """A prompt cannot be served: empty, longer than the context, or not text."""
+
+
+class TrainingError(HopskipError):
+    """Training cannot go on: the loss is not a number, or a checkpoint cannot be written."""

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from hopskip.branch import read_description
 from hopskip.errors import CheckpointError
 from hopskip.hf_folder import read_json
 
@@ -59,6 +60,14 @@ def _inside(path: Path) -> Path:
         if ggufs:
             raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files; give one of them, such as {ggufs[0]}")
     return path
+
+
+def shipped_exit(fingerprint: str) -> Path | None:
+    """The folder of the trained exit that comes with the package for the model of this fingerprint, if there is one."""
+    for folder in sorted((Path(__file__).parent / "data" / "exits").glob("*")):
+        if read_description(folder)["fingerprint"] == fingerprint:
+            return folder
+    return None
 
 
 def _packaged_default() -> Path | None:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from hopskip.branch import ExitBranch
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
-from hopskip.errors import PromptError
-from hopskip.hub import find_model
-from hopskip.load import Backend, DType, Quantize, load_model
+from hopskip.errors import ConfigError, PromptError
+from hopskip.hub import find_model, shipped_exit
+from hopskip.load import Backend, DType, KVDType, Quantize, load_model
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import FinishReason, Sequence, Token
 from hopskip.stats import SpeculativeStats
 from hopskip.text import TextStream
 from hopskip.tokenizer import Detokenizer, Tokenizer
-from hopskip.weights import open_checkpoint
+from hopskip.weights import Checkpoint, open_checkpoint
 
 Message = Mapping[str, str]
 """One turn of a chat: `{"role": "user", "content": "..."}`."""
@@ -69,7 +70,7 @@ class LLM:
     >>> llm.generate("The capital of France is")[0].text        # doctest: +SKIP
 
     Not safe for use from several threads at once. See `load_model` for `dtype`, `quantize`, `device`, `backend`,
-    `threads` and `progress`, `Engine` for the rest.
+    `threads`, `kv_dtype` and `progress`, `Engine` for the rest.
 
     Args:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
@@ -90,6 +91,7 @@ class LLM:
         device: str = "auto",
         backend: Backend = "auto",
         threads: int | None = None,
+        kv_dtype: KVDType = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
@@ -98,7 +100,9 @@ class LLM:
         checkpoint = open_checkpoint(find_model(model))
         self.tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
         # a wrong option must not cost the time of loading the weights
-        (speculative or SpeculativeConfig()).resolve(checkpoint.config)
+        speculative = speculative or SpeculativeConfig()
+        branch = find_exit(checkpoint, speculative)
+        speculative.resolve(checkpoint.config, branch)
         self.model = load_model(
             checkpoint,
             dtype=dtype,
@@ -106,28 +110,41 @@ class LLM:
             device=device,
             backend=backend,
             threads=threads,
+            kv_dtype=kv_dtype,
             progress=progress,
         )
+        if branch is not None:
+            self.model.attach(branch)
         self.engine = Engine(
             self.model,
             speculative,
+            branch=branch,
             eos_token_ids=self.tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
         )
 
-    def generate(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | None = None) -> list[GenerationResult]:
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[GenerationResult]:
         """Generate for one prompt or many; many are stepped together. Results come in the order of the prompts.
 
+        Args:
+            params: for all prompts, or one for each.
+
         Raises:
+            ConfigError: there are not as many `params` as prompts.
             PromptError: a prompt is empty or does not fit the context. Nothing has been generated then.
         """
-        params = params or SamplingParams()
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(encoded)
+        if len(params) != len(encoded):
+            raise ConfigError(f"{len(params)} params for {len(encoded)} prompts; give one for each, or one for all")
         requests: list[tuple[Sequence, TextStream]] = []
         try:
-            requests.extend(self._add(prompt_ids, params) for prompt_ids in encoded)
+            requests.extend(self._add(*request) for request in zip(encoded, params, strict=True))
             while not all(sequence.is_finished for sequence, _ in requests):
                 self.engine.step()
         finally:
@@ -170,6 +187,23 @@ class LLM:
     def _add(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Sequence, TextStream]:
         text = TextStream(Detokenizer(self.tokenizer), params.stop)
         return self.engine.add(prompt_ids, params, is_stop=text.push), text
+
+
+def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> ExitBranch | None:
+    """The trained exit to draft with: the one that is asked for, else the one that ships for the model, if any.
+
+    Raises:
+        CheckpointError: the exit cannot be read.
+        ConfigError: it was trained for other weights.
+    """
+    folder = speculative.exit_branch
+    if folder is None and speculative.may_use_branch:
+        folder = shipped_exit(checkpoint.fingerprint)
+    if folder is None:
+        return None
+    branch = ExitBranch.load(Path(folder))
+    branch.check_base(checkpoint.fingerprint)
+    return branch
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

@@ -6,7 +6,9 @@ E head dimension, T positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hopskip.attention import attend
+from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
 
@@ -47,6 +50,26 @@ class Model(Protocol):
         ...
 
 
+class BranchedModel(Model, Protocol):
+    """A decoder that can have a trained exit beside it. `Transformer` and `NativeModel` both can."""
+
+    dtype: torch.dtype
+    """Precision of hidden states."""
+
+    def attach(self, branch: ExitBranch) -> None:
+        """Put a trained exit beside the model. Its layers follow the model's own: `run_layers` runs them by the
+        numbers from `num_hidden_layers` on, and caches that are made from now on have room for them.
+
+        Raises:
+            ConfigError: the branch does not fit the model.
+        """
+        ...
+
+    def unembed_draft(self, h_ND: Tensor) -> Tensor:
+        """Final norm and the head's rows of the branch's draft vocabulary: float32 logits [N, n]."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
     """One decoder layer. Projections are fused as they are used: q, k, v rows in one matrix, gate and up in another."""
@@ -60,6 +83,21 @@ class LayerWeights:
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    @classmethod
+    def fused(cls, config: ModelConfig, part: Callable[..., Tensor]) -> LayerWeights:
+        """Put a layer together; `part(*names)` gives the named tensors of it, one below the other."""
+        return cls(
+            input_layernorm=part("input_layernorm.weight"),
+            qkv_proj=part(*(f"self_attn.{x}_proj.weight" for x in "qkv")),
+            qkv_bias=part(*(f"self_attn.{x}_proj.bias" for x in "qkv")) if config.qkv_bias else None,
+            q_norm=part("self_attn.q_norm.weight") if config.qk_norm else None,
+            k_norm=part("self_attn.k_norm.weight") if config.qk_norm else None,
+            o_proj=part("self_attn.o_proj.weight"),
+            post_attention_layernorm=part("post_attention_layernorm.weight"),
+            gate_up_proj=part("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            down_proj=part("mlp.down_proj.weight"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,22 +120,35 @@ class Transformer:
         self.weights = weights
         self.device = weights.norm.device
         self.dtype = weights.norm.dtype
+        self._layers = list(weights.layers)
+        self._draft_head: Tensor | None = None
         self._rope_tables: tuple[Tensor, Tensor] | None = None
 
+    def attach(self, branch: ExitBranch) -> None:
+        branch.check(self.config)
+
+        def part(layer: dict[str, Tensor], *names: str) -> Tensor:
+            return torch.cat([layer[name] for name in names]).to(self.device, self.dtype)
+
+        added = [LayerWeights.fused(self.config, partial(part, layer)) for layer in branch.layers]
+        self._layers = [*self.weights.layers, *added]
+        self._draft_head = self.weights.lm_head[branch.vocabulary.to(self.device)]
+
     def new_cache(self, num_slots: int, length: int) -> Cache:
-        return Cache(self.config, num_slots, length, self.dtype, self.device)
+        config = replace(self.config, num_hidden_layers=len(self._layers))
+        return Cache(config, num_slots, length, self.dtype, self.device)
 
     def embed(self, ids_N: Tensor) -> Tensor:
         return F.embedding(ids_N.to(self.device), self.weights.embed_tokens)
 
     @torch.inference_mode()
     def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-        assert 0 <= start <= stop <= self.config.num_hidden_layers
+        assert 0 <= start <= stop <= len(self._layers)
         assert len(rows) == h_ND.shape[0]
         assert rows.max_position < cache.length
         rotation = self._rotation(rows, cache)
         for index in range(start, stop):
-            layer = self.weights.layers[index]
+            layer = self._layers[index]
             h_ND = h_ND + self._attention(h_ND, layer, rotation, rows, cache, index)
             x_ND = rms_norm(h_ND, layer.post_attention_layernorm, self.config.rms_norm_eps)
             gate, up = F.linear(x_ND, layer.gate_up_proj).chunk(2, dim=-1)
@@ -111,6 +162,11 @@ class Transformer:
 
     def greedy(self, h_ND: Tensor) -> Tensor:
         return self.unembed(h_ND).argmax(dim=-1)
+
+    @torch.inference_mode()
+    def unembed_draft(self, h_ND: Tensor) -> Tensor:
+        assert self._draft_head is not None, "no branch is attached"
+        return F.linear(rms_norm(h_ND, self.weights.norm, self.config.rms_norm_eps), self._draft_head).float()
 
     def _attention(
         self, h_ND: Tensor, layer: LayerWeights, rotation: tuple[Tensor, Tensor], rows: Rows, cache: Cache, index: int

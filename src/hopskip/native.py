@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
 from hopskip.errors import ConfigError
 from hopskip.packed import PackedWeights
-from hopskip.quantize import Packed, select_rows
+from hopskip.quantize import Packed, pack, quantize_q8, select_rows
 from hopskip.weights import Checkpoint
+
+T = TypeVar("T")
 
 _native: Any
 try:
@@ -28,6 +33,8 @@ except ImportError as error:  # installed without a compiler
     _native, _import_error = None, str(error)
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+KV_NAMES = "float32, bfloat16 or int8"
 ISAS = ("avx512", "avx2", "portable")
 """Instruction sets, best first. The environment variable HOPSKIP_ISA forces one."""
 
@@ -77,6 +84,7 @@ class NativeModel:
     """
 
     row_exact = True
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -87,8 +95,8 @@ class NativeModel:
     ) -> None:
         if obstacle := available():
             raise ConfigError(f"the native backend cannot be used: {obstacle}")
-        if kv_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ConfigError(f"kv_dtype is {kv_dtype}; the native engine keeps keys and values in float32 or bfloat16")
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise ConfigError(f"kv_dtype is {kv_dtype}; the native engine keeps keys and values in {KV_NAMES}")
         self.config = config
         self.device = torch.device("cpu")
         self.kv_dtype = kv_dtype or weights.kv_dtype
@@ -106,7 +114,13 @@ class NativeModel:
             sliding_window=config.sliding_window or 0,
         )
         for index in range(config.num_hidden_layers):
-            self._engine.add_layer(**_layer_arguments(weights, index))
+            prefix = f"model.layers.{index}."
+            self._engine.add_layer(
+                **_layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
+            )
+        self._num_layers = config.num_hidden_layers
+        self._draft_head: HeadSubset | None = None
+        self._branch: object | None = None
         self._engine.set_edges(
             _matrix(weights.matrices["model.embed_tokens.weight"]),
             _matrix(weights.head),
@@ -129,7 +143,7 @@ class NativeModel:
                 as bfloat16, GGUF's Q8_0 as q8, Q4_0 and Q4_1 as q4 without a change to their values, its other block
                 types as q8. `float32`, `bfloat16`, `q8`, `q4` ask for one; blocks that are so already stay as they are.
             threads: None uses as many as the process may run on.
-            kv_dtype: of the cache, float32 or bfloat16; None takes float32 beside float32 weights, else bfloat16.
+            kv_dtype: of the cache, float32, bfloat16 or int8; None takes float32 beside float32 weights, else bfloat16.
             progress: told the share packed so far, up to 1.
 
         Raises:
@@ -155,8 +169,38 @@ class NativeModel:
         layers = sum(m.data.nbytes for name, m in self._weights.matrices.items() if name.startswith("model.layers."))
         return layers + self._weights.head.data.nbytes
 
+    def attach(self, branch: ExitBranch) -> None:
+        """As `BranchedModel.attach`. The branch is packed to q8 whatever the model's precision: what it drafts is
+        verified, so that costs a little acceptance and never exactness."""
+        if self._draft_head is not None:
+            raise ConfigError("an exit is attached to this model already; load the model anew for another")
+        branch.check(self.config)
+        for layer in branch.layers:
+            matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
+            vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
+            self._engine.add_layer(**_layer_arguments(self.config, matrices, vectors))
+        self._num_layers += len(branch.layers)
+        self._draft_head = self.head_subset(branch.vocabulary)
+        mixing: dict[str, object] = {}
+        if branch.mixing:
+            mixing = {name: _matrix(_pack_q8(branch.mixing[name])) for name in ("fuse", "mix")}
+            mixing |= {name: branch.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
+        self._branch = _native.Branch(
+            start=branch.config.start,
+            first_layer=self.config.num_hidden_layers,
+            num_layers=branch.config.num_layers,
+            head=self._draft_head.matrix,
+            vocabulary=_int32(branch.vocabulary),
+            num_features=len(branch.config.features),
+            **mixing,
+        )
+
+    def unembed_draft(self, h_ND: Tensor) -> Tensor:
+        assert self._draft_head is not None, "no branch is attached"
+        return self.unembed_subset(h_ND, self._draft_head)
+
     def new_cache(self, num_slots: int, length: int) -> Cache:
-        return Cache(self.config, num_slots, length, self.kv_dtype)
+        return Cache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
 
     def embed(self, ids_N: Tensor) -> Tensor:
         out_ND = torch.empty((len(ids_N), self.config.hidden_size))
@@ -166,7 +210,7 @@ class NativeModel:
     def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
         out_ND = torch.empty(h_ND.shape)
         self._extend_rope(cache.length)
-        self._engine.run_layers(h_ND, out_ND, start, stop, rows.slots, rows.positions, cache.k_LSHTD, cache.v_LSHTD)
+        self._engine.run_layers(h_ND, out_ND, start, stop, rows.slots, rows.positions, **_cache_arguments(cache))
         return out_ND
 
     def unembed(self, h_ND: Tensor) -> Tensor:
@@ -209,37 +253,54 @@ class NativeModel:
 
     def draft_greedy(
         self,
-        ids_B: Tensor,
-        slots_B: Tensor,
-        positions_B: Tensor,
-        exit_layer: int,
-        num_draft_tokens: int,
+        ids_N: Tensor,
+        rows: Rows,
+        limits: Seq[int],
         cache: Cache,
-        min_confidence: float = 0.0,
+        *,
+        exit_layer: int | None = None,
         subset: HeadSubset | None = None,
+        features_NAD: Tensor | None = None,
+        token_states_ND: Tensor | None = None,
+        min_confidence: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """k greedy draft steps through layers 0..exit_layer-1, final norm and head, in one call.
+        """Greedy draft steps in one call: through layers 0..exit_layer-1, or through the attached branch.
 
         Args:
-            ids_B: the last token of each sequence, to stand at `positions_B` of slot `slots_B`; no slot twice.
-            num_draft_tokens: k.
-            cache: the early layers' keys and values are written to it, at `positions_B` and the k - 1 positions after.
+            ids_N: committed tokens that have not been at the exit, each sequence's last one at the end of its segment.
+                An exit without layers of its own takes that one alone.
+            limits: most tokens to draft for each segment, at least 1.
+            cache: keys and values are written to it, at the rows' positions and up to limit - 1 positions after.
+            exit_layer: None takes the attached branch.
+            subset: with `exit_layer`, draft from these tokens alone; probabilities are then among them.
+            features_NAD: features of the token before each row, if the branch wants any.
+            token_states_ND: outputs of the model's layer start - 1 at the rows, if the branch begins after a layer and
+                has layers. Those at the last row of a segment are not used: the model has not been there yet.
             min_confidence: a sequence drafts no more after its first token whose probability is below it.
-            subset: draft from these tokens alone; probabilities are then among them.
 
         Returns:
-            tokens int64 [B, k]; counts int64 [B], how many of them each sequence drafted, the rest being undefined; and
-            the hidden states float32 [B, k, D] at the exit that the tokens were read from.
+            tokens int64 [B, max(limits)]; counts int64 [B], how many of them each sequence drafted, the rest being
+            undefined; and the hidden states float32 [B, max(limits), D] that the tokens were read from.
         """
-        size, k = len(ids_B), num_draft_tokens
+        branch = self._branch
+        if exit_layer is not None:
+            branch = _native.Branch(
+                start=exit_layer,
+                first_layer=self.config.num_hidden_layers,
+                num_layers=0,
+                head=None if subset is None else subset.matrix,
+                vocabulary=None if subset is None else _int32(subset.ids),
+            )
+        assert branch is not None, "no branch is attached"
+        size, k = len(limits), max(limits)
         tokens = torch.zeros((size, k), dtype=torch.int32)
         counts = torch.zeros(size, dtype=torch.int32)
         states = torch.zeros((size, k, self.config.hidden_size))
         self._extend_rope(cache.length)
         self._engine.draft(
-            _int32(ids_B), _int32(slots_B), _int32(positions_B), exit_layer, k, min_confidence,
-            cache.k_LSHTD, cache.v_LSHTD, tokens, counts, states,
-            *(() if subset is None else (subset.matrix, _int32(subset.ids))),
+            branch, _int32(ids_N), rows.slots, rows.positions, features_NAD, token_states_ND,
+            k, torch.tensor(limits, dtype=torch.int32), min_confidence,
+            **_cache_arguments(cache), tokens=tokens, counts=counts, states=states,
         )  # fmt: skip
         return tokens.long(), counts.long(), states
 
@@ -249,20 +310,38 @@ class NativeModel:
             self._engine.set_rope(cos.contiguous(), sin.contiguous())
 
 
-def _layer_arguments(weights: PackedWeights, index: int) -> dict[str, object]:
-    """Arguments of `Engine.add_layer`."""
-    prefix = f"model.layers.{index}."
+def _layer_arguments(
+    config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]
+) -> dict[str, object]:
+    """Arguments of `Engine.add_layer`, from the tensors of a layer by their names in it."""
     arguments: dict[str, object] = {
-        part: _matrix(weights.matrices[f"{prefix}{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
+        part: _matrix(matrices[f"{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
         for part in ("q", "k", "v", "o", "gate", "up", "down")
     }
-    arguments["input_norm"] = weights.vectors[f"{prefix}input_layernorm.weight"]
-    arguments["post_norm"] = weights.vectors[f"{prefix}post_attention_layernorm.weight"]
-    if weights.config.qkv_bias:
-        arguments |= {f"{x}_bias": weights.vectors[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"}
-    if weights.config.qk_norm:
-        arguments |= {f"{x}_norm": weights.vectors[f"{prefix}self_attn.{x}_norm.weight"] for x in "qk"}
+    arguments["input_norm"] = vectors["input_layernorm.weight"]
+    arguments["post_norm"] = vectors["post_attention_layernorm.weight"]
+    if config.qkv_bias:
+        arguments |= {f"{x}_bias": vectors[f"self_attn.{x}_proj.bias"] for x in "qkv"}
+    if config.qk_norm:
+        arguments |= {f"{x}_norm": vectors[f"self_attn.{x}_norm.weight"] for x in "qk"}
     return arguments
+
+
+def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _pack_q8(weight_OI: Tensor) -> Packed:
+    return pack(quantize_q8(weight_OI.float()), weight_OI.shape[1])
+
+
+def _cache_arguments(cache: Cache) -> dict[str, Tensor | None]:
+    return {
+        "k": cache.k_LSHTD,
+        "v": cache.v_LSHTD,
+        "k_scales": cache.k_scales_LSHT,
+        "v_scales": cache.v_scales_LSHT,
+    }
 
 
 def _matrix(packed: Packed) -> object:

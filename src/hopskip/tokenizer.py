@@ -58,13 +58,20 @@ class Tokenizer:
         """
         return _from_gguf(path, config) if path.is_file() else _from_folder(path, config)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, after BOS where the model's tokenizer puts one. Special tokens in it count as such.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens in it count as such.
+
+        Args:
+            add_special_tokens: put BOS first where the model's tokenizer does. Text from `render_chat` has it already.
 
         Raises:
             PromptError: the text cannot be written as UTF-8 (a lone surrogate).
         """
-        return self._encode(text, add_special_tokens=True)
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise PromptError(f"the prompt is not valid text ({error}); give a string of Unicode characters") from None
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out. Bytes that form no character become U+FFFD."""
@@ -87,21 +94,20 @@ class Tokenizer:
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
 
-    def to_json(self) -> str:
-        """The tokenizer in the format of `tokenizer.json`."""
-        text: str = self._backend.to_str()
-        return text
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that it knows; the model's vocabulary may have more."""
-        size: int = self._backend.get_vocab_size(with_added_tokens=True)
-        return size
-
     @property
     def has_tools_template(self) -> bool:
         """True if the chat template knows what to do with `tools`."""
         return self._template is not None and "tools" in self._template.variables
+
+    @property
+    def backend(self) -> Backend:
+        """The tokenizer of the `tokenizers` library."""
+        return self._backend
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, ... as text, as far as the checkpoint names them."""
+        return dict(self._special_tokens)
 
     @property
     def has_chat_template(self) -> bool:
@@ -121,19 +127,26 @@ class Tokenizer:
         Raises:
             PromptError: the model has no chat template, or the template refuses these messages.
         """
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text that the chat template makes of these messages, its special tokens written out.
+
+        Raises:
+            PromptError: as `apply_chat_template`.
+        """
         if self._template is None:
             raise PromptError("this model has no chat template; give a plain prompt, or use an instruct model")
-        text = self._template.render(
+        return self._template.render(
             messages, add_generation_prompt=add_generation_prompt, **{**self._special_tokens, **variables}
         )
-        return self._encode(text, add_special_tokens=False)  # the template writes them itself
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise PromptError(f"the prompt is not valid text ({error}); give a string of Unicode characters") from None
-        return ids
 
 
 @dataclass

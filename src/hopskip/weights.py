@@ -127,27 +127,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint of this shape: Hugging Face name -> shape, linears as [outputs, inputs]."""
-    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q_size, hidden),
-        "self_attn.k_proj.weight": (kv_size, hidden),
-        "self_attn.v_proj.weight": (kv_size, hidden),
-        "self_attn.o_proj.weight": (hidden, q_size),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (intermediate, hidden),
-        "mlp.up_proj.weight": (intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, intermediate),
-    }
-    if config.qkv_bias:
-        layer |= {
-            "self_attn.q_proj.bias": (q_size,),
-            "self_attn.k_proj.bias": (kv_size,),
-            "self_attn.v_proj.bias": (kv_size,),
-        }
-    if config.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+    layer, hidden = config.layer_tensors(), config.hidden_size
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
         tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
@@ -185,18 +165,7 @@ def load_weights(
         def part(*names: str) -> Tensor:
             return load(*(f"model.layers.{index}.{name}" for name in names))
 
-        attention = "self_attn."
-        return LayerWeights(
-            input_layernorm=part("input_layernorm.weight"),
-            qkv_proj=part(*(f"{attention}{x}_proj.weight" for x in "qkv")),
-            qkv_bias=part(*(f"{attention}{x}_proj.bias" for x in "qkv")) if config.qkv_bias else None,
-            q_norm=part(f"{attention}q_norm.weight") if config.qk_norm else None,
-            k_norm=part(f"{attention}k_norm.weight") if config.qk_norm else None,
-            o_proj=part(f"{attention}o_proj.weight"),
-            post_attention_layernorm=part("post_attention_layernorm.weight"),
-            gate_up_proj=part("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-            down_proj=part("mlp.down_proj.weight"),
-        )
+        return LayerWeights.fused(config, part)
 
     expected = expected_tensors(config)
     embed_tokens = load("model.embed_tokens.weight")

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a proof failed or hopskip has a bug, 2 bad input (one line
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -15,13 +16,15 @@ import typer
 from typer.core import TyperGroup
 
 from hopskip import __version__
-from hopskip.cli.bench import bench
+from hopskip.cli.bench import app as bench_app
 from hopskip.cli.chat import chat
 from hopskip.cli.check import check
 from hopskip.cli.console import plain_warnings, print_error
 from hopskip.cli.generate import generate
 from hopskip.cli.info import info
+from hopskip.cli.perplexity import perplexity
 from hopskip.cli.serve import serve
+from hopskip.cli.train import app as train
 from hopskip.errors import HopskipError
 
 # the error of a wrong option or argument: click's, of which typer carries a copy but names only this subclass
@@ -35,21 +38,34 @@ class _Commands(TyperGroup):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal may lack characters that a model writes
+        given = sys.argv[1:] if args is None else args
         kwargs["standalone_mode"] = False  # errors come here, and exit codes as the value returned
         try:
             with plain_warnings():
                 code = super().main(args, *rest, **kwargs)
         except HopskipError as error:
-            print_error(str(error))
+            print_error(self._with_options(str(error), given))
             code = 2
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         except Exception as error:
             if not isinstance(error, _UsageError):
                 raise
-            print_error(_usage_message(error, sys.argv[1:] if args is None else args))
+            print_error(_usage_message(error, given))
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _with_options(self, message: str, arguments: Sequence[str]) -> str:
+        """A message of the core, which names parameters (`exit_layer is 9`), with the options that were given in
+        their place (`--exit-layer is 9`). What `--precision` or `--setting` stands for keeps its name."""
+        given = {argument.partition("=")[0] for argument in arguments}
+        for parameter in (parameter for command in self.commands.values() for parameter in command.params):
+            name = str(parameter.name)
+            if given.intersection(parameter.opts):
+                # a name of one word is a word of English as well
+                pattern = rf"(?<!\S){name}\b" if "_" in name else rf"^{name}(?= is )|(?<!\S){name}(?==)"
+                message = re.sub(pattern, parameter.opts[0], message)
+        return message
 
 
 def _usage_message(error: Any, arguments: Sequence[str]) -> str:
@@ -92,7 +108,9 @@ app.command()(chat)
 app.command()(info)
 app.command()(serve)
 app.command()(check)
-app.command()(bench)
+app.add_typer(bench_app, name="bench")
+app.command()(perplexity)
+app.add_typer(train, name="train")
 
 
 def main() -> None:

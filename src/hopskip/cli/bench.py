@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hopskip.cli.bench_serve import bench_serve
 from hopskip.cli.console import loading, print_json
-from hopskip.cli.options import DraftOptions, LoadOptions, with_options
+from hopskip.cli.options import DraftOptions, LoadOptions, max_new_tokens_option, with_options
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
     from hopskip.evaluate.prompts import Prompt
 
 
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
+app.command("serve")(bench_serve)
+
+
+@app.callback()
 @with_options
 def bench(
     *,
+    context: typer.Context,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -30,9 +37,7 @@ def bench(
         ),
     ] = None,
     num_prompts: Annotated[int, typer.Option(metavar="N", help="Prompts of each set, evenly spread.")] = 10,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Tokens to generate per prompt.")
-    ] = 64,
+    max_new_tokens: Annotated[int, max_new_tokens_option("Tokens to generate per prompt (default: 64).")] = 64,
     repeats: Annotated[int, typer.Option(metavar="N", help="Runs of every prompt; the median counts.")] = 3,
     against: Annotated[
         str | None,
@@ -64,6 +69,8 @@ def bench(
     Contenders run in processes of their own and take turns prompt by prompt; all get the same token ids, generate the
     same number of tokens, and use the same number of threads.
     """
+    if context.invoked_subcommand is not None:
+        return
     _require(num_prompts >= 1, "num_prompts", num_prompts, 1)
     _require(repeats >= 1, "repeats", repeats, 1)
     _require(max_new_tokens >= 2, "max_new_tokens", max_new_tokens, 2)
@@ -154,14 +161,26 @@ def _prepare(
     contenders = lineup(
         checkpoint.path,
         checkpoint.config,
-        Precision(dtype=arguments["dtype"], quantize=arguments["quantize"], backend=arguments["backend"]),
+        Precision(
+            dtype=arguments["dtype"],
+            quantize=arguments["quantize"],
+            backend=arguments["backend"],
+            kv_dtype=arguments["kv_dtype"],
+        ),
         draft.config(),
         settings=settings or (),
         against=[name.strip() for name in against.split(",")] if against else (),
         llama_cpp_models=llama_cpp_models or (),
     )
     for how in dict.fromkeys(c.precision for c in contenders if isinstance(c, Hopskip)):
-        resolve_backend(dtype=how.dtype, quantize=how.quantize, device="cpu", backend=how.backend, threads=load.threads)
+        resolve_backend(
+            dtype=how.dtype,
+            quantize=how.quantize,
+            device="cpu",
+            backend=how.backend,
+            threads=load.threads,
+            kv_dtype=how.kv_dtype,
+        )
     return contenders, encoded
 
 

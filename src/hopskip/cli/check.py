@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hopskip.cli.console import loading, print_json
-from hopskip.cli.options import LoadOptions, ModelArgument, with_options
+from hopskip.cli.console import print_json
+from hopskip.cli.options import LoadOptions, ModelArgument, max_new_tokens_option, with_options
+from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,21 +17,9 @@ if TYPE_CHECKING:
 
     from hopskip.evaluate.prompts import Prompt
     from hopskip.evaluate.proof import Proof
-    from hopskip.model import Model
     from hopskip.tokenizer import Tokenizer
     from hopskip.weights import Checkpoint
 
-_PRECISIONS = {
-    "auto": "auto",
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "float16": "float16",
-    "fp16": "float16",
-    "q8": "q8",
-    "q4": "q4",
-}
 _NUM_PROMPTS, _MAX_NEW_TOKENS = 20, 32
 _NUM_PROMPTS_AGAINST, _MAX_NEW_TOKENS_AGAINST = 80, 64
 _STYLES = {"passed": "green", "failed": "bold red", "not claimed": "dim"}
@@ -41,15 +29,7 @@ _STYLES = {"passed": "green", "failed": "bold red", "not claimed": "dim"}
 def check(
     place: ModelArgument = None,
     *,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Precisions to check, with commas between: auto, float32, bfloat16, float16, q8, q4 (default: float32 "
-            "and bfloat16, on the native backend q8 and q4 as well).",
-            show_default=False,
-        ),
-    ] = None,
+    precision: PrecisionList = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -62,14 +42,7 @@ def check(
         typer.Option(metavar="N", help="Prompts per proof (default: 20; with --against 80).", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "-n",
-            metavar="N",
-            help="Tokens to generate per prompt (default: 32; with --against 64).",
-            show_default=False,
-        ),
+        int | None, max_new_tokens_option("Tokens to generate per prompt (default: 32; with --against 64).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     load: LoadOptions,
@@ -82,16 +55,14 @@ def check(
     from hopskip.evaluate.proof import all_hold
 
     load = load.at(place)
-    if load.dtype != "auto" or load.quantize is not None:
-        given = f"--quantize {load.quantize}" if load.quantize is not None else f"--dtype {load.dtype}"
-        raise ConfigError(f"{given} has no effect here; name the precisions to check, such as --precision bfloat16,q8")
+    precisions = choose_precisions(load, precision if against is None else precision or "float32")
     if against not in (None, "transformers"):
         raise ConfigError(f"against is {against!r}; only 'transformers' can be compared with")
     if max_new_tokens is not None and max_new_tokens < 2:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; a proof needs at least 2")
     found: list[tuple[str, Proof]] = []
     table = None if as_json else _Table()
-    for name, proof in _proofs(load, precision, against, num_prompts, max_new_tokens, quiet=as_json):
+    for name, proof in _proofs(load, precisions, against, num_prompts, max_new_tokens, quiet=as_json):
         found.append((name, proof))
         if table is not None:
             table.add(name, proof)
@@ -106,7 +77,7 @@ def check(
 
 def _proofs(
     load: LoadOptions,
-    precision: str | None,
+    precisions: list[str],
     against: str | None,
     num_prompts: int | None,
     max_new_tokens: int | None,
@@ -125,7 +96,7 @@ def _proofs(
         prompts = load_prompts("alpaca", _NUM_PROMPTS_AGAINST if num_prompts is None else num_prompts)
         yield from _against_transformers(
             load,
-            precision or "float32",
+            precisions,
             checkpoint,
             tokenizer,
             prompts,
@@ -140,7 +111,7 @@ def _proofs(
     prompts = mixed_prompts(_NUM_PROMPTS if num_prompts is None else num_prompts)
     ids = [prompt.encode(tokenizer) for prompt in prompts]
     length = max_new_tokens or _MAX_NEW_TOKENS
-    for name, model in _models(load, precision, checkpoint, quiet):
+    for name, model in load_each(load, precisions, checkpoint, quiet=quiet):
         for proofs in (
             greedy_proofs(model, ids, length),
             sampling_proofs(model, ids),
@@ -152,7 +123,7 @@ def _proofs(
 
 def _against_transformers(
     load: LoadOptions,
-    precision: str,
+    precisions: list[str],
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     prompts: list[Prompt],
@@ -172,50 +143,19 @@ def _against_transformers(
     from hopskip.evaluate.recorder import run
     from hopskip.sampling import SamplingParams
 
-    if parse_precisions(precision) != ["float32"]:
+    if precisions != ["float32"]:
         raise ConfigError(
-            f"precision is {precision!r}; transformers rounds other precisions than float32 in its own way, so only "
-            "float32 can be compared"
+            f"precision is {','.join(precisions)!r}; transformers rounds other precisions than float32 in its own way, "
+            "so only float32 can be compared"
         )
     ids = [prompt.encode(tokenizer) for prompt in prompts]
     theirs = load_tokenizer_in_transformers(checkpoint.path)
     yield "", tokenizer_proof(ids, [encode_in_transformers(theirs, prompt) for prompt in prompts])
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
-    for name, model in _models(load, precision, checkpoint, quiet):
+    for name, model in load_each(load, precisions, checkpoint, quiet=quiet):
         runs = run(model, ids, PLAIN, params, max_num_seqs=16)
         reference = load_in_transformers(checkpoint.path, torch.float32)
         yield name, transformers_proof(reference, ids, [r.token_ids for r in runs], "plain decoding")
-
-
-def _models(
-    load: LoadOptions, precision: str | None, checkpoint: Checkpoint, quiet: bool
-) -> Iterator[tuple[str, Model]]:
-    """The model in one precision after the other; each is let go before the next is loaded."""
-    from hopskip.load import load_model, resolve_backend
-
-    if precision is None:
-        backend, _ = resolve_backend(**load.arguments())
-        precision = "float32,bfloat16,q8,q4" if backend == "native" else "float32,bfloat16"
-    names = parse_precisions(precision)
-    for name in names:
-        chosen = replace(load, quantize=name) if name in ("q8", "q4") else replace(load, dtype=name)
-        with loading(load.model, quiet=quiet) as progress:
-            model = load_model(checkpoint, progress=progress, **chosen.arguments())
-        yield name, model
-
-
-def parse_precisions(text: str) -> list[str]:
-    """`bf16,q8` -> `["bfloat16", "q8"]`.
-
-    Raises:
-        ConfigError: one is unknown or given twice.
-    """
-    names = [_PRECISIONS.get(part.strip(), "") for part in text.split(",")]
-    if "" in names or len(set(names)) < len(names):
-        raise ConfigError(
-            f"precision is {text!r}; give some of {', '.join(dict.fromkeys(_PRECISIONS.values()))}, each once"
-        )
-    return names
 
 
 class _Table:

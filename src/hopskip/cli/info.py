@@ -138,7 +138,7 @@ def _collect(load: LoadOptions) -> _Facts:
         isa=native.choose_isa() if is_native else None,
         device=str(device),
         threads=load.threads or (native.default_threads() if is_native else torch.get_num_threads()),
-        costs=model_costs(checkpoint, backend, load.quantize or load.dtype),
+        costs=model_costs(checkpoint, backend, load.quantize or load.dtype, arguments["kv_dtype"]),
         default_draft=default.draft,
         exit_layer=exit_layer,
         num_draft_tokens=default.num_draft_tokens,

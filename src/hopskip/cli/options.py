@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hopskip.draft.config import DraftSource, SpeculativeConfig, VerifyMode
     from hopskip.llm import LLM
-    from hopskip.load import Backend, DType, Quantize
+    from hopskip.load import Backend, DType, KVDType, Quantize
     from hopskip.sampling import SamplingParams
 
     class BackendArguments(TypedDict):
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         device: str
         backend: Backend
         threads: int | None
+        kv_dtype: KVDType
 
 
 _MODEL, _DRAFTING, _SAMPLING = "Model", "Drafting", "Sampling"  # headings of --help
@@ -40,6 +41,11 @@ ModelArgument = Annotated[
     typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False),
 ]
 """A model as the argument of a command: goes with `LoadOptions.at`."""
+
+
+def max_new_tokens_option(help: str, panel: str | None = None) -> Any:
+    """`--max-new-tokens`: commands differ in what they do without it, as `help` says."""
+    return typer.Option("--max-new-tokens", "-n", metavar="N", help=help, show_default=False, rich_help_panel=panel)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -118,6 +124,14 @@ class LoadOptions:
         int | None,
         typer.Option(metavar="N", help="CPU threads; by default as many as there are cores.", rich_help_panel=_MODEL),
     ] = None
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Precision of cached keys and values: float32, bfloat16, int8, or auto (native backend).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "auto"
 
     def arguments(self) -> BackendArguments:
         """The keyword arguments of `LLM` and `load_model`, which check their values."""
@@ -127,6 +141,7 @@ class LoadOptions:
             "device": self.device,
             "backend": cast("Backend", self.backend),
             "threads": self.threads,
+            "kv_dtype": cast("KVDType", self.kv_dtype),
         }
 
     def at(self, place: str | None) -> LoadOptions:
@@ -172,8 +187,16 @@ class DraftOptions:
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="early-exit (the model's first layers), ngram (text seen before), both, or none; by default what "
-            "suits the model.",
+            help="exit-branch (a trained exit), early-exit (the model's first layers), ngram (text seen before), both, "
+            "or none; by default what suits the model.",
+            rich_help_panel=_DRAFTING,
+        ),
+    ] = None
+    exit_branch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A trained exit for the model (default: the one that comes with hopskip, if any).",
             rich_help_panel=_DRAFTING,
         ),
     ] = None
@@ -208,6 +231,7 @@ class DraftOptions:
 
         return SpeculativeConfig(
             draft=cast("DraftSource | None", self.draft),
+            exit_branch=self.exit_branch,
             exit_layer=self.exit_layer,
             num_draft_tokens=self.num_draft_tokens,
             verify=cast("VerifyMode | None", self.verify),
@@ -221,14 +245,7 @@ class SamplingOptions:
 
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "-n",
-            metavar="N",
-            help="Most tokens to generate (default: 256; in a chat 1024 an answer).",
-            show_default=False,
-            rich_help_panel=_SAMPLING,
-        ),
+        max_new_tokens_option("Most tokens to generate (default: 256; in a chat 1024 an answer).", _SAMPLING),
     ] = None
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 is greedy: always the best token.", rich_help_panel=_SAMPLING)

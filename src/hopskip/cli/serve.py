@@ -148,7 +148,7 @@ def _run(llm: LLM, settings: object, listener: socket.socket, host: str, shutdow
 
     assert isinstance(settings, ServeSettings)
     log_to_stderr()
-    disable_created_metrics()  # a second series for every counter, which nobody reads
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter, which nobody reads
     port = listener.getsockname()[1]
     engine = llm.engine
     print(

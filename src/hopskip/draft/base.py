@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from hopskip.cache import Cache
+from hopskip.cache import Cache, Rows
 from hopskip.sequence import Sequence
 
 
@@ -16,7 +16,7 @@ from hopskip.sequence import Sequence
 class Draft:
     """Tokens proposed to follow one sequence; `Draft()` proposes none."""
 
-    source: Literal["early-exit", "ngram"] = "ngram"
+    source: Literal["early-exit", "exit-branch", "ngram"] = "ngram"
     token_ids: list[int] = field(default_factory=list)
     probs: list[Tensor] | None = None
     """The distribution each token was drawn from, [V]; None if it was proposed with certainty."""
@@ -28,6 +28,20 @@ class Draft:
 
 
 class Drafter(Protocol):
+    taps: tuple[int, ...] = ()
+    """Layers after which the drafter wants to see the hidden states of every pass, rising."""
+
+    def observe(self, rows: Rows, states_NAD: Tensor) -> None:
+        """Told of every pass of the model, if there are taps.
+
+        A pass starts at a position whose token is committed, and what it says of later positions replaces what was said
+        before. A slot's first pass for a new sequence starts at 0, or at the last token that it shares with the old.
+
+        Args:
+            states_NAD: outputs of the layers in `taps`, in that order.
+        """
+        return
+
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         """At most `limits[i]` tokens to follow `sequences[i]`.
 
@@ -37,11 +51,17 @@ class Drafter(Protocol):
         ...
 
 
-class FirstOf:
+class FirstOf(Drafter):
     """Several drafters in order of preference: a sequence takes the draft of the first that has one for it."""
 
     def __init__(self, *drafters: Drafter) -> None:
         self._drafters = drafters
+        self.taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
+
+    def observe(self, rows: Rows, states_NAD: Tensor) -> None:
+        for drafter in self._drafters:
+            if drafter.taps:
+                drafter.observe(rows, states_NAD[:, [self.taps.index(tap) for tap in drafter.taps]])
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         drafts = self._drafters[0].propose(sequences, limits, cache)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
+from hopskip.branch import ExitBranch
 from hopskip.config import ModelConfig
 from hopskip.draft.base import Drafter, FirstOf
-from hopskip.draft.early_exit import EarlyExitDrafter
+from hopskip.draft.exit import ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
 from hopskip.errors import ConfigError
 from hopskip.model import Model
 
-DraftSource = Literal["early-exit", "ngram", "both", "none"]
+DraftSource = Literal["exit-branch", "early-exit", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
 
 
@@ -25,18 +27,23 @@ class SpeculativeConfig:
     """
 
     draft: DraftSource | None = None
-    """`early-exit`: the model's first layers. `ngram`: copy from prompt and output. `both`: n-gram where the text has a
-    match, else early exit. `none`: plain decoding. None: early exit if the checkpoint's makers recommend one, else
-    n-gram."""
+    """`exit-branch`: the trained exit that is attached to the model. `early-exit`: the model's first layers. `ngram`:
+    copy from prompt and output. `both`: n-gram where the text has a match, else the branch if there is one, else early
+    exit. `none`: plain decoding. None: the branch if there is one, else early exit if the checkpoint's makers recommend
+    it, else n-gram."""
+    exit_branch: str | Path | None = None
+    """Folder of the trained exit. None: the one that ships for the model, if any."""
     exit_layer: int | None = None
-    """The draft runs layers 0..exit_layer-1. None: the checkpoint's recommendation, else a quarter of the layers."""
+    """An early-exit draft runs layers 0..exit_layer-1. None: the checkpoint's recommendation, else a quarter of the
+    layers."""
     num_draft_tokens: int | None = None
-    """Most tokens drafted per round. None: the checkpoint's recommendation, else 6."""
+    """Most tokens drafted per round. None: the recommendation of branch or checkpoint, else 6."""
     verify: VerifyMode | None = None
     """`recompute`: the verify pass runs all layers, at one fixed shape. `reuse`: it continues from the exit-layer
     states and keys/values that the draft left (the paper's). None: `recompute`."""
     min_confidence: float = 0.0
-    """An early-exit draft ends after the first token less probable than this; 0 always drafts `num_draft_tokens`."""
+    """A draft of branch or early exit ends after the first token less probable than this; 0 always drafts
+    `num_draft_tokens`."""
 
     def __post_init__(self) -> None:
         for name, choices in (("draft", DraftSource), ("verify", VerifyMode)):
@@ -50,8 +57,10 @@ class SpeculativeConfig:
         if not 0 <= self.min_confidence < 1:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be at least 0 and below 1")
         ineffective: dict[str, tuple[str, ...]] = {
-            "none": ("exit_layer", "num_draft_tokens", "verify", "min_confidence"),
-            "ngram": ("exit_layer", "min_confidence"),
+            "none": ("exit_branch", "exit_layer", "num_draft_tokens", "verify", "min_confidence"),
+            "ngram": ("exit_branch", "exit_layer", "min_confidence"),
+            "early-exit": ("exit_branch",),
+            "exit-branch": ("exit_layer",),
         }
         for name in ineffective.get(self.draft or "", ()):
             if getattr(self, name) not in (None, 0.0):
@@ -59,16 +68,35 @@ class SpeculativeConfig:
                     f"{name}={getattr(self, name)} has no effect with draft {self.draft!r}; leave one out"
                 )
 
-    def resolve(self, model: ModelConfig) -> SpeculativeConfig:
-        """Fill in what was left open, and check the exit layer against the model's depth."""
-        draft = self.draft
-        if draft is None:
-            wants_exit = self.exit_layer is not None or self.min_confidence > 0
-            draft = "early-exit" if wants_exit or model.recommended_exit_layer is not None else "ngram"
+        if self.verify == "reuse" and (self.draft == "exit-branch" or self.exit_branch is not None):
+            raise ConfigError("verify 'reuse' goes on from an early exit, which a trained exit is not; leave it out")
+        if self.exit_branch is not None and self.exit_layer is not None:
+            raise ConfigError(
+                f"exit_branch={self.exit_branch} and exit_layer={self.exit_layer} are two exits; leave one out"
+            )
+
+    @property
+    def may_use_branch(self) -> bool:
+        """Whether a trained exit could have an effect."""
+        return self.draft in (None, "exit-branch", "both") and self.exit_layer is None and self.verify != "reuse"
+
+    def resolve(self, model: ModelConfig, branch: ExitBranch | None = None) -> SpeculativeConfig:
+        """Fill in what was left open, and check the choice against the model.
+
+        Args:
+            branch: the trained exit that is attached to the model, if any.
+        """
+        draft = self.draft or self._default_draft(model, branch)
         if draft == "none":
             return replace(self, draft=draft)
+        if draft == "exit-branch" and branch is None:
+            raise ConfigError(
+                "draft is 'exit-branch', but no trained exit is given and none ships for this model; "
+                "train one with `hopskip train exit`, or use draft 'early-exit' or 'ngram'"
+            )
+        has_branch = branch is not None and draft in ("exit-branch", "both") and self.may_use_branch
         exit_layer = self.exit_layer
-        if draft in ("early-exit", "both"):
+        if draft == "early-exit" or (draft == "both" and not has_branch):
             if model.num_hidden_layers == 1:
                 raise ConfigError("the model has one layer, so no early exit; use draft 'ngram' or 'none'")
             if exit_layer is None:
@@ -78,16 +106,30 @@ class SpeculativeConfig:
                     f"exit_layer is {exit_layer}; this model has {model.num_hidden_layers} layers, "
                     f"so it must be between 1 and {model.num_hidden_layers - 1}"
                 )
-        num_draft_tokens = self.num_draft_tokens or model.recommended_num_draft_tokens or 6
-        verify = self.verify or "recompute"
-        return replace(self, draft=draft, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens, verify=verify)
+        recommended = branch.num_draft_tokens if branch and has_branch else model.recommended_num_draft_tokens
+        return replace(
+            self,
+            draft=draft,
+            exit_layer=exit_layer,
+            num_draft_tokens=self.num_draft_tokens or recommended or 6,
+            verify=self.verify or "recompute",
+        )
 
-    def make_drafter(self, model: Model) -> Drafter | None:
+    def _default_draft(self, model: ModelConfig, branch: ExitBranch | None) -> DraftSource:
+        if self.exit_layer is not None or self.verify == "reuse":
+            return "early-exit"
+        if branch is not None:
+            return "exit-branch"
+        wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
+        return "early-exit" if wants_exit else "ngram"
+
+    def make_drafter(self, model: Model, branch: ExitBranch | None = None) -> Drafter | None:
         """The drafter of a resolved configuration; None for plain decoding."""
         if self.draft == "none":
             return None
         if self.draft == "ngram":
             return NgramDrafter()
-        assert self.exit_layer is not None
-        early_exit = EarlyExitDrafter(model, self.exit_layer, self.min_confidence)
-        return early_exit if self.draft == "early-exit" else FirstOf(NgramDrafter(), early_exit)
+        exit_at = branch if self.exit_layer is None else self.exit_layer
+        assert exit_at is not None
+        drafter = ExitDrafter(model, exit_at, self.min_confidence)
+        return FirstOf(NgramDrafter(), drafter) if self.draft == "both" else drafter

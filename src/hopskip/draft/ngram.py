@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from weakref import WeakKeyDictionary
 
 from hopskip.cache import Cache
-from hopskip.draft.base import Draft
+from hopskip.draft.base import Draft, Drafter
 from hopskip.sequence import Sequence
 
 
@@ -46,7 +46,7 @@ class NgramIndex:
         self._num_indexed = len(token_ids)
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Copies from the sequence's own prompt and output. Runs no layers; proposes nothing without a match."""
 
     def __init__(self, *, min_size: int = 2, max_size: int = 4) -> None:

@@ -16,7 +16,7 @@ from hopskip.config import ModelConfig
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.evaluate.hf_reference import load_in_transformers
-from hopskip.load import Backend, DType, Quantize, load_model
+from hopskip.load import Backend, DType, KVDType, Quantize, load_model
 from hopskip.model import Model, Transformer
 from hopskip.sampling import SamplingParams
 from hopskip.weights import open_checkpoint
@@ -96,6 +96,7 @@ class Precision:
     dtype: DType = "auto"
     quantize: Quantize | None = None
     backend: Backend = "auto"
+    kv_dtype: KVDType = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,13 @@ class Hopskip(Contender):
         how = self.precision
         checkpoint = open_checkpoint(self.path)
         model = load_model(
-            checkpoint, dtype=how.dtype, quantize=how.quantize, device="cpu", backend=how.backend, threads=threads
+            checkpoint,
+            dtype=how.dtype,
+            quantize=how.quantize,
+            device="cpu",
+            backend=how.backend,
+            threads=threads,
+            kv_dtype=how.kv_dtype,
         )
         return _HopskipRunner(model, self.speculative)
 
@@ -116,9 +123,7 @@ class Hopskip(Contender):
 class _HopskipRunner(Runner):
     def __init__(self, model: Model, speculative: SpeculativeConfig) -> None:
         self._engine = Engine(model, speculative, max_num_seqs=1, prefix_caching=False)
-        self.footprint = Footprint(
-            weight_bytes=_weight_bytes(model), kv_bytes_per_position=model.new_cache(1, 1).nbytes
-        )
+        self.footprint = Footprint(weight_bytes=weight_bytes(model), kv_bytes_per_position=model.new_cache(1, 1).nbytes)
 
     def generate(self, prompt_ids: list[int], num_tokens: int) -> Measurement:
         sequence = self._engine.add(prompt_ids, SamplingParams(max_new_tokens=num_tokens, ignore_eos=True))
@@ -135,7 +140,7 @@ class _HopskipRunner(Runner):
         )
 
 
-def _weight_bytes(model: Model) -> int:
+def weight_bytes(model: Model) -> int:
     """Bytes of weights that one token needs: all but an embedding table of which it reads a single row."""
     if not isinstance(model, Transformer):
         return int(model.weight_bytes)  # type: ignore[attr-defined]  # the native model counts its packed weights

@@ -57,11 +57,14 @@ class ModelCosts:
         return (sum(self.layer_bytes[:exit_layer]) + self.head_bytes) / self.bytes_per_pass
 
 
-def model_costs(checkpoint: Checkpoint, backend: Literal["native", "torch"], precision: str) -> ModelCosts:
+def model_costs(
+    checkpoint: Checkpoint, backend: Literal["native", "torch"], precision: str, kv_dtype: str = "auto"
+) -> ModelCosts:
     """The costs of a checkpoint as `load_model` would load it.
 
     Args:
         precision: `auto`, `float32`, `bfloat16`, `float16`, `q8` or `q4`, of which each backend has its own.
+        kv_dtype: `auto`, `float32`, `bfloat16` or `int8`.
     """
     config = checkpoint.config
     if backend == "torch" and precision == "auto":
@@ -80,14 +83,16 @@ def model_costs(checkpoint: Checkpoint, backend: Literal["native", "torch"], pre
             layer_bytes[int(name.split(".")[2])] += num_bytes
         else:
             edges[name] += num_bytes
-    # the native backend keeps keys and values in float32 beside float32 weights only
-    kv_itemsize = _PLAIN_BYTES["float32"] if set(by_format) == {"float32"} else _PLAIN_BYTES["bfloat16"]
+    if kv_dtype == "auto":  # the native backend keeps keys and values in float32 beside float32 weights only
+        kv_dtype = "float32" if set(by_format) == {"float32"} else "bfloat16"
+    # an int8 vector has a float32 scale
+    vector_bytes = config.head_dim + 4 if kv_dtype == "int8" else config.head_dim * _PLAIN_BYTES[kv_dtype]
     embedding_bytes = edges["model.embed_tokens.weight"]
     return ModelCosts(
         layer_bytes=tuple(layer_bytes),
         head_bytes=embedding_bytes if config.tie_word_embeddings else edges["lm_head.weight"],
         embedding_bytes=0 if config.tie_word_embeddings else embedding_bytes,
-        kv_bytes_per_token=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * kv_itemsize,
+        kv_bytes_per_token=2 * config.num_hidden_layers * config.num_key_value_heads * vector_bytes,
         bytes_by_format=dict(by_format.most_common()),
     )
 

@@ -48,10 +48,7 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of prompts is {limit}; it must be at least 1")
-    if source in PROMPT_SETS:
-        text = (files("hopskip") / "data" / "prompts" / f"{source}.jsonl").read_text(encoding="utf-8")
-    else:
-        text = _read(source)
+    text = _shipped(source) if source in PROMPT_SETS else _read(source)
     name = Path(source).stem
     lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
@@ -69,6 +66,16 @@ def mixed_prompts(num_prompts: int) -> list[Prompt]:
     return prompts[:num_prompts]
 
 
+def whole_prompts() -> list[str]:
+    """The prompts of alpaca, gsm8k, humaneval and mt_bench in turn, all turns of each as one text: a text set that
+    needs no network."""
+    columns = []
+    for name in ("alpaca", "gsm8k", "humaneval", "mt_bench"):
+        lines = _shipped(name).splitlines()
+        columns.append(["\n\n".join(json.loads(line)["turns"]) for line in lines])
+    return [text for row in zip(*columns, strict=True) for text in row]
+
+
 def spread(items: Seq[T], limit: int | None) -> list[T]:
     """At most `limit` items, evenly spread.
 
@@ -78,6 +85,10 @@ def spread(items: Seq[T], limit: int | None) -> list[T]:
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def _shipped(name: str) -> str:
+    return (files("hopskip") / "data" / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8")
 
 
 def _read(source: str) -> str:

@@ -70,7 +70,9 @@ class Answer:
                 yield {**head, "choices": [opening]}
         async for index, pieces in merged:
             choice, generation = self._choices[index], self.generations[index]
-            part = choice.last_part(generation) if pieces is None else choice.part(generation, choice.add(pieces), pieces)
+            part = (
+                choice.last_part(generation) if pieces is None else choice.part(generation, choice.add(pieces), pieces)
+            )
             if part is not None:
                 yield {**head, "choices": [part]}
         if with_usage:
@@ -231,6 +233,9 @@ class _Choice:
             return None
         if token.origin in ("target", "bonus"):
             return self._llm.model.config.num_hidden_layers
+        branch = self._llm.engine.branch
+        if token.origin == "exit-branch":
+            return branch.config.start if branch is not None else None
         job = self._answer.generations[self._index].job
         return job.exit_layer or self._llm.engine.speculative.exit_layer
 

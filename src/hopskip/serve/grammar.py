@@ -92,7 +92,9 @@ class GrammarCompiler:
             raise ConfigError("this model has no end-of-text token, so no grammar can end its text")
         try:
             return LLTokenizer(
-                self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=list(self._tokenizer.eos_token_ids)
+                self._tokenizer.backend.to_str(),
+                n_vocab=self._vocab_size,
+                eos_token=list(self._tokenizer.eos_token_ids),
             )
         except BaseException as panic:
             raise ConfigError(f"grammars do not work with this model's tokenizer: {_reason(panic)[:300]}") from None

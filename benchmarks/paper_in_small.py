@@ -1,0 +1,197 @@
+"""The LayerSkip paper in small: one model from scratch with the recipe and one without, on two CPU cores.
+
+    python benchmarks/paper_in_small.py --text FILE [--text FILE ...] [--output runs/paper-in-small]
+
+Trains a tokenizer and two models of 16 layers on the text (.txt, .jsonl with `text` or `prompt` and `response`,
+.parquet), then compares the perplexity of every exit on held-out text, and the speed of self-speculative decoding with
+that of plain decoding. Prints one JSON object and draws `figure.png`. Run again after an interruption: it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.train.checkpoint import replacing
+from hopskip.train.curriculum import LayerSkipConfig
+from hopskip.train.read import DataConfig, read_split
+from hopskip.train.recipe import ModelRecipe, Recipe
+from hopskip.train.report import measured_exits, read_log
+from hopskip.train.run import run
+
+NUM_LAYERS = 16
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+END = "<|endoftext|>"
+RECIPES = {
+    "recipe": LayerSkipConfig(p_max=0.1, dropout_schedule="exponential", e_scale=0.2, rotation=8),
+    "baseline": LayerSkipConfig(p_max=0.0, e_scale=0.0),
+}
+HOLDOUT_EVERY = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", action="append", required=True, metavar="FILE", help="may be given several times")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper-in-small"))
+    parser.add_argument("--steps", type=int, default=1200, help="of 4,096 tokens, for each model")
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sources = DataConfig(train=tuple(arguments.text), holdout_every=HOLDOUT_EVERY)
+    shape = prepare(sources, arguments.output, arguments.vocabulary)
+    folders = {name: train(name, shape, sources, arguments.output, arguments.steps) for name in RECIPES}
+    exits = {name: exit_perplexities(folder) for name, folder in folders.items()}
+    speeds = decode(folders["recipe"] / "model", sources, arguments.threads)
+    draw(exits, arguments.output / "figure.png")
+    middle = NUM_LAYERS // 2
+    report = {
+        "perplexity": exits,
+        "middle_layer_improvement": exits["baseline"][middle] / exits["recipe"][middle],
+        "last_layer_ratio": exits["recipe"][NUM_LAYERS] / exits["baseline"][NUM_LAYERS],
+        "decoding": speeds,
+        "steps": arguments.steps,
+        "threads": arguments.threads,
+    }
+    (arguments.output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+def prepare(sources: DataConfig, output: Path, vocabulary: int) -> Path:
+    """A folder with the models' shape and a tokenizer trained on the training text."""
+    folder = output / "shape"
+    if folder.exists():
+        return folder
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(sources, held_out=False), trainer)
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as partial:
+        tokenizer.save(str(partial / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+        (partial / "tokenizer_config.json").write_text(json.dumps(settings))
+        shape = {**SHAPE, "vocab_size": tokenizer.get_vocab_size()}
+        (partial / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+def texts(sources: DataConfig, *, held_out: bool) -> Iterator[str]:
+    for row in read_split(sources, held_out=held_out):
+        yield row["text"] if "text" in row else f"{row['prompt']}\n{row['response']}"
+
+
+def train(name: str, shape: Path, sources: DataConfig, output: Path, steps: int) -> Path:
+    """One model, with or without the recipe; everything else is the same."""
+    folder = output / name
+    if (folder / "model").exists():
+        return folder
+    print(f"training: {name}", file=sys.stderr)
+    data = DataConfig(
+        train=sources.train, holdout_every=HOLDOUT_EVERY, max_eval_rows=64, packing="blocks", max_length=256
+    )
+    training = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, steps // 20),
+        "weight_decay": 0.1,
+        "logging_steps": max(1, steps // 60),
+        "save_steps": max(1, steps // 10),
+        "save_total_limit": 1,
+        "use_cpu": True,
+    }
+    model = ModelRecipe(config=str(shape))
+    run(Recipe(output=str(folder), model=model, data=data, layerskip=RECIPES[name], training=training))
+    return folder
+
+
+def exit_perplexities(folder: Path) -> dict[int, float]:
+    """On held-out text, by exit, the last layer included."""
+    log = read_log(folder / "log.jsonl")
+    losses = {e: loss for e, (loss, _) in measured_exits(log, NUM_LAYERS).items()}
+    losses[NUM_LAYERS] = log[-1]["eval_loss"]
+    return {e: math.exp(loss) for e, loss in losses.items()}
+
+
+def decode(model: Path, sources: DataConfig, threads: int) -> dict[str, Any]:
+    """Greedy tokens per second, plain and at the best exit and length of a few; alternating, the best of three each."""
+    rows = [text[:200] for text, _ in zip(texts(sources, held_out=True), range(8), strict=False)]
+    settings: dict[str, SpeculativeConfig] = {"plain": SpeculativeConfig(draft="none")}
+    for exit_layer in (2, 3, 4):
+        for length in (4, 6):
+            settings[f"exit {exit_layer}, {length} draft tokens"] = SpeculativeConfig(
+                draft="early-exit", exit_layer=exit_layer, num_draft_tokens=length
+            )
+    params = SamplingParams(max_new_tokens=128, ignore_eos=True)
+    engines = {name: LLM(model, speculative=s, threads=threads, max_num_seqs=1) for name, s in settings.items()}
+    measured: dict[str, dict[str, Any]] = {}
+    plain_ids: list[list[int]] = []
+    for _ in range(3):
+        for name, llm in engines.items():
+            results = [llm.generate(row, params)[0] for row in rows]
+            ids = [result.token_ids for result in results]
+            plain_ids = plain_ids or ids
+            assert ids == plain_ids, f"{name} wrote other text than plain decoding"
+            seconds = sum(result.stats.decode_seconds for result in results)
+            drafts = sum(result.stats.num_drafts for result in results)
+            accepted = sum(result.stats.num_accepted_tokens for result in results)
+            speed = sum(result.stats.num_tokens - 1 for result in results) / seconds
+            if speed > measured.get(name, {"tokens_per_second": 0})["tokens_per_second"]:
+                measured[name] = {
+                    "tokens_per_second": speed,
+                    "mean_acceptance_length": 1 + accepted / drafts if drafts else 1.0,
+                }
+    best = max(measured, key=lambda name: measured[name]["tokens_per_second"])
+    speedup = measured[best]["tokens_per_second"] / measured["plain"]["tokens_per_second"]
+    return {"settings": measured, "best": best, "speedup": speedup}
+
+
+def draw(exits: dict[str, dict[int, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in exits.items():
+        axes.semilogy(list(values), list(values.values()), "o-", label=name)
+    axes.set_xlabel("exit layer")
+    axes.set_ylabel("perplexity on held-out text")
+    axes.legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

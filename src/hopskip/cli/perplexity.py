@@ -1,0 +1,220 @@
+"""`hopskip perplexity`: what a precision, or an early exit, costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hopskip.cli.console import print_json
+from hopskip.cli.options import LoadOptions, ModelArgument, with_options
+from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
+from hopskip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hopskip.model import Model
+    from hopskip.weights import Checkpoint
+
+
+@with_options
+def perplexity(
+    place: ModelArgument = None,
+    *,
+    precision: PrecisionList = None,
+    exit_layers: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Early exits to read as well, with commas between.", show_default=False),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Another file of the same model, such as a Q4_0 GGUF, run as it is stored; may be given several "
+            "times.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A text; may be given several times (default: the prompts alpaca, gsm8k, humaneval and mt_bench, all "
+            "turns of each as one text).",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Longest window that a text is cut into (default: 2048, or the model's context).",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Use only the first N tokens of all texts.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    load: LoadOptions,
+) -> None:
+    """Measure perplexity on a text, in each precision and at early exits.
+
+    Differences are against the first precision, read after the same layer, with their standard error. Every token of a
+    window but its first counts.
+    """
+    load = load.at(place)
+    precisions = choose_precisions(load, precision)
+    from hopskip.evaluate.machine import versions
+    from hopskip.evaluate.perplexity import MAX_CONTEXT, cut_windows, places_to_read, read_text
+    from hopskip.evaluate.prompts import whole_prompts
+    from hopskip.hub import find_model
+    from hopskip.tokenizer import Tokenizer
+    from hopskip.weights import open_checkpoint
+
+    checkpoint = open_checkpoint(find_model(load.model))
+    stops = places_to_read(checkpoint.config.num_hidden_layers, _numbers(exit_layers))
+    longest = checkpoint.config.max_position_embeddings
+    if context is not None and context > longest:
+        raise ConfigError(f"context is {context}; the model's own is {longest}")
+    others = [(file.name, _open_other(file, checkpoint)) for file in against or ()]
+    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    texts = [read_text(file) for file in text] if text else whole_prompts()
+    windows = cut_windows(tokenizer, texts, min(MAX_CONTEXT, longest) if context is None else context, max_tokens)
+    rows = _measure(
+        _models(load, precisions, checkpoint, others),
+        windows,
+        stops,
+        len(precisions) + len(others),
+        quiet=as_json,
+    )
+    report = {
+        "model": str(checkpoint.path),
+        "text": {
+            "files": [str(file) for file in text or ()] or "prompts: alpaca, gsm8k, humaneval, mt_bench",
+            "num_windows": len(windows),
+            "num_tokens": sum(map(len, windows)) - len(windows),
+        },
+        "versions": versions(),
+        "rows": rows,
+    }
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+
+
+def _open_other(file: Path, checkpoint: Checkpoint) -> Checkpoint:
+    from hopskip.weights import open_checkpoint
+
+    other = open_checkpoint(file)
+    for what in ("vocab_size", "num_hidden_layers"):
+        own, wanted = getattr(other.config, what), getattr(checkpoint.config, what)
+        if own != wanted:
+            raise ConfigError(
+                f"against {str(file)!r} has a {what} of {own}, the model one of {wanted}; give another file of the "
+                "same model"
+            )
+    return other
+
+
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        raise ConfigError(f"exit_layers is {text!r}; give numbers with commas between, such as 4,8,12") from None
+
+
+def _models(
+    load: LoadOptions,
+    precisions: list[str],
+    checkpoint: Checkpoint,
+    others: list[tuple[str, Checkpoint]],
+) -> Iterator[tuple[str, Model]]:
+    from hopskip.load import load_model
+
+    # quiet: a terminal shows one progress bar at a time, and `_measure` has it
+    yield from load_each(load, precisions, checkpoint, quiet=True)
+    for name, other in others:
+        yield name, load_model(other, **load.arguments())
+
+
+def _measure(
+    models: Iterator[tuple[str, Model]],
+    windows: list[list[int]],
+    stops: list[int],
+    num_models: int,
+    *,
+    quiet: bool,
+) -> list[dict[str, Any]]:
+    """A row for each model and exit, with a progress bar in a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from torch import Tensor
+
+    from hopskip.evaluate.contenders import weight_bytes
+    from hopskip.evaluate.perplexity import difference, negative_log_likelihoods
+    from hopskip.evaluate.perplexity import perplexity as perplexity_of
+
+    console = Console(stderr=True)
+    first: dict[int, Tensor] = {}
+    rows = []
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=num_models * len(windows))
+        for name, model in models:
+            bar.update(task, description=name)
+            found = negative_log_likelihoods(model, windows, stops, lambda: bar.update(task, advance=1))
+            first = first or found
+            for stop, nll_N in found.items():
+                gap = difference(nll_N, first[stop])
+                rows.append(
+                    {
+                        "name": name,
+                        "exit_layer": stop if stop < stops[-1] else None,
+                        "perplexity": perplexity_of(nll_N),
+                        "delta": gap.delta,
+                        "delta_error": gap.error,
+                        "weight_bytes": weight_bytes(model),
+                    }
+                )
+    return rows
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    text = report["text"]
+    source = text["files"] if isinstance(text["files"], str) else ", ".join(text["files"])
+    console.print(
+        f"{text['num_tokens']:,} tokens in {text['num_windows']} windows ({source})",
+        style="dim",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for heading in ("exit", "perplexity", "difference", "weights"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def short(number: float) -> str:  # an exit that was not trained can have any perplexity
+        return f"{number:.3f}" if abs(number) < 1e5 else f"{number:.2e}"
+
+    reference = report["rows"][0]["name"]
+    for row in report["rows"]:
+        sign = "+" if row["delta"] >= 0 else ""
+        difference = f"{sign}{short(row['delta'])} ± {short(row['delta_error'])}" if row["name"] != reference else ""
+        table.add_row(
+            row["name"],
+            "" if row["exit_layer"] is None else str(row["exit_layer"]),
+            short(row["perplexity"]),
+            difference,
+            f"{row['weight_bytes'] / 1e6:.1f} MB" if row["exit_layer"] is None else "",
+        )
+    console.print(table)
+    console.print(
+        f"difference: against {reference}, with its standard error; weights: bytes that a pass reads", style="dim"
+    )

@@ -1,0 +1,56 @@
+"""`hopskip train`: make models whose early layers can draft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Make models that are their own good draft models.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+
+
+@app.command()
+def layerskip(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
+    ] = None,
+) -> None:
+    """Train by the LayerSkip recipe: layer dropout and early-exit loss (arXiv 2404.16710).
+
+    Run the same command again to go on after an interruption. On several GPUs:
+    `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE.yaml`.
+    """
+    from hopskip.train.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+
+    from hopskip.train.run import run
+
+    print(run(settings))
+
+
+@app.command()
+def exit(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For which model, on what, and how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
+    ] = None,
+) -> None:
+    """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
+
+    The model writes its own training text. Run the same command again to go on after an interruption.
+    """
+    from hopskip.train.exit.recipe import ExitRecipe
+    from hopskip.train.recipe import read_recipe
+
+    settings = read_recipe(ExitRecipe, recipe, overrides or ())
+
+    from hopskip.train.exit.run import run
+
+    print(run(settings))

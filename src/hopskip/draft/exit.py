@@ -1,0 +1,255 @@
+"""Drafting from an exit: the model's own after some layers (LayerSkip, arXiv 2404.16710), or a trained branch.
+
+Both are the same loop: states of the latest token, the branch's layers if there are any, final norm, head. A branch has
+keys and values of its own for every position, in the cache's last layers, made from what the model's passes left
+behind. They are brought up to date when a draft begins: one pass over the tokens that were committed since, the last of
+which yields the first draft token. While drafting on, the branch's own outputs take the place of the model's, so those
+positions are made anew next time.
+
+Shape letters: N rows, A taps, D hidden size, V vocabulary, n draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from hopskip.branch import BranchConfig, ExitBranch, Mixing
+from hopskip.cache import Cache, Rows, Segment
+from hopskip.draft.base import Draft, Drafter
+from hopskip.model import BranchedModel, Model
+from hopskip.sampling import adjust_logits, draw, probabilities
+from hopskip.sequence import Sequence
+
+
+class DraftGreedy(Protocol):
+    """`draft_greedy` of a model that can take all steps of a draft in one call, as `NativeModel` does."""
+
+    def __call__(
+        self,
+        ids_N: Tensor,
+        rows: Rows,
+        limits: Seq[int],
+        cache: Cache,
+        *,
+        exit_layer: int | None,
+        features_NAD: Tensor | None,
+        token_states_ND: Tensor | None,
+        min_confidence: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass
+class _Slot:
+    """What is known of one slot of the cache."""
+
+    first: int
+    """Position of the first of `states_NAD`."""
+    states_NAD: Tensor
+    """Outputs of the tapped layers, of all positions that the model has seen from `first` on."""
+    num_cached: int = 0
+    """Positions that hold the branch's keys and values as the model's own states make them."""
+
+    def observe(self, start: int, states_NAD: Tensor) -> None:
+        """A pass over positions from `start` on. What was known of them before is void, but for the token at `start`:
+        it was committed when the pass began, so the branch's keys and values there hold."""
+        self.num_cached = min(self.num_cached, start + 1) if start else 0
+        keep = start - self.first
+        if 0 <= keep <= len(self.states_NAD):
+            self.states_NAD = torch.cat((self.states_NAD[:keep], states_NAD))
+        else:
+            self.first, self.states_NAD = start, states_NAD
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """States of positions start..stop-1; zeros for the position before the first."""
+        states = self.states_NAD[max(0, start - self.first) : stop - self.first]
+        return torch.cat((torch.zeros_like(self.states_NAD[:1]), states)) if start < 0 else states
+
+    def forget(self, stop: int) -> None:
+        """Drop the states of positions before `stop`."""
+        self.states_NAD = self.states_NAD[max(0, stop - self.first) :]
+        self.first = max(self.first, stop)
+
+
+@dataclass
+class _Entry:
+    """The rows that a draft begins with: each sequence's tokens that the branch has not seen, its last at the end."""
+
+    token_ids: list[int]
+    rows: Rows
+    features_NAD: Tensor | None = None
+    """Of the token before each row."""
+    token_states_ND: Tensor | None = None
+    """Of each row, where the branch begins. Those of the last rows are undefined: no pass has been there."""
+
+
+class ExitDrafter(Drafter):
+    """Drafts token by token.
+
+    A draft ends early after its first token whose probability at the exit is below `min_confidence`: what follows an
+    unsure token is likely to be rejected with it.
+
+    Args:
+        exit: the number of layers to exit after, or the trained branch that is attached to the model.
+    """
+
+    def __init__(self, model: Model, exit: int | ExitBranch, min_confidence: float = 0.0) -> None:
+        self._model = model
+        self._min_confidence = min_confidence
+        self._branch = BranchConfig(start=exit, num_layers=0) if isinstance(exit, int) else exit.config
+        self._vocabulary: Tensor | None = None
+        self._unembed = model.unembed
+        self._mixing: Mixing | None = None
+        if not isinstance(exit, int):
+            branched = cast(BranchedModel, model)  # only such a model has a branch
+            self._vocabulary, self._unembed = exit.vocabulary, branched.unembed_draft
+            self._mixing = Mixing(exit, model.config.rms_norm_eps, branched.dtype, model.device)
+        self._feature_columns = [self._branch.taps.index(feature) for feature in self._branch.features]
+        self._slots: dict[int, _Slot] = {}
+        # without layers of its own a branch has no cache to keep up to date
+        self.taps = self._branch.taps if self._branch.num_layers else ()
+        # a model may do without: the steps below give the same drafts
+        self._draft_greedy: DraftGreedy | None = getattr(model, "draft_greedy", None)
+
+    def observe(self, rows: Rows, states_NAD: Tensor) -> None:
+        parts = torch.split(states_NAD, [segment.count for segment in rows.segments])
+        for segment, own in zip(rows.segments, parts, strict=True):
+            slot = self._slots.get(segment.slot)
+            if slot is None:
+                self._slots[segment.slot] = _Slot(segment.start, own)
+            else:
+                slot.observe(segment.start, own)
+
+    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        source: Literal["early-exit", "exit-branch"] = "early-exit" if self._vocabulary is None else "exit-branch"
+        drafts = [Draft(source, probs=None if s.params.is_greedy else []) for s in sequences]
+        active = [i for i, limit in enumerate(limits) if limit > 0]
+        chained = [i for i in active if self._can_chain(sequences[i])]
+        stepped = [i for i in active if i not in chained]
+        for run, chosen in (self._chain, chained), (self._step_by_step, stepped):
+            if chosen:
+                run([sequences[i] for i in chosen], [limits[i] for i in chosen], [drafts[i] for i in chosen], cache)
+        return drafts
+
+    def _can_chain(self, sequence: Sequence) -> bool:
+        """Whether a sequence takes the exit's own best tokens, so that it can leave all steps to the model."""
+        return self._draft_greedy is not None and sequence.params.is_greedy and not sequence.params.changes_logits
+
+    def _chain(self, sequences: Seq[Sequence], limits: Seq[int], drafts: Seq[Draft], cache: Cache) -> None:
+        """Whole drafts in one call."""
+        assert self._draft_greedy is not None
+        entry = self._enter(sequences)
+        tokens_Bk, counts_B, states_BkD = self._draft_greedy(
+            torch.tensor(entry.token_ids),
+            entry.rows,
+            limits,
+            cache,
+            exit_layer=self._branch.start if self._vocabulary is None else None,
+            features_NAD=entry.features_NAD,
+            token_states_ND=entry.token_states_ND,
+            min_confidence=self._min_confidence,
+        )
+        for draft, tokens_k, count, states_kD in zip(drafts, tokens_Bk, counts_B.tolist(), states_BkD, strict=True):
+            draft.token_ids += tokens_k[:count].tolist()
+            draft.exit_states += states_kD[:count].unbind()
+
+    def _step_by_step(self, sequences: Seq[Sequence], limits: Seq[int], drafts: Seq[Draft], cache: Cache) -> None:
+        entry = self._enter(sequences)
+        x_ND = self._token_states(entry.token_ids, entry.rows, entry.token_states_ND, cache)
+        if self._mixing is not None and entry.features_NAD is not None:
+            x_ND = self._mixing.mix(x_ND, self._mixing.fuse(entry.features_NAD))
+        h_ND = self._run(x_ND, entry.rows, cache)[_ends(entry.rows)]
+        active = list(range(len(sequences)))
+        while True:
+            for i, h_D, logits_1n in zip(active, h_ND, torch.split(self._unembed(h_ND), 1), strict=True):
+                drafts[i].exit_states.append(h_D)
+                self._choose(sequences[i], drafts[i], logits_1n)
+            goes_on = [not drafts[i].is_closed and len(drafts[i].token_ids) < limits[i] for i in active]
+            active = [i for i, goes in zip(active, goes_on, strict=True) if goes]
+            if not active:
+                return
+            rows = Rows(
+                Segment(sequences[i].slot, sequences[i].num_cached + len(drafts[i].token_ids), 1) for i in active
+            )
+            x_ND = self._token_states([drafts[i].token_ids[-1] for i in active], rows, None, cache)
+            if self._mixing is not None and self._feature_columns:
+                x_ND = self._mixing.mix(x_ND, h_ND[goes_on])
+            h_ND = self._run(x_ND, rows, cache)
+
+    def _enter(self, sequences: Seq[Sequence]) -> _Entry:
+        """The committed tokens that the branch has yet to see, with what is known of them; they count as seen then."""
+        if not self.taps and not self._branch.num_layers:
+            rows = Rows(Segment(s.slot, s.num_cached, 1) for s in sequences)
+            return _Entry([s.token_ids[-1] for s in sequences], rows)
+        segments: list[Segment] = []
+        token_ids: list[int] = []
+        features: list[Tensor] = []
+        states: list[Tensor] = []
+        for sequence in sequences:
+            slot, last = self._slots[sequence.slot], sequence.num_cached
+            start = min(slot.num_cached, last)
+            segments.append(Segment(sequence.slot, start, last + 1 - start))
+            token_ids += sequence.token_ids[start:]
+            features.append(slot.take(start - 1, last))
+            own = slot.take(start, last)
+            states += [own, own.new_zeros((1, *own.shape[1:]))]
+            slot.num_cached = last + 1
+            slot.forget(last)
+        entry = _Entry(token_ids, Rows(segments))
+        if self._feature_columns:
+            entry.features_NAD = torch.cat(features)[:, self._feature_columns].contiguous()
+        if self._branch.start:
+            entry.token_states_ND = torch.cat(states)[:, self.taps.index(self._branch.start)].contiguous()
+        return entry
+
+    def _token_states(self, token_ids: list[int], rows: Rows, known_ND: Tensor | None, cache: Cache) -> Tensor:
+        """What enters the branch for each row: embeddings, or outputs of the model's first layers, which are known for
+        all but the last row of each segment."""
+        start = self._branch.start
+        ids_N = torch.tensor(token_ids, dtype=torch.int32)
+        if not start:
+            return self._model.embed(ids_N)
+        last = Rows(Segment(s.slot, s.start + s.count - 1, 1) for s in rows.segments)
+        h_BD = self._model.run_layers(self._model.embed(ids_N[_ends(rows)]), 0, start, last, cache)
+        if known_ND is None:
+            return h_BD
+        x_ND = known_ND.clone()
+        x_ND[_ends(rows)] = h_BD
+        return x_ND
+
+    def _run(self, x_ND: Tensor, rows: Rows, cache: Cache) -> Tensor:
+        """The branch's own layers."""
+        if not self._branch.num_layers:
+            return x_ND
+        first = self._model.config.num_hidden_layers
+        return self._model.run_layers(x_ND, first, first + self._branch.num_layers, rows, cache)
+
+    def _choose(self, sequence: Sequence, draft: Draft, logits_1n: Tensor) -> None:
+        """Add one token to a draft."""
+        params = sequence.params
+        logits_1V = logits_1n
+        if self._vocabulary is not None:
+            logits_1V = logits_1n.new_full((1, self._model.config.vocab_size), float("-inf"))
+            logits_1V[:, self._vocabulary] = logits_1n
+        if params.changes_logits:
+            logits_1V = adjust_logits(logits_1V, params, sequence.counts, draft.token_ids)
+        if params.is_greedy:
+            token = int(logits_1V.argmax())
+            probability = float(logits_1V[0].softmax(dim=-1)[token]) if self._min_confidence > 0 else 1.0
+        else:
+            probs_V = probabilities(logits_1V, params)[0]
+            token = draw(probs_V, sequence.generator)
+            probability = float(probs_V[token])
+            assert draft.probs is not None
+            draft.probs.append(probs_V)
+        draft.token_ids.append(token)
+        draft.is_closed = probability < self._min_confidence
+
+
+def _ends(rows: Rows) -> Tensor:
+    """Index of the last row of each segment."""
+    return torch.tensor([segment.count for segment in rows.segments]).cumsum(0) - 1

@@ -1,0 +1,183 @@
+"""The model to start from, as transformers and peft have it: weights from any checkpoint that hopskip reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hopskip.config import ModelConfig
+from hopskip.errors import CheckpointError, ConfigError
+from hopskip.hub import find_model
+from hopskip.rope import RopeConfig
+from hopskip.tokenizer import Tokenizer
+from hopskip.train.recipe import LoraRecipe, ModelRecipe
+from hopskip.weights import Checkpoint, open_checkpoint
+
+_LLAMA3_FACTORS = (8.0, 32.0)
+"""Of Llama 3.1 and 3.2: their GGUF files hold the frequencies' divisors in place of these settings."""
+
+
+_OURS = (
+    *("rope", "qkv_bias", "qk_norm", "eos_token_ids"),
+    *("recommended_exit_layer", "recommended_num_draft_tokens"),
+)
+"""Fields of `ModelConfig` that a Hugging Face config spells otherwise, or that follow from the family."""
+
+
+def load_base(recipe: ModelRecipe) -> tuple[Any, Any]:
+    """Model and tokenizer of a recipe, on the CPU.
+
+    Raises:
+        CheckpointError: the base cannot be found, read, or expressed in transformers.
+        ConfigError: a tokenizer or a config file is missing.
+    """
+    if recipe.base is not None:
+        checkpoint = open_checkpoint(_find(recipe.base))
+        model = to_transformers(checkpoint, getattr(torch, recipe.dtype))
+        tokenizer = load_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else checkpoint.path)
+    else:
+        assert recipe.config is not None
+        place = Path(recipe.config)
+        model = from_scratch(place, getattr(torch, recipe.dtype))
+        folder = place if place.is_dir() else place.parent
+        tokenizer = load_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; give the model's own "
+            "(model.tokenizer)"
+        )
+    model.set_attn_implementation(recipe.attn_implementation)
+    return model, tokenizer
+
+
+def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
+    """An opened checkpoint, Hugging Face folder or GGUF file, as a transformers model with equal weights.
+
+    Raises:
+        CheckpointError: the settings of its positions cannot be expressed in a Hugging Face config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    if checkpoint.path.is_dir():
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        config.tie_word_embeddings = checkpoint.config.tie_word_embeddings
+    else:
+        config = AutoConfig.for_model(**hf_config(checkpoint.config))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    own = {name: parameter for name, parameter in model.named_parameters() if name in checkpoint.names()}
+    assert own.keys() == checkpoint.names()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            checkpoint.copy_into(name, parameter)
+    if checkpoint.path.is_dir() and (checkpoint.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    else:
+        model.generation_config.eos_token_id = list(_eos_ids(checkpoint)) or None
+    return model
+
+
+def from_scratch(place: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the shape in a `config.json`, with random weights. The seed is the global one.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a model's config.
+        CheckpointError: hopskip cannot run that shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not place.exists():
+        raise ConfigError(f"model.config {str(place)!r} does not exist; give a config.json")
+    try:
+        config = AutoConfig.from_pretrained(place, local_files_only=True)
+    except Exception as error:  # of many kinds
+        raise ConfigError(f"model.config {str(place)!r} cannot be read ({str(error).splitlines()[0]})") from None
+    ModelConfig.from_hf(config.to_dict())  # what we could not run is not worth training
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Our description of a model as the fields of a Hugging Face config.
+
+    Raises:
+        CheckpointError: RoPE divisors that no known settings give.
+    """
+    fields = {name: value for name, value in vars(config).items() if name not in _OURS}
+    if config.model_type != "mistral":
+        del fields["sliding_window"]
+    eos = list(config.eos_token_ids)
+    return {**fields, "eos_token_id": eos[0] if len(eos) == 1 else eos or None, "rope_parameters": _rope(config.rope)}
+
+
+def _rope(rope: RopeConfig) -> dict[str, Any]:
+    if rope.frequency_divisors:
+        for factor in _LLAMA3_FACTORS:
+            named = replace(
+                rope, rope_type="llama3", factor=factor, original_max_position_embeddings=8192, frequency_divisors=()
+            )
+            if torch.allclose(named.inverse_frequencies(), rope.inverse_frequencies(), rtol=1e-4):
+                return _rope(named)
+        raise CheckpointError("this GGUF file scales positions in a way that has no name; use the Hugging Face folder")
+    names = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": (
+            *("factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
+            *("beta_fast", "beta_slow", "truncate"),
+        ),
+    }[rope.rope_type]
+    values = asdict(rope)
+    chosen = {name: values[name] for name in names if values[name] is not None}
+    return {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta, **chosen}
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder or GGUF file as a transformers one, chat template and special tokens included.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if path.is_file():
+        own = Tokenizer.load(path, open_checkpoint(path).config)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own.backend, **own.special_tokens)
+        tokenizer.chat_template = own.chat_template
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # of many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path} has no tokenizer that transformers can read ({reason})") from None
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{path} has no fast tokenizer; put a tokenizer.json there")
+    return tokenizer
+
+
+def add_lora(model: Any, lora: LoraRecipe) -> Any:
+    """The model in a PEFT wrapper that trains low-rank adapters only.
+
+    Raises:
+        ConfigError: peft is missing, or refuses the settings.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError("LoRA needs the package peft: pip install 'hopskip[train]'") from None
+    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(lora).items() if v is not None}
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from None
+
+
+def _find(name: str) -> Path:
+    return find_model(None if name == "default" else name)
+
+
+def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Of a GGUF file also those of its chat template, as the tokenizer finds them."""
+    return Tokenizer.load(checkpoint.path, checkpoint.config).eos_token_ids

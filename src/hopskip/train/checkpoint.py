@@ -1,0 +1,86 @@
+"""Folders that are either complete or not there: written beside their place, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hopskip.errors import HopskipError, TrainingError
+
+PARTIAL = ".partial"
+"""Where unfinished folders lie inside an output folder; what a crash left there is removed by the next run."""
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to write to, which takes the place of `folder` when the block ends well.
+
+    Raises:
+        TrainingError: it cannot be written (a full disk, say). What stood in its place before is untouched.
+    """
+    partial = folder.parent / PARTIAL / folder.name
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        publish(partial, folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _cannot_write(folder, error) from error
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Make a finished folder visible under its name, safely on disk first."""
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    if folder.exists():  # a folder cannot be renamed onto a full one
+        old = partial.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+    _flush(folder.parent)
+
+
+def clean(output: Path) -> None:
+    """Remove what a crash left half-written. If it came between two renames of `publish`, the old folder returns."""
+    for old in (output / PARTIAL).glob("*.old"):
+        place = output / old.stem
+        if not place.exists():
+            old.rename(place)
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    steps = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in output.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal() and (path / "trainer_state.json").exists()
+    }
+    return steps[max(steps)] if steps else None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(folder: Path, error: Exception) -> HopskipError:
+    if isinstance(error, HopskipError):
+        return error
+    free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
+    last = last_checkpoint(folder.parent)
+    return TrainingError(
+        f"{folder} cannot be written ({str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+        f"{free / 1e9:.2f} GB free there): make room, then run the same command again to go on from "
+        f"{last or 'the start'}"
+    )

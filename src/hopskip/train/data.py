@@ -1,0 +1,161 @@
+"""Rows of token ids, packed and padded, in an order that depends on nothing but the data and the seed.
+
+Rows are read, tokenized and packed in the order of the source; the Trainer's own seeded sampler shuffles them anew each
+epoch and skips what a resumed run has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from hopskip.errors import ConfigError
+from hopskip.train.encode import Document, encode
+from hopskip.train.read import DataConfig, read_split
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+Row = dict[str, Tensor]
+"""`input_ids`, `labels`, and for packed documents `position_ids`; int64 [length]."""
+
+
+class StreamedRows(IterableDataset[Row]):
+    """Rows that are made anew, in the same order, each time they are asked for."""
+
+    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
+        self._data, self._tokenizer = data, tokenizer
+
+    def __iter__(self) -> Iterator[Row]:
+        return make_rows(self._data, self._tokenizer, held_out=False)
+
+
+def load_rows(data: DataConfig, tokenizer: Any, context: int, *, held_out: bool = False) -> list[Row] | StreamedRows:
+    """The training rows, or those to evaluate on; `context` is the most positions that the model takes.
+
+    Raises:
+        ConfigError: nothing to read, nothing left, or a document is too long.
+    """
+    if data.max_length > context:
+        raise ConfigError(f"data.max_length is {data.max_length}, but the model's context is {context}; lower it")
+    if data.streaming and not held_out:
+        if next(make_rows(data, tokenizer, held_out=False), None) is None:
+            raise _empty(data)
+        return StreamedRows(data, tokenizer)
+    rows: list[Row] = []
+    for row in make_rows(data, tokenizer, held_out=held_out):
+        rows.append(row)
+        if held_out and len(rows) == data.max_eval_rows:
+            break
+    if not rows:
+        raise _empty(data)
+    return rows
+
+
+def _empty(data: DataConfig) -> ConfigError:
+    limits = f" where {dict(data.where)}" if data.where else ""
+    return ConfigError(
+        f"no rows to train or evaluate on in {', '.join(data.train + data.eval)}{limits} (those without anything to "
+        "learn are left out): check the path, `where`, and what `too_long` drops"
+    )
+
+
+def make_rows(data: DataConfig, tokenizer: Any, *, held_out: bool) -> Iterator[Row]:
+    """Read, tokenize, pack; rows without anything to learn are left out."""
+    documents = _fit((encode(row, data, tokenizer) for row in read_split(data, held_out=held_out)), data)
+    if data.packing == "none":
+        rows: Iterator[Row] = (_row([document]) for document in documents)
+    elif data.packing == "blocks":
+        rows = _blocks(documents, data.max_length)
+    else:
+        rows = _bins(documents, data.max_length)
+    return (row for row in rows if row["labels"].ne(IGNORED).any())
+
+
+def _fit(documents: Iterable[Document], data: DataConfig) -> Iterator[Document]:
+    """Every document, brought to `max_length` at most (for blocks there is no need)."""
+    for document in documents:
+        length = len(document.ids)
+        if length <= data.max_length or data.packing == "blocks":
+            yield document
+        elif data.too_long == "truncate":
+            yield document[: data.max_length]
+        elif data.too_long == "split":
+            yield from (document[start : start + data.max_length] for start in range(0, length, data.max_length))
+        elif data.too_long == "error":
+            raise ConfigError(
+                f"a document has {length} tokens, but data.max_length is {data.max_length}; raise it, or say what to "
+                "do: data.too_long=truncate, drop or split"
+            )
+
+
+def _blocks(documents: Iterable[Document], length: int) -> Iterator[Row]:
+    """One stream, cut every `length` tokens; what is left at the end is a shorter row."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for document in documents:
+        ids += document.ids
+        learned += document.learned
+        while len(ids) >= length:
+            yield _row([Document(ids[:length], learned[:length])])
+            del ids[:length], learned[:length]
+    if ids:
+        yield _row([Document(ids, learned)])
+
+
+def _bins(documents: Iterable[Document], length: int) -> Iterator[Row]:
+    """Whole documents, in order, as many as fit."""
+    held: list[Document] = []
+    num_held = 0
+    for document in documents:
+        if held and num_held + len(document.ids) > length:
+            yield _row(held, packed=True)
+            held, num_held = [], 0
+        held.append(document)
+        num_held += len(document.ids)
+    if held:
+        yield _row(held, packed=True)
+
+
+def _row(documents: Sequence[Document], packed: bool = False) -> Row:
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    for document in documents:
+        ids += document.ids
+        # nothing predicts a document's first token
+        labels += [
+            IGNORED,
+            *(i if is_on else IGNORED for i, is_on in zip(document.ids[1:], document.learned[1:], strict=True)),
+        ]
+        positions += range(len(document.ids))
+    row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    return {**row, "position_ids": torch.tensor(positions)} if packed else row
+
+
+def collate(rows: Sequence[Row]) -> Row:
+    """Rows of different lengths, padded on the right, as [B, T].
+
+    Packed rows carry positions that start anew with each document, by which transformers keeps the documents apart, and
+    no mask; their padding is a document of its own.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def pad(values: Tensor, value: int) -> Tensor:
+        return torch.cat((values, values.new_full((length - len(values),), value)))
+
+    batch = {name: torch.stack([pad(row[name], value) for row in rows]) for name, value in _PADDING if name in rows[0]}
+    if "position_ids" in batch:
+        for row, positions in zip(rows, batch["position_ids"], strict=True):
+            num_padding = length - len(row["input_ids"])
+            positions[length - num_padding :] = torch.arange(num_padding)
+    else:
+        batch["attention_mask"] = torch.stack([pad(torch.ones_like(row["input_ids"]), 0) for row in rows])
+    return batch
+
+
+_PADDING = (("input_ids", 0), ("labels", IGNORED), ("position_ids", 0))

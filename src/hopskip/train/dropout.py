@@ -1,0 +1,96 @@
+"""Layer dropout per sample, and the output of every layer, on a transformers model that is otherwise left alone.
+
+A dropped sample is not multiplied by zero: the layer runs on the kept samples only, with the rows of masks and
+positions that are theirs, and the dropped ones pass by unchanged.
+
+B = samples, T = positions, D = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def draw_kept(rates: Sequence[float], num_samples: int, *key: int) -> list[list[int]]:
+    """The samples that each layer keeps, drawn from the key (seed, step, micro-step, rank) alone: no generator has to
+    be saved or restored, and computing a layer a second time (gradient checkpointing) meets the same decision."""
+    draws = np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random((len(rates), num_samples))
+    return [np.flatnonzero(row >= rate).tolist() for row, rate in zip(draws, rates, strict=True)]
+
+
+class LayerTaps:
+    """Wraps the forward pass of decoder layers: it skips dropped samples and hands out each layer's output."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.outputs: dict[int, Tensor] = {}
+        """x_{l+1} [B, T, D] of each wanted layer l, of the pass under way."""
+        self._wanted: frozenset[int] = frozenset()
+        self._kept: list[Tensor | None] = [None] * len(layers)
+        self._num_samples = 0
+        for index, layer in enumerate(layers):
+            # `forward` rather than hooks, which cannot keep a layer from being called
+            layer.forward = partial(self._forward, index, layer)
+
+    def drop(self, kept: Sequence[Sequence[int]] | None, num_samples: int, device: torch.device) -> None:
+        """Set the samples that each layer keeps (None: all). It holds until the next call, so that gradient
+        checkpointing drops the same ones in the backward pass."""
+        for index in range(len(self._kept)):
+            samples = None if kept is None or len(kept[index]) == num_samples else kept[index]
+            self._kept[index] = None if samples is None else torch.tensor(samples, dtype=torch.long, device=device)
+        self._num_samples = num_samples
+
+    @contextmanager
+    def collect(self, layers: Sequence[int]) -> Iterator[None]:
+        """Keep the outputs of these layers for the time of a forward pass, and not a moment longer."""
+        self._wanted = frozenset(layers)
+        try:
+            yield
+        finally:
+            self._wanted = frozenset()
+            self.outputs.clear()
+
+    def _forward(self, index: int, layer: nn.Module, h_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept = self._kept[index]
+        if kept is None:
+            h_BTD = _call(layer, h_BTD, *args, **kwargs)
+        elif len(kept):
+            some = _call(
+                layer,
+                h_BTD.index_select(0, kept),
+                *_rows(args, kept, self._num_samples),
+                **_rows(kwargs, kept, self._num_samples),
+            )
+            h_BTD = h_BTD.to(some.dtype).index_copy(0, kept, some)
+        else:
+            # no sample, no work; but the weights take part with a gradient of zero: DDP and FSDP wait for it
+            h_BTD = h_BTD + 0.0 * sum(p.sum() for p in layer.parameters() if p.requires_grad)
+        if index in self._wanted:
+            self.outputs[index] = h_BTD
+        return h_BTD
+
+
+def _call(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's own forward pass. Looked up now, because FSDP changes the class of a layer that it shards."""
+    output = type(layer).forward(layer, *args, **kwargs)
+    h_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    return h_BTD
+
+
+def _rows(value: Any, kept: Tensor, num_samples: int) -> Any:
+    """The kept samples' rows of every tensor inside; one with a single row for all samples is left as it is."""
+    if isinstance(value, Tensor):
+        if value.ndim > 1 and len(value) == num_samples:
+            return value.index_select(0, kept)
+        return value
+    if isinstance(value, tuple):
+        return tuple(_rows(item, kept, num_samples) for item in value)
+    if isinstance(value, dict):
+        return {key: _rows(item, kept, num_samples) for key, item in value.items()}
+    return value

@@ -1,0 +1,164 @@
+"""Training data for an exit: the model's own text, and the hidden states behind it, cached on disk.
+
+Collected once and read for many epochs. A shard holds a fixed range of the prompts, so an interrupted collection goes
+on with the first shard that is missing.
+
+Shape letters: T tokens, A taps (layers whose output is kept), D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hopskip.cache import Cache, Rows
+from hopskip.draft.config import SpeculativeConfig
+from hopskip.engine import Engine
+from hopskip.errors import ConfigError
+from hopskip.model import Model
+from hopskip.sampling import SamplingParams
+
+SHARD_PROMPTS = 256
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One prompt and the model's greedy answer."""
+
+    ids_T: Tensor
+    """int64, the prompt first. The last token has no states: it was not fed back, and is only a target."""
+    num_prompt_tokens: int
+    states_TAD: Tensor
+    """bfloat16, outputs of the tapped layers at all tokens but the last."""
+
+
+class _Tapped:
+    """A model that keeps the outputs of some layers at every position of its cache."""
+
+    def __init__(self, model: Model, taps: Seq[int], num_slots: int, length: int) -> None:
+        self._model = model
+        self._taps = (*taps, model.config.num_hidden_layers)
+        shape = (num_slots, length, len(self._taps), model.config.hidden_size)
+        self.states_STAD = torch.empty(shape, dtype=torch.bfloat16)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+        assert (start, stop) == (0, self._model.config.num_hidden_layers)
+        slots, positions = rows.slots.long(), rows.positions.long()
+        for index, tap in enumerate(self._taps):
+            h_ND = self._model.run_layers(h_ND, start, tap, rows, cache)
+            self.states_STAD[slots, positions, index] = h_ND.to(torch.bfloat16)
+            start = tap
+        return h_ND
+
+
+def collect(
+    model: Model,
+    prompts: Seq[Seq[int]],
+    folder: Path,
+    *,
+    fingerprint: str,
+    taps: Seq[int],
+    max_new_tokens: int,
+    eos_token_ids: Seq[int],
+    max_num_seqs: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Let the model answer the prompts greedily, and write answers and states to `folder`.
+
+    Args:
+        fingerprint: of the model's weights; noted, so that no exit is trained on another model's states.
+        taps: layers after which hidden states are kept, rising; those after the last layer always are.
+        progress: told the prompts done and the tokens collected so far.
+
+    Raises:
+        ConfigError: `taps` are not rising layers of the model, or `folder` holds data that was collected otherwise.
+    """
+    depth = model.config.num_hidden_layers
+    if list(taps) != sorted(set(taps)) or not all(0 < tap < depth for tap in taps):
+        raise ConfigError(f"taps are {list(taps)}; they must be rising layers from 1 to {depth - 1}")
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"fingerprint": fingerprint, "taps": json.dumps([*taps, depth])}
+    longest = max(map(len, prompts)) + max_new_tokens
+    tapped = _Tapped(model, taps, max_num_seqs, longest + 2)
+    engine = Engine(
+        cast(Model, tapped),
+        SpeculativeConfig(draft="none"),
+        eos_token_ids=eos_token_ids,
+        max_num_seqs=max_num_seqs,
+    )
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    num_tokens = 0
+    for first in range(0, len(prompts), SHARD_PROMPTS):
+        path = folder / f"shard-{first // SHARD_PROMPTS:05}.safetensors"
+        batch = prompts[first : first + SHARD_PROMPTS]
+        if path.exists():
+            _check(path, metadata)
+            continue
+        waiting = [engine.add(prompt, params) for prompt in batch]
+        done: list[Conversation] = []
+        while waiting:
+            engine.step()
+            for sequence in [s for s in waiting if s.is_finished]:
+                waiting.remove(sequence)
+                # copied before the slot is given to the next prompt
+                states = tapped.states_STAD[sequence.slot, : len(sequence.token_ids) - 1].clone()
+                done.append(Conversation(torch.tensor(sequence.token_ids), sequence.num_prompt_tokens, states))
+                num_tokens += len(sequence.token_ids)
+        _write(path, done, metadata)
+        if progress:
+            progress(first + len(batch), num_tokens)
+
+
+def read_conversations(folder: Path) -> tuple[dict[str, str], list[Conversation]]:
+    """All that has been collected so far, memory-mapped, and how: `fingerprint` and `taps` (JSON).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    conversations: list[Conversation] = []
+    metadata: dict[str, str] = {}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            ids, counts, prompts, states = (file.get_tensor(name) for name in ("ids", "counts", "prompts", "states"))
+        start = 0
+        for count, num_prompt_tokens in zip(counts.tolist(), prompts.tolist(), strict=True):
+            own = slice(start, start + count)
+            conversations.append(Conversation(ids[own].long(), num_prompt_tokens, states[own][: count - 1]))
+            start += count
+    if not conversations:
+        raise ConfigError(f"{folder} holds no collected text; collect some first")
+    return metadata, conversations
+
+
+def _check(path: Path, metadata: dict[str, str]) -> None:
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata()
+    if found != metadata:
+        raise ConfigError(f"{path} was collected with {found}, not {metadata}; use another folder")
+
+
+def _write(path: Path, conversations: list[Conversation], metadata: dict[str, str]) -> None:
+    """One shard, whole or not at all. Each conversation's states are padded by one row to the length of its ids."""
+    states = [torch.cat([c.states_TAD, torch.zeros_like(c.states_TAD[:1])]) for c in conversations]
+    tensors = {
+        "ids": torch.cat([c.ids_T for c in conversations]).int(),
+        "counts": torch.tensor([len(c.ids_T) for c in conversations]),
+        "prompts": torch.tensor([c.num_prompt_tokens for c in conversations]),
+        "states": torch.cat(states),
+    }
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)

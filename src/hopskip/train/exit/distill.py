@@ -1,0 +1,233 @@
+"""Distillation of an exit branch from the model that it will draft for (`hopskip.branch`).
+
+The branch learns the model's next-token distribution over the draft vocabulary, at every token of the model's own
+text, and also from its own outputs: unroll step j sees what draft step j will see, the verified features of j tokens
+ago and after them what the branch itself put out (the training-time test of EAGLE-3, arXiv 2503.01840).
+
+Shape letters: B conversations, T tokens, A features, D hidden size, H query heads, K key/value heads, E head dimension,
+n draft vocabulary, P positions that are predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopskip.branch import BranchConfig, ExitBranch, Mixing
+from hopskip.model import rms_norm, rotate
+from hopskip.train.exit.collect import Conversation
+from hopskip.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversations padded at the end to one length."""
+
+    x_BTD: Tensor
+    """What enters the branch for each token: its embedding, or the output of layer `start`."""
+    features_BTAD: Tensor
+    """Of the token before; zeros before the first."""
+    final_PD: Tensor
+    """The model's final hidden states at the predicted positions: they hold the targets."""
+    next_P: Tensor
+    """Index in the draft vocabulary of the model's own next token; -1 where it is not in it."""
+    places_P: Tensor
+    """Where the predicted positions lie in the flattened [B * T]."""
+    first_P: Tensor
+    """For each predicted position, how many predicted positions of its conversation come before it."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.x_BTD.shape[0] * self.x_BTD.shape[1]
+
+
+class BranchTrainer(nn.Module):
+    """The trainable half of a branch, with the frozen norm and head rows that it shares with the model."""
+
+    def __init__(self, checkpoint: Checkpoint, branch: BranchConfig, vocabulary: Tensor) -> None:
+        super().__init__()
+        config = self.config = checkpoint.config
+        self.branch = branch
+        self.vocabulary = vocabulary
+        size, depth = config.hidden_size, config.num_hidden_layers
+
+        def parameter(name: str) -> nn.Parameter:
+            return nn.Parameter(checkpoint.tensor(name, torch.float32).clone())
+
+        # the model's last layers are the nearest thing to what the branch must become
+        self.layers = [
+            {name: parameter(f"model.layers.{index}.{name}") for name in config.layer_tensors()}
+            for index in range(depth - branch.num_layers, depth)
+        ]
+        self.mixing: dict[str, nn.Parameter] = {}
+        if branch.features:
+            self.mixing = {
+                "fuse": nn.Parameter(torch.zeros(size, len(branch.features) * size)),
+                "mix": nn.Parameter(torch.zeros(size, 2 * size)),
+                "token_norm": nn.Parameter(torch.ones(size)),
+                "feature_norm": nn.Parameter(torch.ones(size)),
+            }
+        for name, tensor in self.exit_branch("", 1).tensors().items():
+            assert isinstance(tensor, nn.Parameter)
+            self.register_parameter(name.replace(".", "_"), tensor)
+        head = checkpoint.tensor("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+        self._head = head[vocabulary].float()
+        self._norm = checkpoint.tensor("model.norm.weight", torch.float32).clone()
+        cos, sin = config.rope.tables(config.max_position_embeddings)
+        self._rope = (cos[:, None, :], sin[:, None, :])
+
+    def exit_branch(
+        self, fingerprint: str, num_draft_tokens: int, notes: Mapping[str, Any] | None = None
+    ) -> ExitBranch:
+        """What has been trained, sharing its memory."""
+        layers: list[dict[str, Tensor]] = [dict(layer) for layer in self.layers]
+        return ExitBranch(
+            self.branch, self.vocabulary, layers, dict(self.mixing), fingerprint, num_draft_tokens, notes or {}
+        )
+
+    def scale_to(self, states_NAD: Tensor) -> None:
+        """Let a branch with features begin near the last one itself: normalised, then brought back to its usual size,
+        with a tenth of that for the token.
+
+        Args:
+            states_NAD: outputs of the tapped layers at some tokens, those of the last layer at the end.
+        """
+        if not self.mixing:
+            return
+        size = self.config.hidden_size
+        rms = float(states_NAD[:, -1].float().square().mean(-1).sqrt().median())
+        with torch.no_grad():
+            self.mixing["fuse"][:, -size:] = torch.eye(size) * rms
+            nn.init.orthogonal_(self.mixing["mix"][:, :size], gain=rms / 10)
+
+    def forward(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
+        """Logits [P, n] of every unroll step in turn."""
+        eps = self.config.rms_norm_eps
+        mixing = Mixing(self.exit_branch("", 1), eps, torch.float32, torch.device("cpu"))
+        past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+        f_BTD = mixing.fuse(batch.features_BTAD) if self.mixing else None
+        for _ in range(num_steps):
+            h_BTD = batch.x_BTD if f_BTD is None else mixing.mix(batch.x_BTD, f_BTD)
+            for layer, own_past in zip(self.layers, past, strict=True):
+                h_BTD = self._layer(h_BTD, layer, own_past)
+            yield self._unembed(h_BTD.flatten(0, 1)[batch.places_P])
+            if f_BTD is None:
+                return  # without features every step sees the same
+            f_BTD = F.pad(h_BTD, (0, 0, 1, 0))[:, :-1]
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Tensor:
+        """The model's own logits over the draft vocabulary, [P, n]."""
+        return self._unembed(batch.final_PD)
+
+    def _unembed(self, h_PD: Tensor) -> Tensor:
+        return F.linear(rms_norm(h_PD, self._norm, self.config.rms_norm_eps), self._head)
+
+    def _layer(self, h_BTD: Tensor, layer: Mapping[str, Tensor], past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        config = self.config
+        x = rms_norm(h_BTD, layer["input_layernorm.weight"], config.rms_norm_eps)
+        cos, sin = (table[: x.shape[1]] for table in self._rope)
+        shape = (*x.shape[:2], -1, config.head_dim)
+        q, k, v = (
+            F.linear(x, layer[f"self_attn.{part}_proj.weight"], layer.get(f"self_attn.{part}_proj.bias")).view(shape)
+            for part in "qkv"
+        )
+        if config.qk_norm:
+            q = rms_norm(q, layer["self_attn.q_norm.weight"], config.rms_norm_eps)
+            k = rms_norm(k, layer["self_attn.k_norm.weight"], config.rms_norm_eps)
+        past.append((rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)))
+        out = attend_unrolled(rotate(q, cos, sin).transpose(1, 2), past).transpose(1, 2).flatten(2)
+        h_BTD = h_BTD + F.linear(out, layer["self_attn.o_proj.weight"])
+        x = rms_norm(h_BTD, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = F.silu(F.linear(x, layer["mlp.gate_proj.weight"])) * F.linear(x, layer["mlp.up_proj.weight"])
+        return h_BTD + F.linear(x, layer["mlp.down_proj.weight"])
+
+
+def attend_unrolled(q_BHTE: Tensor, past: Seq[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention of unroll step j = len(past): a query at position i sees the first step's keys up to i - j + 1, then
+    one key of each later step m at position i - j + m, its own among them.
+
+    Args:
+        past: keys and values [B, K, T, E] of the steps so far, this one's last.
+    """
+    step, length = len(past), q_BHTE.shape[2]
+    groups = q_BHTE.shape[1] // past[0][0].shape[1]
+    k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in past[0])
+    scores = (q_BHTE @ k.transpose(-1, -2)) * q_BHTE.shape[-1] ** -0.5
+    is_hidden = torch.ones(length, length, dtype=torch.bool).triu(2 - step)
+    parts = [scores.masked_fill(is_hidden, float("-inf"))]
+    values = []
+    for m in range(2, step + 1):
+        shift = step - m
+        k_m, v_m = (F.pad(x, (0, 0, shift, 0))[:, :, :length].repeat_interleave(groups, dim=1) for x in past[m - 1])
+        parts.append((q_BHTE * k_m).sum(-1, keepdim=True) * q_BHTE.shape[-1] ** -0.5)
+        values.append(v_m)
+    # a position before the chain could have begun sees nothing of the first step; its result is not used
+    weights = torch.cat(parts, dim=-1).softmax(dim=-1) if step > 1 else parts[0].softmax(dim=-1)
+    out = weights[..., :length] @ v
+    for m, v_m in enumerate(values):
+        out = out + weights[..., length + m : length + m + 1] * v_m
+    return out
+
+
+def distillation_loss(logits_Pn: Tensor, targets_Pn: Tensor, next_P: Tensor, hard_weight: float) -> Tensor:
+    """Mean over positions of the cross-entropy to the model's distribution, and to its own next token where the draft
+    vocabulary has it, the latter weighted."""
+    log_probs = logits_Pn.log_softmax(dim=-1)
+    soft = -(targets_Pn.softmax(dim=-1) * log_probs).sum(-1).mean()
+    known = next_P >= 0
+    if hard_weight == 0 or not known.any():
+        return soft
+    hard = F.nll_loss(log_probs[known], next_P[known])
+    return (1 - hard_weight) * soft + hard_weight * hard
+
+
+def make_batch(
+    conversations: Seq[Conversation], taps: Seq[int], branch: BranchConfig, index_V: Tensor, embedding: Tensor
+) -> Batch:
+    """Pad conversations to one batch.
+
+    Args:
+        taps: the layers whose outputs the conversations hold.
+        index_V: for every token its index in the draft vocabulary, -1 for none.
+        embedding: the model's, [V, D].
+    """
+    length = max(len(c.ids_T) - 1 for c in conversations)
+    x, features, finals, nexts, places, firsts = [], [], [], [], [], []
+    columns = [list(taps).index(layer) for layer in branch.features]
+    for row, conversation in enumerate(conversations):
+        ids, states = conversation.ids_T, conversation.states_TAD
+        count, first = len(ids) - 1, conversation.num_prompt_tokens - 1
+        own = states[:, list(taps).index(branch.start)].float() if branch.start else embedding[ids[:-1]]
+        x.append(F.pad(own, (0, 0, 0, length - count)))
+        features.append(F.pad(states[:-1, columns].float(), (0, 0, 0, 0, 1, length - count)))
+        finals.append(states[first:, -1].float())
+        nexts.append(index_V[ids[first + 1 :]])
+        places.append(torch.arange(first, count) + row * length)
+        firsts.append(torch.arange(count - first))
+    return Batch(
+        torch.stack(x), torch.stack(features), torch.cat(finals), torch.cat(nexts), torch.cat(places), torch.cat(firsts)
+    )
+
+
+def acceptance(correct_JP: Tensor, first_P: Tensor) -> Tensor:
+    """Share of drafts whose first j tokens are all right, for j = 1..J: float [J].
+
+    Args:
+        correct_JP: whether the draft's j-th token, drawn at this position, is the model's own.
+        first_P: index of each position within its conversation.
+    """
+    shares = []
+    alive_P = torch.ones_like(correct_JP[0])  # drafts by the position of their latest token
+    for step, correct_P in enumerate(correct_JP):
+        if step:
+            alive_P = F.pad(alive_P, (1, 0), value=False)[:-1] & (first_P >= step)
+        alive_P = alive_P & correct_P
+        shares.append(float(alive_P.sum()) / max(1, int((first_P >= step).sum())))
+    return torch.tensor(shares)

@@ -1,0 +1,95 @@
+"""What a recipe of `hopskip train exit` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hopskip.branch import BranchConfig
+from hopskip.errors import ConfigError
+from hopskip.train.exit.fit import FitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsRecipe:
+    """What the model is asked, so that it writes the text to train on."""
+
+    files: tuple[str, ...] = ()
+    """Files, folders or Hub data sets, as `data.train` of a LayerSkip recipe; their responses are not used."""
+    prompt_field: str = "prompt"
+    messages_field: str = "messages"
+    max_prompts: int | None = None
+    """Take so many of the files' prompts, chosen at random."""
+    self_written: int = 0
+    """So many prompts that the model is to write itself; some are dropped as unfinished or repeated."""
+    openings: tuple[str, ...] = ("",)
+    """Beginnings of these prompts, in rotation."""
+    exclude: tuple[str, ...] = ()
+    """Files with prompts that must not be trained on: those that the exit will be measured with."""
+    max_prompt_tokens: int = 256
+    """Longer prompts are left out."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.files and self.self_written < 1:
+            raise ConfigError("prompts has neither files nor self_written; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectRecipe:
+    """How the model answers."""
+
+    precision: str = "bfloat16"
+    max_new_tokens: int = 256
+    max_num_seqs: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecipe:
+    """How the branches are compared: by tokens per second on prompts that were held out."""
+
+    num_prompts: int = 8
+    max_new_tokens: int = 128
+    num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4)
+    repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRecipe:
+    """A whole run: prompts, collection, training of every candidate branch, and the choice of the fastest.
+
+    Raises:
+        ConfigError: it names no branch or no stage.
+    """
+
+    output: str
+    """Folder of the run; the chosen exit is in `exit` in it."""
+    base: str = "default"
+    """A folder, a GGUF file or a Hub id; `default` is hopskip's default model."""
+    prompts: PromptsRecipe
+    collect: CollectRecipe = field(default_factory=CollectRecipe)
+    branches: tuple[BranchConfig, ...] = ()
+    """Candidates."""
+    vocabulary: int = 8192
+    """Size of the draft vocabulary: so many of the tokens that the model uses most."""
+    stages: tuple[FitConfig, ...] = ()
+    """Trainings of each candidate, one after the other."""
+    held_out_every: int = 40
+    """Every so manieth conversation is kept from training, for evaluation."""
+    search: SearchRecipe = field(default_factory=SearchRecipe)
+    threads: int | None = None
+    """CPU threads; by default as many as there are cores."""
+
+    def __post_init__(self) -> None:
+        if not self.branches:
+            raise ConfigError("a recipe needs at least one entry in `branches`, such as {start: 0, num_layers: 1}")
+        if not self.stages:
+            raise ConfigError("a recipe needs at least one entry in `stages`, such as {num_tokens: 1000000}")
+        if self.held_out_every < 2:
+            raise ConfigError(f"held_out_every is {self.held_out_every}; it must be at least 2")
+        if self.vocabulary < 1:
+            raise ConfigError(f"vocabulary is {self.vocabulary}; it must be at least 1")
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers whose outputs any candidate needs, the last one aside (which every collection has)."""
+        return tuple(sorted({tap for branch in self.branches for tap in branch.taps}))

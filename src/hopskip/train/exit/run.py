@@ -1,0 +1,268 @@
+"""`hopskip train exit`: from a recipe to the fastest exit for a model. Every part goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hopskip.branch import BranchConfig, ExitBranch
+from hopskip.draft.config import SpeculativeConfig
+from hopskip.engine import Engine
+from hopskip.errors import ConfigError
+from hopskip.hub import find_model
+from hopskip.llm import LLM
+from hopskip.native import NativeModel
+from hopskip.sampling import SamplingParams
+from hopskip.tokenizer import Tokenizer
+from hopskip.train.exit.collect import Conversation, collect, read_conversations
+from hopskip.train.exit.distill import BranchTrainer
+from hopskip.train.exit.fit import fit
+from hopskip.train.exit.prompts import self_prompts
+from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe, SearchRecipe
+from hopskip.train.read import DataConfig, read
+from hopskip.weights import Checkpoint, open_checkpoint
+
+Report = Callable[[str], None]
+
+
+def run(recipe: ExitRecipe, report: Report = print) -> Path:
+    """Run a recipe; the folder of the finished exit.
+
+    Raises:
+        ConfigError: a setting cannot work with this model, or what was collected before does not fit the recipe.
+        CheckpointError: the model cannot be read.
+    """
+    folder = Path(recipe.output)
+    base = None if recipe.base == "default" else recipe.base
+    checkpoint = open_checkpoint(find_model(base))
+    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    depth = checkpoint.config.num_hidden_layers
+    if any(tap > depth for tap in recipe.taps):
+        raise ConfigError(f"a branch wants to see layer {max(recipe.taps)}, but the model has {depth}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+
+    prompts = _prompts(recipe, base, tokenizer, folder / "prompts.jsonl", report)
+    model = NativeModel.load(checkpoint, recipe.collect.precision, recipe.threads)
+    collect(
+        model,
+        prompts,
+        folder / "data",
+        fingerprint=checkpoint.fingerprint,
+        taps=[tap for tap in recipe.taps if tap < depth],
+        max_new_tokens=recipe.collect.max_new_tokens,
+        eos_token_ids=sorted(tokenizer.eos_token_ids),
+        max_num_seqs=recipe.collect.max_num_seqs,
+        progress=lambda done, tokens: report(f"collected {tokens:,} tokens from {done} of {len(prompts)} prompts"),
+    )
+    del model
+    metadata, conversations = read_conversations(folder / "data")
+    if metadata["fingerprint"] != checkpoint.fingerprint:
+        raise ConfigError(f"{folder / 'data'} was collected from another model; use another output folder")
+    answered = [c for c in conversations if len(c.ids_T) > c.num_prompt_tokens + 1]
+    held_out = answered[:: recipe.held_out_every]
+    training = [c for i, c in enumerate(answered) if i % recipe.held_out_every]
+    vocabulary = draft_vocabulary(training, recipe.vocabulary)
+
+    found: list[tuple[float, ExitBranch]] = []
+    for branch in recipe.branches:
+        trainer = _train(recipe, checkpoint, branch, vocabulary, training, held_out, metadata, folder, report)
+        for speed, exit_branch in _measure(recipe, checkpoint, tokenizer, trainer, held_out):
+            report(
+                f"{name_of(branch)}, {exit_branch.num_draft_tokens} draft tokens: {speed:.2f} x plain decoding, "
+                f"mean acceptance length {exit_branch.notes['held_out_mean_acceptance_length']:.2f}"
+            )
+            found.append((speed, exit_branch))
+    speed, best = max(found, key=lambda pair: pair[0])
+    best.save(folder / "exit")
+    report(f"the fastest is {name_of(best.config)} with {best.num_draft_tokens} draft tokens ({speed:.2f} x)")
+    return folder / "exit"
+
+
+def draft_vocabulary(conversations: Seq[Conversation], size: int) -> Tensor:
+    """The tokens that the model's own answers use most, rising: int64 [at most size]."""
+    answers = torch.cat([c.ids_T[c.num_prompt_tokens :] for c in conversations])
+    counts = answers.bincount()
+    return counts.argsort(descending=True, stable=True)[: min(size, int((counts > 0).sum()))].sort().values
+
+
+def name_of(branch: BranchConfig) -> str:
+    """`s0-b1-f15.27.30`."""
+    features = f"-f{'.'.join(map(str, branch.features))}" if branch.features else ""
+    return f"s{branch.start}-b{branch.num_layers}{features}"
+
+
+def _prompts(recipe: ExitRecipe, base: str | None, tokenizer: Tokenizer, path: Path, report: Report) -> list[list[int]]:
+    """Token ids of the prompts, which are written to `path` when first made."""
+    settings = recipe.prompts
+    if not path.exists():
+        excluded = {text.strip() for source in settings.exclude for text in _texts(source, settings)}
+        texts = [text for source in settings.files for text in _texts(source, settings)]
+        rng = random.Random(settings.seed)
+        if settings.max_prompts is not None and len(texts) > settings.max_prompts:
+            texts = rng.sample(texts, settings.max_prompts)
+        if settings.self_written:
+            llm = LLM(
+                base,
+                speculative=SpeculativeConfig(draft="none"),
+                dtype="bfloat16",
+                threads=recipe.threads,
+                max_num_seqs=recipe.collect.max_num_seqs,
+            )
+            for number, text in enumerate(
+                self_prompts(llm, settings.self_written, openings=settings.openings, seed=settings.seed), start=1
+            ):
+                texts.append(text)
+                if number % 100 == 0:
+                    report(f"the model has written {number} prompts")
+        texts = [text for text in dict.fromkeys(texts) if text.strip() and text.strip() not in excluded]
+        rng.shuffle(texts)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+        partial.replace(path)
+    texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+    encoded = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        if tokenizer.has_chat_template
+        else tokenizer.encode(text)
+        for text in texts
+    ]
+    kept = [ids for ids in encoded if len(ids) <= settings.max_prompt_tokens]
+    if not kept:
+        raise ConfigError(f"none of {len(encoded)} prompts has at most {settings.max_prompt_tokens} tokens")
+    return kept
+
+
+def _texts(source: str, settings: PromptsRecipe) -> Iterator[str]:
+    """What the user says first in every row of a file."""
+    for row in read(source, DataConfig(train=(source,))):
+        messages, turns = row.get(settings.messages_field), row.get("turns")
+        if isinstance(row.get(settings.prompt_field), str):
+            yield row[settings.prompt_field]
+        elif isinstance(turns, list) and turns:
+            yield str(turns[0])
+        elif isinstance(messages, list) and messages:
+            yield next((m["content"] for m in messages if m["role"] == "user"), "")
+        else:
+            raise ConfigError(
+                f"a row of {source} has none of {settings.prompt_field}, turns, {settings.messages_field}: {dict(row)}"
+            )
+
+
+def _train(
+    recipe: ExitRecipe,
+    checkpoint: Checkpoint,
+    branch: BranchConfig,
+    vocabulary: Tensor,
+    training: Seq[Conversation],
+    held_out: Seq[Conversation],
+    metadata: Mapping[str, str],
+    folder: Path,
+    report: Report,
+) -> BranchTrainer:
+    torch.manual_seed(recipe.stages[0].seed)
+    trainer = BranchTrainer(checkpoint, branch, vocabulary)
+    trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
+    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    own = folder / name_of(branch)
+
+    def tell(entry: Mapping[str, Any]) -> None:
+        shares = ", ".join(f"{share:.1%}" for share in entry["acceptance"])
+        report(
+            f"{name_of(branch)}: {entry['num_tokens']:,} tokens, loss {entry['loss']:.3f}, accepted {shares}, "
+            f"{entry['tokens_per_second']:.0f} tokens/s"
+        )
+
+    for number, stage in enumerate(recipe.stages):
+        fit(trainer, training, held_out, json.loads(metadata["taps"]), embedding, stage, own / f"stage-{number}", tell)
+    write_plot(own, own / "acceptance.png")
+    return trainer
+
+
+def _measure(
+    recipe: ExitRecipe,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    trainer: BranchTrainer,
+    held_out: Seq[Conversation],
+) -> Iterator[tuple[float, ExitBranch]]:
+    """Decoding speed over plain decoding for every draft length, on held-out prompts, the two taking turns."""
+    search = recipe.search
+    prompts = [c.ids_T[: c.num_prompt_tokens].tolist() for c in held_out[: search.num_prompts]]
+    eos = sorted(tokenizer.eos_token_ids)
+    model = NativeModel.load(checkpoint, recipe.collect.precision, recipe.threads)
+    branch = trainer.exit_branch(checkpoint.fingerprint, 1)
+    model.attach(branch)
+    plain = Engine(model, SpeculativeConfig(draft="none"), eos_token_ids=eos)
+    for num_draft_tokens in search.num_draft_tokens:
+        setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=num_draft_tokens)
+        drafting = Engine(model, setting, branch=branch, eos_token_ids=eos)
+        ratios, lengths = [], [0.0]
+        for _ in range(search.repeats):
+            slow, _ = _decode(plain, prompts, search)
+            fast, length = _decode(drafting, prompts, search)
+            ratios.append(slow / fast)
+            lengths.append(length)
+        notes = {
+            "base_model": checkpoint.path.name,
+            "stages": [vars(stage) for stage in recipe.stages],
+            "held_out_mean_acceptance_length": round(lengths[-1], 3),
+        }
+        yield statistics.median(ratios), trainer.exit_branch(checkpoint.fingerprint, num_draft_tokens, notes)
+
+
+def _decode(engine: Engine, prompts: Seq[Seq[int]], search: SearchRecipe) -> tuple[float, float]:
+    """Seconds of decoding for all prompts, one after the other, and tokens per pass."""
+    seconds = 0.0
+    num_tokens = num_passes = 0
+    for prompt in prompts:
+        sequence = engine.add(prompt, SamplingParams(max_new_tokens=search.max_new_tokens))
+        while not sequence.is_prefilled:
+            engine.step()
+        started = time.perf_counter()
+        while not sequence.is_finished:
+            engine.step()
+        seconds += time.perf_counter() - started
+        num_tokens += len(sequence.tokens) - 1
+        num_passes += sequence.stats.num_target_passes
+    return seconds, num_tokens / max(1, num_passes)
+
+
+def write_plot(folder: Path, path: Path) -> None:
+    """Acceptance over training tokens, from the logs of a branch's stages.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("the plot needs matplotlib: pip install 'hopskip[train]'") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[int, list[tuple[int, float]]] = {}
+    done = 0
+    for stage in sorted(folder.glob("stage-*")):
+        entries = [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        for entry in entries:
+            for step, share in enumerate(entry["acceptance"]):
+                curves.setdefault(step, []).append((done + entry["num_tokens"], share))
+        done += entries[-1]["num_tokens"]
+    for step, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=f"first {step + 1} right")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("share of held-out drafts")
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

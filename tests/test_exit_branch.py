@@ -1,0 +1,332 @@
+"""Trained exits: what a branch drafts, where its keys and values come from, and that text never depends on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopskip import SamplingParams, SpeculativeConfig
+from hopskip.branch import BranchConfig, ExitBranch
+from hopskip.cache import Cache
+from hopskip.draft.base import Draft
+from hopskip.draft.exit import ExitDrafter
+from hopskip.engine import Engine
+from hopskip.errors import CheckpointError, ConfigError
+from hopskip.model import BranchedModel
+from hopskip.native import NativeModel, available
+from hopskip.sequence import Sequence
+from hopskip.train.exit.collect import Conversation
+from hopskip.train.exit.distill import BranchTrainer, make_batch
+from hopskip.weights import Checkpoint, load_weights, open_checkpoint
+from tests.models import tiny_model
+from tests.test_engine import PLAIN, new_ids, run
+from tests.tiny import write_checkpoint
+
+PROMPTS = [[5, 6, 7, 8] * 3, [9, 8, 7] * 20, [3]]
+PARAMS = SamplingParams(max_new_tokens=30)
+VOCABULARY = torch.arange(0, 320, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder)
+    return open_checkpoint(folder)
+
+
+def load(checkpoint: Checkpoint, backend: str) -> BranchedModel:
+    if backend == "native":
+        if obstacle := available():
+            pytest.skip(obstacle)
+        return NativeModel.load(checkpoint, "float32", threads=1)
+    from hopskip.model import Transformer
+
+    return Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+
+
+def random_branch(checkpoint: Checkpoint, config: BranchConfig, seed: int = 0) -> tuple[BranchTrainer, ExitBranch]:
+    torch.manual_seed(seed)
+    trainer = BranchTrainer(checkpoint, config, VOCABULARY)
+    for tensor in trainer.mixing.values():
+        torch.nn.init.normal_(tensor, std=0.2 if tensor.ndim == 2 else 1.0)
+    # as a file would hold it
+    branch = trainer.exit_branch(checkpoint.fingerprint, 3)
+    for tensor in branch.tensors().values():
+        tensor.data = tensor.data.to(torch.bfloat16).float()
+    return trainer, branch
+
+
+def own_branch(checkpoint: Checkpoint) -> ExitBranch:
+    """The model's own last layer as a branch over the whole vocabulary: it drafts what the model will say, always."""
+    depth, vocabulary = checkpoint.config.num_hidden_layers, torch.arange(checkpoint.config.vocab_size)
+    trainer = BranchTrainer(checkpoint, BranchConfig(start=depth - 1, num_layers=1), vocabulary)
+    return trainer.exit_branch(checkpoint.fingerprint, 4)
+
+
+CONFIGS = [
+    BranchConfig(start=0, num_layers=1, features=(1, 3)),
+    BranchConfig(start=0, num_layers=2, features=(3,)),
+    BranchConfig(start=1, num_layers=1, features=(2, 3)),
+    BranchConfig(start=2, num_layers=1),
+    BranchConfig(start=2, num_layers=0),
+    BranchConfig(start=0, num_layers=1),
+]
+IDS = ["features", "two-layers", "start-and-features", "adapter", "plain-exit", "embedding"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("draft", ["exit-branch", "both"])
+def test_the_models_own_layers_as_a_branch_are_always_right(checkpoint: Checkpoint, backend: str, draft: str) -> None:
+    model, branch = load(checkpoint, backend), own_branch(checkpoint)
+    expected = run(Engine(model, PLAIN), PROMPTS, PARAMS)
+    model.attach(branch)
+    engine = Engine(model, SpeculativeConfig(draft=draft), branch=branch)  # type: ignore[arg-type]
+    got = run(engine, PROMPTS, PARAMS)
+    assert new_ids(got) == new_ids(expected)
+    if draft == "exit-branch" and backend == "torch":  # the native engine packs a branch to 8 bits
+        assert all(s.stats.num_accepted_tokens == s.stats.num_draft_tokens > 0 for s in got)
+    assert sum(s.stats.num_accepted_tokens for s in got) > 0.6 * sum(s.stats.num_draft_tokens for s in got)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_text_does_not_depend_on_the_branch(checkpoint: Checkpoint, backend: str, config: BranchConfig) -> None:
+    model = load(checkpoint, backend)
+    _, branch = random_branch(checkpoint, config)
+    rows = 1 if backend == "native" else 4
+    expected = run(Engine(model, PLAIN, rows_per_sequence=rows), PROMPTS, PARAMS)
+    model.attach(branch)
+    engine = Engine(model, SpeculativeConfig(draft="exit-branch"), branch=branch)
+    got = run(engine, PROMPTS, PARAMS)
+    assert new_ids(got) == new_ids(expected)
+    assert sum(s.stats.num_draft_tokens for s in got) > sum(s.stats.num_accepted_tokens for s in got)
+
+
+def drafts_of(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, prompts: list[list[int]]
+) -> list[tuple[list[int], Draft]]:
+    """Every draft of a run with the tokens that were committed when it was made."""
+    seen: list[tuple[list[int], Draft]] = []
+    original = ExitDrafter.propose
+
+    def propose(self: ExitDrafter, sequences: list[Sequence], limits: list[int], cache: Cache) -> list[Draft]:
+        drafts = original(self, sequences, limits, cache)
+        seen.extend((list(s.token_ids), d) for s, d in zip(sequences, drafts, strict=True) if d.token_ids)
+        return drafts
+
+    monkeypatch.setattr(ExitDrafter, "propose", propose)
+    run(engine, prompts, PARAMS)
+    return seen
+
+
+def outputs(model: BranchedModel, ids: list[int]) -> Tensor:
+    """Outputs of every layer at every token, [T, L, D]."""
+    from hopskip.cache import Rows, Segment
+
+    cache, depth = model.new_cache(1, len(ids)), model.config.num_hidden_layers
+    h_ND, rows, found = model.embed(torch.tensor(ids)), Rows([Segment(0, 0, len(ids))]), []
+    for layer in range(depth):
+        h_ND = model.run_layers(h_ND, layer, layer + 1, rows, cache)
+        found.append(h_ND)
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_drafts_are_those_that_training_unrolls(
+    checkpoint: Checkpoint, backend: str, config: BranchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and drafting must mean the same by "the j-th draft token", after prompts, rejections, acceptances."""
+    model = load(checkpoint, backend)
+    trainer, branch = random_branch(checkpoint, config)
+    model.attach(branch)
+    engine = Engine(model, SpeculativeConfig(draft="both", num_draft_tokens=3), branch=branch, max_num_seqs=2)
+    seen = [(ids, draft) for ids, draft in drafts_of(monkeypatch, engine, [*PROMPTS, [*PROMPTS[0][:9], 4]])]
+    assert len(seen) > 20
+    taps, index_V = list(range(1, 4)), torch.full((320,), -1)
+    index_V[VOCABULARY] = torch.arange(len(VOCABULARY))
+    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    num_equal = num_tokens = 0
+    for ids, draft in seen[::4]:
+        whole = [*ids, *draft.token_ids]
+        states = outputs(model, whole[:-1])
+        conversation = Conversation(torch.tensor(whole), len(ids), states)
+        batch = make_batch([conversation], taps, config, index_V, embedding)
+        with torch.no_grad():
+            steps = list(trainer(batch, len(draft.token_ids)))
+        for j, token in enumerate(draft.token_ids):
+            best = steps[min(j, len(steps) - 1)][j].argmax()
+            num_equal += int(VOCABULARY[best]) == token
+            num_tokens += 1
+    # 8-bit weights of the native engine choose another token now and then
+    assert num_equal == num_tokens if backend == "torch" else num_equal > 0.85 * num_tokens
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_one_call_drafts_what_steps_draft(
+    checkpoint: Checkpoint, config: BranchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts = []
+    for hides in (False, True):
+        model = load(checkpoint, "native")
+        _, branch = random_branch(checkpoint, config)
+        model.attach(branch)
+        if hides:
+            monkeypatch.setattr(model, "draft_greedy", None)
+        engine = Engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02), branch=branch)
+        drafts.append(drafts_of(monkeypatch, engine, PROMPTS))
+    (one_call, steps) = ([draft.token_ids for _, draft in found] for found in drafts)
+    # the steps mix in bfloat16 weights, the call in 8 bits
+    shared = sum(a == b for a, b in zip(one_call, steps, strict=False))
+    assert shared > 0.7 * max(len(one_call), len(steps))
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_slot_that_is_used_again_drafts_as_a_fresh_one(
+    checkpoint: Checkpoint, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefix reuse, and a cache that grows under the branch."""
+    _, branch = random_branch(checkpoint, CONFIGS[0])
+    turns = [[5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11] * 2, [5, 6, 7, 8, 9, 10, 11] * 60, [5, 6, 7, 9], [1, 2]]
+    found = []
+    for prefix_caching in (True, False):
+        model = load(checkpoint, backend)
+        model.attach(branch)
+        setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=3)
+        engine = Engine(model, setting, branch=branch, max_num_seqs=1, prefix_caching=prefix_caching)
+        found.append([drafts_of(monkeypatch, engine, [turn]) for turn in turns])
+        monkeypatch.undo()
+    with_reuse, without = ([[d.token_ids for _, d in turn] for turn in turns] for turns in found)
+    assert with_reuse == without
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_and_bans_hold_in_drafts(checkpoint: Checkpoint, temperature: float) -> None:
+    model = load(checkpoint, "torch")
+    branch = own_branch(checkpoint)
+    model.attach(branch)
+    params = replace(PARAMS, temperature=temperature, frequency_penalty=1.5, seed=None if temperature == 0 else 1)
+    expected = run(Engine(model, PLAIN, rows_per_sequence=5), PROMPTS, params)
+    got = run(Engine(model, SpeculativeConfig(draft="exit-branch"), branch=branch), PROMPTS, params)
+    if temperature == 0:
+        assert new_ids(got) == new_ids(expected)
+    # the branch is the model itself: with the penalties in its drafts, nothing is ever rejected but by rounding
+    assert sum(s.stats.num_accepted_tokens for s in got) >= 0.99 * sum(s.stats.num_draft_tokens for s in got) > 0
+
+
+def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution() -> None:
+    """The branch cannot draft half of the tokens; they must come as often as without it."""
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=6, num_hidden_layers=2)
+    vocabulary = torch.tensor([0, 2, 3])
+    branch = ExitBranch(BranchConfig(start=1, num_layers=0), vocabulary, [], {}, "", 2)
+    params = SamplingParams(max_new_tokens=3, temperature=1.3)
+    counts = []
+    for speculative in (PLAIN, SpeculativeConfig(draft="exit-branch", num_draft_tokens=2)):
+        if speculative is not PLAIN:
+            model.attach(branch)
+        engine = Engine(model, speculative, branch=branch, max_num_seqs=256)
+        seeds = range(6000) if speculative is PLAIN else range(6000, 12000)
+        sequences = [engine.add([1, 2], replace(params, seed=seed)) for seed in seeds]
+        while engine.has_work:
+            engine.step()
+        outcomes = torch.tensor([[t.id for t in s.tokens[1:]] for s in sequences])
+        counts.append((outcomes[:, 0] * 6 + outcomes[:, 1]).bincount(minlength=36).double())
+    plain, drafted = counts
+    assert drafted.reshape(6, 6)[[1, 4, 5]].sum() > 100, "no token outside the draft vocabulary was ever needed"
+    expected = (plain + drafted) / 2
+    common = expected >= 5
+    statistic = float((((plain - drafted) ** 2) / (plain + drafted))[common].sum())
+    degrees = int(common.sum()) - 1
+    assert statistic < degrees + 5 * (2 * degrees) ** 0.5, (statistic, degrees)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_what_is_loaded(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    _, branch = random_branch(checkpoint, CONFIGS[0])
+    branch.save(tmp_path / "exit")
+    loaded = ExitBranch.load(tmp_path / "exit")
+    assert loaded.config == branch.config
+    assert loaded.num_draft_tokens == branch.num_draft_tokens
+    assert torch.equal(loaded.vocabulary, branch.vocabulary)
+    assert loaded.tensors().keys() == branch.tensors().keys()
+    for name, tensor in branch.tensors().items():
+        assert torch.equal(loaded.tensors()[name].float(), tensor.float()), name
+    loaded.check(checkpoint.config)
+    loaded.check_base(checkpoint.fingerprint)
+
+
+def test_a_wrong_base_is_refused(checkpoint: Checkpoint) -> None:
+    _, branch = random_branch(checkpoint, CONFIGS[0])
+    with pytest.raises(ConfigError, match=r"trained for .* with weights .*hopskip train exit"):
+        branch.check_base("0123456789abcdef")
+    with pytest.raises(ConfigError, match="has shape"):
+        branch.check(replace(checkpoint.config, intermediate_size=64))
+    with pytest.raises(ConfigError, match="the model has 2"):
+        branch.check(replace(checkpoint.config, num_hidden_layers=2))
+    with pytest.raises(ConfigError, match="vocabulary has 100"):
+        branch.check(replace(checkpoint.config, vocab_size=100))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"features": "all"}, "features = 'all'"),
+        ({"num_layers": 0}, "does not fit|cannot use features"),
+    ],
+)
+def test_damaged_files_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, change: dict[str, object], match: str
+) -> None:
+    _, branch = random_branch(checkpoint, CONFIGS[0])
+    branch.save(tmp_path)
+    path = tmp_path / "exit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((CheckpointError, ConfigError), match=match):
+        ExitBranch.load(tmp_path)
+    with pytest.raises(CheckpointError, match="is not an exit"):
+        ExitBranch.load(tmp_path / "nowhere")
+    branch.save(tmp_path)
+    (tmp_path / "exit.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ExitBranch.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"start": 0, "num_layers": 0}, "is none"),
+        ({"start": 1, "num_layers": 0, "features": (2,)}, "without layers"),
+        ({"start": 0, "num_layers": 1, "features": (3, 2)}, "rising"),
+    ],
+)
+def test_impossible_branches_are_refused(settings: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        BranchConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"draft": "exit-branch", "verify": "reuse"}, "leave it out"),
+        ({"draft": "exit-branch", "exit_layer": 2}, "no effect"),
+        ({"draft": "ngram", "exit_branch": "x"}, "no effect"),
+        ({"exit_layer": 2, "exit_branch": "x"}, "two exits"),
+    ],
+)
+def test_contradicting_settings_are_refused(settings: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        SpeculativeConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_branch_that_is_missing_is_named(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="no trained exit is given"):
+        SpeculativeConfig(draft="exit-branch").resolve(checkpoint.config)

@@ -1,0 +1,221 @@
+"""The chunked loss against plain autograd; layer dropout against every sample on its own; what it costs in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hopskip.train.data import collate
+from hopskip.train.dropout import LayerTaps, draw_kept
+from hopskip.train.loss import ExitLosses, ExitTerm, exit_loss
+from tests.tiny import make_model
+
+TERMS = [
+    ExitTerm(layer=2, weight=0.5),
+    ExitTerm(layer=1, weight=0.3, ce_weight=0.7, kl_weight=2.0),
+    ExitTerm(layer=0, weight=0.2),
+]
+
+
+def plain_loss(hidden: dict[int, Tensor], labels: Tensor, norm: nn.Module, head: nn.Module) -> Tensor:
+    """The same by the textbook: all logits at once."""
+    targets = labels[:, 1:].flatten()
+    is_learned = targets != -100
+
+    def logits(layer: int) -> Tensor:
+        return head(norm(hidden[layer]))[:, :-1].flatten(0, 1)[is_learned]
+
+    teacher = logits(TERMS[0].layer).detach().log_softmax(-1)
+    total = torch.zeros(())
+    for term in TERMS:
+        ce = F.cross_entropy(logits(term.layer), targets[is_learned], reduction="sum")
+        total = total + term.weight * term.ce_weight * ce
+        if term.kl_weight:
+            student = logits(term.layer).log_softmax(-1)
+            total = total + term.weight * term.kl_weight * (teacher.exp() * (teacher - student)).sum()
+    return total
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, None])
+@pytest.mark.parametrize("trained", ["everything", "hidden states only"])
+def test_loss_and_gradients_equal_plain_autograd(chunk_tokens: int | None, trained: str) -> None:
+    torch.manual_seed(0)
+    norm, head = nn.RMSNorm(8), nn.Linear(8, 13, bias=False)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    for parameter in (*norm.parameters(), *head.parameters()):
+        parameter.requires_grad_(trained == "everything")
+    hidden = {layer: torch.randn(3, 6, 8, requires_grad=True) for layer in range(3)}
+    labels = torch.randint(0, 13, (3, 6))
+    labels[0, 3:] = labels[2, :2] = -100
+    inputs = [*hidden.values(), *(p for p in (*norm.parameters(), *head.parameters()) if p.requires_grad)]
+
+    expected = plain_loss(hidden, labels, norm, head) / 7
+    expected_grads = torch.autograd.grad(3 * expected, inputs)
+    losses = ExitLosses(3)
+    loss = exit_loss(hidden, labels, TERMS, norm, head, num_items=7, chunk_tokens=chunk_tokens, losses=losses)
+    grads = torch.autograd.grad(3 * loss, inputs)
+
+    torch.testing.assert_close(loss, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+    num_tokens = int(labels[:, 1:].ne(-100).sum())
+    assert losses.sums[:, 2].tolist() == [num_tokens] * 3
+    agreeing = (head(norm(hidden[1])).argmax(-1) == head(norm(hidden[2])).argmax(-1))[:, :-1][labels[:, 1:] != -100]
+    assert losses.sums[1, 1] == agreeing.sum()
+    assert losses.sums[2, 1] == num_tokens
+
+
+def test_the_teacher_does_not_learn_from_its_pupils() -> None:
+    hidden = {layer: torch.randn(1, 4, 8, requires_grad=True) for layer in (0, 1)}
+    terms = [ExitTerm(layer=1, weight=0.0), ExitTerm(layer=0, weight=1.0, ce_weight=0.0, kl_weight=1.0)]
+    labels = torch.zeros(1, 4, dtype=torch.long)
+    exit_loss(hidden, labels, terms, nn.RMSNorm(8), nn.Linear(8, 13, bias=False), num_items=1).backward()
+    assert hidden[1].grad is not None
+    assert not hidden[1].grad.any()
+    assert hidden[0].grad is not None
+    assert hidden[0].grad.any()
+
+
+def test_nothing_to_learn() -> None:
+    hidden = {0: torch.randn(2, 4, 8, requires_grad=True)}
+    labels = torch.full((2, 4), -100)
+    loss = exit_loss(hidden, labels, TERMS[2:], nn.RMSNorm(8), nn.Linear(8, 13), num_items=1)
+    loss.backward()
+    assert loss == 0
+
+
+def test_draws_depend_on_the_key_alone() -> None:
+    rates = [0.0, 0.3, 0.6]
+    kept = draw_kept(rates, 1000, 7, 3, 0, 0)
+    assert kept == draw_kept(rates, 1000, 7, 3, 0, 0)
+    assert len(kept[0]) == 1000
+    assert [len(rows) / 1000 for rows in kept] == pytest.approx([1 - rate for rate in rates], abs=0.05)
+    for key in ((8, 3, 0, 0), (7, 4, 0, 0), (7, 3, 1, 0), (7, 3, 0, 1)):
+        assert draw_kept(rates, 1000, *key) != kept
+
+
+KEPT = [[0, 1, 2, 3], [1, 3], []]
+"""Samples that each of three layers keeps; the last layer keeps none."""
+
+
+def batches(kind: str) -> tuple[dict[str, Tensor], list[list[dict[str, Tensor]]]]:
+    """A batch of four rows, and the documents of each row on their own."""
+    generator = torch.Generator().manual_seed(1)
+
+    def document(length: int) -> dict[str, Tensor]:
+        ids = torch.randint(3, 320, (length,), generator=generator)
+        return {"input_ids": ids, "labels": torch.cat((torch.tensor([-100]), ids[1:]))}
+
+    rows = [[document(n) for n in lengths] for lengths in ((5, 4, 3), (12,), (2, 6), (7, 2))]
+    if kind == "padded":
+        rows = [[row[0]] for row in rows]
+        return collate([row[0] for row in rows]), rows
+    packed = []
+    for row in rows:
+        joined = {name: torch.cat([d[name] for d in row]) for name in ("input_ids", "labels")}
+        packed.append({**joined, "position_ids": torch.cat([torch.arange(len(d["input_ids"])) for d in row])})
+    return collate(packed), rows
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama2-mha", "mistral-window", "qwen3"])
+def test_batches_with_dropout_equal_single_samples(family: str, kind: str, attention: str) -> None:
+    model: Any = make_model(family)
+    model.config._attn_implementation = attention
+    taps = LayerTaps(model.model.layers)
+    terms = [ExitTerm(layer=layer, weight=1.0) for layer in (2, 1, 0)]
+
+    def losses(batch: dict[str, Tensor], kept: list[list[int]]) -> Tensor:
+        sums = ExitLosses(3)
+        taps.drop(kept, len(batch["input_ids"]), torch.device("cpu"))
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad(), taps.collect(range(3)):
+            model.model(**inputs, use_cache=False)
+            exit_loss(taps.outputs, batch["labels"], terms, model.model.norm, model.lm_head, num_items=1, losses=sums)
+        return sums.sums
+
+    together, rows = batches(kind)
+    expected = sum(
+        losses({name: value[None] for name, value in document.items()}, [[0] if index in k else [] for k in KEPT])
+        for index, row in enumerate(rows)
+        for document in row
+    )
+    torch.testing.assert_close(losses(together, KEPT), expected, rtol=1e-5, atol=1e-4)
+    # the test can tell: other samples, other losses
+    assert not torch.allclose(losses(together, [[0, 1, 2, 3], [0, 2], []])[1:, 0], expected[1:, 0], rtol=1e-4)
+
+
+def test_dropped_samples_cost_nothing_and_weights_get_a_gradient() -> None:
+    model: Any = make_model("llama2-mha")
+    seen: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    taps = LayerTaps(model.model.layers)
+    taps.drop(KEPT, 4, torch.device("cpu"))
+    model.model(input_ids=torch.zeros(4, 5, dtype=torch.long)).last_hidden_state.sum().backward()
+    assert seen == [4, 2]
+    grads = [parameter.grad for parameter in model.model.layers[2].parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is on, and the most that were alive together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[StorageWeakRef(storage)] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return output
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_all_exits_need_hardly_more_memory_than_one(recomputes: bool) -> None:
+    """Activations, logits and gradients of a step; the logits of all exits would take ten times as much."""
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model: Any = LlamaForCausalLM(config).train()
+    if recomputes:
+        # the older name of two, which differ between versions of transformers
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    taps = LayerTaps(model.model.layers)
+    ids = torch.randint(0, 2048, (2, 256))
+
+    def peak(num_exits: int) -> int:
+        exits = [11, *range(num_exits)]
+        terms = [ExitTerm(layer=layer, weight=0.1) for layer in exits]
+        model.zero_grad()
+        with PeakMemory() as memory, taps.collect(exits):
+            model.model(input_ids=ids, use_cache=False)
+            loss = exit_loss(taps.outputs, ids, terms, model.model.norm, model.lm_head, num_items=1, chunk_tokens=128)
+            taps.outputs.clear()
+            loss.backward()
+        return memory.peak
+
+    one, all_of_them = peak(1), peak(11)
+    assert one > 128 * 2048 * 4  # at least the logits of a chunk
+    assert all_of_them < 1.2 * one, f"{one} bytes with one exit, {all_of_them} with eleven"
