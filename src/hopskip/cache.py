@@ -105,3 +105,8 @@ class Cache:
         slots, length = other.num_slots, other.length
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             mine[:, :slots, :, :length] = theirs
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
+        for tensor in self.tensors:
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]

@@ -12,17 +12,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows, Segment
-from hopskip.draft.base import Draft
+from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.errors import ConfigError, PromptError
 from hopskip.model import Model
-from hopskip.sampling import SamplingParams, adjust_logits, probabilities
+from hopskip.sampling import Constraint, SamplingParams, adjust_logits, probabilities
 from hopskip.sequence import Origin, Sequence, Token
 from hopskip.verify import Verdict, verify_greedy, verify_sampled
 
@@ -30,6 +31,8 @@ _CACHE_BLOCK = 256
 """The cache grows in steps of this many positions, so that it is not reallocated for every longer prompt."""
 _PREFILL_ROWS = 512
 """Most prompt tokens in one pass: enough to keep the arithmetic units busy, few enough to bound activations."""
+_PREFILL_ROWS_BESIDE_DECODING = 128
+"""The same while other sequences decode: they wait for this pass in every step."""
 
 
 class Engine:
@@ -65,12 +68,15 @@ class Engine:
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
         self.model = model
+        self.branch = branch
         self.speculative = (speculative or SpeculativeConfig()).resolve(model.config, branch)
         self.max_model_len = max_model_len or context
         self.max_num_seqs = max_num_seqs
         self._eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._drafter = self.speculative.make_drafter(model, branch)
         self._taps = self._drafter.taps if self._drafter else None
+        self._drafters_by_exit: dict[int, Drafter] = {}
+        """Those of requests that ask for an exit layer of their own."""
         self._prefix_caching = model.row_exact if prefix_caching is None else prefix_caching
         self._rows_per_sequence = rows_per_sequence or self._verify_rows()
         self._cache: Cache | None = None
@@ -90,17 +96,31 @@ class Engine:
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def add(
-        self, prompt_ids: Seq[int], params: SamplingParams, is_stop: Callable[[int], bool] | None = None
+        self,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        is_stop: Callable[[int], bool] | None = None,
+        *,
+        constraint: Constraint | None = None,
+        max_draft_tokens: int | None = None,
+        exit_layer: int | None = None,
     ) -> Sequence:
         """Queue a request.
 
         Args:
             prompt_ids: at least one token id.
             is_stop: called with every committed token in order; returning True makes that token the last.
+            constraint: which tokens may come; its own state, not shared with other requests.
+            max_draft_tokens: draft at most so many tokens in a round, 0 for none.
+            exit_layer: of this request's early-exit drafts, in place of the engine's.
 
         Raises:
             PromptError: the prompt is empty, holds an unknown id, or does not fit the context with `max_new_tokens`.
+            ConfigError: a value is out of range, or would have no effect.
         """
+        self._check_drafting(max_draft_tokens, exit_layer)
+        if constraint is not None and params.ignore_eos:
+            raise ConfigError("ignore_eos contradicts a grammar, which says itself where the text ends; leave it out")
         vocab_size = self.model.config.vocab_size
         if not prompt_ids:
             raise PromptError("the prompt is empty; give at least one token")
@@ -117,9 +137,45 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens and max_new_tokens is {params.max_new_tokens}: "
                 f"more than the context of {self.max_model_len}; {remedy}"
             )
-        sequence = Sequence(list(prompt_ids), params, self._eos_token_ids, vocab_size, is_stop)
+        sequence = Sequence(
+            list(prompt_ids),
+            params,
+            self._eos_token_ids,
+            vocab_size,
+            is_stop,
+            constraint=constraint,
+            max_draft_tokens=max_draft_tokens,
+            exit_layer=exit_layer,
+        )
         self._waiting.append(sequence)
         return sequence
+
+    def _check_drafting(self, max_draft_tokens: int | None, exit_layer: int | None) -> None:
+        """Whether this engine can draft as a request asks for."""
+        speculative = self.speculative
+        if max_draft_tokens is not None and not 0 <= max_draft_tokens <= (speculative.num_draft_tokens or 0):
+            raise ConfigError(
+                f"the request asks for {max_draft_tokens} draft tokens; this engine drafts at most "
+                f"{speculative.num_draft_tokens or 0} (its num_draft_tokens), and 0 turns drafting off"
+            )
+        if exit_layer is None or exit_layer == speculative.exit_layer:
+            return
+        if speculative.exit_layer is None or speculative.draft not in ("early-exit", "both"):
+            raise ConfigError(f"exit_layer={exit_layer} has no effect: this engine drafts by {speculative.draft!r}")
+        if speculative.verify == "reuse":
+            raise ConfigError(
+                f"exit_layer={exit_layer}: with verify 'reuse' all requests share the engine's exit layer, "
+                f"{speculative.exit_layer}; leave it out"
+            )
+        self._drafter_at(exit_layer)
+
+    def _drafter_at(self, exit_layer: int) -> Drafter:
+        if exit_layer not in self._drafters_by_exit:
+            config = replace(self.speculative, exit_layer=exit_layer).resolve(self.model.config)
+            drafter = config.make_drafter(self.model)
+            assert drafter is not None
+            self._drafters_by_exit[exit_layer] = drafter
+        return self._drafters_by_exit[exit_layer]
 
     def abort(self, sequence: Sequence) -> None:
         """End a request now; its slot is free for the next step. Aborting a finished request does nothing."""
@@ -132,20 +188,73 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The requests that have a slot."""
+        return tuple(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache's positions that running requests hold."""
+        if self._cache is None:
+            return 0.0
+        return sum(s.num_cached for s in self._running) / (self._cache.num_slots * self._cache.length)
+
+    def reserve(self, kv_memory: int, *, shrink: bool = False) -> None:
+        """Allocate the whole cache now, so that it never grows: `max_num_seqs` slots of `max_model_len` positions.
+
+        Args:
+            kv_memory: bytes that it may take.
+            shrink: lower `max_model_len` to what fits, instead of refusing.
+
+        Raises:
+            ConfigError: it does not fit; the message names the numbers.
+        """
+        assert not self.has_work
+        per_position = self.model.new_cache(1, 1).nbytes
+        num_seqs = self.max_num_seqs
+        available = kv_memory // (per_position * num_seqs) // _CACHE_BLOCK * _CACHE_BLOCK - self._rows_per_sequence
+        if shrink and 2 <= available < self.max_model_len:
+            self.max_model_len = available
+        length = self._cache_length(self.max_model_len)
+        needed = per_position * num_seqs * length
+        if needed > kv_memory:
+            raise ConfigError(
+                f"the key/value cache needs {needed / 2**20:.0f} MiB: {num_seqs} sequences x {length} positions x "
+                f"{per_position} bytes; it may take {kv_memory / 2**20:.0f} MiB (kv-memory); lower max-model-len or "
+                "max-num-seqs, or raise kv-memory"
+            )
+        self._cache = self.model.new_cache(num_seqs, length)
+        self._slot_token_ids.clear()
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Advance: a pass over waiting prompts if there are any, else one round for every running sequence.
+    def step(self, only: Seq[Sequence] | None = None) -> None:
+        """Advance: one round for every sequence that decodes, then one pass over prompts if any are unfinished.
 
-        New tokens appear in the sequences' `tokens`. If a pass raises, no sequence has gained or lost a token.
+        So a long prompt holds the others up for one of its chunks at a time. New tokens appear in the sequences'
+        `tokens`. If a pass raises, no sequence has gained or lost a token by it.
+
+        Args:
+            only: leave all running sequences but these as they are, and admit none: to find out which of them it is
+                that makes a pass raise.
         """
-        self._admit()
-        prefilling = [s for s in self._running if not s.is_prefilled]
-        if prefilling:
-            self._prefill(prefilling)
-        elif self._running:
-            self._round(self._running)
-        self._retire()
+        if only is None:
+            self._admit()
+        moving = [s for s in self._running if only is None or s in only]
+        decoding = [s for s in moving if s.is_prefilled]
+        prefilling = [s for s in moving if not s.is_prefilled]
+        try:
+            if decoding:
+                self._round(decoding)
+            if prefilling:
+                self._prefill(prefilling, _PREFILL_ROWS_BESIDE_DECODING if decoding else _PREFILL_ROWS)
+        finally:
+            self._retire()
 
     def _admit(self) -> None:
         num_admitted = min(len(self._waiting), self.max_num_seqs - len(self._running))
@@ -162,8 +271,7 @@ class Engine:
     def _reserve(self, sequences: list[Sequence]) -> None:
         """Make the cache large enough for these sequences at their longest, keeping what it holds."""
         longest = max(s.num_prompt_tokens + s.params.max_new_tokens for s in sequences)
-        # a padded verify pass may reach past the last token
-        length = -(-(longest + self._rows_per_sequence) // _CACHE_BLOCK) * _CACHE_BLOCK
+        length = self._cache_length(longest)
         old = self._cache
         if old is not None and old.num_slots >= len(sequences) and old.length >= length:
             return
@@ -172,20 +280,34 @@ class Engine:
         if old is not None:
             self._cache.copy_from(old)
 
+    def _cache_length(self, num_positions: int) -> int:
+        # a padded verify pass may reach past the last token
+        return -(-(num_positions + self._rows_per_sequence) // _CACHE_BLOCK) * _CACHE_BLOCK
+
     def _take_slot(self, sequence: Sequence) -> None:
-        """Give a sequence the free slot whose content shares the longest beginning with it; else an empty, else any."""
+        """Give a sequence the free slot whose content shares the longest beginning with it; else an empty, else any.
+
+        Where a running sequence shares more with it (a system prompt, say), that much is copied.
+        """
         taken = {s.slot for s in self._running}
         free = [slot for slot in range(self._cache_or_fail.num_slots) if slot not in taken]
         shared = dict.fromkeys(free, 0)
+        # the last prompt token always runs: its hidden state yields the first new token
+        prompt = sequence.token_ids[:-1]
         if self._prefix_caching:
-            # the last prompt token always runs: its hidden state yields the first new token
-            prompt = sequence.token_ids[:-1]
             shared = {slot: _common_prefix(self._slot_token_ids.get(slot, []), prompt) for slot in free}
             if self._taps is not None:
                 # the drafter wants the states of the last shared token, which the cache does not hold
                 shared = {slot: max(0, length - 1) for slot, length in shared.items()}
         sequence.slot = max(free, key=lambda slot: (shared[slot], slot not in self._slot_token_ids, -slot))
         sequence.num_cached = shared[sequence.slot]
+        # a copy has no states for a drafter that wants to see every token
+        if self._prefix_caching and self._running and self._taps is None:
+            donor = max(self._running, key=lambda s: _common_prefix(s.token_ids[: s.num_cached], prompt))
+            length = _common_prefix(donor.token_ids[: donor.num_cached], prompt)
+            if length > sequence.num_cached:
+                self._cache_or_fail.copy_prefix(donor.slot, sequence.slot, length)
+                sequence.num_cached = length
         sequence.stats.num_cached_prompt_tokens = sequence.num_cached
         self._slot_token_ids.pop(sequence.slot, None)
 
@@ -201,15 +323,19 @@ class Engine:
 
     # -- prefill -------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, sequences: list[Sequence]) -> None:
-        """One pass over the next chunk of these prompts; those that reach their end get their first token."""
+    def _prefill(self, sequences: list[Sequence], budget: int) -> None:
+        """One pass over the next `budget` rows of these prompts; those that reach their end get their first token.
+
+        Each gets an equal share, and what short prompts leave of theirs goes to the longer: none waits for another.
+        """
         now = time.perf_counter()
         segments: list[Segment] = []
         chunk: list[Sequence] = []
-        budget = _PREFILL_ROWS
-        for sequence in sequences:
+        by_rest = sorted(sequences, key=lambda s: s.num_prompt_tokens - s.num_cached)
+        for index, sequence in enumerate(by_rest):
             sequence.prefill_started = sequence.prefill_started or now
-            num_rows = min(budget, sequence.num_prompt_tokens - sequence.num_cached)
+            share = -(-budget // (len(by_rest) - index))
+            num_rows = min(share, sequence.num_prompt_tokens - sequence.num_cached)
             if num_rows:
                 segments.append(Segment(sequence.slot, sequence.num_cached, num_rows))
                 chunk.append(sequence)
@@ -228,6 +354,8 @@ class Engine:
         for sequence, segment in zip(chunk, segments, strict=True):
             sequence.num_cached += segment.count
         for sequence, (_, tokens) in zip(completed, choices, strict=True):
+            if not tokens:
+                continue  # it has failed
             sequence.append(tokens[0])
             sequence.first_token_at = time.perf_counter()
             sequence.stats.prefill_seconds = sequence.first_token_at - sequence.prefill_started
@@ -249,6 +377,8 @@ class Engine:
                     break
             num_committed = len(sequence.tokens) - num_before
             sequence.num_cached += num_committed
+            if not tokens:
+                continue  # it has failed
             stats = sequence.stats
             stats.num_target_passes += 1
             if draft.token_ids:
@@ -261,9 +391,19 @@ class Engine:
             return [Draft() for _ in sequences]
         num_draft_tokens = self.speculative.num_draft_tokens
         assert num_draft_tokens is not None
-        # the verify pass itself yields one token, so a sequence never needs a draft of all it has left
-        limits = [min(num_draft_tokens, s.num_tokens_left - 1) for s in sequences]
-        return self._drafter.propose(sequences, limits, self._cache_or_fail)
+        by_exit: dict[int | None, list[int]] = {}
+        for index, sequence in enumerate(sequences):
+            by_exit.setdefault(sequence.exit_layer, []).append(index)
+        drafts = [Draft() for _ in sequences]
+        for exit_layer, members in by_exit.items():
+            drafter = self._drafter if exit_layer is None else self._drafter_at(exit_layer)
+            own = [sequences[i] for i in members]
+            # the verify pass itself yields one token, so a sequence never needs a draft of all it has left
+            most = [num_draft_tokens if s.max_draft_tokens is None else s.max_draft_tokens for s in own]
+            limits = [min(limit, s.num_tokens_left - 1) for s, limit in zip(own, most, strict=True)]
+            for index, draft in zip(members, drafter.propose(own, limits, self._cache_or_fail), strict=True):
+                drafts[index] = _cut(sequences[index], draft)
+        return drafts
 
     def _verify_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:
         """Final hidden states of each sequence's last token and draft tokens, [N, D], N = sum of (draft length + 1)."""
@@ -322,9 +462,7 @@ class Engine:
         self, sequences: list[Sequence], drafts: list[Draft], h_ND: Tensor
     ) -> list[tuple[Verdict, list[Token]]]:
         """Verify each sequence's draft against its final hidden states; the tokens to commit, accepted ones first."""
-        needs_logits = any(
-            not s.params.is_greedy or s.params.changes_logits or s.params.logprobs is not None for s in sequences
-        )
+        needs_logits = any(s.needs_logits for s in sequences)
         choices: list[tuple[Verdict, list[Token]]] = []
         first = 0
         best = [] if needs_logits else self.model.greedy(h_ND).tolist()
@@ -335,10 +473,35 @@ class Engine:
             if logits_NV is None:
                 verdict = verify_greedy(draft.token_ids, best[own])
                 choices.append((verdict, _tokens(draft, verdict)))
-            else:
+                continue
+            try:
                 verdict = _verify_logits(sequence, draft, logits_NV[own])
                 choices.append((verdict, _tokens(draft, verdict, logits_NV[own], sequence.params.logprobs)))
+            except Exception as error:  # of its constraint, or of its own numbers
+                sequence.fail(error)
+                choices.append((Verdict(0, -1), []))
         return choices
+
+
+def _cut(sequence: Sequence, draft: Draft) -> Draft:
+    """End a draft before its first token that the sequence's constraint forbids, so that no row is verified in vain.
+
+    A draft that was *drawn* keeps that token as its last: there the target has probability 0, so it is rejected and
+    the residual distribution is drawn from. To end such a draft before it would draw from the target's distribution
+    instead, just where the draft had no luck, and so change the distribution of the text.
+    """
+    if sequence.constraint is None or not draft.token_ids:
+        return draft
+    try:
+        num_kept = sequence.constraint.num_allowed(draft.token_ids) + (draft.probs is not None)
+    except Exception:  # the verify pass meets it again, where it is this sequence's failure alone
+        return Draft()
+    return replace(
+        draft,
+        token_ids=draft.token_ids[:num_kept],
+        probs=None if draft.probs is None else draft.probs[:num_kept],
+        exit_states=draft.exit_states[:num_kept],
+    )
 
 
 def _verify_logits(sequence: Sequence, draft: Draft, logits_NV: Tensor) -> Verdict:
@@ -346,6 +509,9 @@ def _verify_logits(sequence: Sequence, draft: Draft, logits_NV: Tensor) -> Verdi
     params = sequence.params
     if params.changes_logits:
         logits_NV = adjust_logits(logits_NV, params, sequence.counts, draft.token_ids)
+    if sequence.constraint is not None:
+        allowed_NV = sequence.constraint.masks(draft.token_ids).to(logits_NV.device)
+        logits_NV = logits_NV.masked_fill(~allowed_NV, -torch.inf)
     if params.is_greedy:
         return verify_greedy(draft.token_ids, logits_NV.argmax(dim=-1).tolist())
     probs_NV = probabilities(logits_NV, params)

@@ -216,6 +216,8 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
 
 
 def _result(sequence: Sequence, text: TextStream) -> GenerationResult:
+    if sequence.error is not None:
+        raise sequence.error
     text.finish()
     assert sequence.finish_reason is not None
     return GenerationResult(

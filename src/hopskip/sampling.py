@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -111,6 +112,28 @@ class TokenCounts:
         for i, token in enumerate(draft_ids):
             counts_NV[i + 1 :, token] += 1
         return counts_NV
+
+
+class Constraint(Protocol):
+    """Which tokens one sequence may take: the state of a grammar, after everything that the sequence has generated."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True if no token may follow, so that the text ends here."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The sequence has taken this token."""
+        ...
+
+    def num_allowed(self, draft_ids: Seq[int]) -> int:
+        """How many tokens of a draft may follow, one after the other. The state stays as it is."""
+        ...
+
+    def masks(self, draft_ids: Seq[int]) -> Tensor:
+        """Tokens that may follow after 0, 1, .. M draft tokens, bool [M + 1, V]; at least one in each row. Rows behind
+        a token that may not follow are all True. The state stays as it is."""
+        ...
 
 
 def adjust_logits(

@@ -8,14 +8,15 @@ from typing import Literal
 
 import torch
 
-from hopskip.sampling import SamplingParams, TokenCounts
+from hopskip.sampling import Constraint, SamplingParams, TokenCounts
 from hopskip.stats import SpeculativeStats
 
 Origin = Literal["early-exit", "exit-branch", "ngram", "target", "bonus"]
 """Who came up with a token: an accepted draft's source; or the target, alone (plain decoding, or a *recovered* token in
 place of a rejected draft), or as the *bonus* after a draft accepted whole."""
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""`error`: something of this request alone has failed (its stop callback, its constraint); see `Sequence.error`."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,24 @@ class Sequence:
         eos_token_ids: frozenset[int],
         vocab_size: int,
         is_stop: Callable[[int], bool] | None = None,
+        *,
+        constraint: Constraint | None = None,
+        max_draft_tokens: int | None = None,
+        exit_layer: int | None = None,
     ) -> None:
         self.token_ids = list(prompt_ids)
         self.num_prompt_tokens = len(prompt_ids)
         self.params = params
         self.stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         self.is_stop = is_stop
+        self.constraint = constraint
+        self.max_draft_tokens = max_draft_tokens
+        """At most this many tokens are drafted in a round; None: as many as the engine's configuration says."""
+        self.exit_layer = exit_layer
+        """Its early-exit drafts run this many layers; None: as many as the engine's configuration says."""
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
         self.stats = SpeculativeStats(num_prompt_tokens=len(prompt_ids))
         self.slot = -1
         self.num_cached = 0
@@ -66,6 +77,14 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def needs_logits(self) -> bool:
+        """True if knowing the model's best token is not enough to choose this sequence's."""
+        params = self.params
+        return (
+            not params.is_greedy or params.changes_logits or params.logprobs is not None or self.constraint is not None
+        )
+
+    @property
     def is_prefilled(self) -> bool:
         return bool(self.tokens)
 
@@ -80,7 +99,24 @@ class Sequence:
         self.tokens.append(token)
         if self.counts is not None:
             self.counts.add(token.id)
-        if token.id in self.stop_token_ids or (self.is_stop is not None and self.is_stop(token.id)):
-            self.finish_reason = "stop"
+        if self._ends_with(token.id):
+            self.finish_reason = self.finish_reason or "stop"
         elif self.num_tokens_left == 0:
             self.finish_reason = "length"
+
+    def fail(self, error: Exception) -> None:
+        """End the request because of an error of its own; its companions go on."""
+        self.error = error
+        self.finish_reason = "error"
+
+    def _ends_with(self, token: int) -> bool:
+        try:
+            if token in self.stop_token_ids or (self.is_stop is not None and self.is_stop(token)):
+                return True
+            if self.constraint is not None:
+                self.constraint.accept(token)
+                return self.constraint.is_complete
+        except Exception as error:  # whatever a request brings with it must not harm the others
+            self.fail(error)
+            return True
+        return False

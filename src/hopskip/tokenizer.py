@@ -41,9 +41,10 @@ class Tokenizer:
         eos_token_ids: Iterable[int],
     ) -> None:
         self._backend = backend
+        self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._special_tokens = dict(special_tokens)
         self.chat_template = chat_template
-        """The Jinja source."""
+        """Source of the chat template; None if the model has none."""
         self._template = ChatTemplate(chat_template) if chat_template is not None else None
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         """Tokens that end a text: those of the config, else the tokenizer's own and its chat template's."""
@@ -80,6 +81,23 @@ class Tokenizer:
         # a byte-fallback decoder can spoil the whole run of bytes around a bad one: agree with what a stream shows
         detokenizer = Detokenizer(self)
         return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for: those of a whole character, or a part of one."""
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""  # vocabularies may be padded with ids that no token has
+        if self._is_byte_level:
+            values = [_BYTE_OF_CHAR.get(char) for char in token]
+            return token.encode() if None in values else bytes(v for v in values if v is not None)
+        if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
+
+    @property
+    def has_tools_template(self) -> bool:
+        """True if the chat template knows what to do with `tools`."""
+        return self._template is not None and "tools" in self._template.variables
 
     @property
     def backend(self) -> Backend:
@@ -331,6 +349,16 @@ def _byte_level_backend(metadata: Mapping[str, Any], split: _Split) -> Backend:
         bos = tokens[bos_id]
         backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, bos_id)])
     return backend
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet for bytes: printable ones stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
 
 
 def _ids(backend: Backend, tokens: Iterable[str]) -> list[int]:

@@ -16,13 +16,14 @@ import typer
 from typer.core import TyperGroup
 
 from hopskip import __version__
-from hopskip.cli.bench import bench
+from hopskip.cli.bench import app as bench_app
 from hopskip.cli.chat import chat
 from hopskip.cli.check import check
 from hopskip.cli.console import plain_warnings, print_error
 from hopskip.cli.generate import generate
 from hopskip.cli.info import info
 from hopskip.cli.perplexity import perplexity
+from hopskip.cli.serve import serve
 from hopskip.cli.train import app as train
 from hopskip.errors import HopskipError
 
@@ -105,8 +106,9 @@ def _start(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
+app.command()(serve)
 app.command()(check)
-app.command()(bench)
+app.add_typer(bench_app, name="bench")
 app.command()(perplexity)
 app.add_typer(train, name="train")
 

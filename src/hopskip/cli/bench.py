@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hopskip.cli.bench_serve import bench_serve
 from hopskip.cli.console import loading, print_json
 from hopskip.cli.options import DraftOptions, LoadOptions, max_new_tokens_option, with_options
 from hopskip.errors import ConfigError
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
     from hopskip.evaluate.prompts import Prompt
 
 
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
+app.command("serve")(bench_serve)
+
+
+@app.callback()
 @with_options
 def bench(
     *,
+    context: typer.Context,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,6 +69,8 @@ def bench(
     Contenders run in processes of their own and take turns prompt by prompt; all get the same token ids, generate the
     same number of tokens, and use the same number of threads.
     """
+    if context.invoked_subcommand is not None:
+        return
     _require(num_prompts >= 1, "num_prompts", num_prompts, 1)
     _require(repeats >= 1, "repeats", repeats, 1)
     _require(max_new_tokens >= 2, "max_new_tokens", max_new_tokens, 2)

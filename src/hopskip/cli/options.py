@@ -160,6 +160,8 @@ class LoadOptions:
         self,
         speculative: SpeculativeConfig,
         *,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> LLM:
@@ -167,7 +169,13 @@ class LoadOptions:
         from hopskip.llm import LLM
 
         return LLM(
-            self.model, speculative=speculative, prefix_caching=prefix_caching, progress=progress, **self.arguments()
+            self.model,
+            speculative=speculative,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=prefix_caching,
+            progress=progress,
+            **self.arguments(),
         )
 
 

@@ -1,0 +1,138 @@
+"""`hopskip bench serve`: load on an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hopskip.cli.console import print_json
+from hopskip.errors import ConfigError
+
+
+def bench_serve(
+    *,
+    url: Annotated[str, typer.Option(metavar="URL", help="The server, for example http://127.0.0.1:8000.")],
+    concurrency: Annotated[
+        str, typer.Option(metavar="LIST", help="Requests at a time, with commas between: one run for each.")
+    ] = "1,2,4,8,16",
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET|FILE",
+            help="alpaca, gsm8k, humaneval, mt_bench, copy, or a .jsonl file; may be given several times "
+            "(default: alpaca).",
+            show_default=False,
+        ),
+    ] = None,
+    num_requests: Annotated[int, typer.Option(metavar="N", help="Requests in each run.")] = 64,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of each answer.")] = 64,
+    temperature: Annotated[float, typer.Option(metavar="T")] = 0.0,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Default: the first that the server lists.", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", envvar="HOPSKIP_API_KEY", help="The server's API key.")
+    ] = None,
+    extra: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Further fields of every request, such as '{\"ignore_eos\": true}'."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Measure time to the first token, time per token and throughput of any OpenAI server."""
+    levels = _levels(concurrency)
+    for name, value in (("num-requests", num_requests), ("max-tokens", max_tokens)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"url is {url!r}; it begins with http:// or https://")
+    _require_httpx()
+    import asyncio
+
+    from hopskip.evaluate.load_test import Target, run_load, write_load_plot
+    from hopskip.evaluate.plot import require_matplotlib
+    from hopskip.evaluate.prompts import load_prompts
+
+    if plot is not None:
+        require_matplotlib()
+    texts = [prompt for source in prompts or ["alpaca"] for prompt in load_prompts(source)]
+    target = Target(
+        url=url, model=model, api_key=api_key, max_tokens=max_tokens, temperature=temperature, extra=_fields(extra)
+    )
+    report = asyncio.run(run_load(target, texts, levels, num_requests))
+    if plot is not None:
+        write_load_plot(report, plot)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+    if any(level["num_failed"] for level in report["levels"]):
+        raise typer.Exit(1)
+
+
+def _levels(text: str) -> list[int]:
+    levels = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(1 <= level <= 4096 for level in levels):
+        raise ConfigError(f"concurrency is {text!r}; give numbers from 1 to 4096 with commas between, such as 1,4,16")
+    return levels
+
+
+def _fields(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"extra is {text!r}; give a JSON object")
+    return fields
+
+
+def _require_httpx() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("httpx") is None:
+        raise ConfigError("loading a server needs httpx, which is not installed: pip install 'hopskip[eval]'")
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "at a time",
+        "tokens/s",
+        "requests/s",
+        "first token",
+        "p90",
+        "p99",
+        "per token",
+        "p90",
+        "p99",
+        "failed",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def milliseconds(figures: dict[str, float] | None) -> list[str]:
+        return [f"{1000 * figures[key]:.0f} ms" for key in ("p50", "p90", "p99")] if figures else ["", "", ""]
+
+    for level in report["levels"]:
+        table.add_row(
+            str(level["concurrency"]),
+            f"{level['tokens_per_second']:.1f}",
+            f"{level['requests_per_second']:.2f}",
+            *milliseconds(level["first_token_seconds"]),
+            *milliseconds(level["seconds_per_token"]),
+            str(level["num_failed"] or ""),
+        )
+    console.print(table)
+    for level in report["levels"]:
+        for error in level["errors"]:
+            console.print(f"{level['concurrency']} at a time: {error}", style="dim", markup=False)

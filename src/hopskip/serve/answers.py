@@ -1,0 +1,258 @@
+"""What goes back to clients, in OpenAI's shapes: whole answers and the chunks of streams."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from hopskip.llm import LLM
+from hopskip.sequence import Token
+from hopskip.serve import schema
+from hopskip.serve.engine_thread import Generation, Piece
+from hopskip.serve.jobs import Plan
+from hopskip.serve.tools import CallSplitter
+
+
+class Answer:
+    """One request's answer as it grows.
+
+    Args:
+        request: a chat or a completion.
+        generations: those of `plan.jobs`.
+        id: the request's id, unique.
+    """
+
+    def __init__(
+        self, request: schema.Generation, plan: Plan, generations: list[Generation], llm: LLM, model_name: str, id: str
+    ) -> None:
+        self.is_chat = isinstance(request, schema.ChatRequest)
+        self.generations = generations
+        self._request = request
+        self._plan = plan
+        self._choices = [_Choice(index, self, plan, llm) for index in range(len(generations))]
+        self._model_name = model_name
+        self._id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{id}"
+        self._created = int(time.time())
+
+    @property
+    def wants_logprobs(self) -> bool:
+        request = self._request
+        if isinstance(request, schema.ChatRequest):
+            return bool(request.logprobs)
+        return isinstance(request, schema.CompletionRequest) and request.logprobs is not None
+
+    @property
+    def wants_tokens(self) -> bool:
+        return self._request.return_tokens
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer, once all of it is there."""
+        for choice, generation in zip(self._choices, self.generations, strict=True):
+            async for pieces in generation:
+                choice.add(pieces)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        choices = [c.whole(g) for c, g in zip(self._choices, self.generations, strict=True)]
+        return {**self._head(kind), "choices": choices, "usage": self._usage()}
+
+    async def chunks(self, merged: AsyncIterator[tuple[int, list[Piece] | None]]) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of a stream: one per choice and step, in the order in which the engine makes them."""
+        options = getattr(self._request, "stream_options", None)
+        with_usage = bool(options and options.include_usage)
+        head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
+        if with_usage:
+            head["usage"] = None
+        for choice in self._choices:
+            opening = choice.opening()
+            if opening is not None:
+                yield {**head, "choices": [opening]}
+        async for index, pieces in merged:
+            choice, generation = self._choices[index], self.generations[index]
+            part = (
+                choice.last_part(generation) if pieces is None else choice.part(generation, choice.add(pieces), pieces)
+            )
+            if part is not None:
+                yield {**head, "choices": [part]}
+        if with_usage:
+            yield {**head, "choices": [], "usage": self._usage()}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model_name}
+
+    def _usage(self) -> dict[str, Any]:
+        stats = [g.sequence.stats for g in self.generations]
+        firsts = stats[:: self._plan.num_choices]  # a prompt counts once, however many answers it gets
+        num_prompt, num_new = sum(s.num_prompt_tokens for s in firsts), sum(s.num_tokens for s in stats)
+        num_drafted, num_accepted = sum(s.num_draft_tokens for s in stats), sum(s.num_accepted_tokens for s in stats)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_new,
+            "total_tokens": num_prompt + num_new,
+            "prompt_tokens_details": {"cached_tokens": sum(s.num_cached_prompt_tokens for s in firsts)},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": num_accepted,
+                "rejected_prediction_tokens": num_drafted - num_accepted,
+            },
+        }
+
+
+class _Choice:
+    """One of an answer's choices."""
+
+    def __init__(self, index: int, answer: Answer, plan: Plan, llm: LLM) -> None:
+        self._index = index
+        self._answer = answer
+        self._llm = llm
+        self._echo = plan.echoes[index // plan.num_choices] if plan.echoes else ""
+        self._splitter = CallSplitter(plan.notation, plan.tools) if plan.notation else None
+        self._text = ""
+        self._pieces: list[Piece] = []
+
+    def add(self, pieces: list[Piece]) -> str:
+        """Take a step's pieces; returns the text that may be shown."""
+        start = len(self._echo) + sum(len(p.text) for p in self._pieces)
+        self._offset = start
+        self._pieces += pieces
+        text = "".join(piece.text for piece in pieces)
+        shown = text if self._splitter is None else self._splitter.push(text)
+        self._text += shown
+        return shown
+
+    def whole(self, generation: Generation) -> dict[str, Any]:
+        text, calls = self._end()
+        choice: dict[str, Any] = {"index": self._index}
+        if self._answer.is_chat:
+            choice["message"] = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+            if calls:
+                choice["message"]["tool_calls"] = calls
+        else:
+            choice["text"] = self._echo + text
+        self._offset = len(self._echo)
+        choice["logprobs"] = self._logprobs(self._pieces)
+        choice["finish_reason"] = _finish_reason(generation, calls)
+        if self._answer.wants_tokens:
+            choice["hopskip"] = {"tokens": self._tokens(self._pieces), "stats": generation.sequence.stats.as_dict()}
+        return choice
+
+    def opening(self) -> dict[str, Any] | None:
+        """What a stream begins with, before any token."""
+        if self._answer.is_chat:
+            return self._delta({"role": "assistant", "content": ""})
+        return self._delta(self._echo) if self._echo else None
+
+    def part(self, generation: Generation, shown: str, pieces: list[Piece]) -> dict[str, Any] | None:
+        """A chunk's choice; None if it would say nothing."""
+        if not shown and not self._answer.wants_logprobs and not self._answer.wants_tokens:
+            return None
+        part = self._delta({"content": shown} if self._answer.is_chat else shown)
+        part["logprobs"] = self._logprobs(pieces)
+        if self._answer.wants_tokens:
+            part["hopskip"] = {"tokens": self._tokens(pieces), "stats": generation.sequence.stats.as_dict()}
+        return part
+
+    def last_part(self, generation: Generation) -> dict[str, Any]:
+        shown = self._text
+        text, calls = self._end()
+        rest = text[len(shown) :]
+        if self._answer.is_chat:
+            delta: dict[str, Any] = {"content": rest} if rest else {}
+            if calls:
+                delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+            part = self._delta(delta)
+        else:
+            part = self._delta(rest)
+        part["finish_reason"] = _finish_reason(generation, calls)
+        if self._answer.wants_tokens:
+            part["hopskip"] = {"tokens": [], "stats": generation.sequence.stats.as_dict()}
+        return part
+
+    def _end(self) -> tuple[str, list[dict[str, Any]]]:
+        """The whole text without calls, and the calls."""
+        if self._splitter is None:
+            return self._text, []
+        rest, calls = self._splitter.finish()
+        return self._text + rest, calls
+
+    def _delta(self, content: Any) -> dict[str, Any]:
+        key = "delta" if self._answer.is_chat else "text"
+        return {"index": self._index, key: content, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
+        if not self._answer.wants_logprobs:
+            return None
+        tokens = [piece.token for piece in pieces]
+        if self._answer.is_chat:
+            content = []
+            for token in tokens:
+                best = [self._scored(i, value) for i, value in (token.top_logprobs or {}).items()]
+                content.append({**self._scored(token.id, token.logprob), "top_logprobs": best})
+            return {"content": content, "refusal": None}
+        offsets, offset = [], self._offset
+        for piece in pieces:
+            offsets.append(offset)
+            offset += len(piece.text)
+        return {
+            "tokens": [self._token_text(t.id) for t in tokens],
+            "token_logprobs": [_finite(t.logprob) for t in tokens],
+            "top_logprobs": [
+                {self._token_text(i): _finite(value) for i, value in (t.top_logprobs or {}).items()} for t in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+    def _scored(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        data = self._llm.tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+    def _token_text(self, token_id: int) -> str:
+        return self._llm.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _tokens(self, pieces: list[Piece]) -> list[dict[str, Any]]:
+        """Everything about the tokens of this answer, for those who ask (the page does)."""
+        return [
+            {
+                "id": piece.token.id,
+                "text": piece.text,
+                "token": self._token_text(piece.token.id),
+                "origin": piece.token.origin,
+                "layer": self._layer(piece.token),
+                "logprob": _finite(piece.token.logprob),
+                "top": [
+                    {"token": self._token_text(i), "logprob": _finite(value)}
+                    for i, value in (piece.token.top_logprobs or {}).items()
+                ],
+            }
+            for piece in pieces
+        ]
+
+    def _layer(self, token: Token) -> int | None:
+        """Layers that a token's author ran: the exit's for early-exit drafts, none for copies, else all."""
+        if token.origin == "ngram":
+            return None
+        if token.origin in ("target", "bonus"):
+            return self._llm.model.config.num_hidden_layers
+        branch = self._llm.engine.branch
+        if token.origin == "exit-branch":
+            return branch.config.start if branch is not None else None
+        job = self._answer.generations[self._index].job
+        return job.exit_layer or self._llm.engine.speculative.exit_layer
+
+
+def event(chunk: dict[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    data = chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {data}\n\n".encode()
+
+
+def _finish_reason(generation: Generation, calls: list[dict[str, Any]]) -> str:
+    reason = generation.finish_reason
+    if reason == "abort":
+        return "length"  # cut short by a shutdown; OpenAI has no word for it
+    return "tool_calls" if calls else str(reason)
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no minus infinity; OpenAI writes -9999 for it."""
+    return None if logprob is None else max(logprob, -9999.0) if not math.isnan(logprob) else -9999.0

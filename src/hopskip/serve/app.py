@@ -1,0 +1,300 @@
+"""The routes. `create_app` makes the ASGI application that `hopskip serve` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from hopskip.errors import HopskipError
+from hopskip.llm import LLM
+from hopskip.serve import schema
+from hopskip.serve.answers import Answer, event
+from hopskip.serve.engine_thread import BusyError, EngineThread, Generation, GenerationError, Piece, UnavailableError
+from hopskip.serve.guard import Guard, error_body
+from hopskip.serve.jobs import Plan, Planner
+from hopskip.serve.metrics import Metrics
+from hopskip.serve.settings import ServeSettings
+from hopskip.tokenizer import Detokenizer
+
+T = TypeVar("T")
+
+_Error = {"description": "An error in OpenAI's shape."}
+_RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _Error)
+
+
+class Server:
+    """The state behind the routes: one model, its engine's thread, its metrics."""
+
+    def __init__(self, llm: LLM, settings: ServeSettings) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.planner = Planner(llm, settings.limits)
+        self.metrics = Metrics(settings.model_name)
+        self.engine = EngineThread(
+            llm.engine, lambda: Detokenizer(llm.tokenizer), max_queue=settings.max_queue, observer=self.metrics
+        )
+
+    async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:
+        """Generate, as a whole or as a stream; the client's leaving ends it."""
+        generations = await self.engine.submit(plan.jobs)
+        name = self.settings.model_name
+        answer = Answer(request, plan, generations, self.llm, name, http.state.request_id)
+        if request.stream:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(self._stream(http, answer), media_type="text/event-stream", headers=headers)
+        try:
+            return JSONResponse(await unless_disconnected(http, answer.whole()))
+        finally:
+            _cancel(generations)
+
+    async def _stream(self, http: Request, answer: Answer) -> AsyncIterator[bytes]:
+        merged = merge(answer.generations)
+        gone = asyncio.create_task(_disconnected(http))
+        # a client that leaves while nothing is there to be sent must be noticed too
+        gone.add_done_callback(lambda task: None if task.cancelled() else _cancel(answer.generations))
+        try:
+            async for chunk in answer.chunks(merged):
+                yield event(chunk)
+            yield event("[DONE]")
+        except HopskipError as error:
+            yield event(error_body(str(error), kind="server_error"))
+        finally:
+            gone.cancel()
+            _cancel(answer.generations)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises HTTPException: the request is for another model."""
+        if name is not None and name != self.settings.model_name:
+            raise HTTPException(404, f"the model {name[:200]!r} is not served here; {self.settings.model_name!r} is")
+
+    def model_card(self) -> dict[str, Any]:
+        engine, config = self.llm.engine, self.llm.model.config
+        speculative = engine.speculative
+        return {
+            "id": self.settings.model_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "hopskip",
+            "max_model_len": engine.max_model_len,
+            "hopskip": {
+                "num_hidden_layers": config.num_hidden_layers,
+                "max_num_seqs": engine.max_num_seqs,
+                "has_chat_template": self.llm.tokenizer.has_chat_template,
+                "has_tools": self.llm.tokenizer.has_tools_template,
+                "draft": speculative.draft,
+                "exit_layer": speculative.exit_layer,
+                "num_draft_tokens": speculative.num_draft_tokens,
+                "verify": speculative.verify,
+            },
+        }
+
+
+def create_app(llm: LLM, settings: ServeSettings) -> FastAPI:
+    """The application. Its engine runs from startup to shutdown; `app.state.server` is its `Server`."""
+    server = Server(llm, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.engine.start()
+        yield
+        await server.engine.stop()
+
+    app = FastAPI(
+        title="hopskip",
+        summary="OpenAI-compatible API of a self-speculative engine",
+        lifespan=lifespan,
+        docs_url=None,  # both would fetch scripts from elsewhere
+        redoc_url=None,
+        responses=_RESPONSES,
+    )
+    app.state.server = server
+    _add_routes(app, server)
+    _add_error_handlers(app)
+    app.add_middleware(Guard, settings=settings, on_response=server.metrics.on_response)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return app
+
+
+def _add_routes(app: FastAPI, server: Server) -> None:
+    engine, planner = server.engine, server.planner
+
+    @app.post("/v1/completions")
+    async def completions(http: Request, request: schema.CompletionRequest) -> Response:
+        server.check_model(request.model)
+        return await server.answer(http, request, await planner.completion(request))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request, request: schema.ChatRequest) -> Response:
+        server.check_model(request.model)
+        return await server.answer(http, request, await planner.chat(request))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [server.model_card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        server.check_model(name)
+        return server.model_card()
+
+    @app.post("/tokenize")
+    async def tokenize(request: schema.TokenizeRequest) -> dict[str, Any]:
+        server.check_model(request.model)
+        if request.messages is not None:
+            add = request.add_generation_prompt
+            tokens = await planner.encode_chat(request.messages, add_generation_prompt=add)
+        else:
+            tokens = await planner.encode(request.prompt or "")
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": server.llm.engine.max_model_len}
+
+    @app.post("/detokenize")
+    async def detokenize(request: schema.DetokenizeRequest) -> dict[str, Any]:
+        server.check_model(request.model)
+        return {"prompt": await asyncio.to_thread(server.llm.tokenizer.decode, request.tokens)}
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether requests are answered: 200 or 503."""
+        if engine.death is not None:
+            return JSONResponse({"status": "dead"}, 503)
+        if not engine.is_ready:
+            return JSONResponse({"status": "draining"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/health/live")
+    async def live() -> Response:
+        """Whether the engine lives; a server that drains does."""
+        return JSONResponse({"status": "ok" if engine.death is None else "dead"}, 200 if engine.death is None else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    html, policy = _page()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+        return HTMLResponse(html, headers=headers)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # the client's own values stay out of the answer: they may be huge, or no valid JSON
+        first = error.errors()[0]
+        where = ".".join(str(part)[:64] for part in first["loc"] if part != "body")
+        message = f"{where}: {first['msg']}" if where else str(first["msg"])
+        if first["type"] == "extra_forbidden":
+            message = f"{where} is not a parameter of this API; leave it out"
+        return JSONResponse(error_body(message[:500], param=where or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        code = "model_not_found" if "is not served here" in error.detail else None
+        return JSONResponse(error_body(error.detail, code=code), error.status_code, headers=error.headers)
+
+    @app.exception_handler(HopskipError)
+    async def unserved(_: Request, error: HopskipError) -> Response:
+        if isinstance(error, BusyError):
+            body = error_body(str(error), kind="rate_limit_error", code="queue_full")
+            return JSONResponse(body, 429, headers={"Retry-After": "1"})
+        if isinstance(error, UnavailableError):
+            body = error_body(str(error), kind="server_error", code="unavailable")
+            return JSONResponse(body, 503, headers={"Retry-After": "5"})
+        if isinstance(error, GenerationError):
+            return JSONResponse(error_body(str(error), kind="server_error"), 500)
+        return JSONResponse(error_body(str(error)), 400)
+
+
+async def merge(generations: list[Generation]) -> AsyncIterator[tuple[int, list[Piece] | None]]:
+    """The pieces of several generations as they come, each with its index; None where one has ended."""
+    arrived: asyncio.Queue[tuple[int, list[Piece] | Exception | None]] = asyncio.Queue()
+
+    async def read(index: int) -> None:
+        try:
+            async for pieces in generations[index]:
+                arrived.put_nowait((index, pieces))
+            arrived.put_nowait((index, None))
+        except Exception as error:
+            arrived.put_nowait((index, error))
+
+    readers = [asyncio.create_task(read(index)) for index in range(len(generations))]
+    try:
+        num_open = len(generations)
+        while num_open:
+            index, pieces = await arrived.get()
+            if isinstance(pieces, Exception):
+                raise pieces
+            num_open -= pieces is None
+            yield index, pieces
+    finally:
+        for reader in readers:
+            reader.cancel()
+
+
+async def unless_disconnected(http: Request, work: Awaitable[T]) -> T:
+    """Await `work`, or drop it when the client leaves.
+
+    Raises:
+        ConnectionResetError: the client has left.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(http))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ConnectionResetError
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnected(http: Request) -> None:
+    receive: Callable[[], Awaitable[Any]] = http.receive
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _cancel(generations: list[Generation]) -> None:
+    for generation in generations:
+        generation.cancel()
+
+
+def _page() -> tuple[str, str]:
+    """The page, and a policy that lets it run its own script and style, call this server, and nothing else."""
+    html = (files("hopskip.serve") / "page" / "index.html").read_text(encoding="utf-8")
+
+    def hashes(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, policy

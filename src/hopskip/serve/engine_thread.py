@@ -1,0 +1,384 @@
+"""The engine in a thread of its own, and an asyncio face on it: submit, iterate over what comes, cancel.
+
+The thread alone touches the engine. It steps as long as there is work, takes orders between two steps, and hands every
+step's tokens to the event loop in one go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from hopskip.engine import Engine
+from hopskip.errors import HopskipError
+from hopskip.sampling import Constraint, SamplingParams
+from hopskip.sequence import FinishReason, Sequence, Token
+from hopskip.text import IncrementalDecoder, TextStream
+
+_log = logging.getLogger(__name__)
+
+_MAX_FAILURES = 3
+"""The engine is dead when so many steps in a row have failed for every request that took part."""
+_STALL_SECONDS = 120.0
+"""A step that takes longer than this hangs."""
+
+
+class BusyError(HopskipError):
+    """The queue is full."""
+
+
+class UnavailableError(HopskipError):
+    """The engine has died, or the server is shutting down."""
+
+
+class GenerationError(HopskipError):
+    """This request has failed inside the engine; the others go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One sequence to generate; see `Engine.add`."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    constraint: Constraint | None = None
+    max_draft_tokens: int | None = None
+    exit_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token, and the text that became certain with it (possibly none)."""
+
+    token: Token
+    text: str
+
+
+class Observer(Protocol):
+    """Told by the engine's thread what happens; metrics are kept so."""
+
+    def on_step(self, num_running: int, num_waiting: int, cache_usage: float) -> None: ...
+
+    def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None: ...
+
+    def on_finish(self, generation: Generation, now: float) -> None: ...
+
+
+class Generation:
+    """One job on its way. Iterating yields the pieces of each step; it ends when the text does.
+
+    Raises:
+        GenerationError: while iterating: the request has failed.
+        UnavailableError: while iterating: the engine has died.
+    """
+
+    def __init__(self, job: Job, sequence: Sequence, text: TextStream, owner: EngineThread) -> None:
+        self.job = job
+        self.sequence = sequence
+        self.submitted_at = time.perf_counter()
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self._text = text
+        self._owner = owner
+        self._num_published = 0
+        self._steps: asyncio.Queue[list[Piece] | Exception | None] = asyncio.Queue()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.sequence.finish_reason
+
+    def cancel(self) -> None:
+        """End it; its row is free for the next step. Does nothing if it has ended already."""
+        self._owner._order(lambda: self._owner._engine.abort(self.sequence))
+
+    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
+        while (step := await self._steps.get()) is not None:
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+    def _take(self) -> list[Piece]:
+        """Pieces committed since the last call. Called by the engine's thread."""
+        tokens, text = self.sequence.tokens, self._text
+        pieces = []
+        for index in range(self._num_published, len(tokens)):
+            # a token in stop_token_ids ends the text without being part of it
+            piece = text.pieces[index] if index < len(text.pieces) else ""
+            if self.sequence.is_finished and index == len(tokens) - 1:
+                piece += text.finish()
+            pieces.append(Piece(tokens[index], piece))
+        self._num_published = len(tokens)
+        return pieces
+
+
+class EngineThread:
+    """Runs an engine for many clients at once.
+
+    Args:
+        make_decoder: a new incremental decoder for each request's text.
+        max_queue: sequences that may wait beyond those that are stepped together.
+        observer: told of every step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        make_decoder: Callable[[], IncrementalDecoder],
+        *,
+        max_queue: int,
+        observer: Observer,
+    ) -> None:
+        self._engine = engine
+        self._make_decoder = make_decoder
+        self._max_outstanding = engine.max_num_seqs + max_queue
+        self._observer = observer
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._live: list[Generation] = []
+        """Those not ended yet. The engine's thread alone uses it."""
+        self._num_outstanding = 0
+        """Submitted and not ended. The event loop alone uses it."""
+        self._submissions: set[asyncio.Future[list[Generation]]] = set()
+        """Those that the thread has not looked at yet. The event loop alone uses it."""
+        self._num_failures = 0
+        self._stepping_since: float | None = None
+        self._is_stopped = False
+        self._is_draining = False
+        self._death: str | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._thread = threading.Thread(target=self._run, name="hopskip-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start stepping, for the clients of the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    # -- for the event loop --------------------------------------------------------------------------------------------
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine is dead; None while it lives."""
+        since = self._stepping_since
+        if self._death is None and since is not None and time.monotonic() - since > _STALL_SECONDS:
+            return f"a step hangs for more than {_STALL_SECONDS:.0f} seconds"
+        return self._death
+
+    @property
+    def is_ready(self) -> bool:
+        """True if new requests are taken (there may still be no room for them)."""
+        return self.death is None and self._thread.is_alive() and not self._is_draining
+
+    @property
+    def num_outstanding(self) -> int:
+        """Sequences that run or wait."""
+        return self._num_outstanding
+
+    async def submit(self, jobs: Seq[Job]) -> list[Generation]:
+        """Queue jobs, all or none.
+
+        Raises:
+            BusyError: the queue has no room for all of them.
+            UnavailableError: the engine is dead, or shutting down.
+            PromptError, ConfigError: a job cannot be served.
+        """
+        if not self.is_ready:
+            raise UnavailableError("the engine has died" if self.death else "the server is shutting down")
+        if self._num_outstanding + len(jobs) > self._max_outstanding:
+            raise BusyError(
+                f"{self._num_outstanding} sequences run or wait; at most {self._max_outstanding} may; try again later"
+            )
+        assert self._loop is not None
+        admitted: asyncio.Future[list[Generation]] = self._loop.create_future()
+        self._num_outstanding += len(jobs)
+        self._idle.clear()
+        self._submissions.add(admitted)
+        admitted.add_done_callback(self._submissions.discard)
+        self._order(lambda: self._admit(jobs, admitted))
+        try:
+            return await asyncio.shield(admitted)
+        except asyncio.CancelledError:
+            # the client has gone before the thread looked at its jobs
+            admitted.add_done_callback(_cancel_all)
+            raise
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no more jobs and wait for those there are; True if all of them ended by themselves within `timeout`."""
+        self._is_draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def abort_all(self) -> None:
+        """End everything that runs or waits."""
+        self._is_draining = True
+
+        def abort() -> None:
+            for generation in self._live:
+                self._engine.abort(generation.sequence)
+
+        self._order(abort)
+
+    async def stop(self) -> None:
+        """Abort what is left, and end the thread."""
+        if not self._thread.is_alive():
+            return
+        self.abort_all()
+        self._order(self._stop)
+        await asyncio.to_thread(self._thread.join, 10)
+
+    # -- in the engine's thread ----------------------------------------------------------------------------------------
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.put(order)
+
+    def _stop(self) -> None:
+        self._is_stopped = True
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopped:
+                self._obey()
+                if self._engine.has_work:
+                    self._stepping_since = time.monotonic()
+                    self._step()
+                    self._stepping_since = None
+                self._publish()
+        except BaseException as error:  # whatever it is, nobody may wait for this thread any more
+            _log.critical("the engine has died", exc_info=error)
+            self._die(f"{type(error).__name__}: {error}")
+
+    def _obey(self) -> None:
+        """Carry out the orders that have come in; with nothing else to do, wait for one."""
+        if not self._engine.has_work:
+            self._orders.get()()
+        while True:
+            try:
+                order = self._orders.get_nowait()
+            except queue.Empty:
+                return
+            order()
+
+    def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[list[Generation]]) -> None:
+        generations: list[Generation] = []
+        try:
+            for job in jobs:
+                text = TextStream(self._make_decoder(), job.params.stop)
+                sequence = self._engine.add(
+                    job.prompt_ids,
+                    job.params,
+                    is_stop=text.push,
+                    constraint=job.constraint,
+                    max_draft_tokens=job.max_draft_tokens,
+                    exit_layer=job.exit_layer,
+                )
+                generations.append(Generation(job, sequence, text, self))
+        except Exception as error:
+            for generation in generations:
+                self._engine.abort(generation.sequence)
+            self._tell(self._refuse, len(jobs), admitted, error)
+            return
+        self._live += generations
+        self._tell(admitted.set_result, generations)
+
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+            self._num_failures = 0
+        except Exception as error:
+            _log.exception("a step has failed; looking for the request at fault")
+            self._num_failures += 1
+            self._isolate()
+            if self._num_failures >= _MAX_FAILURES:
+                raise error
+
+    def _isolate(self) -> None:
+        """Step every running request by itself; those that fail again end, the others are none the worse."""
+        for sequence in self._engine.running:
+            try:
+                self._engine.step(only=[sequence])
+                self._num_failures = 0
+            except Exception as error:  # noqa: PERF203
+                sequence.fail(error)
+        self._engine.step(only=[])  # gives their slots back
+
+    def _publish(self) -> None:
+        """Hand new pieces to their readers."""
+        now = time.perf_counter()
+        news: list[tuple[Generation, list[Piece], bool]] = []
+        for generation in self._live:
+            is_finished = generation.sequence.is_finished
+            pieces = generation._take()
+            if pieces:
+                self._observer.on_tokens(generation, len(pieces), now)
+                generation.first_token_at = generation.first_token_at or now
+                generation.last_token_at = now
+            if is_finished:
+                self._observer.on_finish(generation, now)
+            if pieces or is_finished:
+                news.append((generation, pieces, is_finished))
+        if any(is_finished for _, _, is_finished in news):
+            self._live = [g for g in self._live if not g.sequence.is_finished]
+        self._observer.on_step(len(self._engine.running), self._engine.num_waiting, self._engine.cache_usage)
+        if news:
+            self._tell(self._deliver, news)
+
+    def _die(self, reason: str) -> None:
+        self._death = reason
+        self._stepping_since = None
+        dead, self._live = self._live, []
+        self._tell(self._bury, dead)
+
+    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call back in the event loop, if it still runs."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            self._is_stopped = True
+
+    # -- called back in the event loop ---------------------------------------------------------------------------------
+
+    def _deliver(self, news: list[tuple[Generation, list[Piece], bool]]) -> None:
+        for generation, pieces, is_finished in news:
+            if pieces:
+                generation._steps.put_nowait(pieces)
+            if is_finished:
+                error = generation.sequence.error
+                if error is not None:
+                    _log.error("a request has failed", exc_info=error)
+                    generation._steps.put_nowait(GenerationError("generating this answer has failed"))
+                else:
+                    generation._steps.put_nowait(None)
+                self._settle(1)
+
+    def _refuse(self, num_jobs: int, admitted: asyncio.Future[list[Generation]], error: Exception) -> None:
+        self._settle(num_jobs)
+        admitted.set_exception(error)
+
+    def _bury(self, dead: list[Generation]) -> None:
+        for generation in dead:
+            generation._steps.put_nowait(UnavailableError("the engine has died"))
+        self._settle(len(dead))
+        for admitted in list(self._submissions):
+            admitted.set_exception(UnavailableError("the engine has died"))
+
+    def _settle(self, num_ended: int) -> None:
+        self._num_outstanding -= num_ended
+        if not self._num_outstanding:
+            self._idle.set()
+
+
+def _cancel_all(admitted: asyncio.Future[list[Generation]]) -> None:
+    if not admitted.cancelled() and admitted.exception() is None:
+        for generation in admitted.result():
+            generation.cancel()

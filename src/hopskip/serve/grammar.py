@@ -1,0 +1,176 @@
+"""Grammars: JSON schemas, regular expressions and Lark grammars, compiled and followed by llguidance.
+
+Shape letters: M draft tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hopskip.errors import ConfigError
+from hopskip.serve.settings import Limits
+from hopskip.tokenizer import Tokenizer
+
+Kind = Literal["json_schema", "regex", "lark"]
+
+_NUM_KEPT = 64
+"""Compiled grammars that are kept, for requests that come with the same one."""
+_SHORT_WHITESPACE = r"(\x20|\n[\x20]{0,12})?"
+"""Between JSON tokens: a space, or a line end and an indent. Without a limit, a model that likes spaces never comes to
+the point."""
+
+
+class GrammarCompiler:
+    """Turns grammars into constraints for one tokenizer. Safe for use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: Limits) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._backend: Any = None
+        self._compiled: OrderedDict[tuple[Kind, str], Any] = OrderedDict()
+
+    def compile(self, kind: Kind, source: str | Mapping[str, Any]) -> GrammarConstraint:
+        """A fresh constraint. The first call of all takes up to a second more, to read the vocabulary.
+
+        Raises:
+            ConfigError: the grammar is not valid, too large, or too complex; or this tokenizer cannot be constrained.
+        """
+        text = source if isinstance(source, str) else _dump_schema(source, self._limits.grammar_depth)
+        if len(text) > self._limits.grammar_chars:
+            raise ConfigError(
+                f"the grammar has {len(text)} characters; at most {self._limits.grammar_chars} are allowed"
+            )
+        with self._lock:
+            matcher = self._compiled.get((kind, text))
+            if matcher is None:
+                matcher = self._compile(kind, text)
+            self._compiled[kind, text] = matcher
+            self._compiled.move_to_end((kind, text))
+            while len(self._compiled) > _NUM_KEPT:
+                self._compiled.popitem(last=False)
+            return GrammarConstraint(matcher.deep_copy(), self._vocab_size)
+
+    def _compile(self, kind: Kind, text: str) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if self._backend is None:
+            self._backend = self._read_vocabulary()
+        # the work is bounded by the library's own fuel, so that a hostile grammar cannot keep this thread
+        limits = LLParserLimits(verbose_errors=False)
+        try:
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(
+                    text, overrides={"whitespace_flexible": True, "whitespace_pattern": _SHORT_WHITESPACE}
+                )
+            elif kind == "regex":
+                grammar = LLMatcher.grammar_from_regex(text)
+            else:
+                grammar = LLMatcher.grammar_from_lark(text)
+            matcher = LLMatcher(self._backend, grammar, log_level=0, limits=limits)
+            error = matcher.get_error() if matcher.is_error() else ""
+        except BaseException as panic:
+            error = _reason(panic)
+        if error:
+            raise ConfigError(f"the grammar cannot be used: {error.splitlines()[0][:300]}")
+        return matcher
+
+    def _read_vocabulary(self) -> Any:
+        from llguidance import LLTokenizer
+
+        if not self._tokenizer.eos_token_ids:
+            raise ConfigError("this model has no end-of-text token, so no grammar can end its text")
+        try:
+            return LLTokenizer(
+                self._tokenizer.backend.to_str(),
+                n_vocab=self._vocab_size,
+                eos_token=list(self._tokenizer.eos_token_ids),
+            )
+        except BaseException as panic:
+            raise ConfigError(f"grammars do not work with this model's tokenizer: {_reason(panic)[:300]}") from None
+
+
+class GrammarConstraint:
+    """Where one sequence stands in its grammar; a `sampling.Constraint`.
+
+    Looking ahead along a draft moves the matcher forward and rolls it back, so that what is rejected leaves no trace.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def num_allowed(self, draft_ids: Seq[int]) -> int:
+        num_allowed = int(self._matcher.validate_tokens(list(draft_ids)))
+        self._check()
+        return num_allowed
+
+    def masks(self, draft_ids: Seq[int]) -> Tensor:
+        allowed_NV = torch.ones((len(draft_ids) + 1, self._vocab_size), dtype=torch.bool)
+        num_taken = 0
+        for row, token in enumerate([*draft_ids, None]):
+            allowed_NV[row] = self._mask()
+            if token is None or not allowed_NV[row, token] or self._matcher.validate_tokens([token]) != 1:
+                break
+            self._matcher.consume_token(token)
+            num_taken += 1
+            if self._matcher.is_stopped():
+                break  # nothing follows, so whatever the target says there is cut off
+        self._matcher.rollback(num_taken)
+        self._check()
+        return allowed_NV
+
+    def _mask(self) -> Tensor:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self._vocab_size)).bool()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConfigError(f"the grammar has become too complex: {self._matcher.get_error().splitlines()[0][:300]}")
+
+
+def _dump_schema(schema: Mapping[str, Any], max_depth: int) -> str:
+    """The schema as JSON text.
+
+    Raises:
+        ConfigError: it is nested too deeply, or refers to a schema elsewhere.
+    """
+    stack: list[tuple[Any, int]] = [(schema, 1)]
+    while stack:
+        value, depth = stack.pop()
+        if depth > max_depth:
+            raise ConfigError(f"the JSON schema is nested deeper than {max_depth} levels; flatten it")
+        if isinstance(value, dict):
+            reference = value.get("$ref")
+            if isinstance(reference, str) and not reference.startswith("#"):
+                raise ConfigError("the JSON schema refers to another document ($ref); only '#/...' is followed")
+            stack += [(child, depth + 1) for child in value.values()]
+        elif isinstance(value, list):
+            stack += [(child, depth + 1) for child in value]
+    return json.dumps(schema)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in the library. It is written in Rust, and a panic there is no ordinary exception here."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return str(error) or type(error).__name__
+    raise error

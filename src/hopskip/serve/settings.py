@@ -1,0 +1,68 @@
+"""What a server allows, and under which name: set once, at the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hopskip.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that one request may ask for. What goes beyond is refused with a 4xx that names the limit."""
+
+    body_bytes: int = 4 * 2**20
+    header_bytes: int = 16 * 2**10
+    header_seconds: float = 20.0
+    """A new connection must have sent its first request's headers by then."""
+    body_seconds: float = 30.0
+    """A request must have sent its body by then."""
+    send_seconds: float = 60.0
+    """A client that reads nothing of its answer for so long is dropped."""
+    num_prompts: int = 64
+    num_choices: int = 16
+    num_sequences: int = 128
+    """Prompts times choices."""
+    num_messages: int = 1024
+    num_tools: int = 128
+    num_stops: int = 16
+    stop_chars: int = 256
+    num_logprobs: int = 20
+    num_biases: int = 1024
+    grammar_chars: int = 64 * 2**10
+    grammar_depth: int = 64
+    """Nesting of a JSON schema."""
+    grammar_seconds: float = 5.0
+    """Time to compile a grammar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """How to serve one model.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+
+    model_name: str
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Clients must give one of these; empty serves everybody who can connect."""
+    max_queue: int = 256
+    """Sequences that may wait for a slot; further ones are refused with 429."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Values of the Host header that are answered, so that no web page can reach a server on this machine through a
+    name of its own (DNS rebinding). None answers all."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of other origins that may call the API."""
+    exit_when_dead: bool = False
+    """End the process when the engine has died, so that a supervisor starts it again."""
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.max_queue < 0:
+            raise ConfigError(f"max_queue is {self.max_queue}; it must be 0 (nothing waits) or above")
+        for key in self.api_keys:
+            if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError(
+                    "an API key has fewer than 8 characters, spaces, or others than ASCII; use a longer one"
+                )

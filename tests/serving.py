@@ -1,0 +1,93 @@
+"""A server on a tiny random model, in a thread of its own, at a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from hopskip import LLM, SpeculativeConfig
+from hopskip.serve.app import Server, create_app
+from hopskip.serve.run import Runner, bind
+from hopskip.serve.settings import ServeSettings
+from tests.tiny import write_checkpoint, write_tokenizer
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + ' Answer with <tool_call>' + '<|im_end|>\n' }}"
+    "{% endif %}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MODEL = "tiny"
+
+
+def tiny_llm(folder: Path, draft: str = "both", **options: Any) -> LLM:
+    """A random chat model of three layers, whose exit after the second one is right now and then."""
+    if not (folder / "config.json").exists():
+        write_checkpoint(folder, "smollm2")
+        write_tokenizer(folder, chat_template=TOOLS_TEMPLATE, eos_token="<|im_end|>")
+    exit_layer = 2 if draft in ("early-exit", "both") else None
+    speculative = (
+        SpeculativeConfig(draft="none")
+        if draft == "none"
+        else SpeculativeConfig(draft=draft, exit_layer=exit_layer, num_draft_tokens=4)  # type: ignore[arg-type]
+    )
+    return LLM(folder, speculative=speculative, backend="torch", **options)
+
+
+@dataclass
+class Live:
+    """A server that runs."""
+
+    url: str
+    server: Server
+    runner: Runner
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    errors: list[BaseException]
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.runner.stop)
+
+
+@contextmanager
+def live_server(llm: LLM, *, shutdown_timeout: float = 0.5, **settings: Any) -> Iterator[Live]:
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    app = create_app(llm, ServeSettings(model_name=MODEL, **settings))
+    runner = Runner(app, host="127.0.0.1", port=port, shutdown_timeout=shutdown_timeout)
+    loop = asyncio.new_event_loop()
+    errors: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            loop.run_until_complete(runner.serve([listener]))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            loop.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    live = Live(f"http://127.0.0.1:{port}", app.state.server, runner, loop, thread, errors)
+    try:
+        while not runner.started and thread.is_alive():
+            thread.join(0.01)
+        assert thread.is_alive(), errors
+        yield live
+    finally:
+        if thread.is_alive():
+            live.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+        listener.close()
+    assert not errors

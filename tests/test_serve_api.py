@@ -1,0 +1,441 @@
+"""The OpenAI protocol: with the `openai` client, by hand, and by everything that the document of the API allows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from openai import APIStatusError, OpenAI
+
+from hopskip import LLM, SamplingParams
+from tests.serving import MODEL, Live, live_server, tiny_llm
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi there"}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
+
+
+@pytest.fixture(scope="module")
+def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LLM]:
+    folder = tmp_path_factory.mktemp("model")
+    return {draft: tiny_llm(folder, draft) for draft in ("both", "early-exit", "ngram", "none")}
+
+
+@pytest.fixture(scope="module")
+def live(llms: dict[str, LLM]) -> Iterator[Live]:
+    with live_server(llms["both"]) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> Iterator[httpx.Client]:
+    with live.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def openai(live: Live) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{live.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(llms: dict[str, LLM]) -> str:
+    """The greedy answer to MESSAGES by plain decoding: 24 tokens."""
+    return llms["none"].generate([MESSAGES], SamplingParams(max_new_tokens=24))[0].text
+
+
+# -- the openai client -------------------------------------------------------------------------------------------------
+
+
+def test_chat(openai: OpenAI, expected: str) -> None:
+    answer = openai.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=24, seed=3)
+    choice = answer.choices[0]
+    assert choice.message.content == expected
+    assert choice.finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 24
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.rejected_prediction_tokens
+
+
+def test_streamed_chat(openai: OpenAI, expected: str) -> None:
+    chunks = list(
+        openai.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            temperature=0,
+            max_completion_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert len({c.id for c in chunks}) == 1
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 24
+
+
+def test_completions(openai: OpenAI, llms: dict[str, LLM]) -> None:
+    """Several prompts, as texts and as token ids, echoed, several choices."""
+    prompts = ["The quick brown", "def main"]
+    ids = [llms["both"].tokenizer.encode(p) for p in prompts]
+    plain = [r.text for r in llms["none"].generate(prompts, SamplingParams(max_new_tokens=8))]
+    for given_prompt in (prompts, ids):
+        answer = openai.completions.create(
+            model=MODEL, prompt=given_prompt, temperature=0, max_tokens=8, echo=True, n=2
+        )
+        texts = [c.text for c in answer.choices]
+        assert texts == [prompts[0] + plain[0]] * 2 + [prompts[1] + plain[1]] * 2
+        assert [c.index for c in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+        assert answer.usage.completion_tokens == 32
+    streamed = openai.completions.create(model=MODEL, prompt=prompts, temperature=0, max_tokens=8, stream=True)
+    texts = ["", ""]
+    for chunk in streamed:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == plain
+
+
+def test_logprobs(openai: OpenAI, llms: dict[str, LLM]) -> None:
+    chat = openai.chat.completions.create(
+        model=MODEL, messages=MESSAGES, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3
+    )
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 6
+    for entry in logprobs.content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == entry.top_logprobs[0].logprob < 0
+        assert bytes(entry.bytes or ()).decode("utf-8", "replace") == entry.token
+    completion = openai.completions.create(model=MODEL, prompt="abc", temperature=0, max_tokens=6, logprobs=2)
+    legacy = completion.choices[0].logprobs
+    assert legacy is not None
+    assert legacy.tokens is not None
+    assert legacy.token_logprobs is not None
+    assert legacy.text_offset is not None
+    assert len(legacy.tokens) == len(legacy.token_logprobs) == len(legacy.text_offset) == 6
+    reference = llms["none"].generate(["abc"], SamplingParams(max_new_tokens=6, logprobs=2))[0]
+    assert legacy.token_logprobs == pytest.approx(reference.logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_json_schema(openai: OpenAI, temperature: float) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["red", "green"]}, "n": {"enum": [1, 2, 3]}},
+        "required": ["ok", "kind", "n"],
+        "additionalProperties": False,
+    }
+    for stream in (False, True):
+        answer: Any = openai.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            temperature=temperature,
+            max_tokens=200,
+            seed=1,
+            stream=stream,  # type: ignore[call-overload]
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
+        )
+        text = (
+            "".join(c.choices[0].delta.content or "" for c in answer) if stream else answer.choices[0].message.content
+        )
+        value = json.loads(text)
+        assert list(value) == ["ok", "kind", "n"]
+        assert value["kind"] in ("red", "green")
+
+
+def test_tools(openai: OpenAI) -> None:
+    answer = openai.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=200, tools=TOOLS, tool_choice="required", parallel_tool_calls=False
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert choice.message.tool_calls is not None
+    call: Any = choice.message.tool_calls[0]
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    follow_up = [
+        *MESSAGES,
+        {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": dict(call.function)}]},
+        {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+    ]
+    named = {"type": "function", "function": {"name": "weather"}}
+    chunks = list(
+        openai.chat.completions.create(
+            model=MODEL,
+            messages=follow_up,
+            max_tokens=200,
+            tools=TOOLS,
+            tool_choice=named,
+            stream=True,  # type: ignore[arg-type]
+        )
+    )
+    deltas = list(chain.from_iterable(c.choices[0].delta.tool_calls or [] for c in chunks))
+    assert len(deltas) == 1
+    assert deltas[0].function is not None
+    assert json.loads(deltas[0].function.arguments or "")["city"] in ("Rome", "Oslo")
+    assert not any(c.choices[0].delta.content for c in chunks)
+    free = openai.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8, tools=TOOLS, temperature=0)
+    assert free.choices[0].message.content
+
+
+def test_errors_are_openais(openai: OpenAI) -> None:
+    with pytest.raises(APIStatusError) as refused:
+        openai.chat.completions.create(model="gpt-4", messages=MESSAGES)
+    assert refused.value.status_code == 404
+    assert refused.value.code == "model_not_found"
+    with pytest.raises(APIStatusError, match="more than the context") as refused:
+        openai.completions.create(model=MODEL, prompt=[5] * 2000)
+    assert refused.value.status_code == 400
+    assert [m.id for m in openai.models.list()] == [MODEL]
+    assert openai.models.retrieve(MODEL).id == MODEL
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_stops_and_biases(client: httpx.Client, llms: dict[str, LLM], expected: str) -> None:
+    def text(**body: Any) -> str:
+        answer = client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 24, **body})
+        assert answer.status_code == 200, answer.text
+        content: str = answer.json()["choices"][0]["message"]["content"]
+        return content
+
+    assert text(seed=1) == text(seed=1) != text(seed=2)
+    stop = expected[5:7]
+    assert text(temperature=0, stop=stop) == expected[: expected.index(stop)]
+    x = llms["both"].tokenizer.encode("x")[0]
+    assert text(temperature=0, logit_bias={str(x): 100}) == "x" * 24
+    assert text(temperature=0, logit_bias={str(x): 100}, stop_token_ids=[x]) == ""
+    several = client.post(
+        "/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 12, "n": 3, "seed": 7}
+    ).json()
+    assert len({c["message"]["content"] for c in several["choices"]}) == 3
+
+
+def test_tokens_and_their_origins(client: httpx.Client, expected: str) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0, "return_tokens": True}
+    answer = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    tokens = answer["hopskip"]["tokens"]
+    assert "".join(t["text"] for t in tokens) == expected
+    assert {t["origin"] for t in tokens} <= {"early-exit", "ngram", "target", "bonus"}
+    assert {(t["origin"], t["layer"]) for t in tokens} <= {
+        ("early-exit", 2), ("ngram", None), ("target", 3), ("bonus", 3),
+    }  # fmt: skip
+    assert all(t["logprob"] == t["top"][0]["logprob"] for t in tokens)
+    assert answer["hopskip"]["stats"]["num_draft_tokens"] > 0
+    assert answer["logprobs"] is None
+    off = client.post("/v1/chat/completions", json={**body, "speculative": {"enabled": False}}).json()["choices"][0]
+    assert {t["origin"] for t in off["hopskip"]["tokens"]} == {"target"}
+    assert off["message"] == answer["message"]
+    shallow = client.post(
+        "/v1/chat/completions", json={**body, "speculative": {"exit_layer": 1, "num_draft_tokens": 2}}
+    )
+    assert shallow.json()["choices"][0]["message"] == answer["message"]
+    assert len(shallow.json()["choices"][0]["hopskip"]["stats"]["num_accepted_tokens_per_pos"]) <= 2
+
+
+def test_tokenize_and_back(client: httpx.Client) -> None:
+    tokens = client.post("/tokenize", json={"prompt": "Grüße, 你好 🙂"}).json()["tokens"]
+    assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "Grüße, 你好 🙂"}
+    chat = client.post("/tokenize", json={"messages": MESSAGES}).json()
+    assert chat["count"] == len(chat["tokens"]) > 5
+
+
+def test_metrics_have_the_names_that_routers_scrape(client: httpx.Client) -> None:
+    client.post("/v1/completions", json={"prompt": "abc abc abc", "max_tokens": 8})
+    text = client.get("/metrics").text
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+    label = f'{{model_name="{MODEL}"}}'
+    for prefix in ("vllm:", "hopskip_"):
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            assert f"{prefix}{name}{label}" in values
+        for name in (
+            "prompt_tokens_total",
+            "generation_tokens_total",
+            "spec_decode_num_drafts_total",
+            "spec_decode_num_draft_tokens_total",
+            "spec_decode_num_accepted_tokens_total",
+            "time_to_first_token_seconds_count",
+            "request_time_per_output_token_seconds_count",
+            "inter_token_latency_seconds_count",
+            "e2e_request_latency_seconds_count",
+        ):
+            assert values[f"{prefix}{name}{label}"] > 0, name
+        accepted = [
+            v for k, v in values.items() if k.startswith(f"{prefix}spec_decode_num_accepted_tokens_per_pos_total")
+        ]
+        assert sum(accepted) == values[f"{prefix}spec_decode_num_accepted_tokens_total{label}"]
+    assert values[f"hopskip_mean_acceptance_length_count{label}"] > 0
+
+
+# -- every parameter with every way to speculate -----------------------------------------------------------------------
+
+SPECULATIVE = [None, {"enabled": False}, {"num_draft_tokens": 0}, {"num_draft_tokens": 2}, {"exit_layer": 1}]
+SCHEMA_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
+COMMON: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"model": MODEL}, True),
+    ({"model": None}, True),
+    ({"temperature": 0}, True),
+    ({"temperature": 0, "top_p": 0.5, "seed": 1, "top_k": 4}, True),
+    ({"temperature": 2.1}, False),
+    ({"top_p": 0.3}, True),
+    ({"top_p": 0}, False),
+    ({"top_k": 3}, True),
+    ({"min_p": 0.2}, True),
+    ({"n": 3}, True),
+    ({"n": 17}, False),
+    ({"n": 0}, False),
+    ({"stop": "e"}, True),
+    ({"stop": ["e", "t"]}, True),
+    ({"stop": ["x"] * 17}, False),
+    ({"stop": [""]}, False),
+    ({"stop_token_ids": [4]}, True),
+    ({"seed": -5}, True),
+    ({"presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.2}, True),
+    ({"presence_penalty": 3}, False),
+    ({"logit_bias": {"5": 3, "6": -100}}, True),
+    ({"logit_bias": {"999": 3}}, False),
+    ({"logit_bias": {"x": 3}}, False),
+    ({"ignore_eos": True}, True),
+    ({"response_format": {"type": "text"}}, True),
+    ({"response_format": {"type": "json_object"}}, True),
+    ({"response_format": SCHEMA_FORMAT}, True),
+    ({"response_format": SCHEMA_FORMAT, "ignore_eos": True}, False),
+    ({"response_format": SCHEMA_FORMAT, "n": 2, "temperature": 0.5, "stop": "R"}, True),
+    ({"response_format": {"type": "regex", "pattern": "a+b"}}, True),
+    ({"response_format": {"type": "regex", "pattern": "("}}, False),
+    ({"response_format": {"type": "grammar", "grammar": 'start: "a" | "bc"'}}, True),
+    ({"response_format": {"type": "yaml"}}, False),
+    ({"stream": True}, True),
+    ({"stream": True, "stream_options": {"include_usage": True}, "n": 2}, True),
+    ({"stream_options": {"include_usage": True}}, False),
+    ({"return_tokens": True}, True),
+    ({"user": "me"}, True),
+    ({"max_tokens": 0}, False),
+    ({"max_tokens": 5000}, False),
+    ({"mirostat": 1}, False),
+]
+COMPLETION: list[tuple[dict[str, Any], bool]] = [
+    ({"echo": True}, True),
+    ({"logprobs": 0}, True),
+    ({"logprobs": 5}, True),
+    ({"logprobs": 21}, False),
+    ({"logprobs": 1, "echo": True}, False),
+    ({"suffix": "x"}, False),
+    ({"best_of": 2}, False),
+    ({"prompt": [5, 6, 7]}, True),
+    ({"prompt": [[5], [6, 7]]}, True),
+    ({"prompt": ["a", "b"]}, True),
+    ({"prompt": []}, False),
+    ({"prompt": ""}, False),
+    ({"prompt": [400]}, False),
+    ({"prompt": ["a"] * 65}, False),
+]
+CHAT: list[tuple[dict[str, Any], bool]] = [
+    ({"logprobs": True}, True),
+    ({"logprobs": True, "top_logprobs": 4}, True),
+    ({"top_logprobs": 4}, False),
+    ({"logprobs": True, "top_logprobs": 21}, False),
+    ({"max_completion_tokens": 2, "max_tokens": None}, True),
+    ({"max_completion_tokens": 2}, False),
+    ({"tools": TOOLS}, True),
+    ({"tools": TOOLS, "tool_choice": "none"}, True),
+    ({"tools": TOOLS, "tool_choice": "required"}, True),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}}, True),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "news"}}}, False),
+    ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, False),
+    ({"tool_choice": "required"}, False),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, True),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, False),
+    ({"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "b", "name": "c"}]}, True),
+    ({"messages": [{"role": "user"}]}, False),
+    ({"messages": []}, False),
+]
+
+
+@pytest.mark.parametrize("draft", ["both", "early-exit", "ngram", "none"])
+def test_every_parameter_with_every_way_to_speculate_answers_or_refuses(llms: dict[str, LLM], draft: str) -> None:
+    cases = [("/v1/completions", {"prompt": "ab ab ab", "max_tokens": 3, **p}, ok) for p, ok in COMMON + COMPLETION] + [
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 3, **p}, ok) for p, ok in COMMON + CHAT
+    ]
+
+    def works(speculative: dict[str, Any]) -> bool:
+        if "exit_layer" in speculative:
+            return draft in ("both", "early-exit")
+        return draft != "none" or speculative.get("num_draft_tokens", 0) == 0
+
+    async def send(client: httpx.AsyncClient, path: str, body: dict[str, Any], ok: bool, index: int) -> None:
+        # all ways with the plain request, one of them with each other parameter
+        ways = SPECULATIVE if len(body) == 2 else [SPECULATIVE[index % len(SPECULATIVE)]]
+        for way in ways:
+            answer = await client.post(path, json=body if way is None else {**body, "speculative": way})
+            is_fine = ok and works(way or {})
+            assert answer.status_code == 200 if is_fine else 400 <= answer.status_code < 500, (body, way, answer.text)
+            if is_fine and body.get("stream"):
+                assert answer.text.endswith("data: [DONE]\n\n")
+            elif not is_fine:
+                assert answer.json()["error"]["message"]
+
+    async def send_all(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=100) as client:
+            await asyncio.gather(*(send(client, *case, index) for index, case in enumerate(cases)))
+
+    with live_server(llms[draft], max_queue=1000) as live:
+        asyncio.run(send_all(live.url))
+        assert live.server.engine.num_outstanding == 0
+
+
+# -- everything that the API's own document allows ---------------------------------------------------------------------
+
+
+def test_no_request_that_the_document_allows_breaks_the_server(live: Live) -> None:
+    schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) == 9
+    for operation in operations:
+        num_examples = 12 if operation.method == "post" else 3
+
+        @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(case=operation.as_strategy())
+        def check(case: schemathesis.Case) -> None:
+            if isinstance(case.body, dict):
+                for name in ("max_tokens", "max_completion_tokens"):
+                    if isinstance(case.body.get(name), int):
+                        case.body[name] = min(case.body[name], 4)  # a long answer is no error, only slow
+                if case.body.get("max_tokens") is None and case.body.get("max_completion_tokens") is None:
+                    case.body["max_tokens"] = 2
+            response = case.call()
+            assert response.status_code < 500, response.text
+
+        check()
+
+
+def test_log_probabilities_are_valid_json() -> None:
+    from hopskip.serve.answers import _finite
+
+    assert _finite(-math.inf) == -9999
+    assert _finite(math.nan) == -9999
+    assert _finite(-1.5) == -1.5
+    assert _finite(None) is None
