@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hopskip.errors import CheckpointError
-from hopskip.quantize import Format, from_gguf_blocks, pack, quantize_q4, quantize_q8, select_rows
+from hopskip.quantize import Format, from_gguf_blocks, pack, quantize_q4, quantize_q8, rows_in_q8, select_rows
 
 
 def random_weight(rows: int = 37, cols: int = 96, seed: int = 0) -> Tensor:
@@ -106,3 +106,13 @@ def test_rows_selected_from_a_packed_matrix(kind: str, cols: int) -> None:
     expected = pack(make(weight[rows]), cols)
     assert selected.rows == 5
     assert torch.equal(selected.data, expected.data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float_rows_in_q8_are_the_rows_quantized(dtype: torch.dtype) -> None:
+    weight = torch.randn(40, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = torch.tensor([39, 0, 17, 16])
+    found = rows_in_q8(pack(weight, 70), rows)
+    expected = pack(quantize_q8(weight[rows].float()), 70)
+    assert (found.format, found.rows, found.cols) == (expected.format, expected.rows, expected.cols)
+    assert torch.equal(found.data, expected.data)

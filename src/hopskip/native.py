@@ -20,7 +20,7 @@ from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
 from hopskip.errors import ConfigError
 from hopskip.packed import PackedWeights
-from hopskip.quantize import Packed, pack, quantize_q8, select_rows
+from hopskip.quantize import Packed, pack, quantize_q8, rows_in_q8, select_rows
 from hopskip.weights import Checkpoint
 
 T = TypeVar("T")
@@ -170,8 +170,8 @@ class NativeModel:
         return layers + self._weights.head.data.nbytes
 
     def attach(self, branch: ExitBranch) -> None:
-        """As `BranchedModel.attach`. The branch is packed to q8 whatever the model's precision: what it drafts is
-        verified, so that costs a little acceptance and never exactness."""
+        """As `BranchedModel.attach`. The branch and its rows of the head are packed to 8 bits at most, whatever the
+        model's precision: what they draft is verified, so that costs a little acceptance and never exactness."""
         if self._draft_head is not None:
             raise ConfigError("an exit is attached to this model already; load the model anew for another")
         branch.check(self.config)
@@ -180,7 +180,7 @@ class NativeModel:
             vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
             self._engine.add_layer(**_layer_arguments(self.config, matrices, vectors))
         self._num_layers += len(branch.layers)
-        self._draft_head = self.head_subset(branch.vocabulary)
+        self._draft_head = HeadSubset(branch.vocabulary, _matrix(rows_in_q8(self._weights.head, branch.vocabulary)))
         mixing: dict[str, object] = {}
         if branch.mixing:
             mixing = {name: _matrix(_pack_q8(branch.mixing[name])) for name in ("fuse", "mix")}

@@ -222,6 +222,17 @@ def select_rows(packed: Packed, rows: Tensor) -> Packed:
     return _packed(packed.format, units[strip, :, lane], packed.cols, *chosen)
 
 
+def rows_in_q8(packed: Packed, rows: Tensor) -> Packed:
+    """As `select_rows`, but float weights are packed to q8."""
+    chosen = select_rows(packed, rows)
+    if packed.format not in (Format.F32, Format.BF16):
+        return chosen
+    units = chosen.data.reshape(len(chosen.data), -1, STRIP).transpose(1, 2).flatten(0, 1)[: len(rows)]
+    dtype = torch.float32 if packed.format is Format.F32 else torch.bfloat16
+    weight_OI = units.contiguous().view(dtype)[:, : packed.cols].float()
+    return pack(quantize_q8(weight_OI), packed.cols)
+
+
 def _blocks(weight_OI: Tensor) -> Tensor:
     """float32 [O, B, 32], zeros beyond the last column."""
     if not bool(weight_OI.isfinite().all()):

@@ -13,6 +13,7 @@ from hopskip.cli.options import LoadOptions, ModelArgument, with_options
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hopskip.branch import ExitBranch
     from hopskip.config import ModelConfig
     from hopskip.evaluate.costs import ModelCosts
 
@@ -50,6 +51,8 @@ class _Facts:
     threads: int
     costs: ModelCosts
     default_draft: str
+    branch: ExitBranch | None
+    """The trained exit that ships for the model."""
     exit_layer: int | None
     """None for a model of one layer, which has no early exit."""
     num_draft_tokens: int
@@ -79,6 +82,15 @@ class _Facts:
                 "kv_bytes_per_token": costs.kv_bytes_per_token,
             },
             "default_draft": self.default_draft,
+            "exit_branch": None
+            if self.branch is None
+            else {
+                **asdict(self.branch.config),
+                "vocabulary": len(self.branch.vocabulary),
+                "num_draft_tokens": self.branch.num_draft_tokens,
+                "memory_bytes": self.branch_bytes,
+                "kv_bytes_per_token": self.branch_kv_bytes,
+            },
             "exit_layer": self.exit_layer,
             "is_exit_layer_recommended": self.is_recommended,
             "num_draft_tokens": self.num_draft_tokens,
@@ -92,6 +104,19 @@ class _Facts:
                 for exit_layer in self.exits
             ],
         }
+
+    @property
+    def branch_bytes(self) -> int:
+        """Memory of the trained exit: its layers and a copy of the head's rows, in 8 bits on the native engine."""
+        assert self.branch is not None
+        num_weights = sum(tensor.numel() for tensor in self.branch.tensors().values())
+        num_weights += len(self.branch.vocabulary) * self.config.hidden_size
+        return num_weights * 34 // 32 if self.backend == "native" else num_weights * 2
+
+    @property
+    def branch_kv_bytes(self) -> int:
+        assert self.branch is not None
+        return self.costs.kv_bytes_per_token * self.branch.config.num_layers // self.config.num_hidden_layers
 
     @property
     def is_recommended(self) -> bool:
@@ -116,6 +141,7 @@ def _collect(load: LoadOptions) -> _Facts:
     from hopskip.draft.config import SpeculativeConfig
     from hopskip.evaluate.costs import model_costs
     from hopskip.hub import find_model
+    from hopskip.llm import find_exit
     from hopskip.load import resolve_backend
     from hopskip.weights import open_checkpoint
 
@@ -124,7 +150,8 @@ def _collect(load: LoadOptions) -> _Facts:
     checkpoint = open_checkpoint(find_model(load.model))
     config = checkpoint.config
     is_native = backend == "native"
-    default = SpeculativeConfig().resolve(config)
+    branch = find_exit(checkpoint, SpeculativeConfig())
+    default = SpeculativeConfig().resolve(config, branch)
     exit_layer = None
     if config.num_hidden_layers > 1:
         exit_layer = SpeculativeConfig(draft="early-exit").resolve(config).exit_layer
@@ -140,6 +167,7 @@ def _collect(load: LoadOptions) -> _Facts:
         threads=load.threads or (native.default_threads() if is_native else torch.get_num_threads()),
         costs=model_costs(checkpoint, backend, load.quantize or load.dtype, arguments["kv_dtype"]),
         default_draft=default.draft,
+        branch=branch,
         exit_layer=exit_layer,
         num_draft_tokens=default.num_draft_tokens,
     )
@@ -173,6 +201,16 @@ def _print_facts(facts: _Facts) -> None:
         f"{_memory(costs.kv_bytes_per_token)} a token, {_memory(costs.kv_bytes_per_token * context)} at full context",
     )
     table.add_row("default draft", f"{facts.default_draft}, up to {facts.num_draft_tokens} tokens")
+    if facts.branch is not None:
+        branch = facts.branch
+        features = ", ".join(map(str, branch.config.features))
+        table.add_row(
+            "trained exit",
+            f"{branch.config.num_layers} layer(s) after layer {branch.config.start} of the model"
+            + (f", seeing its layers {features}" if features else "")
+            + f"; {len(branch.vocabulary):,} tokens; {_memory(facts.branch_bytes)} and "
+            f"{_memory(facts.branch_kv_bytes)} a token",
+        )
     if facts.exit_layer is None:
         table.add_row("exit layer", "none: a model of one layer has no early exit")
     else:
