@@ -111,7 +111,8 @@ def test_stopping_and_errors(page: Any, live: Live) -> None:
     page.keyboard.press("Escape")
     finished(page)
     assert "stopped" in page.inner_text(".facts")
-    assert live.client().get("/health").status_code == 200
+    with live.client() as client:
+        assert client.get("/health").status_code == 200
     page.fill("#system", "x" * 4000)  # more than the context holds
     send(page, "Again")
     finished(page)
