@@ -106,33 +106,23 @@ def _print(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False)
-    for heading in (
-        "at a time",
-        "tokens/s",
-        "requests/s",
-        "first token",
-        "p90",
-        "p99",
-        "per token",
-        "p90",
-        "p99",
-        "failed",
-    ):
+    for heading in ("at once", "tokens/s", "requests/s", "TTFT, ms", "TPOT, ms", "failed"):
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def milliseconds(figures: dict[str, float] | None) -> list[str]:
-        return [f"{1000 * figures[key]:.0f} ms" for key in ("p50", "p90", "p99")] if figures else ["", "", ""]
+    def milliseconds(figures: dict[str, float] | None) -> str:
+        return " / ".join(f"{1000 * figures[key]:.0f}" for key in ("p50", "p90", "p99")) if figures else ""
 
     for level in report["levels"]:
         table.add_row(
             str(level["concurrency"]),
             f"{level['tokens_per_second']:.1f}",
             f"{level['requests_per_second']:.2f}",
-            *milliseconds(level["first_token_seconds"]),
-            *milliseconds(level["seconds_per_token"]),
+            milliseconds(level["first_token_seconds"]),
+            milliseconds(level["seconds_per_token"]),
             str(level["num_failed"] or ""),
         )
     console.print(table)
+    console.print("time to the first token (TTFT), and per token after it (TPOT): median / 90 % / 99 %", style="dim")
     for level in report["levels"]:
         for error in level["errors"]:
             console.print(f"{level['concurrency']} at a time: {error}", style="dim", markup=False)
