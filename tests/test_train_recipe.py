@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hopskip.errors import ConfigError
-from hopskip.train.recipe import Recipe, load_recipe
+from hopskip.train.exit.recipe import ExitRecipe
+from hopskip.train.recipe import Recipe, load_recipe, read_recipe
 from hopskip.train.run import training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -100,4 +101,7 @@ def test_what_transformers_refuses(minimal: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_our_recipes_are_valid(path: Path) -> None:
-    assert isinstance(load_recipe(path, ["data.train=mine.jsonl"]), Recipe)
+    if path.stem.endswith("-exit"):
+        assert read_recipe(ExitRecipe, path, ["prompts.files=mine.jsonl"]).branches
+    else:
+        assert isinstance(load_recipe(path, ["data.train=mine.jsonl"]), Recipe)
