@@ -61,6 +61,7 @@ class MarkovModel:
 
     row_exact = True
     device = torch.device("cpu")
+    branch = None
 
     def __init__(self, exit_logits_VV: Tensor, target_logits_VV: Tensor) -> None:
         self.config = tiny_config(vocab_size=len(target_logits_VV), num_hidden_layers=2)

@@ -85,7 +85,7 @@ def test_the_models_own_layers_as_a_branch_are_always_right(checkpoint: Checkpoi
     model, branch = load(checkpoint, backend), own_branch(checkpoint)
     expected = run(Engine(model, PLAIN), PROMPTS, PARAMS)
     model.attach(branch)
-    engine = Engine(model, SpeculativeConfig(draft=draft), branch=branch)  # type: ignore[arg-type]
+    engine = Engine(model, SpeculativeConfig(draft=draft))  # type: ignore[arg-type]
     got = run(engine, PROMPTS, PARAMS)
     assert new_ids(got) == new_ids(expected)
     if draft == "exit-branch" and backend == "torch":  # the native engine packs a branch to 8 bits
@@ -101,7 +101,7 @@ def test_text_does_not_depend_on_the_branch(checkpoint: Checkpoint, backend: str
     rows = 1 if backend == "native" else 4
     expected = run(Engine(model, PLAIN, rows_per_sequence=rows), PROMPTS, PARAMS)
     model.attach(branch)
-    engine = Engine(model, SpeculativeConfig(draft="exit-branch"), branch=branch)
+    engine = Engine(model, SpeculativeConfig(draft="exit-branch"))
     got = run(engine, PROMPTS, PARAMS)
     assert new_ids(got) == new_ids(expected)
     assert sum(s.stats.num_draft_tokens for s in got) > sum(s.stats.num_accepted_tokens for s in got)
@@ -146,7 +146,7 @@ def test_drafts_are_those_that_training_unrolls(
     model = load(checkpoint, backend)
     trainer, branch = random_branch(checkpoint, config)
     model.attach(branch)
-    engine = Engine(model, SpeculativeConfig(draft="both", num_draft_tokens=3), branch=branch, max_num_seqs=2)
+    engine = Engine(model, SpeculativeConfig(draft="both", num_draft_tokens=3), max_num_seqs=2)
     seen = [(ids, draft) for ids, draft in drafts_of(monkeypatch, engine, [*PROMPTS, [*PROMPTS[0][:9], 4]])]
     assert len(seen) > 20
     taps, index_V = list(range(1, 4)), torch.full((320,), -1)
@@ -179,7 +179,7 @@ def test_one_call_drafts_what_steps_draft(
         model.attach(branch)
         if hides:
             monkeypatch.setattr(model, "draft_greedy", None)
-        engine = Engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02), branch=branch)
+        engine = Engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02))
         drafts.append(drafts_of(monkeypatch, engine, PROMPTS))
     (one_call, steps) = ([draft.token_ids for _, draft in found] for found in drafts)
     # the steps mix in bfloat16 weights, the call in 8 bits
@@ -199,7 +199,7 @@ def test_a_slot_that_is_used_again_drafts_as_a_fresh_one(
         model = load(checkpoint, backend)
         model.attach(branch)
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=3)
-        engine = Engine(model, setting, branch=branch, max_num_seqs=1, prefix_caching=prefix_caching)
+        engine = Engine(model, setting, max_num_seqs=1, prefix_caching=prefix_caching)
         found.append([drafts_of(monkeypatch, engine, [turn]) for turn in turns])
     with_reuse, without = ([[d.token_ids for _, d in turn] for turn in turns] for turns in found)
     assert with_reuse == without
@@ -212,7 +212,7 @@ def test_penalties_and_bans_hold_in_drafts(checkpoint: Checkpoint, temperature: 
     model.attach(branch)
     params = replace(PARAMS, temperature=temperature, frequency_penalty=1.5, seed=None if temperature == 0 else 1)
     expected = run(Engine(model, PLAIN, rows_per_sequence=5), PROMPTS, params)
-    got = run(Engine(model, SpeculativeConfig(draft="exit-branch"), branch=branch), PROMPTS, params)
+    got = run(Engine(model, SpeculativeConfig(draft="exit-branch")), PROMPTS, params)
     if temperature == 0:
         assert new_ids(got) == new_ids(expected)
     # the branch is the model itself: with the penalties in its drafts, nothing is ever rejected but by rounding
@@ -230,7 +230,7 @@ def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution() -> 
     for speculative in (PLAIN, SpeculativeConfig(draft="exit-branch", num_draft_tokens=2)):
         if speculative is not PLAIN:
             model.attach(branch)
-        engine = Engine(model, speculative, branch=branch, max_num_seqs=256)
+        engine = Engine(model, speculative, max_num_seqs=256)
         seeds = range(2500) if speculative is PLAIN else range(2500, 5000)
         sequences = [engine.add([1, 2], replace(params, seed=seed)) for seed in seeds]
         while engine.has_work:

@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.config import SpeculativeConfig
@@ -41,7 +40,6 @@ class Engine:
     Args:
         model: the decoder.
         speculative: how to draft and verify; resolved against the model.
-        branch: the trained exit that is attached to the model (`Model.attach`), if any.
         max_model_len: longest sequence, prompt and output; None for the model's own context.
         max_num_seqs: sequences that are stepped together; further ones wait.
         prefix_caching: start a prompt from the cached keys and values of an earlier request that shares its beginning.
@@ -55,7 +53,6 @@ class Engine:
         model: Model,
         speculative: SpeculativeConfig | None = None,
         *,
-        branch: ExitBranch | None = None,
         eos_token_ids: Seq[int] | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
@@ -68,12 +65,11 @@ class Engine:
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
         self.model = model
-        self.branch = branch
-        self.speculative = (speculative or SpeculativeConfig()).resolve(model.config, branch)
+        self.speculative = (speculative or SpeculativeConfig()).resolve(model.config, model.branch)
         self.max_model_len = max_model_len or context
         self.max_num_seqs = max_num_seqs
         self._eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self._drafter = self.speculative.make_drafter(model, branch)
+        self._drafter = self.speculative.make_drafter(model)
         self._taps = self._drafter.taps if self._drafter else None
         self._drafters_by_exit: dict[int, Drafter] = {}
         """Those of requests that ask for an exit layer of their own."""

@@ -118,7 +118,6 @@ class LLM:
         self.engine = Engine(
             self.model,
             speculative,
-            branch=branch,
             eos_token_ids=self.tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

@@ -28,6 +28,8 @@ class Model(Protocol):
     device: torch.device
     row_exact: bool
     """True if the bits of a row never depend on how many rows, or which, are computed with it."""
+    branch: ExitBranch | None
+    """The trained exit beside the model, see `BranchedModel.attach`."""
 
     def new_cache(self, num_slots: int, length: int) -> Cache:
         """A cache of the model's own key/value precision."""
@@ -120,12 +122,14 @@ class Transformer:
         self.weights = weights
         self.device = weights.norm.device
         self.dtype = weights.norm.dtype
+        self.branch: ExitBranch | None = None
         self._layers = list(weights.layers)
         self._draft_head: Tensor | None = None
         self._rope_tables: tuple[Tensor, Tensor] | None = None
 
     def attach(self, branch: ExitBranch) -> None:
         branch.check(self.config)
+        self.branch = branch
 
         def part(layer: dict[str, Tensor], *names: str) -> Tensor:
             return torch.cat([layer[name] for name in names]).to(self.device, self.dtype)

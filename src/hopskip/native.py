@@ -119,8 +119,9 @@ class NativeModel:
                 **_layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
             )
         self._num_layers = config.num_hidden_layers
+        self.branch: ExitBranch | None = None
         self._draft_head: HeadSubset | None = None
-        self._branch: object | None = None
+        self._packed_branch: object | None = None
         self._engine.set_edges(
             _matrix(weights.matrices["model.embed_tokens.weight"]),
             _matrix(weights.head),
@@ -172,9 +173,10 @@ class NativeModel:
     def attach(self, branch: ExitBranch) -> None:
         """As `BranchedModel.attach`. The branch and its rows of the head are packed to 8 bits at most, whatever the
         model's precision: what they draft is verified, so that costs a little acceptance and never exactness."""
-        if self._draft_head is not None:
+        if self.branch is not None:
             raise ConfigError("an exit is attached to this model already; load the model anew for another")
         branch.check(self.config)
+        self.branch = branch
         for layer in branch.layers:
             matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
             vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
@@ -185,7 +187,7 @@ class NativeModel:
         if branch.mixing:
             mixing = {name: _matrix(_pack_q8(branch.mixing[name])) for name in ("fuse", "mix")}
             mixing |= {name: branch.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
-        self._branch = _native.Branch(
+        self._packed_branch = _native.Branch(
             start=branch.config.start,
             first_layer=self.config.num_hidden_layers,
             num_layers=branch.config.num_layers,
@@ -282,7 +284,7 @@ class NativeModel:
             tokens int64 [B, max(limits)]; counts int64 [B], how many of them each sequence drafted, the rest being
             undefined; and the hidden states float32 [B, max(limits), D] that the tokens were read from.
         """
-        branch = self._branch
+        branch = self._packed_branch
         if exit_layer is not None:
             branch = _native.Branch(
                 start=exit_layer,

@@ -71,11 +71,17 @@ def choose_precisions(load: LoadOptions, text: str | None) -> list[str]:
 def load_each(
     load: LoadOptions, precisions: list[str], checkpoint: Checkpoint, *, quiet: bool
 ) -> Iterator[tuple[str, Model]]:
-    """The model in one precision after the other."""
+    """The model in one precision after the other, with the trained exit that ships for it, if any."""
+    from hopskip.draft.config import SpeculativeConfig
+    from hopskip.llm import find_exit
     from hopskip.load import load_model
+
+    branch = find_exit(checkpoint, SpeculativeConfig())
 
     for name in precisions:
         chosen = replace(load, quantize=name) if name in ("q8", "q4") else replace(load, dtype=name)
         with loading(load.model, quiet=quiet) as progress:
             model = load_model(checkpoint, progress=progress, **chosen.arguments())
+        if branch is not None:
+            model.attach(branch)
         yield name, model

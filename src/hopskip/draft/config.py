@@ -123,13 +123,13 @@ class SpeculativeConfig:
         wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
         return "early-exit" if wants_exit else "ngram"
 
-    def make_drafter(self, model: Model, branch: ExitBranch | None = None) -> Drafter | None:
+    def make_drafter(self, model: Model) -> Drafter | None:
         """The drafter of a resolved configuration; None for plain decoding."""
         if self.draft == "none":
             return None
         if self.draft == "ngram":
             return NgramDrafter()
-        exit_at = branch if self.exit_layer is None else self.exit_layer
+        exit_at = model.branch if self.exit_layer is None else self.exit_layer
         assert exit_at is not None
         drafter = ExitDrafter(model, exit_at, self.min_confidence)
         return FirstOf(NgramDrafter(), drafter) if self.draft == "both" else drafter

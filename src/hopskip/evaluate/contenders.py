@@ -16,6 +16,7 @@ from hopskip.config import ModelConfig
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.evaluate.hf_reference import load_in_transformers
+from hopskip.llm import find_exit
 from hopskip.load import Backend, DType, KVDType, Quantize, load_model
 from hopskip.model import Model, Transformer
 from hopskip.sampling import SamplingParams
@@ -108,6 +109,7 @@ class Hopskip(Contender):
     def load(self, threads: int, max_model_len: int) -> Runner:
         how = self.precision
         checkpoint = open_checkpoint(self.path)
+        branch = find_exit(checkpoint, self.speculative)
         model = load_model(
             checkpoint,
             dtype=how.dtype,
@@ -117,6 +119,8 @@ class Hopskip(Contender):
             threads=threads,
             kv_dtype=how.kv_dtype,
         )
+        if branch is not None:
+            model.attach(branch)
         return _HopskipRunner(model, self.speculative)
 
 

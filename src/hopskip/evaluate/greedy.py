@@ -49,13 +49,20 @@ def exits_to_try(config: ModelConfig) -> list[int]:
     return sorted(exit_layer for exit_layer in exits if exit_layer is not None and 0 < exit_layer < depth)
 
 
-def settings_to_try(config: ModelConfig) -> list[SpeculativeConfig]:
-    """Every combination of draft source (early exit at each exit, n-gram, both), draft length and verify mode."""
-    exits = exits_to_try(config)
+def settings_to_try(model: Model) -> list[SpeculativeConfig]:
+    """Every combination of draft source (early exit at each exit, n-gram, both), draft length and verify mode; and the
+    trained exit, if one is attached, which has no states to reuse."""
+    exits = exits_to_try(model.config)
+    trained = [
+        SpeculativeConfig(draft=draft, num_draft_tokens=length)
+        for draft in ("exit-branch", "both")
+        for length in DRAFT_LENGTHS
+        if model.branch is not None
+    ]
     sources = [SpeculativeConfig(draft="early-exit", exit_layer=exit_layer) for exit_layer in exits]
     sources.append(SpeculativeConfig(draft="ngram"))
     sources.extend(SpeculativeConfig(draft="both", exit_layer=exit_layer) for exit_layer in exits[:1])
-    return [
+    return trained + [
         SpeculativeConfig(draft=source.draft, exit_layer=source.exit_layer, num_draft_tokens=length, verify=mode)
         for source in sources
         for mode in ("recompute", "reuse")
@@ -75,7 +82,7 @@ def greedy_proofs(model: Model, prompts: Seq[Seq[int]], max_new_tokens: int) -> 
     if promise == "bits at the verify shape":
         prompts, num_at_once = prompts[:_MAX_PROMPTS_ONE_BY_ONE], 1
     references: dict[int | None, list[Run]] = {}
-    for setting in settings_to_try(model.config):
+    for setting in settings_to_try(model):
         if promise == "bits at the verify shape" and setting.verify == "reuse":
             if setting.num_draft_tokens == DRAFT_LENGTHS[0]:
                 yield _not_claimed(setting)

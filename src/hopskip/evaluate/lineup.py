@@ -13,6 +13,8 @@ from hopskip.config import ModelConfig
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.errors import ConfigError
 from hopskip.evaluate.contenders import Contender, Hopskip, LlamaCpp, Precision, Transformers
+from hopskip.llm import find_exit
+from hopskip.weights import open_checkpoint
 
 OPPONENTS = ("transformers", "transformers-early-exit", "llama.cpp", "llama.cpp-lookup")
 
@@ -40,7 +42,7 @@ def lineup(
     Raises:
         ConfigError: an unknown opponent, or a setting that cannot work.
     """
-    resolved = speculative.resolve(config)
+    resolved = _resolve(path, config, speculative)
     ours: dict[str, Contender] = {}
     _add_ours(ours, path, precision, resolved, "hopskip", "hopskip-plain")
     for text in settings:
@@ -51,7 +53,7 @@ def lineup(
             if getattr(own_precision, f.name) != getattr(precision, f.name)
         ]
         plain = f"hopskip-plain({','.join(changed)})" if changed else "hopskip-plain"
-        _add_ours(ours, path, own_precision, own_speculative.resolve(config), f"hopskip({text})", plain)
+        _add_ours(ours, path, own_precision, _resolve(path, config, own_speculative), f"hopskip({text})", plain)
     theirs: list[Contender] = []
     for opponent in dict.fromkeys(against):
         if opponent == "transformers":
@@ -69,6 +71,12 @@ def lineup(
     # what is measured only as somebody's plain half is compared with it only where it takes part
     theirs = [c if c.plain in names else replace(c, plain=None) for c in theirs]
     return [*ours.values(), *theirs]
+
+
+def _resolve(path: Path, config: ModelConfig, speculative: SpeculativeConfig) -> SpeculativeConfig:
+    if not speculative.may_use_branch:
+        return speculative.resolve(config)
+    return speculative.resolve(config, find_exit(open_checkpoint(path), speculative))
 
 
 def parse_setting(

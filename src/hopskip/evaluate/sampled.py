@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
@@ -41,6 +42,7 @@ class TableModel:
 
     row_exact = True
     device = torch.device("cpu")
+    branch: ExitBranch | None = None
 
     def __init__(self, model: Model, exit_VV: Tensor, target_VV: Tensor) -> None:
         self.config = replace(

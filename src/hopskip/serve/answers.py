@@ -233,7 +233,7 @@ class _Choice:
             return None
         if token.origin in ("target", "bonus"):
             return self._llm.model.config.num_hidden_layers
-        branch = self._llm.engine.branch
+        branch = self._llm.model.branch
         if token.origin == "exit-branch":
             return branch.config.start if branch is not None else None
         job = self._answer.generations[self._index].job

@@ -208,7 +208,7 @@ def _measure(
     plain = Engine(model, SpeculativeConfig(draft="none"), eos_token_ids=eos)
     for num_draft_tokens in search.num_draft_tokens:
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=num_draft_tokens)
-        drafting = Engine(model, setting, branch=branch, eos_token_ids=eos)
+        drafting = Engine(model, setting, eos_token_ids=eos)
         ratios, lengths = [], [0.0]
         for _ in range(search.repeats):
             slow, _ = _decode(plain, prompts, search)
