@@ -22,8 +22,8 @@ from hopskip.config import ModelConfig
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.model import Model, Transformer
 from hopskip.native import NativeModel
-from hopskip.packed import PackedWeights
-from hopskip.quantize import from_gguf_blocks, quantize_q4, quantize_q8
+from hopskip.packed import PackedWeights, format_of, quantized_to
+from hopskip.quantize import from_gguf_blocks
 from hopskip.weights import Checkpoint, expected_tensors, load_weights, open_checkpoint
 
 from .models import tiny_config
@@ -70,7 +70,7 @@ class Dequantized:
             if self._precision == "bfloat16":
                 value = value.bfloat16()
             elif self._precision in ("q8", "q4"):
-                quantized = (quantize_q8 if self._precision == "q8" else quantize_q4)(value)
+                quantized = quantized_to(self._checkpoint, name, format_of(name, self._precision))
                 value = quantized.dequantize()[:, : value.shape[1]]
         out.copy_(value)
 

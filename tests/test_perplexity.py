@@ -120,7 +120,7 @@ def run(*arguments: str | Path) -> Result:
 def test_the_report(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 4)
-    requantize(model, tmp_path / "q4_0.gguf", "q4_0", pure=True)
+    requantize(model, tmp_path / "q4_0.gguf", "q4_0")
     arguments = (model, "--text", text, "--against", tmp_path / "q4_0.gguf", "--exit-layers", "1,2", "--context", "32")
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hopskip.config import ModelConfig
 from hopskip.errors import CheckpointError
-from hopskip.quantize import Format, Packed, from_gguf_blocks, pack, quantize_q4, quantize_q8
+from hopskip.quantize import Q4, Q8, Format, Packed, from_gguf_blocks, pack, quantize_q4, quantize_q8
 from hopskip.weights import Checkpoint, expected_tensors
 
 VERSION = 2
@@ -197,13 +197,17 @@ def _pack_tensor(checkpoint: Checkpoint, name: str, precision: str) -> Packed:
     if precision == "auto":
         stored = checkpoint.tensor(name).dtype if quantized is None else None
         precision = "q8" if quantized is not None else "float32" if stored == torch.float32 else "bfloat16"
-    weight_OI = checkpoint.tensor(name, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     format = format_of(name, precision)
-    if format == "q8":
-        return pack(quantize_q8(weight_OI), weight_OI.shape[1])
-    if format == "q4":
-        return pack(quantize_q4(weight_OI, _importance(checkpoint, name)), weight_OI.shape[1])
+    if format in ("q8", "q4"):
+        return pack(quantized_to(checkpoint, name, format), checkpoint.stored(name).shape[1])
+    weight_OI = checkpoint.tensor(name, torch.bfloat16 if format == "bfloat16" else torch.float32)
     return pack(weight_OI, weight_OI.shape[1])
+
+
+def quantized_to(checkpoint: Checkpoint, name: str, format: str) -> Q8 | Q4:
+    """One matrix of a checkpoint in `q8` or `q4`."""
+    weight_OI = checkpoint.tensor(name, torch.float32)
+    return quantize_q8(weight_OI) if format == "q8" else quantize_q4(weight_OI, _importance(checkpoint, name))
 
 
 def format_of(name: str, precision: str) -> str:
