@@ -70,7 +70,7 @@ class Dequantized:
             if self._precision == "bfloat16":
                 value = value.bfloat16()
             elif self._precision in ("q8", "q4"):
-                quantized = quantized_to(self._checkpoint, name, format_of(name, self._precision))
+                quantized = quantized_to(value, self._checkpoint, name, format_of(name, self._precision))
                 value = quantized.dequantize()[:, : value.shape[1]]
         out.copy_(value)
 

@@ -84,3 +84,8 @@ def test_draw_never_takes_an_impossible_token(seed: int, weights: list[float]) -
 def test_bad_values_are_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         SamplingParams(**settings)  # type: ignore[arg-type]
+
+
+def test_the_smallest_top_p_keeps_the_best_token() -> None:
+    probs_NV = probabilities(torch.tensor([[1.0, 3.0, 2.0]]), SamplingParams(temperature=1.0, top_p=5e-324))
+    assert probs_NV.tolist() == [[0.0, 1.0, 0.0]]

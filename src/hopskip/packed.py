@@ -198,15 +198,14 @@ def _pack_tensor(checkpoint: Checkpoint, name: str, precision: str) -> Packed:
         stored = checkpoint.tensor(name).dtype if quantized is None else None
         precision = "q8" if quantized is not None else "float32" if stored == torch.float32 else "bfloat16"
     format = format_of(name, precision)
-    if format in ("q8", "q4"):
-        return pack(quantized_to(checkpoint, name, format), checkpoint.stored(name).shape[1])
     weight_OI = checkpoint.tensor(name, torch.bfloat16 if format == "bfloat16" else torch.float32)
+    if format in ("q8", "q4"):
+        return pack(quantized_to(weight_OI, checkpoint, name, format), weight_OI.shape[1])
     return pack(weight_OI, weight_OI.shape[1])
 
 
-def quantized_to(checkpoint: Checkpoint, name: str, format: str) -> Q8 | Q4:
-    """One matrix of a checkpoint in `q8` or `q4`."""
-    weight_OI = checkpoint.tensor(name, torch.float32)
+def quantized_to(weight_OI: Tensor, checkpoint: Checkpoint, name: str, format: str) -> Q8 | Q4:
+    """The matrix of this name in `q8` or `q4`."""
     return quantize_q8(weight_OI) if format == "q8" else quantize_q4(weight_OI, _importance(checkpoint, name))
 
 

@@ -190,7 +190,8 @@ def _nucleus_threshold(probs_NV: Tensor, top_p: float) -> Tensor:
     if not bool((best_NC.sum(dim=-1) >= top_p).all()):
         best_NC = probs_NV.sort(dim=-1, descending=True).values
     before_NC = best_NC.cumsum(dim=-1) - best_NC
-    last = (before_NC < top_p).sum(dim=-1, keepdim=True) - 1
+    # the best token is always in, also where top_p is 0 in the precision of the probabilities
+    last = (before_NC < top_p).sum(dim=-1, keepdim=True).clamp_min(1) - 1
     return best_NC.gather(-1, last)
 
 
