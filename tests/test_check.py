@@ -88,7 +88,7 @@ def test_every_greedy_setting_is_proved(make: object) -> None:
     assert all_hold(proofs)
     proved = [p for p in proofs if p.status == "passed"]
     assert all(p.counts["num_rejected_tokens"] > 0 for p in proved)
-    num_settings = len(settings_to_try(model.config))
+    num_settings = len(settings_to_try(model))
     assert num_settings == (3 + 1 + 1) * 3 * 2
     is_bfloat16 = model.dtype == torch.bfloat16
     # on torch in bfloat16 only recompute has the bits of plain decoding, and only at its own shape
