@@ -11,14 +11,16 @@ app = typer.Typer(
     help="Make models that are their own good draft models.", no_args_is_help=True, rich_markup_mode="markdown"
 )
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
+]
+
 
 @app.command()
 def layerskip(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train by the LayerSkip recipe: layer dropout and early-exit loss (arXiv 2404.16710).
 
@@ -37,10 +39,7 @@ def layerskip(
 @app.command()
 def exit(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For which model, on what, and how.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
 

@@ -80,7 +80,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
         for speed, exit_branch in _measure(recipe, checkpoint, tokenizer, trainer, held_out):
             report(
                 f"{name_of(branch)}, {exit_branch.num_draft_tokens} draft tokens: {speed:.2f} x plain decoding, "
-                f"mean acceptance length {exit_branch.notes['held_out_mean_acceptance_length']:.2f}"
+                f"{exit_branch.notes['held_out_tokens_per_pass']:.2f} tokens a pass"
             )
             found.append((speed, exit_branch))
     speed, best = max(found, key=lambda pair: pair[0])
@@ -209,16 +209,15 @@ def _measure(
     for num_draft_tokens in search.num_draft_tokens:
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=num_draft_tokens)
         drafting = Engine(model, setting, eos_token_ids=eos)
-        ratios, lengths = [], [0.0]
+        ratios, tokens_per_pass = [], 0.0
         for _ in range(search.repeats):
             slow, _ = _decode(plain, prompts, search)
-            fast, length = _decode(drafting, prompts, search)
+            fast, tokens_per_pass = _decode(drafting, prompts, search)
             ratios.append(slow / fast)
-            lengths.append(length)
         notes = {
             "base_model": checkpoint.path.name,
             "stages": [vars(stage) for stage in recipe.stages],
-            "held_out_mean_acceptance_length": round(lengths[-1], 3),
+            "held_out_tokens_per_pass": round(tokens_per_pass, 3),
         }
         yield statistics.median(ratios), trainer.exit_branch(checkpoint.fingerprint, num_draft_tokens, notes)
 
