@@ -21,6 +21,7 @@ from hopskip.sampling import draw
 from hopskip.verify import Verdict
 from tests.models import MarkovModel
 from tests.oracle import exact_joint
+from tests.test_auto import whimsical
 
 VOCAB = 4
 NUM_SAMPLES = 100_000
@@ -47,8 +48,11 @@ def tables() -> tuple[Tensor, Tensor]:
 def sample(draft: str, seeds: range) -> tuple[NDArray[np.float64], int, int]:
     """How often each `LENGTH` tokens came out, one request per seed; draft tokens, and how many were accepted."""
     torch.set_num_threads(1)
+    model = MarkovModel(*tables())
+    # the sources in turn, and drafts that end by how sure they are
+    drafter = whimsical(model, min_confidence=0.5) if draft == "auto" else None
     config = SpeculativeConfig(draft=draft, num_draft_tokens=3)  # type: ignore[arg-type]
-    engine = Engine(MarkovModel(*tables()), config, max_num_seqs=500, prefix_caching=False)
+    engine = Engine(model, config, max_num_seqs=500, prefix_caching=False, drafter=drafter)
     sequences = [engine.add(PROMPT, replace(PARAMS, seed=seed)) for seed in seeds]
     while engine.has_work:
         engine.step()
@@ -78,7 +82,7 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
     return float(chisquare(observed[keep], expected[keep], sum_check=False).pvalue)
 
 
-@pytest.mark.parametrize("draft", ["early-exit", "ngram"])
+@pytest.mark.parametrize("draft", ["early-exit", "ngram", "auto"])
 def test_joint_distribution_is_exact(draft: str) -> None:
     assert p_value(draft) > 0.001
 
