@@ -44,7 +44,8 @@ class AutoDrafter(Drafter):
         self.sources: dict[str, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
         self.sources |= {source_name(exit): ExitDrafter(model, exit, min_confidence) for exit in exits}
         self._timings = timings
-        costs = timings.get()
+        self.costs = costs = timings.get()
+        """As they were measured."""
         priors = {source_name(e): e.notes.get("held_out_acceptance", ()) for e in exits if isinstance(e, ExitBranch)}
         self.controller = Controller(costs, max_draft_tokens, rows_per_sequence, priors)
         # of the sources only a branch with layers of its own wants to see what the model computes

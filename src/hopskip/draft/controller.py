@@ -303,6 +303,11 @@ class LiveCosts:
         table = self._table(num_rows)
         return self._speed * self._by_rows.get(num_rows, 1.0) * table + num_by_logits * self._logits_row + self._other
 
+    def layers_seconds(self, num_rows: int) -> float:
+        """The part of a pass that all layers take."""
+        self._table(num_rows)
+        return self._speed * self._by_rows.get(num_rows, 1.0) * self._layers[num_rows - 1]
+
     def draft_seconds(self, exit: str, depth: int, num_sequences: int, is_stepped: bool = False) -> float:
         """Drafts of `depth` tokens for so many sequences, which share each step."""
         cost = self._costs.drafts[exit]
@@ -318,8 +323,7 @@ class LiveCosts:
     def learn(self, outcome: Round, drafting: Seq[Drafting]) -> None:
         """Follow what a round has taken."""
         rows = outcome.num_rows
-        self._table(rows)
-        expected = self._speed * self._by_rows.get(rows, 1.0) * self._layers[rows - 1]
+        expected = self.layers_seconds(rows)
         self._speed *= _step(outcome.pass_seconds / expected)
         self._by_rows[rows] = self._by_rows.get(rows, 1.0) * _step(outcome.pass_seconds / expected)
         if outcome.num_chosen_by_logits:
