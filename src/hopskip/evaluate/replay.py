@@ -164,8 +164,10 @@ def replay(trace: Trace, max_draft_tokens: int = 16) -> Replay:
     costs = costs_of(trace)
     outcomes = [_walk(trace, costs, "none", lambda proposals, limit: Choice(None, 0))]
     for source in [LOOKUP, *costs.drafts, BOTH]:
-        for length in range(1, max_draft_tokens + 1):
-            outcomes.append(_walk(trace, costs, f"{source}, {length}", _fixed(source, length, tuple(costs.drafts))))
+        outcomes += [
+            _walk(trace, costs, f"{source}, {length}", _fixed(source, length, tuple(costs.drafts)))
+            for length in range(1, max_draft_tokens + 1)
+        ]
     controller = _Controlled(costs, max_draft_tokens)
     auto = _walk(trace, costs, "auto", controller.choose, controller.learn)
     return Replay(auto=auto, fixed=sorted(outcomes, key=lambda outcome: outcome.seconds))
