@@ -141,7 +141,7 @@ def read_trace(path: str | Path) -> Trace:
                 trace.rounds.append(Round(**entry, sequences=parts))
             else:
                 trace.proposals.append(Proposals(**entry))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}:{number} is no line of a trace ({error}); record it anew") from None
     if version != FORMAT:
         raise ConfigError(f"{path} is a trace of format {version}; this version of hopskip reads format {FORMAT}")

@@ -292,10 +292,8 @@ def _print_measured(costs: Costs, facts: _Facts) -> None:
     from hopskip.evaluate.costs import best_measured
 
     console = Console(highlight=False)
-    passes = Table(
-        title="Measured: a verify pass by its rows, with the head",
-        title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0),
-    )  # fmt: skip
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
+    passes = Table(title="Measured: a verify pass with the head, by its rows", **style)
     passes.add_column("rows")
     for rows in costs.layers:
         passes.add_column(str(rows), justify="right", no_wrap=True)
@@ -303,25 +301,20 @@ def _print_measured(costs: Costs, facts: _Facts) -> None:
     passes.add_row("ms", *(f"{1e3 * costs.pass_seconds(rows):.1f}" for rows in costs.layers))
     passes.add_row("x", *(f"{costs.pass_seconds(rows) / one:.2f}" for rows in costs.layers))
     drafts = Table(
-        title="Measured: drafts, with best length and expected speed-up by acceptance rate",
-        title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0),
-        caption=f"For one sequence, greedy, {facts.threads} threads. A draft of k tokens takes begin + k steps; c is a "
-        "step over a pass of one row. Lookup takes no time of its own.",
+        title="Measured: a draft step, with best draft length and expected speed-up by acceptance rate",
+        caption=f"For one sequence, greedy, {facts.threads} threads. Lookup (ngram) takes no time of its own.",
         caption_justify="left",
-    )  # fmt: skip
-    for name in ("source", "begin ms", "step ms", "c"):
-        drafts.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+        **style,
+    )
+    drafts.add_column("source", no_wrap=True)
+    drafts.add_column("ms", justify="right", no_wrap=True)
     for acceptance in _ACCEPTANCES:
         drafts.add_column(f"{acceptance:.0%}", justify="right", no_wrap=True)
     for source in (None, *costs.drafts):
         found = [best_measured(costs, source, acceptance) for acceptance in _ACCEPTANCES]
-        cells = [f"k={k} {speedup:.2f}x" if k else "-" for k, speedup in found]
-        if source is None:
-            drafts.add_row("ngram", "", "", "", *cells)
-        else:
-            cost = costs.drafts[source]
-            own = (f"{1e3 * cost.begin:.2f}", f"{1e3 * cost.step:.2f}", f"{cost.step / one:.2f}")
-            drafts.add_row(source, *own, *cells)
+        cells = [f"{k} {speedup:.2f}x" if k else "-" for k, speedup in found]
+        step = "" if source is None else f"{1e3 * costs.drafts[source].step:.2f}"
+        drafts.add_row(source or "ngram", step, *cells)
     for table in (passes, drafts):
         console.print()
         console.print(table)

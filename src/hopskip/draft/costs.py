@@ -121,7 +121,12 @@ def measure(model: Model, exits: Seq[int | ExitBranch], seconds: float = _SECOND
         short, long = drafts[name, _SHORT], drafts[name, _LONG]
         step = max(0.0, (long - short) / (_LONG - _SHORT))
         costs[name] = DraftCost(begin=max(0.0, short - _SHORT * step), step=step)
-    return Costs(layers=layers, head=head, drafts=costs)
+    return Costs(layers=_rising(layers), head=_rising(head), drafts=costs)
+
+
+def _rising(table: Mapping[int, float]) -> dict[int, float]:
+    """Fewer rows never cost more: where it looks so, something has disturbed them."""
+    return {rows: min(seconds for more, seconds in table.items() if more >= rows) for rows in table}
 
 
 class Timings:
