@@ -21,6 +21,7 @@ from hopskip.sampling import draw
 from hopskip.verify import Verdict, verify_sampled
 from tests.models import MarkovModel
 from tests.oracle import exact_joint
+from tests.test_auto import whimsical
 
 VOCAB = 4
 NUM_SAMPLES = 100_000
@@ -53,12 +54,15 @@ def tables() -> tuple[Tensor, Tensor]:
 def sample(draft: str, seeds: range) -> tuple[NDArray[np.float64], int, int]:
     """How often each `LENGTH` tokens came out, one request per seed; draft tokens, and how many were accepted."""
     torch.set_num_threads(1)
+    model = MarkovModel(*tables())
+    # the sources in turn, and drafts that end by how sure they are
+    drafter = whimsical(model, min_confidence=0.5) if draft == "auto" else None
     config = (
         SpeculativeConfig(draft="early-exit", num_draft_tokens=3, num_runner_ups=3)
         if draft == "tree"
         else SpeculativeConfig(draft=draft, num_draft_tokens=3)  # type: ignore[arg-type]
     )
-    engine = Engine(MarkovModel(*tables()), config, max_num_seqs=500, prefix_caching=False)
+    engine = Engine(model, config, max_num_seqs=500, prefix_caching=False, drafter=drafter)
     sequences = [engine.add(PROMPT, replace(params_of(draft), seed=seed)) for seed in seeds]
     while engine.has_work:
         engine.step()
@@ -88,7 +92,7 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
     return float(chisquare(observed[keep], expected[keep], sum_check=False).pvalue)
 
 
-@pytest.mark.parametrize("draft", ["early-exit", "ngram", "tree"])
+@pytest.mark.parametrize("draft", ["early-exit", "ngram", "tree", "auto"])
 def test_joint_distribution_is_exact(draft: str) -> None:
     assert p_value(draft) > 0.001
 

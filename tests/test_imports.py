@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "hopskip"
 LAYERS = [
     ("errors", "stats"),
+    ("trace",),
     ("rope",),
     ("config",),
     ("cache", "sampling", "text"),

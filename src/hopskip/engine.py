@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -24,6 +24,7 @@ from hopskip.errors import ConfigError, PromptError
 from hopskip.model import Model
 from hopskip.sampling import Constraint, SamplingParams, adjust_logits, probabilities
 from hopskip.sequence import Origin, Sequence, Token
+from hopskip.trace import Round, RoundOfSequence
 from hopskip.verify import Verdict, verify_greedy, verify_sampled
 
 _CACHE_BLOCK = 256
@@ -46,6 +47,8 @@ class Engine:
             None: where the model is `row_exact`, since only there a cached prefix has the very bits of a computed one.
         rows_per_sequence: pad every decoding pass to this many rows per sequence. With draft `none` this is the
             *reference path at the verify shape*, to which `recompute` is bit-identical. None: as the speculation needs.
+        drafter: in place of the one that `speculative` makes.
+        identity: of the model's weights and precision, see `SpeculativeConfig.make_drafter`.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class Engine:
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
         rows_per_sequence: int | None = None,
+        drafter: Drafter | None = None,
+        identity: Mapping[str, object] | None = None,
     ) -> None:
         context = model.config.max_position_embeddings
         if max_model_len is not None and not 1 < max_model_len <= context:
@@ -65,12 +70,17 @@ class Engine:
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
         self.model = model
-        self.speculative = (speculative or SpeculativeConfig()).resolve(model.config, model.branch)
+        self.speculative = (speculative or SpeculativeConfig()).resolve(
+            model.config, model.branch, row_exact=model.row_exact
+        )
         self.max_model_len = max_model_len or context
         self.max_num_seqs = max_num_seqs
         self._eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self._drafter = self.speculative.make_drafter(model)
+        self._drafter = drafter or self.speculative.make_drafter(model, identity)
         self._taps = self._drafter.taps if self._drafter else None
+        self.on_round: Callable[[Round], None] | None = None
+        """Told of every round, once its tokens are committed."""
+        self._num_requests = 0
         self._drafters_by_exit: dict[int, Drafter] = {}
         """Those of requests that ask for an exit layer of their own."""
         self._prefix_caching = model.row_exact if prefix_caching is None else prefix_caching
@@ -143,6 +153,8 @@ class Engine:
             max_draft_tokens=max_draft_tokens,
             exit_layer=exit_layer,
         )
+        sequence.number = self._num_requests
+        self._num_requests += 1
         self._waiting.append(sequence)
         return sequence
 
@@ -364,11 +376,15 @@ class Engine:
 
     def _round(self, sequences: list[Sequence]) -> None:
         """Draft for every sequence, verify all drafts in one pass, commit what stands."""
+        started = time.perf_counter()
         drafts = self._draft(sequences)
+        drafted = time.perf_counter()
         h_ND, states_NAD = self._verify_pass(sequences, drafts)
+        passed = time.perf_counter()
         choices = self._choose(sequences, drafts, h_ND)
         self._keep(sequences, drafts, [verdict for verdict, _ in choices], states_NAD)
         now = time.perf_counter()
+        parts: list[RoundOfSequence] = []
         for sequence, draft, (verdict, tokens) in zip(sequences, drafts, choices, strict=True):
             num_before = len(sequence.tokens)
             for token in tokens:
@@ -377,14 +393,39 @@ class Engine:
                     break
             num_committed = len(sequence.tokens) - num_before
             sequence.num_cached += num_committed
+            part = RoundOfSequence(
+                request=sequence.number,
+                position=num_before,
+                source=draft.name,
+                num_draft_tokens=len(draft.token_ids),
+                num_accepted_tokens=min(verdict.num_accepted, num_committed),
+                num_committed=num_committed,
+            )
+            parts.append(part)
             if not tokens:
                 continue  # it has failed
             stats = sequence.stats
             stats.num_target_passes += 1
             if draft.token_ids:
-                stats.record_draft(len(draft.token_ids), min(verdict.num_accepted, num_committed), draft.depth)
+                stats.record_draft(part.num_draft_tokens, part.num_accepted_tokens, draft.depth)
             stats.num_tokens = len(sequence.tokens)
             stats.decode_seconds = now - sequence.first_token_at
+        if self._drafter is None and self.on_round is None:
+            return
+        counts = [len(draft.token_ids) + 1 for draft in drafts]
+        outcome = Round(
+            draft_seconds=drafted - started,
+            pass_seconds=passed - drafted,
+            choose_seconds=now - passed,
+            commit_seconds=time.perf_counter() - now,
+            num_rows=sum(max(count, self._rows_per_sequence) for count in counts),
+            num_chosen_by_logits=sum(n for n, s in zip(counts, sequences, strict=True) if s.needs_logits),
+            sequences=tuple(parts),
+        )
+        if self._drafter is not None:
+            self._drafter.learn(sequences, outcome)
+        if self.on_round is not None:
+            self.on_round(outcome)
 
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
         if self._drafter is None:
@@ -521,12 +562,7 @@ def _cut(sequence: Sequence, draft: Draft) -> Draft:
         num_kept = sequence.constraint.num_allowed(draft.token_ids) + (draft.probs is not None)
     except Exception:  # the verify pass meets it again, where it is this sequence's failure alone
         return Draft()
-    return replace(
-        draft,
-        token_ids=draft.token_ids[:num_kept],
-        probs=None if draft.probs is None else draft.probs[:num_kept],
-        exit_states=draft.exit_states[:num_kept],
-    )
+    return draft.cut(num_kept)
 
 
 def _verify_logits(sequence: Sequence, draft: Draft, logits_NV: Tensor) -> Verdict:

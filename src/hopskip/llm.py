@@ -122,6 +122,7 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
+            identity={"weights": checkpoint.fingerprint, "precision": quantize or dtype, "kv_dtype": kv_dtype},
         )
 
     def generate(

@@ -61,6 +61,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.stats = SpeculativeStats(num_prompt_tokens=len(prompt_ids))
+        self.number = -1
+        """Counts the requests of an engine, from 0."""
         self.slot = -1
         self.num_cached = 0
         self.prefill_started = 0.0

@@ -24,6 +24,7 @@ from hopskip.cli.generate import generate
 from hopskip.cli.info import info
 from hopskip.cli.perplexity import perplexity
 from hopskip.cli.serve import serve
+from hopskip.cli.trace import app as trace
 from hopskip.cli.train import app as train
 from hopskip.errors import HopskipError
 
@@ -111,6 +112,7 @@ app.command()(check)
 app.add_typer(bench_app, name="bench")
 app.command()(perplexity)
 app.add_typer(train, name="train")
+app.add_typer(trace, name="trace")
 
 
 def main() -> None:

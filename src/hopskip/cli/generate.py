@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +13,7 @@ import typer
 from hopskip.cli.console import PieceWriter, loading, print_json, print_statistics
 from hopskip.cli.options import DraftOptions, LoadOptions, SamplingOptions, with_options
 from hopskip.errors import ConfigError, PromptError
+from hopskip.trace import TraceWriter
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM, Prompt, StreamPiece
@@ -31,6 +34,10 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write every round to a file, for `hopskip trace show`.", show_default=False),
+    ] = None,
     load: LoadOptions,
     draft: DraftOptions,
     sampling: SamplingOptions,
@@ -47,15 +54,12 @@ def generate(
         params = sampling.params(_MAX_NEW_TOKENS)
         llm = load.load(draft.config(), progress=progress)
         wrapped = _with_template(llm, text, raw, system)
-    answer = Answer()
     writer = None if as_json else PieceWriter()
-    try:
-        for piece in llm.stream(wrapped, params):
-            answer.add(piece)
-            if writer is not None:
-                writer.write(piece)
-    except KeyboardInterrupt:
-        pass  # what was generated so far is reported like any other
+    with contextlib.ExitStack() as open_files:
+        if trace is not None:
+            header = {"model": _describe_model(llm, load), "settings": _settings(llm, load, params)}
+            llm.engine.on_round = open_files.enter_context(TraceWriter(trace, header))
+        answer = _write(llm, wrapped, params, writer)
     if writer is not None:
         writer.end()
         if answer.stats is not None:
@@ -64,6 +68,19 @@ def generate(
         print_json({**answer.as_dict(), "model": _describe_model(llm, load), "settings": _settings(llm, load, params)})
     if answer.finish_reason == "abort":
         raise typer.Exit(130)
+
+
+def _write(llm: LLM, prompt: Prompt, params: SamplingParams, writer: PieceWriter | None) -> Answer:
+    """Generate, and show each piece; Ctrl-C ends it, and what there is until then counts like any other."""
+    answer = Answer()
+    try:
+        for piece in llm.stream(prompt, params):
+            answer.add(piece)
+            if writer is not None:
+                writer.write(piece)
+    except KeyboardInterrupt:
+        pass
+    return answer
 
 
 @dataclass

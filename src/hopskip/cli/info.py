@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from hopskip.branch import ExitBranch
     from hopskip.config import ModelConfig
+    from hopskip.draft.costs import Costs
     from hopskip.evaluate.costs import ModelCosts
 
 _ACCEPTANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MAX_EXITS = 8  # rows of the table
+_MEASURE_SECONDS = 5.0
 
 
 @with_options
@@ -26,17 +28,24 @@ def info(
     place: ModelArgument = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model, and time its passes and draft steps here.")
+    ] = False,
     load: LoadOptions,
 ) -> None:
     """Show a model's size, how it would run here, and what drafting may gain by exit layer.
 
-    Reads the checkpoint's header only, so it is quick with models of any size.
+    Reads the checkpoint's header only, unless it is to measure; so it is quick with models of any size.
     """
-    facts = _collect(load.at(place))
+    load = load.at(place)
+    facts = _collect(load)
+    costs = _measure(facts, load) if measure else None
     if as_json:
-        print_json(facts.as_dict())
-    else:
-        _print_facts(facts)
+        print_json(facts.as_dict() | ({} if costs is None else {"measured": _measured(costs)}))
+        return
+    _print_facts(facts)
+    if costs is not None:
+        _print_measured(costs, facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +256,68 @@ def _gains(facts: _Facts) -> Any:
         style = "bold" if exit_layer == facts.exit_layer else ""
         table.add_row(str(exit_layer), f"{step_cost:.2f}", *cells, style=style)
     return table
+
+
+def _measure(facts: _Facts, load: LoadOptions) -> Costs:
+    """Time the trained exit, if there is one, and the early exits of the table."""
+    from hopskip.cli.console import loading
+    from hopskip.draft.config import SpeculativeConfig
+    from hopskip.draft.costs import measure
+
+    with loading(load.model, quiet=False) as progress:
+        model = load.load(SpeculativeConfig(draft="exit-branch" if facts.branch else "none"), progress=progress).model
+    exits = [] if model.branch is None else [model.branch]
+    return measure(model, [*exits, *facts.exits], seconds=_MEASURE_SECONDS)
+
+
+def _measured(costs: Costs) -> dict[str, Any]:
+    """JSON-ready: the table, and for each source and acceptance the best length and its expected speed-up."""
+    from hopskip.evaluate.costs import best_measured
+
+    sources: list[str | None] = [None, *costs.drafts]
+    best = {
+        source or "ngram": [
+            dict(zip(("acceptance", "num_draft_tokens", "speedup"), (a, *best_measured(costs, source, a)), strict=True))
+            for a in _ACCEPTANCES
+        ]
+        for source in sources
+    }
+    return {**asdict(costs), "expected": best}
+
+
+def _print_measured(costs: Costs, facts: _Facts) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hopskip.evaluate.costs import best_measured
+
+    console = Console(highlight=False)
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
+    passes = Table(title="Measured: a verify pass with the head, by its rows", **style)
+    passes.add_column("rows")
+    for rows in costs.layers:
+        passes.add_column(str(rows), justify="right", no_wrap=True)
+    one = costs.pass_seconds(1)
+    passes.add_row("ms", *(f"{1e3 * costs.pass_seconds(rows):.1f}" for rows in costs.layers))
+    passes.add_row("x", *(f"{costs.pass_seconds(rows) / one:.2f}" for rows in costs.layers))
+    drafts = Table(
+        title="Measured: a draft step, with best draft length and expected speed-up by acceptance rate",
+        caption=f"For one sequence, greedy, {facts.threads} threads. Lookup (ngram) takes no time of its own.",
+        caption_justify="left",
+        **style,
+    )
+    drafts.add_column("source", no_wrap=True)
+    drafts.add_column("ms", justify="right", no_wrap=True)
+    for acceptance in _ACCEPTANCES:
+        drafts.add_column(f"{acceptance:.0%}", justify="right", no_wrap=True)
+    for source in (None, *costs.drafts):
+        found = [best_measured(costs, source, acceptance) for acceptance in _ACCEPTANCES]
+        cells = [f"{k} {speedup:.2f}x" if k else "-" for k, speedup in found]
+        step = "" if source is None else f"{1e3 * costs.drafts[source].step:.2f}"
+        drafts.add_row(source or "ngram", step, *cells)
+    for table in (passes, drafts):
+        console.print()
+        console.print(table)
 
 
 def _memory(num_bytes: float) -> str:

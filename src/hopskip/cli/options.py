@@ -187,8 +187,8 @@ class DraftOptions:
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="exit-branch (a trained exit), early-exit (the model's first layers), ngram (text seen before), both, "
-            "or none; by default what suits the model.",
+            help="auto (what pays, round by round), exit-branch (a trained exit), early-exit (the model's first "
+            "layers), ngram (text seen before), both, or none; by default what suits the model.",
             rich_help_panel=_DRAFTING,
         ),
     ] = None

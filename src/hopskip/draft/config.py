@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from hopskip.branch import ExitBranch
 from hopskip.config import ModelConfig
+from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.base import Drafter, FirstOf
+from hopskip.draft.costs import MAX_ROWS, Timings
 from hopskip.draft.exit import ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
 from hopskip.errors import ConfigError
@@ -16,7 +19,7 @@ from hopskip.model import Model
 
 _MAX_RUNNER_UPS = 32
 
-DraftSource = Literal["exit-branch", "early-exit", "ngram", "both", "none"]
+DraftSource = Literal["auto", "exit-branch", "early-exit", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
 
 
@@ -29,17 +32,19 @@ class SpeculativeConfig:
     """
 
     draft: DraftSource | None = None
-    """`exit-branch`: the trained exit that is attached to the model. `early-exit`: the model's first layers. `ngram`:
-    copy from prompt and output. `both`: n-gram where the text has a match, else the branch if there is one, else early
-    exit. `none`: plain decoding. None: the branch if there is one, else early exit if the checkpoint's makers recommend
-    it, else n-gram."""
+    """`auto`: each round takes what pays by measured costs and acceptance: the branch, an early exit, n-gram or
+    nothing. `exit-branch`: the trained exit that is attached to the model. `early-exit`: the model's first layers.
+    `ngram`: copy from prompt and output. `both`: n-gram where the text has a match, else the branch if there is one,
+    else early exit. `none`: plain decoding. None: the branch if there is one, else early exit if the checkpoint's
+    makers recommend it, else n-gram."""
     exit_branch: str | Path | None = None
     """Folder of the trained exit. None: the one that ships for the model, if any."""
     exit_layer: int | None = None
     """An early-exit draft runs layers 0..exit_layer-1. None: the checkpoint's recommendation, else a quarter of the
     layers."""
     num_draft_tokens: int | None = None
-    """Most tokens drafted per round. None: the recommendation of branch or checkpoint, else 6."""
+    """Most tokens drafted per round. None: the recommendation of branch or checkpoint, else 6; with draft `auto` 16
+    where a pass computes no more rows than it needs, so that room for a long draft costs nothing."""
     num_runner_ups: int | None = None
     """Tokens that branch or early exit name beside each draft, to be verified in its places: rows of the verify pass,
     but no draft steps. None: the branch's recommendation, else 0."""
@@ -77,6 +82,12 @@ class SpeculativeConfig:
 
         if self.verify == "reuse" and self.num_runner_ups:
             raise ConfigError("verify 'reuse' goes on from a chain of drafted tokens; leave num_runner_ups out")
+        if self.draft == "auto" and self.num_runner_ups:
+            raise ConfigError("num_runner_ups has no effect with draft 'auto', which drafts chains; leave it out")
+        if self.verify == "reuse" and self.draft == "auto":
+            raise ConfigError(
+                "verify 'reuse' goes on from one early exit; name it with draft 'early-exit', or leave it out"
+            )
         if self.verify == "reuse" and (self.draft == "exit-branch" or self.exit_branch is not None):
             raise ConfigError("verify 'reuse' goes on from an early exit, which a trained exit is not; leave it out")
         if self.exit_branch is not None and self.exit_layer is not None:
@@ -87,13 +98,18 @@ class SpeculativeConfig:
     @property
     def may_use_branch(self) -> bool:
         """Whether a trained exit could have an effect."""
-        return self.draft in (None, "exit-branch", "both") and self.exit_layer is None and self.verify != "reuse"
+        return (
+            self.draft in (None, "auto", "exit-branch", "both") and self.exit_layer is None and self.verify != "reuse"
+        )
 
-    def resolve(self, model: ModelConfig, branch: ExitBranch | None = None) -> SpeculativeConfig:
+    def resolve(
+        self, model: ModelConfig, branch: ExitBranch | None = None, *, row_exact: bool = True
+    ) -> SpeculativeConfig:
         """Fill in what was left open, and check the choice against the model.
 
         Args:
             branch: the trained exit that is attached to the model, if any.
+            row_exact: of the model, see `Model`.
         """
         draft = self.draft or self._default_draft(model, branch)
         if draft == "none":
@@ -103,9 +119,13 @@ class SpeculativeConfig:
                 "draft is 'exit-branch', but no trained exit is given and none ships for this model; "
                 "train one with `hopskip train exit`, or use draft 'early-exit' or 'ngram'"
             )
-        has_branch = branch is not None and draft in ("exit-branch", "both") and self.may_use_branch
+        has_branch = branch is not None and draft in ("auto", "exit-branch", "both") and self.may_use_branch
         exit_layer = self.exit_layer
-        if draft == "early-exit" or (draft == "both" and not has_branch):
+        if (
+            draft == "early-exit"
+            or (draft == "auto" and exit_layer is not None)
+            or (draft == "both" and not has_branch)
+        ):
             if model.num_hidden_layers == 1:
                 raise ConfigError("the model has one layer, so no early exit; use draft 'ngram' or 'none'")
             if exit_layer is None:
@@ -116,12 +136,13 @@ class SpeculativeConfig:
                     f"so it must be between 1 and {model.num_hidden_layers - 1}"
                 )
         recommended = branch.num_draft_tokens if branch and has_branch else model.recommended_num_draft_tokens
-        num_runner_ups = branch.num_runner_ups if branch and has_branch else 0
+        num_runner_ups = branch.num_runner_ups if branch and has_branch and draft != "auto" else 0
+        longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or 6
         return replace(
             self,
             draft=draft,
             exit_layer=exit_layer,
-            num_draft_tokens=self.num_draft_tokens or recommended or 6,
+            num_draft_tokens=self.num_draft_tokens or longest,
             num_runner_ups=num_runner_ups if self.num_runner_ups is None else self.num_runner_ups,
             verify=self.verify or "recompute",
         )
@@ -134,14 +155,40 @@ class SpeculativeConfig:
         wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
         return "early-exit" if wants_exit else "ngram"
 
-    def make_drafter(self, model: Model) -> Drafter | None:
-        """The drafter of a resolved configuration; None for plain decoding."""
+    def make_drafter(self, model: Model, identity: Mapping[str, object] | None = None) -> Drafter | None:
+        """The drafter of a resolved configuration; None for plain decoding.
+
+        Args:
+            identity: of the model's weights and precision, by which `auto` remembers its costs; see `Timings`.
+        """
         if self.draft == "none":
             return None
         if self.draft == "ngram":
             return NgramDrafter()
+        if self.draft == "auto":
+            assert self.num_draft_tokens is not None
+            exits = self.exits(model)
+            return AutoDrafter(
+                model,
+                exits,
+                Timings(model, exits, identity),
+                max_draft_tokens=self.num_draft_tokens,
+                rows_per_sequence=1 if model.row_exact else self.num_draft_tokens + 1,
+                min_confidence=self.min_confidence,
+            )
         exit_at = model.branch if self.exit_layer is None else self.exit_layer
         assert exit_at is not None
         assert self.num_runner_ups is not None
         drafter = ExitDrafter(model, exit_at, self.min_confidence, self.num_runner_ups)
         return FirstOf(NgramDrafter(), drafter) if self.draft == "both" else drafter
+
+    def exits(self, model: Model) -> list[int | ExitBranch]:
+        """What `auto` may draft from besides lookup: the exit that is asked for, else the branch, else the early exits
+        that may be worth a try."""
+        if self.exit_layer is not None:
+            return [self.exit_layer]
+        if model.branch is not None:
+            return [model.branch]
+        depth = model.config.num_hidden_layers
+        first = model.config.recommended_exit_layer or max(1, depth // 4)
+        return [layer for layer in sorted({first, 2 * first}) if 0 < layer < depth]

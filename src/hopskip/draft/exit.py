@@ -138,13 +138,16 @@ class ExitDrafter(Drafter):
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         source: Literal["early-exit", "exit-branch"] = "early-exit" if self._vocabulary is None else "exit-branch"
-        drafts = [Draft(source, probs=None if s.params.is_greedy else []) for s in sequences]
+        exit_layer = self._branch.start if source == "early-exit" else None
+        drafts = [Draft(source, probs=None if s.params.is_greedy else [], exit_layer=exit_layer) for s in sequences]
         active = [i for i, limit in enumerate(limits) if limit > 0]
         chained = [i for i in active if self._can_chain(sequences[i])]
         stepped = [i for i in active if i not in chained]
         for run, chosen in (self._chain, chained), (self._step_by_step, stepped):
             if chosen:
                 run([sequences[i] for i in chosen], [limits[i] for i in chosen], [drafts[i] for i in chosen], cache)
+        for draft in drafts:
+            draft.signs = list(range(len(draft.token_ids)))
         return drafts
 
     def _can_chain(self, sequence: Sequence) -> bool:

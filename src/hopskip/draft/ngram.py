@@ -9,6 +9,9 @@ from hopskip.cache import Cache
 from hopskip.draft.base import Draft, Drafter
 from hopskip.sequence import Sequence
 
+MAX_MATCH = 16
+"""Longer matches are as good as certain, and not told apart."""
+
 
 class NgramIndex:
     """Where each n-gram of a growing text last ended, for n from `min_size` to `max_size`.
@@ -29,13 +32,22 @@ class NgramIndex:
         The longest n-gram decides, and of its occurrences the latest. A copy that runs into the end of the text goes on
         with what it has just copied, so that a repeating pattern is drafted at any length.
         """
+        start = self.find(token_ids)
+        return [] if start is None else self.copy(token_ids, start, limit)
+
+    @staticmethod
+    def copy(token_ids: Seq[int], start: int, limit: int) -> list[int]:
+        period = len(token_ids) - start
+        return [token_ids[start + i % period] for i in range(limit)]
+
+    def find(self, token_ids: Seq[int]) -> int | None:
+        """The position after the match that decides, None without one."""
         self._extend(token_ids)
         for size in self._sizes:
             start = self._next_position.get(tuple(token_ids[-size:])) if len(token_ids) > size else None
             if start is not None:
-                period = len(token_ids) - start
-                return [token_ids[start + i % period] for i in range(limit)]
-        return []
+                return start
+        return None
 
     def _extend(self, token_ids: Seq[int]) -> None:
         # an n-gram is entered once the token after it is known, so the text's own end is never its own match
@@ -55,11 +67,31 @@ class NgramDrafter(Drafter):
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         return [
-            Draft("ngram", self._index(sequence).propose(sequence.token_ids, limit) if limit > 0 else [])
+            self._lookup(sequence, limit) if limit > 0 else Draft()
             for sequence, limit in zip(sequences, limits, strict=True)
         ]
+
+    def _lookup(self, sequence: Sequence, limit: int) -> Draft:
+        text, index = sequence.token_ids, self._index(sequence)
+        start = index.find(text)
+        if start is None:
+            return Draft()
+        matched = match_length(text, start)
+        return Draft("ngram", index.copy(text, start, limit), signs=list(range(matched, matched + limit)))
 
     def _index(self, sequence: Sequence) -> NgramIndex:
         if sequence not in self._indexes:
             self._indexes[sequence] = NgramIndex(min_size=self._min_size, max_size=self._max_size)
         return self._indexes[sequence]
+
+
+def match_length(token_ids: Seq[int], position: int) -> int:
+    """How many tokens before `position` are the same as those at the end, `MAX_MATCH` at most.
+
+    >>> match_length([7, 8, 9, 5, 8, 9], 3)
+    2
+    """
+    length = 0
+    while length < min(position, MAX_MATCH) and token_ids[position - 1 - length] == token_ids[-1 - length]:
+        length += 1
+    return length

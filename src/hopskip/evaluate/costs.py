@@ -1,4 +1,4 @@
-"""What drafting costs and may gain, by arithmetic on a checkpoint's header: no weights are loaded, nothing is timed.
+"""What drafting costs and may gain: by arithmetic on a checkpoint's header, or by measured costs.
 
 Decoding one sequence is bound by memory bandwidth, so a pass costs the bytes of the weights that it reads, however few
 rows it has. The model of arXiv 2404.16710 and of its successors: a round of k drafted tokens costs 1 + k c full passes
@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal
 
+from hopskip.draft.costs import Costs
 from hopskip.packed import format_of
 from hopskip.quantize import BLOCK
 from hopskip.weights import Checkpoint
@@ -121,6 +122,27 @@ def best_num_draft_tokens(acceptance: float, step_cost: float) -> int:
     (0, 4)
     """
     return max(range(MAX_DRAFT_TOKENS + 1), key=lambda k: expected_speedup(acceptance, k, step_cost))
+
+
+def measured_speedup(costs: Costs, source: str | None, acceptance: float, num_draft_tokens: int) -> float:
+    """Expected decoding speed over plain decoding, by measured costs, if each draft token is accepted with this
+    probability.
+
+    Args:
+        source: an exit of the cost table; None drafts at no cost, as lookup does.
+    """
+    seconds = costs.pass_seconds(num_draft_tokens + 1)
+    if source is not None and num_draft_tokens:
+        cost = costs.drafts[source]
+        seconds += cost.begin + num_draft_tokens * cost.step
+    return expected_tokens(acceptance, num_draft_tokens) * costs.pass_seconds(1) / seconds
+
+
+def best_measured(costs: Costs, source: str | None, acceptance: float) -> tuple[int, float]:
+    """The k of the largest speed-up by measured costs, 0 to `MAX_DRAFT_TOKENS`, and that speed-up."""
+    speedups = [measured_speedup(costs, source, acceptance, k) for k in range(MAX_DRAFT_TOKENS + 1)]
+    best = max(range(len(speedups)), key=speedups.__getitem__)
+    return best, speedups[best]
 
 
 def _matrix_bytes(shape: Seq[int], own_format: str) -> int:

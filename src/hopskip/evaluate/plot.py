@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import defaultdict
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from hopskip.errors import ConfigError
+from hopskip.trace import Round
 
 
 def require_matplotlib() -> None:
@@ -38,6 +41,46 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("decoded tokens per second")
     axes.set_title(f"{report['machine']['cpu']}, {report['machine']['threads']} threads", fontsize="medium")
     axes.margins(x=0.1)
+    _save(figure, path)
+
+
+def write_trace_plot(rounds: Seq[Round], path: Path) -> None:
+    """Above, what each round drafted (outlined) and how much of it was accepted, by source; below, where its time went.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    accepted: dict[str, dict[int, int]] = defaultdict(dict)
+    drafted = [sum(part.num_draft_tokens for part in each.sequences) for each in rounds]
+    for index, each in enumerate(rounds):
+        for part in each.sequences:
+            if part.source is not None:
+                own = accepted[part.source]
+                own[index] = own.get(index, 0) + part.num_accepted_tokens
+    bottom = [0] * len(rounds)
+    for source, counts in sorted(accepted.items()):
+        heights = [counts.get(index, 0) for index in range(len(rounds))]
+        above.bar(range(len(rounds)), heights, bottom=bottom, width=1, label=source)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    above.step(range(len(rounds)), drafted, where="mid", color="tab:gray", linewidth=0.7, label="drafted")
+    above.set_ylabel("draft tokens accepted")
+    above.legend(fontsize="small")
+    layers = {
+        name: [1e3 * getattr(each, f"{name}_seconds") for each in rounds]
+        for name in ("draft", "pass", "choose", "commit")
+    }
+    below.stackplot(range(len(rounds)), *layers.values(), labels=list(layers), step="mid")
+    below.set_ylabel("milliseconds")
+    below.set_xlabel("round")
+    below.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

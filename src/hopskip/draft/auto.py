@@ -1,0 +1,87 @@
+"""Drafting by whatever pays: lookup, the model's exits, or nothing, as the controller plans each round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+
+from torch import Tensor
+
+from hopskip.branch import ExitBranch
+from hopskip.cache import Cache, Rows
+from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.controller import LOOKUP, Controller, Drafting
+from hopskip.draft.costs import Timings, source_name
+from hopskip.draft.exit import ExitDrafter
+from hopskip.draft.ngram import NgramDrafter
+from hopskip.model import Model
+from hopskip.sequence import Sequence
+from hopskip.trace import Round
+
+
+class AutoDrafter(Drafter):
+    """Several sources and a controller that chooses among them.
+
+    Args:
+        exits: layers to exit after, and the branch that is attached to the model.
+        timings: of the model with these exits.
+        max_draft_tokens: of a round and sequence.
+        rows_per_sequence: least rows of a verify pass per sequence.
+        min_confidence: see `ExitDrafter`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        exits: Seq[int | ExitBranch],
+        timings: Timings,
+        *,
+        max_draft_tokens: int,
+        rows_per_sequence: int = 1,
+        min_confidence: float = 0.0,
+    ) -> None:
+        # a match of one token says little, but may be worth a row; the controller finds out
+        self.sources: dict[str, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
+        self.sources |= {source_name(exit): ExitDrafter(model, exit, min_confidence) for exit in exits}
+        self._timings = timings
+        self.costs = costs = timings.get()
+        """As they were measured."""
+        priors = {source_name(e): e.notes.get("held_out_acceptance", ()) for e in exits if isinstance(e, ExitBranch)}
+        self.controller = Controller(costs, max_draft_tokens, rows_per_sequence, priors)
+        # of the sources only a branch with layers of its own wants to see what the model computes
+        self._watching = next((drafter for drafter in self.sources.values() if drafter.taps is not None), None)
+        self.taps = self._watching.taps if self._watching else None
+        self._signs: list[list[int]] = []
+        self._drafting: list[Drafting] = []
+
+    def observe(self, rows: Rows, states_NAD: Tensor) -> None:
+        assert self._watching is not None
+        self._watching.observe(rows, states_NAD)
+
+    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        lookups = self.sources[LOOKUP].propose(sequences, limits, cache)
+        choices = self.controller.plan(sequences, limits, [draft.signs for draft in lookups])
+        drafts = [
+            draft.cut(choice.num_tokens) if choice.source == LOOKUP else Draft()
+            for draft, choice in zip(lookups, choices, strict=True)
+        ]
+        self._drafting = []
+        for exit in dict.fromkeys(choice.source for choice in choices if choice.source not in (None, LOOKUP)):
+            assert exit is not None
+            members = [i for i, choice in enumerate(choices) if choice.source == exit]
+            own, lengths = [sequences[i] for i in members], [choices[i].num_tokens for i in members]
+            started = time.perf_counter()
+            found = self.sources[exit].propose(own, lengths, cache)
+            seconds = time.perf_counter() - started
+            for i, draft in zip(members, found, strict=True):
+                drafts[i] = draft
+            depth = max(len(draft.token_ids) for draft in found)
+            is_stepped = any(sequence.needs_logits for sequence in own)
+            self._drafting.append(Drafting(exit, depth, len(own), is_stepped, seconds))
+        self._signs = [draft.signs for draft in drafts]
+        return drafts
+
+    def learn(self, sequences: Seq[Sequence], outcome: Round) -> None:
+        corrected = self.controller.learn(sequences, self._signs, outcome, self._drafting)
+        if corrected is not None:
+            self._timings.put(corrected)

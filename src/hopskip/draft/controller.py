@@ -1,0 +1,465 @@
+"""What to draft in each round: for every sequence a source and a length, or nothing.
+
+A round yields one token per sequence and those of its drafts that are accepted; it costs the draft and a verify pass,
+which grows with its rows. The controller estimates both and takes the plan of most tokens per second:
+
+- *Costs* start from the measured table (`costs.py`) and follow the live rounds.
+- *Acceptance* is counted by source and sign of the token (its place in an exit's draft, the length of a lookup's
+  match), with old counts fading, for each request on its own. A request starts from what the earlier ones have shown.
+- *Probes*: a source that does not pay is tried again now and then, for at most `PROBE_SHARE` of the time.
+
+The choice depends on committed tokens and on clocks only, never on the tokens that a draft goes on to draw. So it can
+change how fast a text comes, but neither the text nor, in sampling, its distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from hopskip.draft.costs import Costs, DraftCost, interpolated
+from hopskip.sequence import Sequence
+from hopskip.trace import Round
+
+LOOKUP = "ngram"
+"""The source that costs nothing but rows. All others are exits, whose drafts of all sequences share their steps."""
+PROBE_SHARE = 0.01
+"""Most of the time that probes may lose."""
+MAX_SIGN = 16
+"""Longer matches are counted with those of this length."""
+_MIN_SURVIVAL = 0.02
+"""A draft token less likely than this to be accepted is not considered: no row is that cheap."""
+_PACE = 0.05
+"""Weight of one round in costs that follow the rounds."""
+_WRONG = 1.5
+"""A table is wrong if its entries are off by this factor against each other."""
+_MEMORY, _REQUEST_MEMORY = 500, 24
+"""Draft tokens of a kind that are remembered, over all requests and in one."""
+_FADING = 0.99
+"""What a round leaves of a request's older counts, so that what did not pay once is not ruled out for ever."""
+_PRIOR_WEIGHT = 4.0
+"""Draft tokens that what was known before is worth."""
+_UNKNOWN = 0.5
+"""Acceptance of a source of which nothing is known: it will be tried."""
+_CHECK_EVERY = 256
+"""Rounds after which the table is held against what they have shown."""
+_NOTHING = (0.0, 0.0)
+_Key = tuple[str, int, bool]
+"""Source, sign, and whether all logits choose the tokens."""
+
+
+class Choice(NamedTuple):
+    source: str | None
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What one sequence could draft. By source, the probabilities that the first 1, 2, .. tokens are all accepted."""
+
+    survival: Mapping[str, Seq[float]]
+    by_logits: bool = False
+    """Its tokens are chosen by all logits (sampling, penalties, a grammar), not just by the best."""
+
+
+class Controller:
+    """Plans rounds, and learns from each.
+
+    Args:
+        costs: the measured table; its drafts are the exits to choose from.
+        max_draft_tokens: of a round and sequence.
+        rows_per_sequence: least rows of a verify pass per sequence; see `Engine`.
+        priors: by exit, known shares of drafts whose first 1, 2, .. tokens were accepted.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        max_draft_tokens: int,
+        rows_per_sequence: int = 1,
+        priors: Mapping[str, Seq[float]] | None = None,
+    ) -> None:
+        self.costs = LiveCosts(costs, rows_per_sequence)
+        self._exits = tuple(costs.drafts)
+        self._max_draft_tokens = max_draft_tokens
+        self._acceptance = Acceptance(priors or {})
+        self._requests: WeakKeyDictionary[Sequence, RequestAcceptance] = WeakKeyDictionary()
+        self._credit = 0.0
+        """Seconds that probes may lose now."""
+        self._last_use = dict.fromkeys((*self._exits, LOOKUP), 0)
+        """Number of the round that last drafted so."""
+        self._num_rounds = 0
+
+    def plan(self, sequences: Seq[Sequence], limits: Seq[int], lookups: Seq[Seq[int]]) -> list[Choice]:
+        """The source and length of each sequence's next draft.
+
+        Args:
+            limits: most tokens of each.
+            lookups: the signs of the tokens that lookup proposes for each; none if it has no match.
+        """
+        prospects = [
+            self._prospect(sequence, min(limit, self._max_draft_tokens), signs)
+            for sequence, limit, signs in zip(sequences, limits, lookups, strict=True)
+        ]
+        plan = best_plan(prospects, self.costs)
+        return (self._probe(prospects, plan) or plan).choices
+
+    def learn(
+        self, sequences: Seq[Sequence], signs: Seq[Seq[int]], outcome: Round, drafting: Seq[Drafting]
+    ) -> Costs | None:
+        """Count what a round has shown. Returns a corrected table if the one at hand has turned out wrong.
+
+        Args:
+            signs: of the tokens drafted for each sequence.
+        """
+        self._num_rounds += 1
+        for sequence, own_signs, part in zip(sequences, signs, outcome.sequences, strict=True):
+            if part.source is None:
+                continue
+            self._last_use[part.source] = self._num_rounds
+            accepted = [True] * part.num_accepted_tokens
+            if part.num_accepted_tokens < min(part.num_draft_tokens, part.num_committed):
+                accepted.append(False)  # unless the text has ended within the draft
+            self._of(sequence).record(part.source, own_signs, accepted, sequence.needs_logits)
+        self.costs.learn(outcome, drafting)
+        self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
+        return self.costs.corrected() if self._num_rounds % _CHECK_EVERY == 0 else None
+
+    def _of(self, sequence: Sequence) -> RequestAcceptance:
+        if sequence not in self._requests:
+            self._requests[sequence] = RequestAcceptance(self._acceptance)
+        return self._requests[sequence]
+
+    def _prospect(self, sequence: Sequence, limit: int, lookup: Seq[int]) -> Prospect:
+        own, by_logits = self._of(sequence), sequence.needs_logits
+        own.begin_round()
+        survival = {exit: own.survival(exit, range(limit), by_logits) for exit in self._exits}
+        survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], by_logits)
+        return Prospect(survival=survival, by_logits=by_logits)
+
+    def _probe(self, prospects: Seq[Prospect], plan: Plan) -> Plan | None:
+        """One token of the source used longest ago, for whoever drafts nothing, if the credit covers the loss."""
+        used = {choice.source for choice in plan.choices}
+        source = min((s for s in self._last_use if s not in used), key=self._last_use.__getitem__, default=None)
+        if source is None or (source != LOOKUP and used & set(self._exits)):
+            return None  # nothing is idle, or another exit has the round
+        choices = [
+            Choice(source, 1) if choice.source is None and prospect.survival[source] else choice
+            for prospect, choice in zip(prospects, plan.choices, strict=True)
+        ]
+        if choices == plan.choices:
+            return None
+        probe = priced(prospects, choices, self.costs)
+        loss = probe.seconds - probe.tokens / plan.rate
+        if loss > self._credit:
+            return None
+        self._credit -= max(0.0, loss)
+        return probe
+
+
+# -- the best plan -----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    choices: list[Choice]
+    tokens: float
+    """Expected to be committed, those of the target included."""
+    seconds: float
+    """Expected to pass."""
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def best_plan(prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
+    """The plan of most expected tokens per second. At most one exit drafts in a round.
+
+    Rows are handed out by what they are expected to bring. As survival never rises along a draft, taking rows in
+    falling order of it takes each draft from its beginning; the best plan is the best point on the way.
+    """
+    best = by_lookup = _hand_out(prospects, [LOOKUP] * len(prospects), costs, None)
+    exits = dict.fromkeys(source for prospect in prospects for source in prospect.survival if source != LOOKUP)
+    for exit in exits:
+        sources = [exit]  # alone, a sequence has just tried lookup
+        if len(prospects) > 1:
+            sources = [_better(prospect, exit, costs, by_lookup.rate) for prospect in prospects]
+        deepest = max((len(p.survival[exit]) for p, s in zip(prospects, sources, strict=True) if s == exit), default=0)
+        # of one sequence all depths lie on the way; of many a shallow draft for all may beat a deep one for some
+        for depth in range(1, deepest + 1) if len(prospects) > 1 else [deepest][:deepest]:
+            found = _hand_out(prospects, sources, costs, depth)
+            if found.rate > best.rate:
+                best = found
+            elif depth > 2:
+                break
+    return best
+
+
+def priced(prospects: Seq[Prospect], choices: Seq[Choice], costs: LiveCosts) -> Plan:
+    """What these choices may be expected to bring and to cost."""
+    bill = _Bill(prospects, costs)
+    tokens = float(len(prospects))
+    for index, choice in enumerate(choices):
+        for place in range(choice.num_tokens):
+            assert choice.source is not None
+            bill.add(index, choice.source, place)
+            tokens += prospects[index].survival[choice.source][place]
+    return Plan(list(choices), tokens, bill.seconds)
+
+
+def _hand_out(prospects: Seq[Prospect], sources: Seq[str], costs: LiveCosts, depth: int | None) -> Plan:
+    """The best plan among those that draft from these sources, exits no deeper than `depth`."""
+    rows = [
+        (survival, index, place)
+        for index, (prospect, source) in enumerate(zip(prospects, sources, strict=True))
+        for place, survival in enumerate(prospect.survival.get(source, ())[: None if source == LOOKUP else depth])
+    ]
+    rows.sort(key=lambda row: -row[0])
+    bill = _Bill(prospects, costs)
+    tokens = float(len(prospects))
+    best_count, best_tokens, best_seconds = 0, tokens, bill.seconds
+    for count, (survival, index, place) in enumerate(rows, start=1):
+        bill.add(index, sources[index], place)
+        tokens += survival
+        if tokens * best_seconds > best_tokens * bill.seconds:
+            best_count, best_tokens, best_seconds = count, tokens, bill.seconds
+    lengths = [0] * len(prospects)
+    for _, index, _ in rows[:best_count]:
+        lengths[index] += 1
+    choices = [Choice(s if n else None, n) for s, n in zip(sources, lengths, strict=True)]
+    return Plan(choices, best_tokens, best_seconds)
+
+
+def _better(prospect: Prospect, exit: str, costs: LiveCosts, rate: float) -> str:
+    """Lookup or this exit: which brings the sequence more, at the price of time."""
+    lookup = prospect.survival.get(LOOKUP, ())
+    if not lookup:
+        return exit
+    row = rate * costs.marginal_row
+    step = row + rate * costs.draft_seconds(exit, 2, 1) - rate * costs.draft_seconds(exit, 1, 1)
+    by_lookup = sum(max(0.0, survival - row) for survival in lookup)
+    by_exit = sum(max(0.0, survival - step) for survival in prospect.survival.get(exit, ()))
+    return exit if by_exit > by_lookup else LOOKUP
+
+
+class _Bill:
+    """The seconds of a round, as draft tokens are added to it."""
+
+    def __init__(self, prospects: Seq[Prospect], costs: LiveCosts) -> None:
+        self._prospects, self._costs = prospects, costs
+        self._least_rows = len(prospects) * costs.rows_per_sequence
+        self._num_rows = len(prospects)
+        self._num_by_logits = sum(prospect.by_logits for prospect in prospects)
+        self._exit, self._depth, self._num_drafting, self._is_stepped = "", 0, 0, False
+
+    def add(self, index: int, source: str, place: int) -> None:
+        """One more token of a sequence, the `place`-th of its draft, counted from 0."""
+        by_logits = self._prospects[index].by_logits
+        self._num_rows += 1
+        self._num_by_logits += by_logits
+        if source != LOOKUP:
+            self._exit, self._depth = source, max(self._depth, place + 1)
+            self._num_drafting += place == 0
+            self._is_stepped = self._is_stepped or by_logits
+
+    @property
+    def seconds(self) -> float:
+        total = self._costs.pass_seconds(max(self._num_rows, self._least_rows), self._num_by_logits)
+        if self._depth:
+            total += self._costs.draft_seconds(self._exit, self._depth, self._num_drafting, self._is_stepped)
+        return total
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+class LiveCosts:
+    """The measured table, corrected by every round.
+
+    A correction is a factor that moves a little towards what each round shows. One, the speed, is common to all: it
+    holds what slows everything, such as other work on the machine.
+    """
+
+    def __init__(self, costs: Costs, rows_per_sequence: int = 1) -> None:
+        self.rows_per_sequence = rows_per_sequence
+        self._costs = costs
+        self._layers: list[float] = []
+        """Seconds of the layers by rows, from the table; grown as needed."""
+        self._head: list[float] = []
+        self._speed = 1.0
+        self._by_rows: dict[int, float] = {}
+        self._by_exit: dict[tuple[str, bool], float] = {}
+        self._logits_row = 0.0
+        """Seconds to choose a token by all logits, beyond those of the head."""
+        self._other = 0.0
+        """Seconds of a round outside of draft and pass."""
+
+    def pass_seconds(self, num_rows: int, num_by_logits: int = 0) -> float:
+        """A verify pass with the choice of tokens, and the rest of the round."""
+        table = self._table(num_rows)
+        return self._speed * self._by_rows.get(num_rows, 1.0) * table + num_by_logits * self._logits_row + self._other
+
+    def layers_seconds(self, num_rows: int) -> float:
+        """The part of a pass that all layers take."""
+        self._table(num_rows)
+        return self._speed * self._by_rows.get(num_rows, 1.0) * self._layers[num_rows - 1]
+
+    def draft_seconds(self, exit: str, depth: int, num_sequences: int, is_stepped: bool = False) -> float:
+        """Drafts of `depth` tokens for so many sequences, which share each step."""
+        cost = self._costs.drafts[exit]
+        together = self._table(num_sequences) / self._table(1)
+        factor = self._speed * self._by_exit.get((exit, is_stepped), 1.0)
+        return factor * (cost.begin + depth * cost.step) * together
+
+    @property
+    def marginal_row(self) -> float:
+        """Seconds of one more row, roughly."""
+        return max(0.0, self._speed * (self._table(9) - self._table(1)) / 8) + self._logits_row
+
+    def learn(self, outcome: Round, drafting: Seq[Drafting]) -> None:
+        """Follow what a round has taken."""
+        rows = outcome.num_rows
+        expected = self.layers_seconds(rows)
+        self._speed *= _step(outcome.pass_seconds / expected)
+        self._by_rows[rows] = self._by_rows.get(rows, 1.0) * _step(outcome.pass_seconds / expected)
+        if outcome.num_chosen_by_logits:
+            beyond = max(0.0, outcome.choose_seconds - self._speed * self._head[rows - 1])
+            self._logits_row += _share(self._logits_row) * (beyond / outcome.num_chosen_by_logits - self._logits_row)
+        self._other += _share(self._other) * (outcome.commit_seconds - self._other)
+        for draft in drafting:
+            key = draft.exit, draft.is_stepped
+            expected = self.draft_seconds(draft.exit, draft.depth, draft.num_sequences, draft.is_stepped)
+            # drafts step by step are not in the table: the first of them says what is known
+            is_known = key in self._by_exit or not draft.is_stepped
+            ratio = draft.seconds / max(expected, 1e-9)
+            self._by_exit[key] = self._by_exit.get(key, 1.0) * (_step(ratio) if is_known else ratio)
+
+    def corrected(self) -> Costs | None:
+        """A better table, if the one at hand has turned out wrong by `_WRONG`; it is taken over then."""
+        table = self._costs
+        off = [math.log(factor) for (_, is_stepped), factor in self._by_exit.items() if not is_stepped]
+        off += [math.log(self._by_rows[rows]) for rows in table.layers if rows in self._by_rows]
+        if not off or max(off) - min(min(off), 0.0) < math.log(_WRONG):
+            return None
+        factors = {rows: self._by_rows.pop(rows, 1.0) for rows in table.layers}
+        drafts = {}
+        for exit, cost in table.drafts.items():
+            factor = self._by_exit.pop((exit, False), 1.0)
+            drafts[exit] = DraftCost(begin=cost.begin * factor, step=cost.step * factor)
+        layers = {rows: seconds * factors[rows] for rows, seconds in table.layers.items()}
+        self._costs = replace(table, layers=layers, drafts=drafts)
+        self._layers, self._head, self._by_rows = [], [], {}
+        return self._costs
+
+    def _table(self, num_rows: int) -> float:
+        for rows in range(len(self._layers) + 1, num_rows + 1):
+            self._layers.append(interpolated(self._costs.layers, rows))
+            self._head.append(interpolated(self._costs.head, rows))
+        return self._layers[num_rows - 1] + self._head[num_rows - 1]
+
+
+class Drafting(NamedTuple):
+    """How long the drafts of an exit took: `depth` steps of `num_sequences` sequences."""
+
+    exit: str
+    depth: int
+    num_sequences: int
+    is_stepped: bool
+    """True for drafts that a model cannot take in one call, see `ExitDrafter`."""
+    seconds: float
+
+
+def _step(ratio: float) -> float:
+    """How far a factor follows one round: a little, however far off the round was."""
+    return math.exp(_PACE * min(max(math.log(max(ratio, 1e-9)), -0.5), 0.5))
+
+
+def _share(known: float) -> float:
+    """Weight of a new observation: all of it for the first."""
+    return _PACE if known else 1.0
+
+
+# -- acceptance --------------------------------------------------------------------------------------------------------
+
+
+class Acceptance:
+    """How often draft tokens were accepted, over all requests.
+
+    Tokens are told apart by source, sign and way of choosing; accepted means: given that those before it were.
+    """
+
+    def __init__(self, priors: Mapping[str, Seq[float]]) -> None:
+        self._counts: dict[_Key, list[float]] = {}
+        """Accepted, and all."""
+        self._priors = {
+            source: [now / before for now, before in zip(shares, (1.0, *shares), strict=False) if before]
+            for source, shares in priors.items()
+        }
+
+    def rate(self, key: _Key) -> float:
+        """Of an exit, a place that has seldom been reached is taken to be like the one before."""
+        accepted, tried = self._counts.get(key, _NOTHING)
+        return (accepted + _PRIOR_WEIGHT * self._prior(key)) / (tried + _PRIOR_WEIGHT)
+
+    def record(self, key: _Key, is_accepted: bool) -> None:
+        counts = self._counts.setdefault(key, [0.0, 0.0])
+        keep = 1 - 1 / _MEMORY
+        counts[0] = counts[0] * keep + is_accepted
+        counts[1] = counts[1] * keep + 1
+
+    def _prior(self, key: _Key) -> float:
+        source, sign, sampled = key
+        if source == LOOKUP:
+            return 1 - 1 / (1 + 0.7 * sign)  # the longer the match, the surer
+        known = self._priors.get(source, ())
+        if sign < len(known):
+            return known[sign]
+        return self.rate((source, sign - 1, sampled)) if sign else _UNKNOWN
+
+
+class RequestAcceptance:
+    """The same of one request, which starts from what the others have shown, and forgets sooner."""
+
+    def __init__(self, others: Acceptance) -> None:
+        self._others = others
+        self._counts: dict[_Key, list[float]] = {}
+        """Accepted, all, and the round of the last."""
+        self._round = 0
+
+    def begin_round(self) -> None:
+        self._round += 1
+
+    def survival(self, source: str, signs: Iterable[int], sampled: bool) -> list[float]:
+        """The probabilities that the first 1, 2, .. tokens of a draft are all accepted, while they are worth a thought.
+
+        Where an exit does better for this request than for others, it is taken to do so at the next place, too.
+        """
+        found: list[float] = []
+        product, lift = 1.0, 1.0
+        for sign in signs:
+            key = source, min(sign, MAX_SIGN), sampled
+            usual = self._others.rate(key)
+            accepted, tried, last = self._counts.get(key, (0.0, 0.0, 0))
+            fading = _FADING ** (self._round - last)
+            prior = min(usual * lift, 0.98)
+            rate = (accepted * fading + _PRIOR_WEIGHT * prior) / (tried * fading + _PRIOR_WEIGHT)
+            if source != LOOKUP:
+                lift = rate / usual
+            product *= rate
+            if product < _MIN_SURVIVAL:
+                break
+            found.append(product)
+        return found
+
+    def record(self, source: str, signs: Seq[int], accepted: Seq[bool], sampled: bool) -> None:
+        """Count the draft tokens that were looked at: those accepted, and the first that was not."""
+        for sign, is_accepted in zip(signs, accepted, strict=False):
+            key = source, min(sign, MAX_SIGN), sampled
+            self._others.record(key, is_accepted)
+            counts = self._counts.setdefault(key, [0.0, 0.0, 0])
+            keep = (1 - 1 / _REQUEST_MEMORY) * _FADING ** (self._round - counts[2])
+            counts[:] = counts[0] * keep + is_accepted, counts[1] * keep + 1, self._round

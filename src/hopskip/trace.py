@@ -1,0 +1,148 @@
+"""What happened in each round of decoding: records, and files of them (JSON lines).
+
+A file's first line is a header that says what was run; each further line is one record. `hopskip trace` shows, plots
+and replays such files; docs/speculation.md lists the fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hopskip.errors import ConfigError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOfSequence:
+    """One sequence's part in a round."""
+
+    request: int
+    """Number of the request, counted from 0 in the order in which they came."""
+    position: int
+    """Tokens that it had generated before the round."""
+    source: str | None
+    """Who drafted: `exit-branch`, `early-exit:8`, `ngram`; None without a draft."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_committed: int
+    """Accepted tokens and the one of the target; fewer where the text ended before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of the engine: a draft, the pass that verified it, and what was committed. Times in seconds."""
+
+    draft_seconds: float
+    pass_seconds: float
+    """All layers on all rows."""
+    choose_seconds: float
+    """The head, and the choice of tokens."""
+    commit_seconds: float
+    num_rows: int
+    """Rows of the verify pass: each sequence's last token and its draft tokens, and any rows of padding."""
+    num_chosen_by_logits: int
+    """Rows that needed all logits to choose a token (sampling, penalties, a grammar), not just the best."""
+    sequences: tuple[RoundOfSequence, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.draft_seconds + self.pass_seconds + self.choose_seconds + self.commit_seconds
+
+    @property
+    def num_committed(self) -> int:
+        return sum(part.num_committed for part in self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposals:
+    """What every source would have drafted at one position of a greedy text, for replays.
+
+    `num_correct` and `signs` are by source: how many of its tokens are those that the text went on with; and what was
+    known of each token when it was drafted (see `draft.base.Draft.signs`).
+    """
+
+    request: int
+    position: int
+    num_correct: Mapping[str, int]
+    signs: Mapping[str, list[int]]
+
+
+Record = Round | Proposals
+
+
+class TraceWriter:
+    """Writes records to a file as they come; give it to `Engine.on_round`. Use it as a context manager.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, header: Mapping[str, Any] | None = None) -> None:
+        try:
+            self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise ConfigError(f"the trace cannot be written to {str(path)!r} ({error.strerror})") from None
+        self._write({"format": FORMAT, **(header or {})})
+
+    def __call__(self, record: Record) -> None:
+        kind = "round" if isinstance(record, Round) else "proposals"
+        self._write({"kind": kind, **asdict(record)})
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        json.dump(value, self._file, ensure_ascii=False)
+        self._file.write("\n")
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """A file's content."""
+
+    header: dict[str, Any]
+    rounds: list[Round] = field(default_factory=list)
+    proposals: list[Proposals] = field(default_factory=list)
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read what `TraceWriter` wrote.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a trace; the message names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"the trace {str(path)!r} cannot be read ({reason}); give a file that was recorded") from None
+    if not lines:
+        raise ConfigError(f"{path} is empty; record it anew with generate --trace or trace record")
+    number = 1
+    try:
+        trace = Trace(header=json.loads(lines[0]))
+        version = trace.header["format"]
+        for line in lines[1:]:
+            number += 1
+            entry: dict[str, Any] = json.loads(line)
+            if entry.pop("kind") == "round":
+                parts = tuple(RoundOfSequence(**part) for part in entry.pop("sequences"))
+                trace.rounds.append(Round(**entry, sequences=parts))
+            else:
+                trace.proposals.append(Proposals(**entry))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}:{number} is no line of a trace ({error}); record it anew") from None
+    if version != FORMAT:
+        raise ConfigError(f"{path} is a trace of format {version}; this version of hopskip reads format {FORMAT}")
+    return trace

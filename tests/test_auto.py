@@ -1,0 +1,184 @@
+"""Draft `auto` in the engine: whatever the controller chooses, the text stays the same; costs are kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from hopskip import ConfigError, SpeculativeConfig
+from hopskip.draft import costs as costs_module
+from hopskip.draft.auto import AutoDrafter
+from hopskip.draft.controller import LOOKUP, Choice, Controller
+from hopskip.draft.costs import Costs, Timings, interpolated, measure
+from hopskip.engine import Engine
+from hopskip.model import Model
+from hopskip.sequence import Sequence
+from hopskip.trace import Round
+from tests.models import tiny_model
+from tests.test_engine import GREEDY, PLAIN, PROMPTS, new_ids, run
+
+TABLE = Costs(
+    layers={1: 0.01, 17: 0.011},
+    head={1: 0.001, 17: 0.001},
+    drafts={name: costs_module.DraftCost(begin=0.0001, step=0.0001) for name in ("early-exit:1", "early-exit:2")},
+)
+
+
+class Whims(Controller):
+    """Chooses by what was committed, wildly."""
+
+    def plan(self, sequences: Seq[Sequence], limits: Seq[int], lookups: Seq[Seq[int]]) -> list[Choice]:
+        choices = []
+        for sequence, limit, lookup in zip(sequences, limits, lookups, strict=True):
+            whim = (sequence.token_ids[-1] * 7 + len(sequence.token_ids) * 3) % 12
+            source = (None, LOOKUP, "early-exit:1", "early-exit:2")[whim % 4]
+            most = len(lookup) if source == LOOKUP else limit
+            length = max(0, min(most, whim // 2))
+            choices.append(Choice(source if length else None, length if source else 0))
+        return choices
+
+
+class FixedTimings(Timings):
+    def get(self) -> Costs:
+        return TABLE
+
+
+def whimsical(model: Model, min_confidence: float = 0.0) -> AutoDrafter:
+    exits = [1, 2]
+    drafter = AutoDrafter(
+        model, exits, FixedTimings(model, exits), max_draft_tokens=6, rows_per_sequence=7, min_confidence=min_confidence
+    )
+    drafter.controller = Whims(TABLE, 6, 7)
+    return drafter
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.set_num_threads(1)
+    return tiny_model()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOPSKIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.05])
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_greedy_text_never_depends_on_the_choices(model: Model, max_num_seqs: int, min_confidence: float) -> None:
+    expected = new_ids(run(Engine(model, PLAIN, rows_per_sequence=7), PROMPTS, GREEDY))
+    config = SpeculativeConfig(draft="auto", num_draft_tokens=6)
+    engine = Engine(model, config, max_num_seqs=max_num_seqs, drafter=whimsical(model, min_confidence))
+    rounds: list[Round] = []
+    engine.on_round = rounds.append
+    sequences = run(engine, PROMPTS, GREEDY)
+    assert new_ids(sequences) == expected
+    parts = [part for each in rounds for part in each.sequences]
+    assert {part.source for part in parts} == {None, "ngram", "early-exit:1", "early-exit:2"}
+    assert 0 < sum(p.num_accepted_tokens for p in parts) < sum(p.num_draft_tokens for p in parts)
+    assert max(part.num_draft_tokens for part in parts) <= 5
+    assert sum(part.num_committed for part in parts) == sum(len(s.tokens) - 1 for s in sequences)
+    for number, sequence in enumerate(sequences):
+        own = [part for part in parts if part.request == number]
+        assert [part.position for part in own[1:]] == [part.position + part.num_committed for part in own[:-1]]
+        assert sum(part.num_draft_tokens for part in own) == sequence.stats.num_draft_tokens
+
+
+def test_auto_as_it_comes_is_lossless(model: Model) -> None:
+    engine = Engine(model, SpeculativeConfig(draft="auto"))
+    assert engine.speculative.num_draft_tokens == 6, "at a fixed shape, room for 16 tokens would cost 17 rows a pass"
+    expected = new_ids(run(Engine(model, PLAIN, rows_per_sequence=7), PROMPTS, GREEDY))
+    assert new_ids(run(engine, PROMPTS, GREEDY)) == expected
+    mixed = [replace(GREEDY, temperature=0.8, seed=1), GREEDY, replace(GREEDY, repetition_penalty=1.3), GREEDY, GREEDY]
+    sequences = run(engine, PROMPTS, mixed)
+    assert [new_ids(sequences)[i] for i in (1, 3, 4)] == [expected[i] for i in (1, 3, 4)]
+
+
+def test_requests_may_limit_drafts(model: Model) -> None:
+    engine = Engine(model, SpeculativeConfig(draft="auto"), drafter=whimsical(model))
+    sequences = [engine.add(PROMPTS[3], GREEDY, max_draft_tokens=limit) for limit in (0, 1)]
+    while engine.has_work:
+        engine.step()
+    assert sequences[0].stats.num_draft_tokens == 0
+    assert len(sequences[1].stats.num_accepted_tokens_per_pos) == 1
+
+
+def test_what_auto_may_draft_from() -> None:
+    shallow, deep = tiny_model(num_hidden_layers=2), tiny_model(num_hidden_layers=8)
+    assert SpeculativeConfig(draft="auto").exits(shallow) == [1]
+    assert SpeculativeConfig(draft="auto").exits(deep) == [2, 4]
+    assert SpeculativeConfig(draft="auto", exit_layer=3).exits(deep) == [3]
+    one = tiny_model(num_hidden_layers=1)
+    assert SpeculativeConfig(draft="auto").exits(one) == []
+    Engine(one, SpeculativeConfig(draft="auto"))
+    with pytest.raises(ConfigError, match="between 1 and 7"):
+        Engine(deep, SpeculativeConfig(draft="auto", exit_layer=8))
+    with pytest.raises(ConfigError, match="'reuse' goes on from one early exit"):
+        SpeculativeConfig(draft="auto", verify="reuse")
+
+
+def test_measured_costs_are_plausible(model: Model) -> None:
+    found = measure(model, [1, 3], seconds=0.1)
+    assert next(iter(found.layers)) == 1
+    assert max(found.layers) == costs_module.MAX_ROWS
+    assert all(seconds > 0 for seconds in [*found.layers.values(), *found.head.values()])
+    one, three = (found.drafts[f"early-exit:{exit}"] for exit in (1, 3))
+    assert 0 < one.begin + 4 * one.step < three.begin + 4 * three.step
+
+
+def test_interpolation() -> None:
+    table = {1: 10.0, 4: 16.0, 8: 15.0}
+    assert [interpolated(table, rows) for rows in (1, 2, 4, 6)] == [10.0, 12.0, 16.0, 15.5]
+    assert interpolated(table, 20) == 15.0, "more rows never cost less"
+    assert interpolated({1: 10.0, 5: 14.0}, 9) == 18.0
+
+
+def test_costs_are_measured_once(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[object] = []
+
+    def fake(model: Model, exits: Seq[object]) -> Costs:
+        calls.append(exits)
+        return replace(
+            TABLE, layers={1: 0.01 * len(calls), 4: 0.02, 8: 0.03, 17: 0.1}, head=dict.fromkeys((1, 4, 8, 17), 0.1)
+        )
+
+    monkeypatch.setattr(costs_module, "measure", fake)
+    first = Timings(model, [1, 2], {"weights": "a"}).get()
+    assert Timings(model, [1, 2], {"weights": "a"}).get() == first
+    assert len(calls) == 1
+    for other in (Timings(model, [1, 2], {"weights": "b"}), Timings(model, [1, 2]), Timings(model, [1, 2])):
+        other.get()
+    assert len(calls) == 4, "other weights, and a model without identity"
+    (path, *_) = sorted((tmp_path / "cache").iterdir(), key=lambda p: p.stat().st_mtime)
+    good = json.loads(path.read_text())
+    for damaged in (
+        "",
+        "[]",
+        '{"costs": {"layers": {"1": 0}}}',
+        json.dumps({"costs": {**good["costs"], "drafts": {}}}),
+    ):
+        path.write_text(damaged)
+        Timings(model, [1, 2], {"weights": "a"}).get()
+        assert json.loads(path.read_text())["costs"]["drafts"] == good["costs"]["drafts"]
+    assert len(calls) == 8
+    better = replace(first, head=dict.fromkeys(first.head, 7.0))
+    Timings(model, [1, 2], {"weights": "a"}).put(better)
+    assert Timings(model, [1, 2], {"weights": "a"}).get() == better
+    monkeypatch.setenv("HOPSKIP_CACHE", "")
+    Timings(model, [1, 2], {"weights": "a"}).get()
+    assert len(calls) == 9
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOPSKIP_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(costs_module, "measure", lambda model, exits: TABLE)
+    assert Timings(cast(Model, model), [1, 2], {"weights": "a"}).get() == TABLE

@@ -1,0 +1,291 @@
+"""The controller against arithmetic and against searches, on a made-up cost table: no clock, no model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from hopskip import SamplingParams
+from hopskip.draft.controller import (
+    LOOKUP,
+    PROBE_SHARE,
+    Choice,
+    Controller,
+    Drafting,
+    LiveCosts,
+    Prospect,
+    best_plan,
+    priced,
+)
+from hopskip.draft.costs import Costs, DraftCost
+from hopskip.evaluate.costs import best_num_draft_tokens
+from hopskip.sequence import Sequence
+from hopskip.trace import Round, RoundOfSequence
+
+FLAT = Costs(
+    layers={1: 0.008, 17: 0.008}, head={1: 0.002, 17: 0.002}, drafts={"exit-branch": DraftCost(begin=0, step=0.001)}
+)
+"""Rows cost nothing: the model of `hopskip.evaluate.costs`, with c = 0.1."""
+STEEP = Costs(
+    layers={1: 0.010, 4: 0.011, 8: 0.015, 17: 0.030},
+    head={1: 0.002, 17: 0.004},
+    drafts={"exit-branch": DraftCost(begin=0.0005, step=0.0005), "early-exit:8": DraftCost(begin=0, step=0.004)},
+)
+
+
+def geometric(acceptance: float, length: int = 16) -> list[float]:
+    return [acceptance**i for i in range(1, length + 1)]
+
+
+@pytest.mark.parametrize("acceptance", [0.02, 0.09, 0.11, 0.3, 0.5, 0.7, 0.9])
+def test_length_is_the_best_by_arithmetic(acceptance: float) -> None:
+    plan = best_plan([Prospect(survival={"exit-branch": geometric(acceptance), LOOKUP: []})], LiveCosts(FLAT))
+    expected = best_num_draft_tokens(acceptance, 0.1)
+    assert plan.choices == [Choice("exit-branch" if expected else None, expected)]
+
+
+def test_of_one_sequence_no_plan_is_better() -> None:
+    dice = random.Random(0)
+    costs = LiveCosts(STEEP)
+    sources = set()
+    for _ in range(200):
+        survival = {
+            source: list(itertools.accumulate((dice.random() ** 0.5 for _ in range(8)), lambda a, b: a * b))
+            for source in ("exit-branch", "early-exit:8", LOOKUP)
+        }
+        survival[LOOKUP] = survival[LOOKUP][: dice.randrange(9)]
+        prospect = Prospect(survival=survival)
+        plan = best_plan([prospect], costs)
+        options = [Choice(None, 0)]
+        options += [Choice(s, k) for s, found in survival.items() for k in range(1, len(found) + 1)]
+        rates = {option: priced([prospect], [option], costs).rate for option in options}
+        sources.add(plan.choices[0].source)
+        # which of lookup and exit is looked at is decided by an estimate
+        assert plan.rate == pytest.approx(rates[plan.choices[0]])
+        assert plan.rate > 0.97 * max(rates.values())
+    assert len(sources) >= 3
+
+
+def test_of_a_batch_hardly_any_plan_is_better() -> None:
+    dice = random.Random(1)
+    costs = LiveCosts(STEEP)
+    for _ in range(20):
+        prospects = [
+            Prospect(
+                survival={
+                    "exit-branch": geometric(dice.random(), 3),
+                    LOOKUP: geometric(dice.random(), dice.randrange(4)),
+                }
+            )
+            for _ in range(4)
+        ]
+        plan = best_plan(prospects, costs)
+        options = [
+            [Choice(None, 0), *(Choice(s, k) for s, found in p.survival.items() for k in range(1, len(found) + 1))]
+            for p in prospects
+        ]
+        best = max(priced(prospects, choices, costs).rate for choices in itertools.product(*options))
+        assert best >= plan.rate - 1e-6
+        assert plan.rate > 0.97 * best
+
+
+def test_a_batch_drafts_less_than_one_sequence_alone() -> None:
+    prospect = Prospect(survival={"exit-branch": geometric(0.7), LOOKUP: []})
+    alone = best_plan([prospect], LiveCosts(STEEP)).choices[0].num_tokens
+    together = best_plan([prospect] * 4, LiveCosts(STEEP)).choices
+    assert 0 < max(choice.num_tokens for choice in together) < alone
+
+
+def test_rows_go_to_those_who_use_them() -> None:
+    sure = Prospect(survival={"exit-branch": geometric(0.95), LOOKUP: []})
+    unsure = Prospect(survival={"exit-branch": geometric(0.05), LOOKUP: []})
+    choices = best_plan([sure, unsure, sure, unsure], LiveCosts(STEEP)).choices
+    assert [choice.num_tokens > 0 for choice in choices] == [True, False, True, False]
+
+
+def test_rows_that_are_computed_anyway_are_free() -> None:
+    prospect = Prospect(survival={LOOKUP: geometric(0.3)})
+    at_a_price = best_plan([prospect], LiveCosts(STEEP)).choices[0].num_tokens
+    assert at_a_price < best_plan([prospect], LiveCosts(STEEP, rows_per_sequence=7)).choices[0].num_tokens
+
+
+class World:
+    """Requests whose draft tokens are accepted by chance, and rounds that take what a table says."""
+
+    def __init__(self, costs: Costs = STEEP, num_sequences: int = 1, seed: int = 0) -> None:
+        self.truth = LiveCosts(costs)
+        self.controller = Controller(costs, max_draft_tokens=8)
+        self.acceptance: dict[str, float] = {}
+        self.matched = 0
+        """Length of the match that lookup has; 0: none."""
+        self.slowdown = {"pass": 1.0, "draft": 1.0}
+        self.dice = random.Random(seed)
+        self.new_requests(num_sequences)
+        self.seconds, self.tokens = 0.0, 0
+
+    def new_requests(self, count: int) -> None:
+        self.sequences = [Sequence([1], SamplingParams(), frozenset(), 10) for _ in range(count)]
+
+    def run(self, num_rounds: int) -> list[Choice]:
+        """The first sequence's choices."""
+        chosen = []
+        self.seconds, self.tokens = 0.0, 0
+        for _ in range(num_rounds):
+            lookups = [list(range(self.matched, self.matched + 8)) if self.matched else []] * len(self.sequences)
+            choices = self.controller.plan(self.sequences, [8] * len(self.sequences), lookups)
+            chosen.append(choices[0])
+            self._finish(choices, lookups)
+        return chosen
+
+    def _finish(self, choices: list[Choice], lookups: list[list[int]]) -> None:
+        parts, signs = [], []
+        for choice, lookup in zip(choices, lookups, strict=True):
+            accepted = 0
+            while accepted < choice.num_tokens and self.dice.random() < self.acceptance.get(choice.source or "", 0):
+                accepted += 1
+            signs.append(lookup[: choice.num_tokens] if choice.source == LOOKUP else list(range(choice.num_tokens)))
+            parts.append(
+                RoundOfSequence(
+                    request=0,
+                    position=0,
+                    source=choice.source,
+                    num_draft_tokens=choice.num_tokens,
+                    num_accepted_tokens=accepted,
+                    num_committed=accepted + 1,
+                )
+            )
+        rows = len(choices) + sum(choice.num_tokens for choice in choices)
+        exits = {choice.source for choice in choices} - {None, LOOKUP}
+        drafting = []
+        for exit in exits:
+            assert exit is not None
+            own = [choice.num_tokens for choice in choices if choice.source == exit]
+            seconds = self.truth.draft_seconds(exit, max(own), len(own)) * self.slowdown["draft"]
+            drafting.append(Drafting(exit, max(own), len(own), False, seconds))
+        outcome = Round(
+            draft_seconds=sum(draft.seconds for draft in drafting),
+            pass_seconds=self.truth.pass_seconds(rows) * self.slowdown["pass"] - 0.002,
+            choose_seconds=0.002,
+            commit_seconds=0.0,
+            num_rows=rows,
+            num_chosen_by_logits=0,
+            sequences=tuple(parts),
+        )
+        self.seconds += outcome.seconds
+        self.tokens += outcome.num_committed
+        self.controller.learn(self.sequences, signs, outcome, drafting)
+
+
+def share(choices: list[Choice], source: str | None) -> float:
+    return sum(choice.source == source for choice in choices) / len(choices)
+
+
+def test_reaches_no_draft_and_probes_for_little() -> None:
+    world = World()
+    world.run(100)
+    late = world.run(1000)
+    assert share(late, None) > 0.9
+    assert any(choice.source for choice in late), "it must go on trying"
+    plain = 1000 * world.truth.pass_seconds(1)
+    assert world.tokens >= 1000
+    # what probes may lose, and rows that a stale estimate still bets on
+    assert world.seconds < plain * (1 + 2 * PROBE_SHARE)
+
+
+def test_finds_the_best_source_and_length() -> None:
+    for source, acceptance, others in (("exit-branch", 0.8, 0.3), ("early-exit:8", 0.97, 0.05)):
+        world = World()
+        world.acceptance = {"exit-branch": others, "early-exit:8": others, source: acceptance}
+        world.run(400)
+        late = world.run(300)
+        assert share(late, source) > 0.85
+        expected = best_plan([Prospect(survival={source: geometric(acceptance, 8)})], world.truth).choices[0].num_tokens
+        lengths = sorted(choice.num_tokens for choice in late if choice.source == source)
+        assert abs(lengths[len(lengths) // 2] - expected) <= 1
+
+
+def test_comes_back_when_a_source_starts_to_pay() -> None:
+    world = World()
+    world.run(400)
+    world.acceptance = {"exit-branch": 0.9}
+    world.run(300)
+    assert share(world.run(100), "exit-branch") > 0.9
+
+
+def test_follows_repetition_in_the_text_at_once() -> None:
+    world = World()
+    world.run(400)
+    world.acceptance = {LOOKUP: 0.97}
+    world.matched = 12
+    assert share(world.run(20), LOOKUP) > 0.9
+
+
+def test_a_new_request_starts_from_the_earlier_ones() -> None:
+    world = World()
+    world.run(200)
+    world.new_requests(1)
+    assert share(world.run(20), None) >= 0.95  # a probe, perhaps
+    world = World()
+    world.acceptance = {"exit-branch": 0.9}
+    world.run(200)
+    world.new_requests(1)
+    assert world.run(1)[0].num_tokens >= 5
+
+
+def test_costs_follow_the_rounds() -> None:
+    world = World()
+    world.acceptance = {"exit-branch": 0.5}
+    usual = world.run(300)
+    assert share(usual, "exit-branch") > 0.9
+    world.slowdown["draft"] = 30.0
+    world.run(100)
+    assert share(world.run(100), "exit-branch") < 0.1
+    # when everything is slow, nothing changes
+    world = World()
+    world.acceptance = {"exit-branch": 0.5}
+    world.slowdown = {"pass": 3.0, "draft": 3.0}
+    assert abs(share(world.run(300), "exit-branch") - share(usual, "exit-branch")) < 0.05
+
+
+def test_a_wrong_table_is_corrected() -> None:
+    live = LiveCosts(STEEP)
+    assert live.corrected() is None
+    for _ in range(200):
+        expected = live.draft_seconds("exit-branch", 3, 1)
+        outcome = Round(
+            draft_seconds=0, pass_seconds=STEEP.layers[4], choose_seconds=0.002, commit_seconds=0, num_rows=4,
+            num_chosen_by_logits=0, sequences=(),
+        )  # fmt: skip
+        live.learn(outcome, [Drafting("exit-branch", 3, 1, False, 0.006)])
+    assert expected == pytest.approx(0.006, rel=0.05)
+    corrected = live.corrected()
+    assert corrected is not None
+    cost = corrected.drafts["exit-branch"]
+    assert cost.begin + 3 * cost.step == pytest.approx(0.006, rel=0.05)
+    assert corrected.drafts["early-exit:8"] == STEEP.drafts["early-exit:8"]
+    assert live.draft_seconds("exit-branch", 3, 1) == pytest.approx(0.006, rel=0.05)
+
+
+def test_a_text_that_ends_within_a_draft_rejects_nothing() -> None:
+    found = {}
+    for committed in (2, 3):
+        controller = Controller(STEEP, max_draft_tokens=4)
+        sequence = Sequence([1], SamplingParams(), frozenset(), 10)
+        part = RoundOfSequence(
+            request=0,
+            position=0,
+            source="exit-branch",
+            num_draft_tokens=4,
+            num_accepted_tokens=2,
+            num_committed=committed,
+        )
+        outcome = Round(
+            draft_seconds=0, pass_seconds=0.01, choose_seconds=0.002, commit_seconds=0, num_rows=5,
+            num_chosen_by_logits=0, sequences=(part,),
+        )  # fmt: skip
+        controller.learn([sequence], [[0, 1, 2, 3]], outcome, [])
+        prospect = controller._prospect(sequence, 3, [])
+        found[committed] = prospect.survival["exit-branch"][2]
+    assert found[3] < 0.8 * found[2]
