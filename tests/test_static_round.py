@@ -205,7 +205,8 @@ def decoders(tmp_path: Path) -> list[StaticDecoder]:
     write_checkpoint(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     branched = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
-    branched.attach(random_branch(checkpoint, CONFIGS[2])[1])
+    with torch.no_grad():  # as from a file: the random branch comes from a trainer
+        branched.attach(random_branch(checkpoint, CONFIGS[2])[1])
     return [
         StaticDecoder(tiny_model(), early_exit(3, 4), batch_size=2, max_model_len=80),
         StaticDecoder(tiny_model(sliding_window=16), PLAIN, max_model_len=80),

@@ -217,7 +217,7 @@ class StaticDecoder:
             for first, stop in pairwise((0, *taps, depth)):
                 h_ND = model.run_layers(h_ND, first, stop, rows, cache)
                 states.append(h_ND)
-            if branch is not None and taps:
+            if branch is not None and branch.has_layers:
                 shifted = [torch.cat((old, new[:-1])) for old, new in zip(before, states, strict=False)]
                 x_ND = branch.enter(x_ND, states, shifted)
                 model.run_layers(x_ND, depth, len(model.layers), rows, cache)

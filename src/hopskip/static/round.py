@@ -107,6 +107,7 @@ class BranchExit(StaticDraft):
         self._config = branch.config
         # without layers of its own a branch has no cache to keep up to date
         self.taps = branch.config.taps if layers else ()
+        self.has_layers = bool(layers)
         self._layers, self._first, self._head, self._mixing = layers, first, head, mixing
         self._vocabulary = branch.vocabulary.to(like.device)
         self._states = [like.new_zeros((batch_size, num_rows, head.shape[1])) for _ in self.taps]
@@ -152,9 +153,9 @@ class BranchExit(StaticDraft):
     def _catch_up(self, model: StaticModel, state: State) -> Tensor:
         """Give the tokens since the last verify pass their keys and values. Returns the last one's output [B, D]."""
         h_BD = self._token_states(model, state.last_B, state.position_B)
-        if not self.taps:
+        if not self.has_layers:
             return h_BD
-        batch_size, num_rows, hidden_size = self._states[0].shape
+        batch_size, num_rows = len(h_BD), state.report_BC.shape[1] - 2
         newest_B1 = self._num_known_B[:, None] - 1
         if self._config.start:
             # row i is the token that was row i + 1 of the verify pass; the last one was in none
@@ -167,8 +168,8 @@ class BranchExit(StaticDraft):
         # an idle slot stands at 0 and has no token before; what it computes is nobody's
         first_B = (state.position_B - newest_B1[:, 0]).clamp_min(0)
         h_ND = model.run_layers(x_ND, self._layers, model.config.num_hidden_layers, first_B)
-        index_B1D = newest_B1[..., None].expand(batch_size, 1, hidden_size)
-        return h_ND.view(batch_size, num_rows, hidden_size).gather(1, index_B1D)[:, 0]
+        index_B1D = newest_B1[..., None].expand(-1, 1, h_BD.shape[1])
+        return h_ND.view(batch_size, num_rows, -1).gather(1, index_B1D)[:, 0]
 
     def _token_states(self, model: StaticModel, token_B: Tensor, position_B: Tensor) -> Tensor:
         return model.run_layers(model.embed(token_B), self._first, 0, position_B)
