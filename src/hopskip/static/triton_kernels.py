@@ -179,12 +179,12 @@ def candidate_tilings(matrix: Matrix) -> list[Tiling]:
     """Tilings worth timing on a device for a matrix of this format."""
     if matrix.values.dtype == torch.uint8:  # a step over K is a group of scales
         return [Tiling(n, GROUP, w, s) for n, w, s in ((16, 4, 4), (32, 4, 4), (32, 4, 6), (64, 4, 4), (64, 8, 4))]
-    sizes = ((16, 256, 4, 4), (16, 512, 4, 3), (16, 512, 8, 4), (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 5),
+    sizes = ((16, 256, 4, 4), (16, 512, 8, 4), (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 5),
              (64, 256, 8, 3))  # fmt: skip
     return [Tiling(n, k, w, s) for n, k, w, s in sizes]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one binary, so one order of sums, for every number of rows
 def _linear(
     x, weights, scales, norm, bias, residual, out, ids, M, N, K, num_tiles, eps,
     FORMAT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -256,7 +256,7 @@ def _linear(
         tl.store(out + place, sums.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _rotate_and_store(
     qkv, q_norm, k_norm, cos, sin, position, q_out, k_cache, v_cache, R, T, eps,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, HAS_NORMS: tl.constexpr,
@@ -289,7 +289,7 @@ def _rotate_and_store(
     tl.store(target + HALF, second, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _attend_split(
     q, k_cache, v_cache, position, sums, maxima, totals, R, T, num_splits, window, scale,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, SPLIT: tl.constexpr,
@@ -337,7 +337,7 @@ def _attend_split(
     tl.store(sums + place[:, None] * E + e[None, :], acc, mask=live[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _attend_merge(
     sums, maxima, totals, position, out, R, num_splits, window,
     H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
