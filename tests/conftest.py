@@ -6,6 +6,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+# Triton's kernels are tested by its interpreter, which it must know before torch imports it.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings

@@ -21,7 +21,7 @@ LAYERS = [
     ("packed",),
     ("native",),
     ("draft",),
-    ("load", "engine"),
+    ("load", "engine", "static"),
     ("llm",),
     ("train", "evaluate", "serve", "export"),
     ("cli",),

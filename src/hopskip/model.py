@@ -152,6 +152,11 @@ class Transformer:
         self._layers = [*self.weights.layers, *added]
         self._draft_head = self.weights.lm_head[branch.vocabulary.to(self.device)]
 
+    @property
+    def layers(self) -> tuple[LayerWeights, ...]:
+        """All layers by number: the model's own, then those of its branch."""
+        return tuple(self._layers)
+
     def new_cache(self, num_slots: int, length: int) -> Cache:
         config = replace(self.config, num_hidden_layers=len(self._layers))
         return Cache(config, num_slots, length, self.dtype, self.device)
