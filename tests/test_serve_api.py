@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from openai import APIStatusError, OpenAI
 
 from hopskip import LLM, SamplingParams
+from hopskip.serve.settings import Limits
 from tests.serving import MODEL, Live, live_server, tiny_llm
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi there"}]
@@ -406,10 +407,11 @@ def test_every_parameter_with_every_way_to_speculate_answers_or_refuses(llms: di
                 assert answer.json()["error"]["message"]
 
     async def send_all(url: str) -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=100) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
             await asyncio.gather(*(send(client, *case, index) for index, case in enumerate(cases)))
 
-    with live_server(llms[draft], max_queue=1000) as live:
+    # all at once: on a busy machine a grammar may have to wait before it is compiled
+    with live_server(llms[draft], max_queue=1000, limits=Limits(grammar_seconds=60)) as live:
         asyncio.run(send_all(live.url))
         assert live.server.engine.num_outstanding == 0
 
@@ -433,7 +435,7 @@ def test_no_request_that_the_document_allows_breaks_the_server(live: Live) -> No
                         case.body[name] = min(case.body[name], 4)  # a long answer is no error, only slow
                 if case.body.get("max_tokens") is None and case.body.get("max_completion_tokens") is None:
                     case.body["max_tokens"] = 2
-            response = case.call()
+            response = case.call(timeout=60)
             assert response.status_code < 500, response.text
 
         check()
