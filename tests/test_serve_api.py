@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -295,6 +297,24 @@ def test_metrics_have_the_names_that_routers_scrape(client: httpx.Client) -> Non
         ]
         assert sum(accepted) == values[f"{prefix}spec_decode_num_accepted_tokens_total{label}"]
     assert values[f"hopskip_mean_acceptance_length_count{label}"] > 0
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(client: httpx.Client) -> None:
+    client.post("/v1/completions", json={"prompt": "abc abc abc", "max_tokens": 8})
+    text = client.get("/metrics").text
+    labels: dict[str, set[str]] = {}
+    for name, pairs in re.findall(r"^(hopskip_\w+)(?:\{(.*)\})? ", text, flags=re.MULTILINE):
+        labels.setdefault(name, set()).update(re.findall(r'(\w+)="', pairs))
+    dashboard = (Path(__file__).parents[1] / "deploy" / "grafana-dashboard.json").read_text()
+    json.loads(dashboard)
+    queries = re.findall(r'"expr": "(.*)"', dashboard)
+    assert len(queries) > 10
+    for query in queries:
+        names = re.findall(r"hopskip_\w+", query)
+        assert names, query
+        assert set(names) <= labels.keys(), query
+        wanted = set(re.findall(r"by \((\w+)\)", query)) | set(re.findall(r"(\w+)=\\\"", query))
+        assert wanted <= labels[names[0]], query
 
 
 # -- every parameter with every way to speculate -----------------------------------------------------------------------
