@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import httpx
 
 from hopskip import LLM, SpeculativeConfig
+from hopskip.engine import Engine
+from hopskip.sequence import Sequence
 from hopskip.serve.app import Server, create_app
 from hopskip.serve.run import Runner, bind
 from hopskip.serve.settings import ServeSettings
@@ -39,6 +43,33 @@ def tiny_llm(folder: Path, draft: str = "both", **options: Any) -> LLM:
         else SpeculativeConfig(draft=draft, exit_layer=exit_layer, num_draft_tokens=4)  # type: ignore[arg-type]
     )
     return LLM(folder, speculative=speculative, backend="torch", **options)
+
+
+class Brake:
+    """Lets no request of an engine go beyond its first few tokens until it is released, however fast the machine.
+
+    A braked engine goes on taking orders: what is cancelled or aborted leaves.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._step = engine.step
+        self._is_on = True
+        engine.step = self._braked_step  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        self._is_on = False
+
+    @property
+    def is_holding(self) -> bool:
+        """True if a request has come as far as it may."""
+        return self._is_on and any(len(sequence.tokens) > 3 for sequence in self._engine.running)
+
+    def _braked_step(self, only: Seq[Sequence] | None = None) -> None:
+        if self.is_holding:
+            time.sleep(0.001)
+        else:
+            self._step(only)
 
 
 @dataclass

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from openai import APIStatusError, OpenAI
 
 from hopskip import LLM, SamplingParams
+from hopskip.serve.settings import Limits
 from tests.serving import MODEL, Live, live_server, tiny_llm
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi there"}]
@@ -296,6 +299,24 @@ def test_metrics_have_the_names_that_routers_scrape(client: httpx.Client) -> Non
     assert values[f"hopskip_mean_acceptance_length_count{label}"] > 0
 
 
+def test_the_dashboard_asks_for_metrics_that_exist(client: httpx.Client) -> None:
+    client.post("/v1/completions", json={"prompt": "abc abc abc", "max_tokens": 8})
+    text = client.get("/metrics").text
+    labels: dict[str, set[str]] = {}
+    for name, pairs in re.findall(r"^(hopskip_\w+)(?:\{(.*)\})? ", text, flags=re.MULTILINE):
+        labels.setdefault(name, set()).update(re.findall(r'(\w+)="', pairs))
+    dashboard = (Path(__file__).parents[1] / "deploy" / "grafana-dashboard.json").read_text()
+    json.loads(dashboard)
+    queries = re.findall(r'"expr": "(.*)"', dashboard)
+    assert len(queries) > 10
+    for query in queries:
+        names = re.findall(r"hopskip_\w+", query)
+        assert names, query
+        assert set(names) <= labels.keys(), query
+        wanted = set(re.findall(r"by \((\w+)\)", query)) | set(re.findall(r"(\w+)=\\\"", query))
+        assert wanted <= labels[names[0]], query
+
+
 # -- every parameter with every way to speculate -----------------------------------------------------------------------
 
 SPECULATIVE = [None, {"enabled": False}, {"num_draft_tokens": 0}, {"num_draft_tokens": 2}, {"exit_layer": 1}]
@@ -406,10 +427,11 @@ def test_every_parameter_with_every_way_to_speculate_answers_or_refuses(llms: di
                 assert answer.json()["error"]["message"]
 
     async def send_all(url: str) -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=100) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
             await asyncio.gather(*(send(client, *case, index) for index, case in enumerate(cases)))
 
-    with live_server(llms[draft], max_queue=1000) as live:
+    # all at once: on a busy machine a grammar may have to wait before it is compiled
+    with live_server(llms[draft], max_queue=1000, limits=Limits(grammar_seconds=60)) as live:
         asyncio.run(send_all(live.url))
         assert live.server.engine.num_outstanding == 0
 
@@ -433,7 +455,7 @@ def test_no_request_that_the_document_allows_breaks_the_server(live: Live) -> No
                         case.body[name] = min(case.body[name], 4)  # a long answer is no error, only slow
                 if case.body.get("max_tokens") is None and case.body.get("max_completion_tokens") is None:
                     case.body["max_tokens"] = 2
-            response = case.call()
+            response = case.call(timeout=60)
             assert response.status_code < 500, response.text
 
         check()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving import Live, live_server, tiny_llm
+from tests.serving import Brake, Live, live_server, tiny_llm
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -107,12 +107,14 @@ def test_a_conversation(page: Any, live: Live) -> None:
 
 
 def test_stopping_and_errors(page: Any, live: Live) -> None:
+    brake = Brake(live.server.llm.engine)
     set_range(page, "#max", 500)
     send(page, "Talk for a long time")
     page.wait_for_selector(".tok", state="attached")
     page.keyboard.press("Escape")
     finished(page)
     assert "stopped" in page.inner_text(".facts")
+    brake.release()
     with live.client() as client:
         assert client.get("/health").status_code == 200
     page.fill("#system", "x" * 4000)  # more than the context holds

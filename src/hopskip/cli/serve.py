@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from hopskip.llm import LLM
 
 _SERVER, _CAPACITY = "Server", "Capacity"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @with_options
@@ -105,16 +103,16 @@ def serve(
     _require_extra()
     from hopskip.serve.memory import free_memory, parse_size
     from hopskip.serve.run import bind, die_with_parent
-    from hopskip.serve.settings import ServeSettings
+    from hopskip.serve.settings import LOOPBACK, ServeSettings, model_name, read_api_keys
 
     if shutdown_timeout < 0:
         raise ConfigError(f"shutdown-timeout is {shutdown_timeout}; it must be 0 or above")
     budget = parse_size(kv_memory) if kv_memory is not None else None
     settings = ServeSettings(
-        model_name=served_model_name or _model_name(load.model),
-        api_keys=_api_keys(api_key_file),
+        model_name=served_model_name or model_name(load.model),
+        api_keys=read_api_keys(api_key_file),
         max_queue=max_queue,
-        allowed_hosts=tuple(allowed_host) if allowed_host else (_LOOPBACK if host in _LOOPBACK else None),
+        allowed_hosts=tuple(allowed_host) if allowed_host else (LOOPBACK if host in LOOPBACK else None),
         cors_origins=tuple(cors_origin or ()),
         exit_when_dead=inherit_socket is not None,
     )
@@ -144,7 +142,7 @@ def _run(llm: LLM, settings: object, listener: socket.socket, host: str, shutdow
     from hopskip.serve.app import create_app
     from hopskip.serve.guard import log_to_stderr
     from hopskip.serve.run import Runner
-    from hopskip.serve.settings import ServeSettings
+    from hopskip.serve.settings import LOOPBACK, ServeSettings
 
     assert isinstance(settings, ServeSettings)
     log_to_stderr()
@@ -156,7 +154,7 @@ def _run(llm: LLM, settings: object, listener: socket.socket, host: str, shutdow
         f"({engine.max_num_seqs} sequences of {engine.max_model_len} tokens, draft {engine.speculative.draft})",
         flush=True,
     )
-    if host not in _LOOPBACK and not settings.api_keys:
+    if host not in LOOPBACK and not settings.api_keys:
         print("hopskip: warning: everybody who can connect is served; set HOPSKIP_API_KEY", file=sys.stderr)
     runner = Runner(create_app(llm, settings), host=host, port=port, shutdown_timeout=shutdown_timeout)
     asyncio.run(runner.serve([listener]))
@@ -173,23 +171,3 @@ def _require_extra() -> None:
     ]
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}, not installed: pip install 'hopskip[serve]'")
-
-
-def _model_name(model: str | None) -> str:
-    from hopskip.hub import DEFAULT_MODEL
-
-    # a folder's or file's own name: paths of this machine are nobody's business
-    return Path(model).resolve().name if model is not None and Path(model).exists() else model or DEFAULT_MODEL
-
-
-def _api_keys(file: Path | None) -> tuple[str, ...]:
-    keys = [os.environ["HOPSKIP_API_KEY"]] if os.environ.get("HOPSKIP_API_KEY") else []
-    if file is not None:
-        try:
-            found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api-key-file {str(file)!r} cannot be read ({error}); give a text file") from None
-        if not found:
-            raise ConfigError(f"api-key-file {str(file)!r} has no keys; write one a line")
-        keys += found
-    return tuple(keys)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hopskip.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +70,29 @@ class ServeSettings:
                 raise ConfigError(
                     "an API key has fewer than 8 characters, spaces, or others than ASCII; use a longer one"
                 )
+
+
+def model_name(model: str | None) -> str:
+    """What a model is called if nobody says: a folder's or file's own name (paths of this machine are nobody's
+    business), a Hub id as it stands."""
+    from hopskip.hub import DEFAULT_MODEL
+
+    return Path(model).resolve().name if model is not None and Path(model).exists() else model or DEFAULT_MODEL
+
+
+def read_api_keys(file: Path | None) -> tuple[str, ...]:
+    """The key in HOPSKIP_API_KEY, and those in a file, one a line.
+
+    Raises:
+        ConfigError: the file cannot be read, or has none.
+    """
+    keys = [os.environ["HOPSKIP_API_KEY"]] if os.environ.get("HOPSKIP_API_KEY") else []
+    if file is not None:
+        try:
+            found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api-key-file {str(file)!r} cannot be read ({error}); give a text file") from None
+        if not found:
+            raise ConfigError(f"api-key-file {str(file)!r} has no keys; write one a line")
+        keys += found
+    return tuple(keys)

@@ -271,7 +271,8 @@ class StaticDecoder:
             self._append(result, token, max_new_tokens)
         result.stats.num_target_passes += 1
         if self.speculative.num_draft_tokens:
-            result.stats.record_draft(self.speculative.num_draft_tokens, min(num_accepted, num_committed))
+            depth = self.speculative.num_draft_tokens
+            result.stats.record_draft(depth, min(num_accepted, num_committed), depth)
 
     def _append(self, result: Generated, token: int, max_new_tokens: int) -> None:
         result.token_ids.append(token)
