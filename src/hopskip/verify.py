@@ -47,30 +47,61 @@ def verify_sampled(
     target_probs: Tensor,
     generator: torch.Generator,
 ) -> Verdict:
-    """Token-wise rejection sampling (arXiv 2211.17192, 2302.01318): the tokens kept are distributed as the target's.
+    """Accept or reject so that the tokens kept are distributed as the target's.
 
-    Draft token x is accepted with probability min(1, target(x) / draft(x)); after the first rejection the token is
-    drawn from max(0, target - draft), renormalised.
+    A draft may have been ended by what its tokens are, but not by what the next would have been.
 
     Args:
         draft_ids: M proposed tokens.
         draft_probs: for each the distribution it was drawn from, [V]; None if they were proposed with certainty
             (n-gram lookup), which is a distribution with all its mass on the token.
         target_probs: the target's distributions, [M + 1, V], after the same temperature, truncation and penalties.
-        generator: advanced by one uniform per draft token looked at, and one for the last token.
+        generator: advanced by a uniform for each draft token that is looked at, and one for the last token.
     """
+    if draft_probs is None:
+        return _verify_certain(draft_ids, target_probs, generator)
+    return _verify_block(draft_ids, draft_probs, target_probs, generator)
+
+
+def _verify_certain(draft_ids: Sequence[int], target_probs: Tensor, generator: torch.Generator) -> Verdict:
+    """Token by token (arXiv 2211.17192, 2302.01318): accept with the target's probability; at the first rejection draw
+    from the others. For drafts with certainty block verification would come to the same."""
     for index, token in enumerate(draft_ids):
         target_V = target_probs[index]
-        draft_probability = 1.0 if draft_probs is None else float(draft_probs[index][token])
-        if float(torch.rand((), generator=generator)) * draft_probability < float(target_V[token]):
+        if float(torch.rand((), generator=generator)) < float(target_V[token]):
             continue
-        if draft_probs is None:
-            residual_V = target_V.clone()
-            residual_V[token] = 0
-        else:
-            residual_V = (target_V - draft_probs[index]).clamp_min(0)
-        if not float(residual_V.sum()) > 0:
-            # the two distributions are equal but for rounding: a rejection then has no mass of its own to draw from
-            residual_V = target_V
-        return Verdict(index, draw(residual_V, generator))
+        residual_V = target_V.clone()
+        residual_V[token] = 0
+        return Verdict(index, _draw_residual(residual_V, target_V, generator))
     return Verdict(len(draft_ids), draw(target_probs[len(draft_ids)], generator))
+
+
+def _verify_block(
+    draft_ids: Sequence[int], draft_probs: Sequence[Tensor], target_probs: Tensor, generator: torch.Generator
+) -> Verdict:
+    """Block verification (arXiv 2403.10444): accepts prefixes, and never fewer tokens on average than token by token.
+
+    `weight` is the share of a drafted prefix that the target can make use of: the product of target / draft along it,
+    never above 1. Token by token each factor would be cut to 1, and what a token had to spare lost to those after it.
+    """
+    num_draft = len(draft_ids)
+    num_accepted, weight, weight_accepted = 0, 1.0, 1.0
+    for index, token in enumerate(draft_ids):
+        weight = min(1.0, weight * float(target_probs[index][token]) / float(draft_probs[index][token]))
+        acceptance = weight
+        if weight < 1 and index + 1 < num_draft:
+            # what the longer prefixes leave to this one
+            left = float((weight * target_probs[index + 1] - draft_probs[index + 1]).clamp_min(0).sum())
+            acceptance = left / (left + 1 - weight)
+        if float(torch.rand((), generator=generator)) < acceptance:
+            num_accepted, weight_accepted = index + 1, weight
+    target_V = target_probs[num_accepted]
+    if num_accepted == num_draft:
+        return Verdict(num_accepted, draw(target_V, generator))
+    residual_V = (weight_accepted * target_V - draft_probs[num_accepted]).clamp_min(0)
+    return Verdict(num_accepted, _draw_residual(residual_V, target_V, generator))
+
+
+def _draw_residual(residual_V: Tensor, target_V: Tensor, generator: torch.Generator) -> int:
+    # a residual without mass: draft and target are equal but for rounding, which has led to the rejection
+    return draw(residual_V if float(residual_V.sum()) > 0 else target_V, generator)
