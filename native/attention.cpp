@@ -29,7 +29,7 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
             out[i + half] = (x[i + half] * cos[i] + x[i] * sin[i]) * scale;
         }
     };
-    const size_t at = pass.cache.position(index, pass.rows.slots[row], kv_head, position);
+    const size_t at = pass.cache.position(index, pass.rows.slots[row], kv_head, pass.place_of_row[static_cast<size_t>(row)]);
     const auto store = [&](const float* x, void* cache, float* scales) {
         alignas(64) char narrow[MAX_HEAD_DIM * sizeof(float)];  // whole registers are written, which the cache has no room for
         const void* from = x;
@@ -68,12 +68,15 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
     const size_t start = cache.position(index, pass.rows.slots[block.row], kv_head, 0);
     const size_t bytes = start * size * static_cast<size_t>(cache.element_size());
     const size_t query = (static_cast<size_t>(kv_head) * static_cast<size_t>(pass.rows.count) + static_cast<size_t>(block.row)) * static_cast<size_t>(group);
-    const int end = pass.rows.positions[block.row + block.count - 1] + 1;
     ChunkTask task;
     task.queries = queries_.get() + query * padded(shape_.head_dim);
     task.num_queries = num_queries;
     task.first = range.data();
     task.last = range.data() + num_queries;
+    task.queries_per_row = group;
+    task.tail = block.tail;
+    task.places = pass.places.data() + static_cast<size_t>(block.row) * static_cast<size_t>(pass.places_per_row);
+    task.places_per_row = pass.places_per_row;
     task.keys = static_cast<const char*>(cache.k) + bytes;
     task.values = static_cast<const char*>(cache.v) + bytes;
     task.key_scales = cache.k_scales ? cache.k_scales + start : nullptr;
@@ -83,7 +86,7 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
     task.head_dim = shape_.head_dim;
     task.padded_head_dim = static_cast<int>(padded(shape_.head_dim));
     task.begin = chunk * CHUNK;
-    task.end = std::min(task.begin + CHUNK, end);
+    task.end = std::min(task.begin + CHUNK, block.end);
     kernels_.attend_chunk(task, worker.scratch.get(), partials);
 }
 

@@ -2,6 +2,7 @@
 // several sequences do.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "model.h"
 
@@ -33,7 +34,7 @@ void Model::mix(const Branch& branch, const float* token_states, const float* fe
 }
 
 void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const DraftInputs& inputs, int k, const int32_t* limits,
-                  float min_confidence, const CacheView& cache, int32_t* tokens, int32_t* counts, float* states) {
+                  float min_confidence, const CacheView& cache, const DraftOutputs& outputs) {
     const auto guard = lock();
     const auto size = static_cast<size_t>(shape_.hidden_size);
     const auto vocabulary = static_cast<size_t>(branch.head ? branch.head->rows : shape_.vocab_size);
@@ -52,7 +53,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         last_ids.clear(), slots.clear(), positions.clear();
         for (size_t i : open) {
             const int row = last_rows[i];
-            last_ids.push_back(step ? tokens[i * static_cast<size_t>(k) + static_cast<size_t>(step) - 1] : ids[row]);
+            last_ids.push_back(step ? outputs.tokens[i * static_cast<size_t>(k) + static_cast<size_t>(step) - 1] : ids[row]);
             slots.push_back(rows.slots[row]);
             positions.push_back(rows.positions[row] + step);
         }
@@ -89,10 +90,13 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
     }
 
     std::vector<int32_t> best(sequences);
-    std::fill(counts, counts + sequences, 0);
+    std::fill(outputs.counts, outputs.counts + sequences, 0);
+    const bool wants_logits = min_confidence > 0 || outputs.probabilities;
+    const auto width = static_cast<size_t>(outputs.num_runner_ups) + 1;
+    const auto token_of = [&](int32_t row) { return branch.vocabulary ? branch.vocabulary[row] : row; };
     for (int step = 0;; ++step) {
         const int count = static_cast<int>(open.size());
-        if (min_confidence > 0) {
+        if (wants_logits) {
             logits.resize(vocabulary * open.size());
             this->logits(hidden.data(), count, branch.head, logits.data());
             for (size_t i = 0; i < open.size(); ++i) {
@@ -105,11 +109,19 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         std::vector<size_t> still_open;
         for (size_t i = 0; i < open.size(); ++i) {
             const size_t sequence = open[i], place = sequence * static_cast<size_t>(k) + static_cast<size_t>(step);
-            tokens[place] = branch.vocabulary ? branch.vocabulary[best[i]] : best[i];
-            counts[sequence] = step + 1;
-            std::copy_n(hidden.data() + size * i, size, states + size * place);
-            const float* row = logits.data() + vocabulary * i;
-            const bool is_sure = min_confidence <= 0 || 1.0f / kernels_.sum_exp(row, vocabulary, row[best[i]]) >= min_confidence;
+            outputs.tokens[place] = token_of(best[i]);
+            outputs.counts[sequence] = step + 1;
+            std::copy_n(hidden.data() + size * i, size, outputs.states + size * place);
+            float* row = logits.data() + vocabulary * i;
+            const float largest = wants_logits ? row[best[i]] : 0;
+            const float probability = wants_logits ? 1.0f / kernels_.sum_exp(row, vocabulary, largest) : 1;
+            const bool is_sure = probability >= min_confidence;
+            for (size_t next = 0; outputs.probabilities && next < width; ++next) {
+                const auto other = next ? std::max_element(row, row + vocabulary) - row : best[i];
+                outputs.probabilities[width * place + next] = probability * std::exp(row[other] - largest);
+                if (next) outputs.runner_ups[(width - 1) * place + next - 1] = token_of(static_cast<int32_t>(other));
+                row[other] = -std::numeric_limits<float>::infinity();
+            }
             if (is_sure && step + 1 < std::min(k, limits[sequence])) {
                 // moves to the front, where the next step looks for it
                 std::copy_n(hidden.data() + size * i, size, hidden.data() + size * still_open.size());

@@ -49,15 +49,20 @@ struct Activations {
 
 enum class CacheType : int { f32, bf16, int8 };
 
-// One chunk of cache positions begin..end-1 of one key/value head, for the queries of all rows that share it.
+// One chunk of positions begin..end-1 of one key/value head, for the queries of all rows that share it. What lies at a position
+// from `tail` on depends on the row: there its branch of a tree of tokens has parted from the others.
 struct ChunkTask {
     const float* queries;     // [num_queries][padded head_dim], scaled by 1 / sqrt(head_dim), RoPE applied
     int num_queries;
     const int* first;         // [num_queries] first and last position that a query sees
     const int* last;
-    const void* keys;         // [positions][head_dim], from position 0
+    int queries_per_row;
+    int tail;                 // INT_MAX: the rows are no tree
+    const int* places;        // [rows][places_per_row] where the keys and values of positions tail, tail + 1, .. lie
+    int places_per_row;
+    const void* keys;         // [places][head_dim], from place 0; before the tail a position is its own place
     const void* values;
-    const float* key_scales;  // [positions], int8 only
+    const float* key_scales;  // [places], int8 only
     const float* value_scales;
     CacheType type;
     int element_size;         // bytes

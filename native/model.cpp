@@ -3,6 +3,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <limits>
 #include <unistd.h>
@@ -242,8 +243,35 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
     }, add_to_hidden(layer.down));
 }
 
+// Where the rows' keys and values go, and where those of their ancestors in a tree are.
+void Model::find_places(Pass& pass) {
+    const RowsView& rows = pass.rows;
+    pass.place_of_row.assign(rows.positions, rows.positions + rows.count);
+    pass.places.clear();
+    pass.places_per_row = 0;
+    if (!rows.back) return;
+    std::vector<int> depths(static_cast<size_t>(rows.count), 0);
+    for (int row = 0, root = 0; row < rows.count; ++row) {
+        if (rows.back[row] == 0) root = row;
+        const auto r = static_cast<size_t>(row);
+        pass.place_of_row[r] = rows.positions[root] + row - root;
+        depths[r] = rows.positions[row] - rows.positions[root];
+        pass.places_per_row = std::max(pass.places_per_row, depths[r]);
+    }
+    const auto width = static_cast<size_t>(pass.places_per_row);
+    for (int row = 0; row < rows.count; ++row) {
+        const auto r = static_cast<size_t>(row);
+        // a row does not look behind itself, so there any place will do
+        pass.places.insert(pass.places.end(), width, pass.place_of_row[r]);
+        int* own = pass.places.data() + r * width;
+        for (int ancestor = row; depths[static_cast<size_t>(ancestor)]; ancestor -= rows.back[ancestor])
+            own[depths[static_cast<size_t>(ancestor)] - 1] = pass.place_of_row[static_cast<size_t>(ancestor)];
+    }
+}
+
 void Model::run_pass(const float* in, float* out, Pass& pass) {
     const int rows = pass.rows.count;
+    find_places(pass);
     pass.blocks.clear();
     pass.block_of_row.resize(static_cast<size_t>(rows));
     pass.max_chunks = 0;
@@ -254,10 +282,12 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
             ++pass.blocks.back().count;
         } else {
             const int first = shape_.sliding_window ? std::max(0, position - shape_.sliding_window + 1) : 0;
-            pass.blocks.push_back({row, 1, first / CHUNK, 0});
+            const int tail = !pass.rows.back ? INT_MAX : goes_on ? pass.blocks.back().tail : position + 1;
+            pass.blocks.push_back({row, 1, first / CHUNK, 0, 0, tail});
         }
         Block& block = pass.blocks.back();
-        block.num_chunks = position / CHUNK + 1 - block.first_chunk;
+        block.end = std::max(block.end, position + 1);
+        block.num_chunks = (block.end - 1) / CHUNK + 1 - block.first_chunk;
         pass.max_chunks = std::max(pass.max_chunks, block.num_chunks);
         pass.block_of_row[static_cast<size_t>(row)] = static_cast<int>(pass.blocks.size()) - 1;
     }
@@ -285,8 +315,10 @@ void Model::run_layers(const float* in, float* out, int start, int stop, RowsVie
     pass.cache = cache;
     pass.start = start;
     pass.stop = stop;
-    for (int first = 0; first < rows.count; first += MAX_PASS_ROWS) {
-        pass.rows = {std::min(MAX_PASS_ROWS, rows.count - first), rows.slots + first, rows.positions + first};
+    for (int first = 0, next; first < rows.count; first = next) {
+        next = std::min(first + MAX_PASS_ROWS, rows.count);
+        while (rows.back && next < rows.count && rows.back[next]) --next;  // a tree stays whole
+        pass.rows = {next - first, rows.slots + first, rows.positions + first, rows.back ? rows.back + first : nullptr};
         run_pass(in + size * static_cast<size_t>(first), out + size * static_cast<size_t>(first), pass);
     }
 }

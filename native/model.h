@@ -40,6 +40,7 @@ private:
 
 constexpr int MAX_BLOCK_ROWS = 8;  // rows of a sequence that share one reading of its keys and values
 constexpr int MAX_HEAD_DIM = 512;
+constexpr int MAX_TREE_ROWS = 64;
 
 inline int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
 inline size_t padded(int cols) { return static_cast<size_t>(blocks_of(cols)) * BLOCK; }
@@ -71,10 +72,13 @@ struct CacheView {
     }
 };
 
-// Where each row lives. Rows of one sequence are consecutive, in the order of their positions.
+// Where each row lives. Rows of one sequence are consecutive. With `back` null they are in the order of their positions; else
+// they may be a tree of tokens, each after its parent: back[row] is how many rows before it its parent is, 0 for the first row of
+// a sequence. A tree's keys and values lie in the order of the rows, so that its branches do not overwrite each other.
 struct RowsView {
     int count;
     const int32_t *slots, *positions;
+    const int32_t* back = nullptr;
 };
 
 // An exit: layers 0..start-1 of the model (0: the embedding), then num_layers of those added after the model's own, norm, head.
@@ -91,6 +95,16 @@ struct Branch {
 struct DraftInputs {
     const float* features;      // [rows, num_features, hidden_size], of the token before
     const float* token_states;  // [rows, hidden_size], outputs of layer start-1; those of each sequence's last row are not used
+};
+
+// What a draft leaves: k steps for each sequence, as many of them as `counts` says.
+struct DraftOutputs {
+    int32_t* tokens;       // [sequences, k]
+    int32_t* counts;       // [sequences]
+    float* states;         // [sequences, k, hidden_size], which the tokens were read from
+    float* probabilities;  // [sequences, k, 1 + num_runner_ups], of the tokens and their runner-ups at the exit; null: not wanted
+    int num_runner_ups;
+    int32_t* runner_ups;   // [sequences, k, num_runner_ups], next best tokens, best first
 };
 
 class Model {
@@ -118,10 +132,9 @@ public:
     void greedy(const float* in, int count, const Matrix* head, int32_t* out);
     // Up to k greedy draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a
     // branch has yet to see. limits [sequences]: fewer than k steps, if any. A sequence stops after its first token less
-    // probable than min_confidence. tokens [sequences, k], counts [sequences], states [sequences, k, hidden_size]: the hidden
-    // states that the tokens were read from.
+    // probable than min_confidence.
     void draft(const Branch& branch, const int32_t* ids, RowsView rows, const DraftInputs& inputs, int k, const int32_t* limits,
-               float min_confidence, const CacheView& cache, int32_t* tokens, int32_t* counts, float* states);
+               float min_confidence, const CacheView& cache, const DraftOutputs& outputs);
 
 private:
     struct Worker {  // what each thread has for itself
@@ -136,19 +149,24 @@ private:
     };
     struct Block {  // rows of one sequence that attend together
         int row, count;
-        int first_chunk, num_chunks;  // of the cache positions that any of them sees
+        int first_chunk, num_chunks;  // of the positions that any of them sees
+        int end;                      // those are before it
+        int tail;                     // first position where the rows differ; see ChunkTask
     };
     struct Pass {
         RowsView rows;
         CacheView cache;
         int start, stop;
         std::vector<Block> blocks;
-        std::vector<int> block_of_row;
+        std::vector<int> block_of_row, place_of_row;
+        std::vector<int> places;  // [rows][places_per_row], of trees
+        int places_per_row;
         int max_chunks;
         bool is_split;  // chunks of one block go to several threads, and are merged afterwards
     };
 
     void run_pass(const float* in, float* out, Pass& pass);
+    void find_places(Pass& pass);
     void run_layer(Team& team, int index, const Pass& pass);
     void rotate_and_store(int item, int index, const Pass& pass);
     void attend(int item, int index, Worker& worker, const Pass& pass);

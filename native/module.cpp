@@ -168,10 +168,10 @@ public:
     }
 
     void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions, const Array& k, const Array& v,
-                    const std::optional<Array>& k_scales, const std::optional<Array>& v_scales) {
+                    const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const std::optional<Array>& back) {
         const int first = in_range(start, "start", 0, model_.num_layers()), last = in_range(stop, "stop", first, model_.num_layers());
         const CacheView cache = check_cache(k, v, k_scales, v_scales);
-        const RowsView rows = check_rows(slots, positions, cache, 1);
+        const RowsView rows = check_rows(slots, positions, back, cache);
         const float* in = hidden(h, "h", rows.count);
         float* to = hidden(out, "out", rows.count);
         nb::gil_scoped_release release;
@@ -196,7 +196,8 @@ public:
 
     void draft(const PackedBranch& exit, const Array& ids, const Array& slots, const Array& positions, const std::optional<Array>& features,
                const std::optional<Array>& token_states, int64_t k, const Array& limits, float min_confidence, const Array& keys, const Array& values,
-               const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const Array& tokens, const Array& counts, const Array& states) {
+               const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const Array& tokens, const Array& counts, const Array& states,
+               const std::optional<Array>& probabilities, const std::optional<Array>& runner_ups) {
         const Branch& branch = exit.branch;
         const int size = shape().hidden_size, steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
         in_range(branch.start, "start", 0, branch.first_layer), in_range(branch.first_layer + branch.num_layers, "the branch's end", 0, model_.num_layers());
@@ -208,7 +209,7 @@ public:
         const int count = check_ids(ids);
         if (!count) return;
         const CacheView cache = check_cache(keys, values, k_scales, v_scales);
-        const RowsView rows = check_rows(slots, positions, cache, 1);
+        const RowsView rows = check_rows(slots, positions, std::nullopt, cache);
         if (rows.count != count) refuse("ids and slots differ in length");
         const auto* limit = checked<int32_t>(limits, "limits", {ANY});
         const auto sequences = static_cast<int>(limits.shape(0));
@@ -239,12 +240,19 @@ public:
             refuse("a head of its own needs a draft vocabulary");
         }
         const auto* from = static_cast<const int32_t*>(ids.data());
-        auto* to = checked<int32_t>(tokens, "tokens", {sequences, steps});
-        auto* lengths = checked<int32_t>(counts, "counts", {sequences});
-        auto* exits = checked<float>(states, "states", {sequences, steps, size});
+        DraftOutputs outputs{};
+        outputs.tokens = checked<int32_t>(tokens, "tokens", {sequences, steps});
+        outputs.counts = checked<int32_t>(counts, "counts", {sequences});
+        outputs.states = checked<float>(states, "states", {sequences, steps, size});
+        if (probabilities) {
+            if (!runner_ups) refuse("probabilities need runner_ups, which may have a size of 0");
+            outputs.runner_ups = checked<int32_t>(*runner_ups, "runner_ups", {sequences, steps, ANY});
+            outputs.num_runner_ups = in_range(static_cast<int64_t>(runner_ups->shape(2)), "the number of runner-ups", 0, vocabulary - 1);
+            outputs.probabilities = checked<float>(*probabilities, "probabilities", {sequences, steps, outputs.num_runner_ups + 1});
+        }
         nb::gil_scoped_release release;
         model_.make_room_for(branch);
-        model_.draft(branch, from, rows, inputs, steps, limit, min_confidence, cache, to, lengths, exits);
+        model_.draft(branch, from, rows, inputs, steps, limit, min_confidence, cache, outputs);
     }
 
     const char* isa() const { return model_.isa(); }
@@ -310,24 +318,33 @@ private:
         return cache;
     }
 
-    // `steps`: how many positions from each row's on will be written.
-    RowsView check_rows(const Array& slots, const Array& positions, const CacheView& cache, int steps) {
+    RowsView check_rows(const Array& slots, const Array& positions, const std::optional<Array>& back, const CacheView& cache) {
         const auto* slot = checked<int32_t>(slots, "slots", {ANY});
         const int count = static_cast<int>(slots.shape(0));
         const auto* position = checked<int32_t>(positions, "positions", {count});
+        const int32_t* steps = back ? checked<int32_t>(*back, "back", {count}) : nullptr;
         const int64_t length = std::min(cache.length, model_.rope_length());
         std::vector<bool> seen(static_cast<size_t>(cache.slots), false);
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0, first = 0; i < count; ++i) {
             in_range(slot[i], "slot", 0, cache.slots - 1);
-            in_range(position[i], "position", 0, length - steps);
+            in_range(position[i], "position", 0, length - 1);
             const bool goes_on = i > 0 && slot[i] == slot[i - 1];
-            if (goes_on && position[i] != position[i - 1] + 1)
-                refuse("positions " + std::to_string(position[i - 1]) + " and " + std::to_string(position[i]) + " of slot " + std::to_string(slot[i]) +
+            if (!goes_on) {
+                first = i;
+                if (seen[static_cast<size_t>(slot[i])]) refuse("slot " + std::to_string(slot[i]) + " occurs in two segments; each must have its own");
+                seen[static_cast<size_t>(slot[i])] = true;
+            }
+            if (steps) {
+                in_range(steps[i], "back", goes_on ? 1 : 0, i - first);
+                in_range(i - first, "the number of a tree's row", 0, MAX_TREE_ROWS - 1);
+                in_range(position[first] + i - first, "the place of a tree's row", 0, length - 1);
+            }
+            const int parent = i - (steps ? steps[i] : 1);
+            if (goes_on && position[i] != position[parent] + 1)
+                refuse("positions " + std::to_string(position[parent]) + " and " + std::to_string(position[i]) + " of slot " + std::to_string(slot[i]) +
                        " follow each other; rows of a sequence must be consecutive");
-            if (!goes_on && seen[static_cast<size_t>(slot[i])]) refuse("slot " + std::to_string(slot[i]) + " occurs in two segments; each must have its own");
-            seen[static_cast<size_t>(slot[i])] = true;
         }
-        return {count, slot, position};
+        return {count, slot, position, steps};
     }
 
     Model model_;
@@ -387,11 +404,12 @@ NB_MODULE(_native, m) {
         .def("set_rope", &Engine::set_rope, "cos"_a, "sin"_a)
         .def("embed", &Engine::embed, "ids"_a, "out"_a)
         .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a, "k_scales"_a = nb::none(),
-             "v_scales"_a = nb::none())
+             "v_scales"_a = nb::none(), "back"_a = nb::none())
         .def("logits", &Engine::logits, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("draft", &Engine::draft, "branch"_a, "ids"_a, "slots"_a, "positions"_a, "features"_a, "token_states"_a, "num_draft_tokens"_a, "limits"_a, "min_confidence"_a,
-             "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "tokens"_a, "counts"_a, "states"_a)
+             "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "tokens"_a, "counts"_a, "states"_a, "probabilities"_a = nb::none(),
+             "runner_ups"_a = nb::none())
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("rope_length", &Engine::rope_length);

@@ -84,7 +84,7 @@ static float sum_exp(const float* x, size_t count, float maximum) {  // any coun
 
 // Vectors of up to LANES cache positions from `position` on as f32 [LANES][padded_head_dim], zeros beyond task.end and head_dim.
 template <CacheType TYPE>
-static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile) {
+static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, const int* places, float* tile) {
     using Element = std::conditional_t<TYPE == CacheType::f32, float, std::conditional_t<TYPE == CacheType::bf16, uint16_t, int8_t>>;
     const auto widened = [](const Element* p) {
         if constexpr (TYPE == CacheType::f32) return load(p);
@@ -98,8 +98,9 @@ static void widen(const ChunkTask& task, const void* cache, const float* scales,
             for (size_t e = 0; e < padded; e += LANES) store(tile + e, zero());
             continue;
         }
-        const Element* from = static_cast<const Element*>(cache) + static_cast<size_t>(position + t) * size;
-        const V scale = splat(TYPE == CacheType::int8 ? scales[position + t] : 1.0f);
+        const int place = position + t < task.tail ? position + t : places[position + t - task.tail];
+        const Element* from = static_cast<const Element*>(cache) + static_cast<size_t>(place) * size;
+        const V scale = splat(TYPE == CacheType::int8 ? scales[place] : 1.0f);
         const auto put = [&](const Element* block, float* to) {
             for (int i = 0; i < BLOCK; i += LANES) {
                 const V x = widened(block + i);
@@ -119,11 +120,25 @@ static void widen(const ChunkTask& task, const void* cache, const float* scales,
     }
 }
 
-static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile) {
+static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, const int* places, float* tile) {
     switch (task.type) {
-        case CacheType::f32: return widen<CacheType::f32>(task, cache, scales, position, tile);
-        case CacheType::bf16: return widen<CacheType::bf16>(task, cache, scales, position, tile);
-        case CacheType::int8: return widen<CacheType::int8>(task, cache, scales, position, tile);
+        case CacheType::f32: return widen<CacheType::f32>(task, cache, scales, position, places, tile);
+        case CacheType::bf16: return widen<CacheType::bf16>(task, cache, scales, position, places, tile);
+        case CacheType::int8: return widen<CacheType::int8>(task, cache, scales, position, places, tile);
+    }
+}
+
+// Calls use(first, end) with LANES widened positions in `tile` for all queries that find the same there.
+template <class Use>
+static inline void with_tiles(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile, const Use& use) {
+    if (position + LANES <= task.tail) {
+        widen(task, cache, scales, position, nullptr, tile);
+        use(0, task.num_queries);
+        return;
+    }
+    for (int row = 0; row * task.queries_per_row < task.num_queries; ++row) {
+        widen(task, cache, scales, position, task.places + row * task.places_per_row, tile);
+        use(row * task.queries_per_row, (row + 1) * task.queries_per_row);
     }
 }
 
@@ -189,16 +204,17 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
     const size_t stride = PARTIAL_VALUES + static_cast<size_t>(padded);
     const V hidden = splat(-__builtin_inff());
     for (int position = task.begin; position < task.end; position += LANES) {
-        widen(task, task.keys, task.key_scales, position, tile);
         const V index = add(lane_indices(), splat(static_cast<float>(position)));
-        in_groups<MAX_QUERIES>(task.num_queries, [&]<int R>(int q) {
-            V products[R][LANES];
-            for (int first = 0; first < LANES; first += 4) dot_keys<R>(task.queries + q * padded, tile + first * padded, padded, products, first);
-            UNROLL
-            for (int r = 0; r < R; ++r) {
-                const V seen = where_less(index, splat(static_cast<float>(task.first[q + r])), hidden, sums(products[r]));
-                store(scores + (q + r) * CHUNK + position - task.begin, where_less(splat(static_cast<float>(task.last[q + r])), index, hidden, seen));
-            }
+        with_tiles(task, task.keys, task.key_scales, position, tile, [&](int first_query, int end_query) {
+            in_groups<MAX_QUERIES>(end_query, [&]<int R>(int q) {
+                V products[R][LANES];
+                for (int first = 0; first < LANES; first += 4) dot_keys<R>(task.queries + q * padded, tile + first * padded, padded, products, first);
+                UNROLL
+                for (int r = 0; r < R; ++r) {
+                    const V seen = where_less(index, splat(static_cast<float>(task.first[q + r])), hidden, sums(products[r]));
+                    store(scores + (q + r) * CHUNK + position - task.begin, where_less(splat(static_cast<float>(task.last[q + r])), index, hidden, seen));
+                }
+            }, first_query);
         });
     }
     for (int i = 0; i < CACHE_AHEAD; i += 64)
@@ -221,10 +237,11 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
         for (int e = 0; e < padded; e += LANES) store(partial + PARTIAL_VALUES + e, zero());
     }
     for (int position = task.begin; position < task.end; position += LANES) {
-        widen(task, task.values, task.value_scales, position, tile);
-        in_groups<MAX_QUERIES>(task.num_queries, [&]<int R>(int q) {
-            for (int e = 0; e < padded; e += BLOCK)
-                add_values<R>(scores + q * CHUNK + position - task.begin, tile + e, padded, partials + stride * q + PARTIAL_VALUES + e, stride);
+        with_tiles(task, task.values, task.value_scales, position, tile, [&](int first_query, int end_query) {
+            in_groups<MAX_QUERIES>(end_query, [&]<int R>(int q) {
+                for (int e = 0; e < padded; e += BLOCK)
+                    add_values<R>(scores + q * CHUNK + position - task.begin, tile + e, padded, partials + stride * q + PARTIAL_VALUES + e, stride);
+            }, first_query);
         });
     }
 }

@@ -99,10 +99,11 @@ def test_every_greedy_setting_is_proved(make: object) -> None:
 
 
 def test_a_wrong_verdict_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_one_too_many(draft_ids: Sequence[int], target_ids: Sequence[int]) -> Verdict:
+    def accept_one_too_many(draft_ids: Sequence[int], target_ids: Sequence[int], parents: object) -> Verdict:
+        assert parents is None
         verdict = verify_greedy(draft_ids, target_ids)
         num_accepted = min(verdict.num_accepted + 1, len(draft_ids))
-        return Verdict(num_accepted, target_ids[num_accepted])
+        return Verdict(tuple(range(num_accepted)), target_ids[num_accepted])
 
     monkeypatch.setattr(hopskip.engine, "verify_greedy", accept_one_too_many)
     proofs = greedy(small_model())
@@ -225,13 +226,17 @@ def test_sampling_is_proved() -> None:
 
 def test_a_wrong_accept_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def resample_from_the_target(
-        draft_ids: Sequence[int], draft_probs: Sequence[Tensor] | None, target: Tensor, generator: torch.Generator
+        draft_ids: Sequence[int],
+        draft_probs: Sequence[Tensor] | None,
+        target: Tensor,
+        generator: torch.Generator,
+        parents: object,
     ) -> Verdict:
         """Wrong: after a rejection draws from the target, not from what the draft left of it."""
         verdict = verify_sampled(draft_ids, draft_probs, target, generator)
         if verdict.num_accepted == len(draft_ids):
             return verdict
-        return Verdict(verdict.num_accepted, verify_sampled([], None, target[verdict.num_accepted :], generator)[1])
+        return Verdict(verdict.branch, verify_sampled([], None, target[verdict.num_accepted :], generator)[1])
 
     monkeypatch.setattr(hopskip.engine, "verify_sampled", resample_from_the_target)
     found = [p for p in sampling(PROMPTS[:1]) if p.status == "failed" and "another distribution" in p.detail]
@@ -240,7 +245,7 @@ def test_a_wrong_accept_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_drafts_that_are_always_rejected_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def ignore_the_draft(
-        draft_ids: Sequence[int], draft_probs: object, target: Tensor, generator: torch.Generator
+        draft_ids: Sequence[int], draft_probs: object, target: Tensor, generator: torch.Generator, parents: object
     ) -> Verdict:
         return verify_sampled([], None, target, generator)
 
@@ -250,7 +255,9 @@ def test_drafts_that_are_always_rejected_prove_nothing(monkeypatch: pytest.Monke
 
 
 def test_a_seed_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unseeded(ids: Sequence[int], probs: object, target: Tensor, generator: torch.Generator) -> Verdict:
+    def unseeded(
+        ids: Sequence[int], probs: object, target: Tensor, generator: torch.Generator, parents: object
+    ) -> Verdict:
         return verify_sampled(ids, probs, target, torch.default_generator)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hopskip.engine, "verify_sampled", unseeded)
@@ -358,7 +365,10 @@ def test_command_prints_a_table(checkpoint: Path) -> None:
 
 @pytest.mark.usefixtures("few_draws")
 def test_command_exits_with_1_when_a_proof_fails(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopskip.engine, "verify_greedy", lambda draft, target: Verdict(len(draft), target[-1]))
+    def accept_all(draft: list[int], target: list[int], parents: object) -> Verdict:
+        return Verdict(tuple(range(len(draft))), target[-1])
+
+    monkeypatch.setattr(hopskip.engine, "verify_greedy", accept_all)
     result = CliRunner().invoke(app, ["check", str(checkpoint), "--precision", "fp32", "--json", *ARGUMENTS])
     assert result.exit_code == 1
     report = json.loads(result.stdout)

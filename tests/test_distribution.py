@@ -18,7 +18,7 @@ import hopskip.engine
 from hopskip import SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.sampling import draw
-from hopskip.verify import Verdict
+from hopskip.verify import Verdict, verify_sampled
 from tests.models import MarkovModel
 from tests.oracle import exact_joint
 from tests.test_auto import whimsical
@@ -36,6 +36,12 @@ PARAMS = SamplingParams(
     frequency_penalty=0.2,
     logit_bias={2: 0.4},
 )
+PLAIN_PARAMS = SamplingParams(max_new_tokens=SKIP + LENGTH, temperature=0.9, top_p=0.92)
+"""For trees: where the distribution depends on the text, drafts are chains."""
+
+
+def params_of(draft: str) -> SamplingParams:
+    return PLAIN_PARAMS if draft == "tree" else PARAMS
 
 
 def tables() -> tuple[Tensor, Tensor]:
@@ -51,9 +57,13 @@ def sample(draft: str, seeds: range) -> tuple[NDArray[np.float64], int, int]:
     model = MarkovModel(*tables())
     # the sources in turn, and drafts that end by how sure they are
     drafter = whimsical(model, min_confidence=0.5) if draft == "auto" else None
-    config = SpeculativeConfig(draft=draft, num_draft_tokens=3)  # type: ignore[arg-type]
+    config = (
+        SpeculativeConfig(draft="early-exit", num_draft_tokens=3, num_runner_ups=3)
+        if draft == "tree"
+        else SpeculativeConfig(draft=draft, num_draft_tokens=3)  # type: ignore[arg-type]
+    )
     engine = Engine(model, config, max_num_seqs=500, prefix_caching=False, drafter=drafter)
-    sequences = [engine.add(PROMPT, replace(PARAMS, seed=seed)) for seed in seeds]
+    sequences = [engine.add(PROMPT, replace(params_of(draft), seed=seed)) for seed in seeds]
     while engine.has_work:
         engine.step()
     observed = np.zeros((VOCAB,) * LENGTH)
@@ -72,7 +82,7 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
         parts = list(pool.map(sample, [draft] * 2, shares))
     observed, drafted, accepted = (sum(part[i] for part in parts) for i in range(3))
     assert 0 < accepted < drafted
-    expected = exact_joint(tables()[1].double().numpy(), PROMPT, PARAMS, SKIP, LENGTH) * num_samples
+    expected = exact_joint(tables()[1].double().numpy(), PROMPT, params_of(draft), SKIP, LENGTH) * num_samples
     assert observed[expected == 0].sum() == 0
     # cells too rare for the chi-squared approximation are taken together
     rare = expected < 5
@@ -82,31 +92,39 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
     return float(chisquare(observed[keep], expected[keep], sum_check=False).pvalue)
 
 
-@pytest.mark.parametrize("draft", ["early-exit", "ngram", "auto"])
+@pytest.mark.parametrize("draft", ["early-exit", "ngram", "auto", "tree"])
 def test_joint_distribution_is_exact(draft: str) -> None:
     assert p_value(draft) > 0.001
 
 
 def resample_from_the_target(
-    draft_ids: Sequence[int], draft_probs: Sequence[Tensor] | None, target_probs: Tensor, generator: torch.Generator
+    draft_ids: Sequence[int],
+    draft_probs: Sequence[Tensor] | None,
+    target_probs: Tensor,
+    generator: torch.Generator,
+    parents: object,
 ) -> Verdict:
     """Wrong: on rejection draws from the target, not from what the draft left of it."""
     for index, token in enumerate(draft_ids):
         draft_probability = 1.0 if draft_probs is None else float(draft_probs[index][token])
         if float(torch.rand((), generator=generator)) * draft_probability >= float(target_probs[index][token]):
-            return Verdict(index, draw(target_probs[index], generator))
-    return Verdict(len(draft_ids), draw(target_probs[len(draft_ids)], generator))
+            return Verdict(tuple(range(index)), draw(target_probs[index], generator))
+    return Verdict(tuple(range(len(draft_ids))), draw(target_probs[len(draft_ids)], generator))
 
 
 def compare_greedily(
-    draft_ids: Sequence[int], draft_probs: Sequence[Tensor] | None, target_probs: Tensor, generator: torch.Generator
+    draft_ids: Sequence[int],
+    draft_probs: Sequence[Tensor] | None,
+    target_probs: Tensor,
+    generator: torch.Generator,
+    parents: object,
 ) -> Verdict:
     """Wrong: accepts a token whenever the target likes it at least as much as the draft did."""
     for index, token in enumerate(draft_ids):
         draft_probability = 0.5 if draft_probs is None else float(draft_probs[index][token])
         if float(target_probs[index][token]) < draft_probability:
-            return Verdict(index, draw(target_probs[index], generator))
-    return Verdict(len(draft_ids), draw(target_probs[len(draft_ids)], generator))
+            return Verdict(tuple(range(index)), draw(target_probs[index], generator))
+    return Verdict(tuple(range(len(draft_ids))), draw(target_probs[len(draft_ids)], generator))
 
 
 @pytest.mark.parametrize("draft", ["early-exit", "ngram"])
@@ -114,3 +132,20 @@ def compare_greedily(
 def test_a_wrong_accept_rule_is_found_out(draft: str, wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopskip.engine, "verify_sampled", wrong)
     assert p_value(draft, NUM_SAMPLES // 10) < 0.001
+
+
+def as_if_drawn_with_replacement(
+    draft_ids: Sequence[int],
+    draft_probs: Sequence[Tensor],
+    target_probs: Tensor,
+    generator: torch.Generator,
+    parents: Sequence[int],
+) -> Verdict:
+    """Wrong: tests every candidate of a place against the distribution that its first one was drawn from."""
+    first = [draft_probs[parents.index(parent)] for parent in parents]
+    return verify_sampled(draft_ids, first, target_probs, generator, parents)
+
+
+def test_a_wrong_rule_for_trees_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopskip.engine, "verify_sampled", as_if_drawn_with_replacement)
+    assert p_value("tree", NUM_SAMPLES // 10) < 0.001

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,6 +121,19 @@ def test_recompute_is_bit_identical_in_bfloat16(draft: str, num_draft_tokens: in
             assert torch.equal(plain.states[position], speculative.states[position]), position
     # the last prompt is one that both accepts and rejects
     assert 0 < got.stats.num_accepted_tokens < got.stats.num_draft_tokens
+
+
+@pytest.mark.parametrize("draft", ["early-exit", "both"])
+def test_runner_ups_are_lossless_and_save_passes(model: Model, plain_ids: list[list[int]], draft: str) -> None:
+    config = SpeculativeConfig(draft=draft, exit_layer=5, num_draft_tokens=4, num_runner_ups=5)  # type: ignore[arg-type]
+    sequences = run(Engine(model, config), PROMPTS, GREEDY)
+    assert new_ids(sequences) == plain_ids
+    chains = run(Engine(model, replace(config, num_runner_ups=0)), PROMPTS, GREEDY)
+    assert sum(s.stats.num_target_passes for s in sequences) < sum(s.stats.num_target_passes for s in chains)
+    for sequence in sequences:
+        stats = sequence.stats
+        assert len(stats.num_accepted_tokens_per_pos) <= 4
+        assert sum(stats.num_accepted_tokens_per_pos) == stats.num_accepted_tokens < stats.num_draft_tokens
 
 
 def test_a_draft_that_ends_early_by_confidence_is_lossless(model: Model, plain_ids: list[list[int]]) -> None:

@@ -95,13 +95,16 @@ def test_the_models_own_layers_as_a_branch_are_always_right(checkpoint: Checkpoi
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_text_does_not_depend_on_the_branch(checkpoint: Checkpoint, backend: str, config: BranchConfig) -> None:
+@pytest.mark.parametrize("num_runner_ups", [0, 4])
+def test_text_does_not_depend_on_the_branch(
+    checkpoint: Checkpoint, backend: str, config: BranchConfig, num_runner_ups: int
+) -> None:
     model = load(checkpoint, backend)
     _, branch = random_branch(checkpoint, config)
     rows = 1 if backend == "native" else 4
     expected = run(Engine(model, PLAIN, rows_per_sequence=rows), PROMPTS, PARAMS)
     model.attach(branch)
-    engine = Engine(model, SpeculativeConfig(draft="exit-branch"))
+    engine = Engine(model, SpeculativeConfig(draft="exit-branch", num_runner_ups=num_runner_ups))
     got = run(engine, PROMPTS, PARAMS)
     assert new_ids(got) == new_ids(expected)
     assert sum(s.stats.num_draft_tokens for s in got) > sum(s.stats.num_accepted_tokens for s in got)
@@ -219,7 +222,8 @@ def test_penalties_and_bans_hold_in_drafts(checkpoint: Checkpoint, temperature: 
     assert sum(s.stats.num_accepted_tokens for s in got) >= 0.99 * sum(s.stats.num_draft_tokens for s in got) > 0
 
 
-def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution() -> None:
+@pytest.mark.parametrize("num_runner_ups", [0, 3])
+def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution(num_runner_ups: int) -> None:
     """The branch cannot draft half of the tokens; they must come as often as without it."""
     torch.manual_seed(0)
     model = tiny_model(vocab_size=6, num_hidden_layers=2)
@@ -227,7 +231,10 @@ def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution() -> 
     branch = ExitBranch(BranchConfig(start=1, num_layers=0), vocabulary, [], {}, "", 2)
     params = SamplingParams(max_new_tokens=3, temperature=1.3)
     counts = []
-    for speculative in (PLAIN, SpeculativeConfig(draft="exit-branch", num_draft_tokens=2)):
+    for speculative in (
+        PLAIN,
+        SpeculativeConfig(draft="exit-branch", num_draft_tokens=2, num_runner_ups=num_runner_ups),
+    ):
         if speculative is not PLAIN:
             model.attach(branch)
         engine = Engine(model, speculative, max_num_seqs=256)
@@ -251,10 +258,12 @@ def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution() -> 
 
 def test_what_is_saved_is_what_is_loaded(checkpoint: Checkpoint, tmp_path: Path) -> None:
     _, branch = random_branch(checkpoint, CONFIGS[0])
+    branch = replace(branch, num_runner_ups=2)
     branch.save(tmp_path / "exit")
     loaded = ExitBranch.load(tmp_path / "exit")
     assert loaded.config == branch.config
     assert loaded.num_draft_tokens == branch.num_draft_tokens
+    assert loaded.num_runner_ups == branch.num_runner_ups == 2
     assert torch.equal(loaded.vocabulary, branch.vocabulary)
     assert loaded.tensors().keys() == branch.tensors().keys()
     for name, tensor in branch.tensors().items():
@@ -318,6 +327,9 @@ def test_impossible_branches_are_refused(settings: dict[str, object], match: str
     [
         ({"draft": "exit-branch", "verify": "reuse"}, "leave it out"),
         ({"draft": "exit-branch", "exit_layer": 2}, "no effect"),
+        ({"draft": "ngram", "num_runner_ups": 2}, "no effect"),
+        ({"draft": "early-exit", "verify": "reuse", "num_runner_ups": 2}, "leave num_runner_ups out"),
+        ({"num_runner_ups": 33}, "0 to 32"),
         ({"draft": "ngram", "exit_branch": "x"}, "no effect"),
         ({"exit_layer": 2, "exit_branch": "x"}, "two exits"),
     ],

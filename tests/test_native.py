@@ -467,6 +467,42 @@ def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
         NativeModel.load(open_checkpoint(tmp_path), "q8")
 
 
+PARENTS = (-1, 0, 1, 2, 0, 1, 4, 6, 3)
+
+
+@pytest.mark.parametrize("kv_dtype", native.KV_DTYPES)
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("start", [60, 254, 255, 256])
+def test_rows_of_a_tree_have_the_bits_of_its_branches(
+    checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, start: int, isa: str, kv_dtype: torch.dtype
+) -> None:
+    """Also where a branch crosses from one chunk of positions to the next; and a branch that is kept looks like a
+    chain that was never anything else."""
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    checkpoint = checkpoints["mistral-window" if start == 60 else "llama3-gqa"]
+    model = NativeModel.load(checkpoint, "bfloat16", threads=2, kv_dtype=kv_dtype)
+    depth = model.config.num_hidden_layers
+    generator = torch.Generator().manual_seed(start)
+    ids = torch.randint(0, model.config.vocab_size, (start + len(PARENTS),), generator=generator)
+    x_ND = model.embed(ids)
+    segment = Segment(1, start, len(PARENTS), PARENTS)
+    cache = model.new_cache(2, start + len(PARENTS))
+    for tensor in cache.tensors:
+        tensor.zero_()
+    model.run_layers(x_ND[:start], 0, depth, Rows([Segment(1, 0, start)]), cache)
+    rows = Rows([Segment(0, 0, 2), segment])
+    out_ND = model.run_layers(torch.cat((x_ND[:2], x_ND[start:])), 0, depth, rows, cache)[2:]
+    for row in range(len(PARENTS)):
+        branch = [place - start for place in segment.places_to(row)]
+        chain = model.new_cache(1, start + len(branch))
+        model.run_layers(x_ND[:start], 0, depth, Rows([Segment(0, 0, start)]), chain)
+        own_ND = model.run_layers(x_ND[start:][branch], 0, depth, Rows([Segment(0, start, len(branch))]), chain)
+        assert torch.equal(own_ND[-1], out_ND[row])
+    cache.keep_branch(1, start, branch)
+    for tensor, expected in zip(cache.tensors, chain.tensors, strict=True):
+        assert torch.equal(tensor[:, 1, :, : start + len(branch)], expected[:, 0])
+
+
 def bad_calls() -> Iterator[Any]:
     """Arguments of `Engine.run_layers` that must be refused: name -> what replaces the good one."""
     good = {"slots": torch.tensor([0, 0, 1]), "positions": torch.tensor([3, 4, 2])}
@@ -489,6 +525,16 @@ def bad_calls() -> Iterator[Any]:
     yield pytest.param({"positions": torch.tensor([-1, 0, 2], dtype=torch.int32)}, id="negative position")
     yield pytest.param({"positions": torch.tensor([3, 4, 16], dtype=torch.int32)}, id="position beyond the cache")
     yield pytest.param({"positions": torch.tensor([3, 5, 2], dtype=torch.int32)}, id="gap in a segment")
+    yield pytest.param({"back": torch.tensor([0, 2, 0], dtype=torch.int32)}, id="parent in no row")
+    yield pytest.param({"back": torch.tensor([0, 0, 0], dtype=torch.int32)}, id="two roots")
+    yield pytest.param({"back": torch.tensor([0, 1, 1], dtype=torch.int32)}, id="parent in another sequence")
+    yield pytest.param({"back": torch.tensor([0, 1], dtype=torch.int32)}, id="fewer parents")
+    yield pytest.param({"back": good["slots"]}, id="int64 parents")
+    same = {"slots": torch.zeros(3, dtype=torch.int32), "back": torch.tensor([0, 1, 2], dtype=torch.int32)}
+    yield pytest.param({**same, "positions": torch.tensor([3, 4, 5], dtype=torch.int32)}, id="position unlike parent's")
+    yield pytest.param(
+        {**same, "positions": torch.tensor([14, 15, 15], dtype=torch.int32)}, id="place beyond the cache"
+    )
     yield pytest.param({"k": torch.zeros(3, 2, 2, 16, 8)}, id="head size of the cache")
     yield pytest.param({"k": torch.zeros(2, 2, 2, 16, 16)}, id="layers of the cache")
     yield pytest.param({"v": torch.zeros(3, 2, 2, 17, 16)}, id="v unlike k")

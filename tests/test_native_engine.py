@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,27 @@ def test_hidden_states_equal_plain_decodings(
     assert num_accepted < num_drafted, "without a rejected draft this proves nothing"
 
 
+def test_a_tree_leaves_the_cache_of_plain_decoding(model: NativeModel) -> None:
+    """Keys and values of every layer, whichever branch was kept."""
+    num_beside = 0
+    for prompt in PROMPTS:
+        plain = Engine(model, PLAIN, max_num_seqs=1)
+        config = SpeculativeConfig(draft="early-exit", num_draft_tokens=3, num_runner_ups=6)
+        engine = Engine(model, config, max_num_seqs=1)
+        expected, got = (run(e, [prompt], PARAMS)[0] for e in (plain, engine))
+        assert got.token_ids == expected.token_ids
+        assert plain._cache is not None
+        assert engine._cache is not None
+        for left, right in zip(engine._cache.tensors, plain._cache.tensors, strict=True):
+            assert torch.equal(left[:, 0, :, : got.num_cached], right[:, 0, :, : got.num_cached])
+        chain = run(Engine(model, replace(config, num_runner_ups=0), max_num_seqs=1), [prompt], PARAMS)[0]
+        num_beside += chain.stats.num_target_passes - got.stats.num_target_passes
+        assert got.stats.num_accepted_tokens < got.stats.num_draft_tokens
+    assert num_beside > 0, "no runner-up was ever accepted, so nothing is proved"
+
+
 def test_a_batch_changes_nothing(model: NativeModel) -> None:
-    config = SpeculativeConfig(draft="both", num_draft_tokens=4)
+    config = SpeculativeConfig(draft="both", num_draft_tokens=4, num_runner_ups=2)
     alone = [new_ids(run(Engine(model, config), [prompt], PARAMS))[0] for prompt in PROMPTS]
     assert new_ids(run(Engine(model, config), PROMPTS, PARAMS)) == alone
 

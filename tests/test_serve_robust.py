@@ -272,7 +272,16 @@ def test_a_dead_engine_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Non
 # -- the way down ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_signal_drains_and_the_second_aborts(llm: LLM) -> None:
+def test_the_first_signal_drains_and_the_second_aborts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_finish = threading.Event()
+    step = llm.engine.step
+
+    def held_step(*args: Any, **kwargs: Any) -> None:
+        if any(len(sequence.tokens) > 3 for sequence in llm.engine.running):
+            assert may_finish.wait(60)  # the request lasts until the checks are done
+        step(*args, **kwargs)
+
+    monkeypatch.setattr(llm.engine, "step", held_step)
     with live_server(llm, shutdown_timeout=60) as live, live.client() as client:
         body = {**LONG, "max_tokens": 40, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as stream:
@@ -281,6 +290,7 @@ def test_the_first_signal_drains_and_the_second_aborts(llm: LLM) -> None:
             assert httpx.get(f"{live.url}/health").json() == {"status": "draining"}
             assert httpx.get(f"{live.url}/health/live").status_code == 200
             assert httpx.post(f"{live.url}/v1/completions", json=SHORT).status_code == 503
+            may_finish.set()
             text = stream.read().decode()
         assert text.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"length"' in text

@@ -83,6 +83,8 @@ class ExitBranch:
     """Recommended draft length."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """For people: the model's name, how the branch was trained, what it reached."""
+    num_runner_ups: int = 0
+    """Recommended number of tokens beside a draft."""
 
     def check(self, model: ModelConfig) -> None:
         """Raises ConfigError if the branch does not fit models of this shape."""
@@ -134,6 +136,7 @@ class ExitBranch:
             "format": 1,
             **asdict(self.config),
             "num_draft_tokens": self.num_draft_tokens,
+            "num_runner_ups": self.num_runner_ups,
             "fingerprint": self.fingerprint,
             "notes": dict(self.notes),
         }
@@ -178,6 +181,7 @@ class ExitBranch:
             mixing=mixing,
             fingerprint=description["fingerprint"],
             num_draft_tokens=description["num_draft_tokens"],
+            num_runner_ups=description["num_runner_ups"],
             notes=description["notes"],
         )
 
@@ -195,7 +199,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not an exit ({_DESCRIPTION}: {error})") from None
     kinds = {
         "format": int, "start": int, "num_layers": int, "features": list,
-        "num_draft_tokens": int, "fingerprint": str, "notes": dict,
+        "num_draft_tokens": int, "num_runner_ups": int, "fingerprint": str, "notes": dict,
     }  # fmt: skip
     if not isinstance(description, dict):
         raise CheckpointError(f"{path} holds no JSON object")

@@ -96,7 +96,7 @@ class Engine:
         that its numerics do not depend on what was drafted; the others never compute a row for nothing."""
         if self.speculative.verify == "recompute" and not self.model.row_exact:
             assert self.speculative.num_draft_tokens is not None
-            return self.speculative.num_draft_tokens + 1
+            return self.speculative.num_draft_tokens + 1 + (self.speculative.num_runner_ups or 0)
         return 1
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -225,7 +225,8 @@ class Engine:
         assert not self.has_work
         per_position = self.model.new_cache(1, 1).nbytes
         num_seqs = self.max_num_seqs
-        available = kv_memory // (per_position * num_seqs) // _CACHE_BLOCK * _CACHE_BLOCK - self._rows_per_sequence
+        available = kv_memory // (per_position * num_seqs) // _CACHE_BLOCK * _CACHE_BLOCK
+        available -= self._rows_per_sequence + (self.speculative.num_runner_ups or 0)
         if shrink and 2 <= available < self.max_model_len:
             self.max_model_len = available
         length = self._cache_length(self.max_model_len)
@@ -289,8 +290,9 @@ class Engine:
             self._cache.copy_from(old)
 
     def _cache_length(self, num_positions: int) -> int:
-        # a padded verify pass may reach past the last token
-        return -(-(num_positions + self._rows_per_sequence) // _CACHE_BLOCK) * _CACHE_BLOCK
+        # a padded verify pass may reach past the last token, and so may the leaves of a tree
+        spare = self._rows_per_sequence + (self.speculative.num_runner_ups or 0)
+        return -(-(num_positions + spare) // _CACHE_BLOCK) * _CACHE_BLOCK
 
     def _take_slot(self, sequence: Sequence) -> None:
         """Give a sequence the free slot whose content shares the longest beginning with it; else an empty, else any.
@@ -354,7 +356,8 @@ class Engine:
             for s, segment in zip(chunk, segments, strict=True)
             for i in s.token_ids[segment.start : segment.start + segment.count]
         ]
-        h_ND = self._run(ids, rows)
+        h_ND, states_NAD = self._run(ids, rows)
+        self._observe(rows.segments, states_NAD)
         is_complete = [seg.start + seg.count == s.num_prompt_tokens for s, seg in zip(chunk, segments, strict=True)]
         last_rows = [last for last, complete in zip(_last_rows(segments), is_complete, strict=True) if complete]
         completed = [s for s, complete in zip(chunk, is_complete, strict=True) if complete]
@@ -376,9 +379,10 @@ class Engine:
         started = time.perf_counter()
         drafts = self._draft(sequences)
         drafted = time.perf_counter()
-        h_ND = self._verify_pass(sequences, drafts)
+        h_ND, states_NAD = self._verify_pass(sequences, drafts)
         passed = time.perf_counter()
         choices = self._choose(sequences, drafts, h_ND)
+        self._keep(sequences, drafts, [verdict for verdict, _ in choices], states_NAD)
         now = time.perf_counter()
         parts: list[RoundOfSequence] = []
         for sequence, draft, (verdict, tokens) in zip(sequences, drafts, choices, strict=True):
@@ -403,7 +407,7 @@ class Engine:
             stats = sequence.stats
             stats.num_target_passes += 1
             if draft.token_ids:
-                stats.record_draft(part.num_draft_tokens, part.num_accepted_tokens)
+                stats.record_draft(part.num_draft_tokens, part.num_accepted_tokens, draft.depth)
             stats.num_tokens = len(sequence.tokens)
             stats.decode_seconds = now - sequence.first_token_at
         if self._drafter is None and self.on_round is None:
@@ -442,20 +446,42 @@ class Engine:
                 drafts[index] = _cut(sequences[index], draft)
         return drafts
 
-    def _verify_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:
-        """Final hidden states of each sequence's last token and draft tokens, [N, D], N = sum of (draft length + 1)."""
+    def _verify_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> tuple[Tensor, Tensor | None]:
+        """What `_run` gives for each sequence's last token and draft tokens, N = sum of (draft length + 1)."""
         if self.speculative.verify == "reuse":
-            return self._reuse_pass(sequences, drafts)
-        counts = [max(len(d.token_ids) + 1, self._rows_per_sequence) for d in drafts]
-        rows = Rows(Segment(s.slot, s.num_cached, n) for s, n in zip(sequences, counts, strict=True))
+            return self._reuse_pass(sequences, drafts), None
+        segments: list[Segment] = []
         ids: list[int] = []
         kept: list[int] = []
-        for sequence, draft, num_rows in zip(sequences, drafts, counts, strict=True):
+        for sequence, draft in zip(sequences, drafts, strict=True):
             own = [sequence.token_ids[-1], *draft.token_ids]
             kept.extend(range(len(ids), len(ids) + len(own)))
-            ids.extend(own + own[-1:] * (num_rows - len(own)))
-        h_ND = self._run(ids, rows)
-        return h_ND if len(kept) == len(ids) else h_ND[kept]
+            num_padding = max(0, self._rows_per_sequence - len(own))
+            ids.extend(own + own[-1:] * num_padding)
+            parents = None
+            if draft.parents is not None:
+                parents = (-1, *(parent + 1 for parent in draft.parents), *([0] * num_padding))
+            segments.append(Segment(sequence.slot, sequence.num_cached, len(own) + num_padding, parents))
+        h_ND, states_NAD = self._run(ids, Rows(segments))
+        if len(kept) == len(ids):
+            return h_ND, states_NAD
+        return h_ND[kept], None if states_NAD is None else states_NAD[kept]
+
+    def _keep(
+        self, sequences: list[Sequence], drafts: list[Draft], verdicts: list[Verdict], states_NAD: Tensor | None
+    ) -> None:
+        """Put what a verify pass has left of accepted tokens in order, for the next pass and for the drafter."""
+        segments: list[Segment] = []
+        seen: list[int] = []
+        first = 0
+        for sequence, draft, verdict in zip(sequences, drafts, verdicts, strict=True):
+            branch = [0, *(index + 1 for index in verdict.branch)]
+            if draft.parents is not None:
+                self._cache_or_fail.keep_branch(sequence.slot, sequence.num_cached, branch)
+            segments.append(Segment(sequence.slot, sequence.num_cached, len(branch)))
+            seen += [first + row for row in branch]
+            first += len(draft.token_ids) + 1
+        self._observe(segments, states_NAD if states_NAD is None else states_NAD[seen])
 
     def _reuse_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:
         """Verify from the exit layer on: rows that the draft has already taken there go on from its hidden states."""
@@ -477,8 +503,8 @@ class Engine:
         rows = Rows(Segment(s.slot, s.num_cached, len(d.token_ids) + 1) for s, d in zip(sequences, drafts, strict=True))
         return self.model.run_layers(torch.cat(parts), exit_layer, self.model.config.num_hidden_layers, rows, cache)
 
-    def _run(self, ids: list[int], rows: Rows) -> Tensor:
-        """All layers on these tokens: final hidden states [N, D]. The drafter is shown what it wants to see."""
+    def _run(self, ids: list[int], rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """All layers on these tokens: final hidden states [N, D], and those that the drafter wants to see [N, A, D]."""
         h_ND = self.model.embed(torch.tensor(ids, dtype=torch.int32))
         start, depth = 0, self.model.config.num_hidden_layers
         seen: list[Tensor] = []
@@ -488,10 +514,13 @@ class Engine:
             start = tap
         if start < depth:
             h_ND = self.model.run_layers(h_ND, start, depth, rows, self._cache_or_fail)
-        if self._drafter is not None and self._taps is not None:
-            states_NAD = torch.stack(seen, dim=1) if seen else h_ND.new_empty((len(h_ND), 0, h_ND.shape[1]))
-            self._drafter.observe(rows, states_NAD)
-        return h_ND
+        if self._taps is None:
+            return h_ND, None
+        return h_ND, torch.stack(seen, dim=1) if seen else h_ND.new_empty((len(h_ND), 0, h_ND.shape[1]))
+
+    def _observe(self, segments: Seq[Segment], states_NAD: Tensor | None) -> None:
+        if self._drafter is not None and states_NAD is not None:
+            self._drafter.observe(Rows(segments), states_NAD)
 
     # -- choosing tokens -----------------------------------------------------------------------------------------------
 
@@ -508,7 +537,7 @@ class Engine:
             own = slice(first, first + len(draft.token_ids) + 1)
             first = own.stop
             if logits_NV is None:
-                verdict = verify_greedy(draft.token_ids, best[own])
+                verdict = verify_greedy(draft.token_ids, best[own], draft.parents)
                 choices.append((verdict, _tokens(draft, verdict)))
                 continue
             try:
@@ -516,7 +545,7 @@ class Engine:
                 choices.append((verdict, _tokens(draft, verdict, logits_NV[own], sequence.params.logprobs)))
             except Exception as error:  # of its constraint, or of its own numbers
                 sequence.fail(error)
-                choices.append((Verdict(0, -1), []))
+                choices.append((Verdict((), -1), []))
         return choices
 
 
@@ -539,28 +568,31 @@ def _cut(sequence: Sequence, draft: Draft) -> Draft:
 def _verify_logits(sequence: Sequence, draft: Draft, logits_NV: Tensor) -> Verdict:
     """Verify one draft against the target's logits after 0, 1, .. draft tokens."""
     params = sequence.params
+    assert draft.parents is None or not (params.changes_logits or sequence.constraint)  # both go along a chain
     if params.changes_logits:
         logits_NV = adjust_logits(logits_NV, params, sequence.counts, draft.token_ids)
     if sequence.constraint is not None:
         allowed_NV = sequence.constraint.masks(draft.token_ids).to(logits_NV.device)
         logits_NV = logits_NV.masked_fill(~allowed_NV, -torch.inf)
     if params.is_greedy:
-        return verify_greedy(draft.token_ids, logits_NV.argmax(dim=-1).tolist())
+        return verify_greedy(draft.token_ids, logits_NV.argmax(dim=-1).tolist(), draft.parents)
     probs_NV = probabilities(logits_NV, params)
-    return verify_sampled(draft.token_ids, draft.probs, probs_NV, sequence.generator)
+    return verify_sampled(draft.token_ids, draft.probs, probs_NV, sequence.generator, draft.parents)
 
 
 def _tokens(
     draft: Draft, verdict: Verdict, logits_NV: Tensor | None = None, num_logprobs: int | None = None
 ) -> list[Token]:
-    ids = [*draft.token_ids[: verdict.num_accepted], verdict.next_token]
-    is_bonus = bool(draft.token_ids) and verdict.num_accepted == len(draft.token_ids)
-    origins: list[Origin] = [draft.source] * verdict.num_accepted
+    branch = verdict.branch
+    ids = [*(draft.token_ids[index] for index in branch), verdict.next_token]
+    is_bonus = bool(branch) and not draft.goes_on_after(branch[-1])
+    origins: list[Origin] = [draft.source] * len(branch)
     origins.append("bonus" if is_bonus else "target")
     if logits_NV is None or num_logprobs is None:
         return [Token(i, origin) for i, origin in zip(ids, origins, strict=True)]
     tokens = []
-    for i, origin, logprobs_V in zip(ids, origins, logits_NV.log_softmax(dim=-1), strict=False):
+    rows = [0, *(index + 1 for index in branch)]
+    for i, origin, logprobs_V in zip(ids, origins, logits_NV[rows].log_softmax(dim=-1), strict=True):
         top = logprobs_V.topk(num_logprobs)
         top_logprobs = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         tokens.append(Token(i, origin, float(logprobs_V[i]), top_logprobs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,20 @@ class BranchedModel(Model, Protocol):
     def unembed_draft(self, h_ND: Tensor) -> Tensor:
         """Final norm and the head's rows of the branch's draft vocabulary: float32 logits [N, n]."""
         ...
+
+
+class GreedyDrafts(NamedTuple):
+    """The best tokens at an exit, step after step, for B sequences and up to k steps."""
+
+    tokens_Bk: Tensor
+    counts_B: Tensor
+    """How many steps each sequence took; what lies behind is undefined."""
+    states_BkD: Tensor
+    """The hidden states, float32, that the tokens were read from."""
+    runner_ups_Bkt: Tensor | None
+    """The next best tokens of each step, best first."""
+    probs_Bkt: Tensor | None
+    """Probabilities at the exit of the token of each step and of its runner-ups, [B, k, 1 + t]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
 from hopskip.errors import ConfigError
+from hopskip.model import GreedyDrafts
 from hopskip.packed import PackedWeights
 from hopskip.quantize import Packed, pack, quantize_q8, rows_in_q8, select_rows
 from hopskip.weights import Checkpoint
@@ -212,7 +213,9 @@ class NativeModel:
     def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
         out_ND = torch.empty(h_ND.shape)
         self._extend_rope(cache.length)
-        self._engine.run_layers(h_ND, out_ND, start, stop, rows.slots, rows.positions, **_cache_arguments(cache))
+        self._engine.run_layers(
+            h_ND, out_ND, start, stop, rows.slots, rows.positions, back=rows.back, **_cache_arguments(cache)
+        )
         return out_ND
 
     def unembed(self, h_ND: Tensor) -> Tensor:
@@ -265,7 +268,8 @@ class NativeModel:
         features_NAD: Tensor | None = None,
         token_states_ND: Tensor | None = None,
         min_confidence: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_runner_ups: int | None = None,
+    ) -> GreedyDrafts:
         """Greedy draft steps in one call: through layers 0..exit_layer-1, or through the attached branch.
 
         Args:
@@ -279,10 +283,7 @@ class NativeModel:
             token_states_ND: outputs of the model's layer start - 1 at the rows, if the branch begins after a layer and
                 has layers. Those at the last row of a segment are not used: the model has not been there yet.
             min_confidence: a sequence drafts no more after its first token whose probability is below it.
-
-        Returns:
-            tokens int64 [B, max(limits)]; counts int64 [B], how many of them each sequence drafted, the rest being
-            undefined; and the hidden states float32 [B, max(limits), D] that the tokens were read from.
+            num_runner_ups: how many of each step's next best tokens to return, with all probabilities; None: neither.
         """
         branch = self._packed_branch
         if exit_layer is not None:
@@ -298,13 +299,18 @@ class NativeModel:
         tokens = torch.zeros((size, k), dtype=torch.int32)
         counts = torch.zeros(size, dtype=torch.int32)
         states = torch.zeros((size, k, self.config.hidden_size))
+        runner_ups = probs = None
+        if num_runner_ups is not None:
+            runner_ups = torch.zeros((size, k, num_runner_ups), dtype=torch.int32)
+            probs = torch.zeros((size, k, 1 + num_runner_ups))
         self._extend_rope(cache.length)
         self._engine.draft(
             branch, _int32(ids_N), rows.slots, rows.positions, features_NAD, token_states_ND,
             k, torch.tensor(limits, dtype=torch.int32), min_confidence,
             **_cache_arguments(cache), tokens=tokens, counts=counts, states=states,
+            probabilities=probs, runner_ups=runner_ups,
         )  # fmt: skip
-        return tokens.long(), counts.long(), states
+        return GreedyDrafts(tokens, counts, states, runner_ups, probs)
 
     def _extend_rope(self, length: int) -> None:
         if self._engine.rope_length < length:

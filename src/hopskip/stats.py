@@ -26,7 +26,7 @@ class SpeculativeStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
-    """How often the first, second, .. token of a draft was accepted."""
+    """How often a draft's token was accepted in the first, second, .. place."""
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -48,12 +48,13 @@ class SpeculativeStats:
         """Tokens that a round with a draft yields, the bonus or recovered token counted; 1 without drafts."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
-    def record_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+    def record_draft(self, num_draft_tokens: int, num_accepted_tokens: int, depth: int) -> None:
+        """Count a round. `depth`: most tokens of the draft that could be accepted; all, unless it is a tree."""
         self.num_drafts += 1
         self.num_draft_tokens += num_draft_tokens
         self.num_accepted_tokens += num_accepted_tokens
         per_pos = self.num_accepted_tokens_per_pos
-        per_pos.extend([0] * (num_draft_tokens - len(per_pos)))
+        per_pos.extend([0] * (depth - len(per_pos)))
         for index in range(num_accepted_tokens):
             per_pos[index] += 1
 

@@ -15,30 +15,42 @@ from hopskip.sampling import draw
 
 
 class Verdict(NamedTuple):
-    """The first `num_accepted` draft tokens stand, then comes `next_token`.
+    """The draft tokens with these indices stand, each following the one before; then comes `next_token`.
 
-    `next_token` is the *bonus* token if all were accepted, else the *recovered* token in place of the rejected one.
+    `next_token` is the *bonus* token if the draft does not go on there, else the *recovered* token in place of the
+    rejected ones.
     """
 
-    num_accepted: int
+    branch: tuple[int, ...]
     next_token: int
 
+    @property
+    def num_accepted(self) -> int:
+        return len(self.branch)
 
-def verify_greedy(draft_ids: Sequence[int], target_ids: Sequence[int]) -> Verdict:
-    """Accept the longest prefix of the draft that plain greedy decoding would have produced.
+
+def verify_greedy(draft_ids: Sequence[int], target_ids: Sequence[int], parents: Sequence[int] | None = None) -> Verdict:
+    """Accept what plain greedy decoding would have produced, as far as the draft has it.
 
     Args:
         draft_ids: M proposed tokens.
-        target_ids: M + 1 tokens, the target's best after 0, 1, .. M draft tokens.
+        target_ids: M + 1 tokens, the target's best before any draft token, and after each.
+        parents: for each draft token the index of the one that it follows, -1 for none; None: the one before it.
 
     >>> verify_greedy([5, 9, 7], [5, 9, 2, 4])
-    Verdict(num_accepted=2, next_token=2)
+    Verdict(branch=(0, 1), next_token=2)
+    >>> verify_greedy([5, 9, 7, 2], [5, 2, 0, 0, 4], parents=[-1, 0, 1, 0])
+    Verdict(branch=(0, 3), next_token=4)
     """
     assert len(target_ids) == len(draft_ids) + 1
-    num_accepted = 0
-    while num_accepted < len(draft_ids) and draft_ids[num_accepted] == target_ids[num_accepted]:
-        num_accepted += 1
-    return Verdict(num_accepted, target_ids[num_accepted])
+    branch: list[int] = []
+    last = -1
+    while True:
+        right = [i for i in _candidates(len(draft_ids), parents, last) if draft_ids[i] == target_ids[last + 1]]
+        if not right:
+            return Verdict(tuple(branch), target_ids[last + 1])
+        last = right[0]
+        branch.append(last)
 
 
 def verify_sampled(
@@ -46,34 +58,59 @@ def verify_sampled(
     draft_probs: Sequence[Tensor] | None,
     target_probs: Tensor,
     generator: torch.Generator,
+    parents: Sequence[int] | None = None,
 ) -> Verdict:
-    """Accept or reject so that the tokens kept are distributed as the target's.
+    """Rejection sampling: a drawn chain as a block (see `_verify_block`), anything else token by token.
+
+    Token by token (arXiv 2211.17192, 2302.01318) draft token x is accepted with probability min(1, target(x) /
+    draft(x)); after a rejection the target's distribution is max(0, target - draft), renormalised. Where several tokens
+    are proposed for one place, drawn without replacement, the next is tested against that; in the end the token is
+    drawn from what is left (arXiv 2305.09781, 2402.12374).
 
     A draft may have been ended by what its tokens are, but not by what the next would have been.
 
     Args:
         draft_ids: M proposed tokens.
-        draft_probs: for each the distribution it was drawn from, [V]; None if they were proposed with certainty
-            (n-gram lookup), which is a distribution with all its mass on the token.
-        target_probs: the target's distributions, [M + 1, V], after the same temperature, truncation and penalties.
-        generator: advanced by a uniform for each draft token that is looked at, and one for the last token.
+        draft_probs: for each the distribution that it was drawn from, [V]: for all but the first of one place without
+            those before it, renormalised. None if they were proposed with certainty (n-gram lookup), which is a
+            distribution with all its mass on the token.
+        target_probs: the target's distributions before any draft token and after each, [M + 1, V], after the same
+            temperature, truncation and penalties.
+        generator: advanced by one uniform per draft token looked at, and one for the last token.
+        parents: for each draft token the index of the one that it follows, -1 for none; None: the one before it.
     """
-    if draft_probs is None:
-        return _verify_certain(draft_ids, target_probs, generator)
-    return _verify_block(draft_ids, draft_probs, target_probs, generator)
+    if draft_probs is not None and (parents is None or list(parents) == list(range(-1, len(draft_ids) - 1))):
+        return _verify_block(draft_ids, draft_probs, target_probs, generator)
+    branch: list[int] = []
+    last = -1
+    while True:
+        target_V = target_probs[last + 1]
+        accepted = None
+        for index in _candidates(len(draft_ids), parents, last):
+            token = draft_ids[index]
+            draft_probability = 1.0 if draft_probs is None else float(draft_probs[index][token])
+            if float(torch.rand((), generator=generator)) * draft_probability < float(target_V[token]):
+                accepted = index
+                break
+            if draft_probs is None:
+                residual_V = target_V.clone()
+                residual_V[token] = 0
+            else:
+                residual_V = (target_V - draft_probs[index]).clamp_min(0)
+            mass = float(residual_V.sum())
+            # no mass: the two distributions are equal but for rounding, and a rejection then has nothing to draw from
+            target_V = residual_V / mass if mass > 0 else target_V
+        if accepted is None:
+            return Verdict(tuple(branch), draw(target_V, generator))
+        branch.append(accepted)
+        last = accepted
 
 
-def _verify_certain(draft_ids: Sequence[int], target_probs: Tensor, generator: torch.Generator) -> Verdict:
-    """Token by token (arXiv 2211.17192, 2302.01318): accept with the target's probability; at the first rejection draw
-    from the others. For drafts with certainty block verification would come to the same."""
-    for index, token in enumerate(draft_ids):
-        target_V = target_probs[index]
-        if float(torch.rand((), generator=generator)) < float(target_V[token]):
-            continue
-        residual_V = target_V.clone()
-        residual_V[token] = 0
-        return Verdict(index, _draw_residual(residual_V, target_V, generator))
-    return Verdict(len(draft_ids), draw(target_probs[len(draft_ids)], generator))
+def _candidates(num_tokens: int, parents: Sequence[int] | None, last: int) -> list[int]:
+    """Draft tokens that follow `last`, in their order."""
+    if parents is None:
+        return [last + 1] if last + 1 < num_tokens else []
+    return [index for index, parent in enumerate(parents) if parent == last]
 
 
 def _verify_block(
@@ -97,11 +134,8 @@ def _verify_block(
             num_accepted, weight_accepted = index + 1, weight
     target_V = target_probs[num_accepted]
     if num_accepted == num_draft:
-        return Verdict(num_accepted, draw(target_V, generator))
+        return Verdict(tuple(range(num_draft)), draw(target_V, generator))
     residual_V = (weight_accepted * target_V - draft_probs[num_accepted]).clamp_min(0)
-    return Verdict(num_accepted, _draw_residual(residual_V, target_V, generator))
-
-
-def _draw_residual(residual_V: Tensor, target_V: Tensor, generator: torch.Generator) -> int:
-    # a residual without mass: draft and target are equal but for rounding, which has led to the rejection
-    return draw(residual_V if float(residual_V.sum()) > 0 else target_V, generator)
+    # no mass: the two distributions are equal but for rounding, and a rejection then has nothing to draw from
+    has_mass = float(residual_V.sum()) > 0
+    return Verdict(tuple(range(num_accepted)), draw(residual_V if has_mass else target_V, generator))

@@ -207,6 +207,14 @@ class DraftOptions:
     num_draft_tokens: Annotated[
         int | None, typer.Option(metavar="K", help="Most tokens drafted in a round.", rich_help_panel=_DRAFTING)
     ] = None
+    num_runner_ups: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Verify this many tokens beside each draft of an exit, as second choices for its places.",
+            rich_help_panel=_DRAFTING,
+        ),
+    ] = None
     verify: Annotated[
         str | None,
         typer.Option(
@@ -234,6 +242,7 @@ class DraftOptions:
             exit_branch=self.exit_branch,
             exit_layer=self.exit_layer,
             num_draft_tokens=self.num_draft_tokens,
+            num_runner_ups=self.num_runner_ups,
             verify=cast("VerifyMode | None", self.verify),
             min_confidence=self.min_confidence,
         )

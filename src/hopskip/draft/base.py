@@ -29,6 +29,9 @@ class Draft:
     together. Of an exit the token's place in the draft, of a lookup the number of tokens before it that match."""
     exit_layer: int | None = None
     """Layers that an early-exit draft has run."""
+    parents: list[int] | None = None
+    """Of a tree of tokens: for each the index of the one that it follows, which comes before it; -1 where that is the
+    sequence's last token. Of those that follow the same, each was drawn without those before it. None: a chain."""
     is_closed: bool = False
     """True once the drafter has decided to propose no more."""
 
@@ -49,6 +52,20 @@ class Draft:
             signs=self.signs[:num_tokens],
         )
 
+    @property
+    def depth(self) -> int:
+        """Tokens of its longest branch."""
+        if self.parents is None:
+            return len(self.token_ids)
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        return max(depths, default=0)
+
+    def goes_on_after(self, index: int) -> bool:
+        """Whether a token of the draft follows this one."""
+        return index + 1 < len(self.token_ids) if self.parents is None else index in self.parents
+
 
 class Drafter(Protocol):
     taps: tuple[int, ...] | None = None
@@ -56,10 +73,10 @@ class Drafter(Protocol):
     of passes only, None if not even that."""
 
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
-        """Told of every pass of the model, unless `taps` is None.
+        """Told of every pass of the model, unless `taps` is None: of the rows whose tokens were committed.
 
-        A pass starts at a position whose token is committed, and what it says of later positions replaces what was said
-        before. A slot's first pass for a new sequence starts at 0, or at the last token that it shares with the old.
+        What it says of a position replaces what was said before. A slot's first pass for a new sequence starts at 0, or
+        at the last token that it shares with the old.
 
         Args:
             states_NAD: outputs of the layers in `taps`, in that order.
@@ -67,7 +84,7 @@ class Drafter(Protocol):
         return
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
-        """At most `limits[i]` tokens to follow `sequences[i]`.
+        """A draft of at most `limits[i]` tokens in a row to follow `sequences[i]`.
 
         May write keys and values of layers before the exit to `cache`, at the positions of each sequence's last token
         and after. Draws randomness from the sequences' own generators only.

@@ -17,6 +17,8 @@ from hopskip.draft.ngram import NgramDrafter
 from hopskip.errors import ConfigError
 from hopskip.model import Model
 
+_MAX_RUNNER_UPS = 32
+
 DraftSource = Literal["auto", "exit-branch", "early-exit", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
 
@@ -43,6 +45,9 @@ class SpeculativeConfig:
     num_draft_tokens: int | None = None
     """Most tokens drafted per round. None: the recommendation of branch or checkpoint, else 6; with draft `auto` 16
     where a pass computes no more rows than it needs, so that room for a long draft costs nothing."""
+    num_runner_ups: int | None = None
+    """Tokens that branch or early exit name beside each draft, to be verified in its places: rows of the verify pass,
+    but no draft steps. None: the branch's recommendation, else 0."""
     verify: VerifyMode | None = None
     """`recompute`: the verify pass runs all layers, at one fixed shape. `reuse`: it continues from the exit-layer
     states and keys/values that the draft left (the paper's). None: `recompute`."""
@@ -59,11 +64,14 @@ class SpeculativeConfig:
             raise ConfigError(
                 f"num_draft_tokens is {self.num_draft_tokens}; it must be at least 1 (draft 'none' turns drafting off)"
             )
+        if self.num_runner_ups is not None and not 0 <= self.num_runner_ups <= _MAX_RUNNER_UPS:
+            raise ConfigError(f"num_runner_ups is {self.num_runner_ups}; it must be 0 to {_MAX_RUNNER_UPS}")
         if not 0 <= self.min_confidence < 1:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be at least 0 and below 1")
         ineffective: dict[str, tuple[str, ...]] = {
-            "none": ("exit_branch", "exit_layer", "num_draft_tokens", "verify", "min_confidence"),
-            "ngram": ("exit_branch", "exit_layer", "min_confidence"),
+            "none": ("exit_branch", "exit_layer", "num_draft_tokens", "verify", "min_confidence", "num_runner_ups"),
+            "auto": ("num_runner_ups",),
+            "ngram": ("exit_branch", "exit_layer", "min_confidence", "num_runner_ups"),
             "early-exit": ("exit_branch",),
             "exit-branch": ("exit_layer",),
         }
@@ -77,6 +85,8 @@ class SpeculativeConfig:
             raise ConfigError(
                 "verify 'reuse' goes on from one early exit; name it with draft 'early-exit', or leave it out"
             )
+        if self.verify == "reuse" and self.num_runner_ups:
+            raise ConfigError("verify 'reuse' goes on from a chain of drafted tokens; leave num_runner_ups out")
         if self.verify == "reuse" and (self.draft == "exit-branch" or self.exit_branch is not None):
             raise ConfigError("verify 'reuse' goes on from an early exit, which a trained exit is not; leave it out")
         if self.exit_branch is not None and self.exit_layer is not None:
@@ -102,7 +112,7 @@ class SpeculativeConfig:
         """
         draft = self.draft or self._default_draft(model, branch)
         if draft == "none":
-            return replace(self, draft=draft)
+            return replace(self, draft=draft, num_runner_ups=0)
         if draft == "exit-branch" and branch is None:
             raise ConfigError(
                 "draft is 'exit-branch', but no trained exit is given and none ships for this model; "
@@ -126,11 +136,13 @@ class SpeculativeConfig:
                 )
         recommended = branch.num_draft_tokens if branch and has_branch else model.recommended_num_draft_tokens
         longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or 6
+        num_runner_ups = branch.num_runner_ups if branch and has_branch and draft != "auto" else 0
         return replace(
             self,
             draft=draft,
             exit_layer=exit_layer,
             num_draft_tokens=self.num_draft_tokens or longest,
+            num_runner_ups=num_runner_ups if self.num_runner_ups is None else self.num_runner_ups,
             verify=self.verify or "recompute",
         )
 
@@ -165,7 +177,8 @@ class SpeculativeConfig:
             )
         exit_at = model.branch if self.exit_layer is None else self.exit_layer
         assert exit_at is not None
-        drafter = ExitDrafter(model, exit_at, self.min_confidence)
+        assert self.num_runner_ups is not None
+        drafter = ExitDrafter(model, exit_at, self.min_confidence, self.num_runner_ups)
         return FirstOf(NgramDrafter(), drafter) if self.draft == "both" else drafter
 
     def exits(self, model: Model) -> list[int | ExitBranch]:

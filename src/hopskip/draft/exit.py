@@ -21,7 +21,7 @@ from torch import Tensor
 from hopskip.branch import BranchConfig, ExitBranch, Mixing
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
-from hopskip.model import BranchedModel, Model
+from hopskip.model import BranchedModel, GreedyDrafts, Model
 from hopskip.sampling import adjust_logits, draw, probabilities
 from hopskip.sequence import Sequence
 
@@ -40,7 +40,11 @@ class DraftGreedy(Protocol):
         features_NAD: Tensor | None,
         token_states_ND: Tensor | None,
         min_confidence: float,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        num_runner_ups: int | None,
+    ) -> GreedyDrafts: ...
+
+
+_MAX_RUNNER_UPS_OF_A_STEP = 4
 
 
 @dataclass
@@ -93,13 +97,21 @@ class ExitDrafter(Drafter):
     A draft ends early after its first token whose probability at the exit is below `min_confidence`: what follows an
     unsure token is likely to be rejected with it.
 
+    Beside its own best tokens it may name others for the same places, so that the draft is a tree of one long branch
+    and leaves beside it: they cost rows of the verify pass, but no draft step. Sequences whose distribution depends on
+    the text (penalties, a grammar) get none.
+
     Args:
         exit: the number of layers to exit after, or the trained branch that is attached to the model.
+        num_runner_ups: how many such others a draft has.
     """
 
-    def __init__(self, model: Model, exit: int | ExitBranch, min_confidence: float = 0.0) -> None:
+    def __init__(
+        self, model: Model, exit: int | ExitBranch, min_confidence: float = 0.0, num_runner_ups: int = 0
+    ) -> None:
         self._model = model
         self._min_confidence = min_confidence
+        self._num_runner_ups = num_runner_ups
         self._branch = BranchConfig(start=exit, num_layers=0) if isinstance(exit, int) else exit.config
         self._vocabulary: Tensor | None = None
         self._unembed = model.unembed
@@ -146,7 +158,8 @@ class ExitDrafter(Drafter):
         """Whole drafts in one call."""
         assert self._draft_greedy is not None
         entry = self._enter(sequences)
-        tokens_Bk, counts_B, states_BkD = self._draft_greedy(
+        most = self._num_runner_ups
+        found = self._draft_greedy(
             torch.tensor(entry.token_ids),
             entry.rows,
             limits,
@@ -155,10 +168,13 @@ class ExitDrafter(Drafter):
             features_NAD=entry.features_NAD,
             token_states_ND=entry.token_states_ND,
             min_confidence=self._min_confidence,
+            num_runner_ups=min(most, _MAX_RUNNER_UPS_OF_A_STEP) if most else None,
         )
-        for draft, tokens_k, count, states_kD in zip(drafts, tokens_Bk, counts_B.tolist(), states_BkD, strict=True):
-            draft.token_ids += tokens_k[:count].tolist()
-            draft.exit_states += states_kD[:count].unbind()
+        for i, (draft, count) in enumerate(zip(drafts, found.counts_B.tolist(), strict=True)):
+            draft.token_ids += found.tokens_Bk[i, :count].tolist()
+            draft.exit_states += found.states_BkD[i, :count].unbind()
+            if found.probs_Bkt is not None and found.runner_ups_Bkt is not None and sequences[i].constraint is None:
+                add_runner_ups(draft, found.runner_ups_Bkt[i, :count], found.probs_Bkt[i, :count], most)
 
     def _step_by_step(self, sequences: Seq[Sequence], limits: Seq[int], drafts: Seq[Draft], cache: Cache) -> None:
         entry = self._enter(sequences)
@@ -167,14 +183,15 @@ class ExitDrafter(Drafter):
             x_ND = self._mixing.mix(x_ND, self._mixing.fuse(entry.features_NAD))
         h_ND = self._run(x_ND, entry.rows, cache)[_ends(entry.rows)]
         active = list(range(len(sequences)))
+        probs: list[list[Tensor]] = [[] for _ in sequences]
         while True:
             for i, h_D, logits_1n in zip(active, h_ND, torch.split(self._unembed(h_ND), 1), strict=True):
                 drafts[i].exit_states.append(h_D)
-                self._choose(sequences[i], drafts[i], logits_1n)
+                probs[i].append(self._choose(sequences[i], drafts[i], logits_1n))
             goes_on = [not drafts[i].is_closed and len(drafts[i].token_ids) < limits[i] for i in active]
             active = [i for i, goes in zip(active, goes_on, strict=True) if goes]
             if not active:
-                return
+                break
             rows = Rows(
                 Segment(sequences[i].slot, sequences[i].num_cached + len(drafts[i].token_ids), 1) for i in active
             )
@@ -182,6 +199,14 @@ class ExitDrafter(Drafter):
             if self._mixing is not None and self._feature_columns:
                 x_ND = self._mixing.mix(x_ND, h_ND[goes_on])
             h_ND = self._run(x_ND, rows, cache)
+        for sequence, draft, probs_kV in zip(sequences, drafts, probs, strict=True):
+            if not self._num_runner_ups or sequence.params.changes_logits or sequence.constraint is not None:
+                continue
+            if draft.probs is not None:
+                draw_runner_ups(draft, sequence.generator, self._num_runner_ups)
+                continue
+            top = torch.stack(probs_kV).topk(min(self._num_runner_ups, _MAX_RUNNER_UPS_OF_A_STEP) + 1)
+            add_runner_ups(draft, top.indices[:, 1:], top.values, self._num_runner_ups)
 
     def _enter(self, sequences: Seq[Sequence]) -> _Entry:
         """The committed tokens that the branch has yet to see, with what is known of them; they count as seen then."""
@@ -231,8 +256,8 @@ class ExitDrafter(Drafter):
         first = self._model.config.num_hidden_layers
         return self._model.run_layers(x_ND, first, first + self._branch.num_layers, rows, cache)
 
-    def _choose(self, sequence: Sequence, draft: Draft, logits_1n: Tensor) -> None:
-        """Add one token to a draft."""
+    def _choose(self, sequence: Sequence, draft: Draft, logits_1n: Tensor) -> Tensor:
+        """Add one token to a draft. The distribution that it comes from, [V]."""
         params = sequence.params
         logits_1V = logits_1n
         if self._vocabulary is not None:
@@ -241,16 +266,63 @@ class ExitDrafter(Drafter):
         if params.changes_logits:
             logits_1V = adjust_logits(logits_1V, params, sequence.counts, draft.token_ids)
         if params.is_greedy:
+            probs_V = logits_1V[0].softmax(dim=-1)
             token = int(logits_1V.argmax())
-            probability = float(logits_1V[0].softmax(dim=-1)[token]) if self._min_confidence > 0 else 1.0
         else:
             probs_V = probabilities(logits_1V, params)[0]
             token = draw(probs_V, sequence.generator)
-            probability = float(probs_V[token])
             assert draft.probs is not None
             draft.probs.append(probs_V)
         draft.token_ids.append(token)
-        draft.is_closed = probability < self._min_confidence
+        draft.is_closed = float(probs_V[token]) < self._min_confidence
+        return probs_V
+
+
+def add_runner_ups(draft: Draft, tokens_kt: Tensor, probs_kt: Tensor, number: int) -> None:
+    """Make a chain a tree: add the tokens that the exit finds likeliest to be right where the chain is wrong.
+
+    Args:
+        tokens_kt: the next best tokens of each step, best first, [k, t].
+        probs_kt: probabilities of the step's own token and of those, [k, 1 + t].
+        number: how many to add, if there are so many.
+    """
+    own_k = probs_kt[:, 0].tolist()
+    candidates: list[tuple[float, int, int]] = []
+    reached = 1.0  # probability that the chain is right so far
+    for step, (tokens, probs) in enumerate(zip(tokens_kt.tolist(), probs_kt[:, 1:].tolist(), strict=True)):
+        candidates += [(reached * probability, step, token) for token, probability in zip(tokens, probs, strict=True)]
+        reached *= own_k[step]
+    draft.parents = list(range(-1, len(draft.token_ids) - 1))
+    # of one step's tokens the likelier comes first: among equals too
+    for _, step, token in sorted(candidates, key=lambda candidate: -candidate[0])[:number]:
+        draft.token_ids.append(token)
+        draft.parents.append(step - 1)
+
+
+def draw_runner_ups(draft: Draft, generator: torch.Generator, number: int) -> None:
+    """The same for a chain that was drawn: add tokens, drawn without those before them, where the exit finds it most
+    likely that the chain is wrong. That depends on what has been drawn, not on what will be, as losslessness demands.
+    """
+    assert draft.probs is not None
+    length = len(draft.token_ids)
+    rest = [probs_V.clone() for probs_V in draft.probs]
+    reached = [1.0]
+    for token, probs_V in zip(draft.token_ids, draft.probs, strict=True):
+        reached.append(reached[-1] * float(probs_V[token]))
+    last = list(draft.token_ids)
+    draft.parents = list(range(-1, length - 1))
+    for _ in range(number):
+        for step, token in enumerate(last):
+            rest[step][token] = 0
+        masses = [reached[step] * float(rest[step].sum()) for step in range(length)]
+        step = max(range(length), key=masses.__getitem__)
+        if not masses[step] > 0:
+            return
+        probs_V = rest[step] / rest[step].sum()
+        last[step] = draw(probs_V, generator)
+        draft.token_ids.append(last[step])
+        draft.probs.append(probs_V)
+        draft.parents.append(step - 1)
 
 
 def _ends(rows: Rows) -> Tensor:

@@ -50,8 +50,8 @@ def exits_to_try(config: ModelConfig) -> list[int]:
 
 
 def settings_to_try(model: Model) -> list[SpeculativeConfig]:
-    """Every combination of draft source (early exit at each exit, n-gram, both), draft length and verify mode; and the
-    trained exit, if one is attached, which has no states to reuse."""
+    """Every combination of draft source (early exit at each exit, n-gram, both), draft length and verify mode; the
+    trained exit, if one is attached, which has no states to reuse; and trees."""
     exits = exits_to_try(model.config)
     trained = [
         SpeculativeConfig(draft=draft, num_draft_tokens=length)
@@ -59,10 +59,14 @@ def settings_to_try(model: Model) -> list[SpeculativeConfig]:
         for length in DRAFT_LENGTHS
         if model.branch is not None
     ]
+    trees = [
+        SpeculativeConfig(draft=source.draft, exit_layer=source.exit_layer, num_draft_tokens=3, num_runner_ups=4)
+        for source in (*trained[:1], *(SpeculativeConfig(draft="early-exit", exit_layer=exits[-1]) for _ in exits[:1]))
+    ]
     sources = [SpeculativeConfig(draft="early-exit", exit_layer=exit_layer) for exit_layer in exits]
     sources.append(SpeculativeConfig(draft="ngram"))
     sources.extend(SpeculativeConfig(draft="both", exit_layer=exit_layer) for exit_layer in exits[:1])
-    return trained + [
+    return [*trained, *trees] + [
         SpeculativeConfig(draft=source.draft, exit_layer=source.exit_layer, num_draft_tokens=length, verify=mode)
         for source in sources
         for mode in ("recompute", "reuse")
@@ -90,7 +94,7 @@ def greedy_proofs(model: Model, prompts: Seq[Seq[int]], max_new_tokens: int) -> 
         num_rows = None
         if promise == "bits at the verify shape":
             assert setting.num_draft_tokens is not None
-            num_rows = setting.num_draft_tokens + 1
+            num_rows = setting.num_draft_tokens + 1 + (setting.num_runner_ups or 0)
         if num_rows not in references:
             references[num_rows] = run(
                 model, prompts, PLAIN, params, max_num_seqs=num_at_once, rows_per_sequence=num_rows
@@ -212,6 +216,8 @@ def describe(setting: SpeculativeConfig, lengths: str | None = None) -> str:
         parts.append(f"E={setting.exit_layer}")
     if lengths or setting.num_draft_tokens:
         parts.append(f"k={lengths or setting.num_draft_tokens}")
+    if setting.num_runner_ups:
+        parts.append(f"runner-ups={setting.num_runner_ups}")
     if setting.verify is not None:
         parts.append(setting.verify)
     return " ".join(parts)

@@ -89,7 +89,7 @@ def parse_setting(
     """
     loading: dict[str, Any] = {}
     drafting: dict[str, Any] = {}
-    numbers = {"exit_layer": int, "num_draft_tokens": int, "min_confidence": float}
+    numbers = {"exit_layer": int, "num_draft_tokens": int, "num_runner_ups": int, "min_confidence": float}
     for pair in text.split(","):
         key, separator, value = pair.partition("=")
         key = key.strip().replace("-", "_")

@@ -30,8 +30,9 @@ class Run:
 
 
 class Recorder:
-    """A model that notes the final hidden state of every position. A later pass over a position replaces it, as it does
-    in the cache; so what is left at a committed position is what the committed tokens were computed from."""
+    """A model that notes the final hidden state of every place of the cache. A later pass over a place replaces it, and
+    a tree's branch that is kept moves with its keys and values; so what is left at a committed position is what the
+    committed tokens were computed from."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -43,9 +44,21 @@ class Recorder:
     def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
         h_ND = self._model.run_layers(h_ND, start, stop, rows, cache)
         if stop == self._model.config.num_hidden_layers:
-            for place, h_D in zip(zip(rows.slots.tolist(), rows.positions.tolist(), strict=True), h_ND, strict=True):
-                self._states[place] = h_D
+            places = [(segment.slot, segment.start + row) for segment in rows.segments for row in range(segment.count)]
+            self._states.update(zip(places, h_ND, strict=True))
         return h_ND
+
+    def new_cache(self, num_slots: int, length: int) -> Cache:
+        cache = self._model.new_cache(num_slots, length)
+        keep_branch = cache.keep_branch
+
+        def keep_and_move(slot: int, start: int, rows: Seq[int]) -> None:
+            keep_branch(slot, start, rows)
+            kept = [self._states[slot, start + row] for row in rows]
+            self._states.update(((slot, start + index), h_D) for index, h_D in enumerate(kept))
+
+        cache.keep_branch = keep_and_move  # type: ignore[method-assign]
+        return cache
 
     def states(self, slot: int, num_positions: int) -> Tensor:
         """Final hidden states of the first positions of a slot, [T, D]."""
