@@ -286,6 +286,6 @@ def test_a_text_that_ends_within_a_draft_rejects_nothing() -> None:
             num_chosen_by_logits=0, sequences=(part,),
         )  # fmt: skip
         controller.learn([sequence], [[0, 1, 2, 3]], outcome, [])
-        prospect = controller._prospect(sequence, 3, [])
+        prospect = controller._prospect(sequence, 3, [], floor=0.0)
         found[committed] = prospect.survival["exit-branch"][2]
     assert found[3] < 0.8 * found[2]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hopskip.cli import app
 
 ROOT = Path(__file__).parent.parent
-SUBCOMMANDS = [["bench", "serve"]]
+SUBCOMMANDS = [["bench", "serve"], ["trace", "show"], ["trace", "record"], ["trace", "replay"]]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 

@@ -72,7 +72,7 @@ def test_files_keep_everything(model: Model, recorded: Trace, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("", "1 is no line of a trace"),
+        ("", "is empty"),
         ("not json\n", "1 is no line"),
         ('{"format": 9}\n', "format 9"),
         ('{"format": 1}\n{"kind": "round"}\n', "2 is no line"),

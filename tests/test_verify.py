@@ -103,3 +103,43 @@ def test_the_first_token_is_distributed_as_the_target_says(is_certain: bool) -> 
         num_rejected += not verdict.num_accepted
     assert num_rejected > 1000
     assert chisquare(counts.numpy(), (target[0] * counts.sum()).numpy(), sum_check=False).pvalue > 0.001
+
+
+def test_block_verification_accepts_what_its_paper_says() -> None:
+    """The example of arXiv 2403.10444, section 3: two tokens, of which token by token accepts 10/9 on average."""
+    generator = torch.Generator().manual_seed(3)
+    draft, target = torch.tensor([2 / 3, 1 / 3]), torch.tensor([1 / 3, 2 / 3])
+    joint = torch.zeros(2, 2)
+    total, num_rounds = 0, 8_000
+    for _ in range(num_rounds):
+        ids = torch.multinomial(draft, 2, replacement=True, generator=generator).tolist()
+        verdict = verify_sampled(ids, [draft, draft], target.expand(3, 2), generator)
+        total += verdict.num_accepted
+        kept = [*ids[: verdict.num_accepted], verdict.next_token]
+        if len(kept) == 1:
+            kept.append(int(torch.multinomial(target, 1, generator=generator)))
+        joint[kept[0], kept[1]] += 1
+    assert total / num_rounds == pytest.approx(11 / 9, abs=0.04)
+    expected = target[:, None] * target[None, :] * num_rounds
+    assert chisquare(joint.flatten().numpy(), expected.flatten().numpy(), sum_check=False).pvalue > 0.001
+
+
+def test_a_draft_may_end_by_its_own_tokens() -> None:
+    """A draft of up to three that ends after its first 0: the joint distribution is still the target's."""
+    generator = torch.Generator().manual_seed(4)
+    draft, target = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.5, 0.3])
+    joint = torch.zeros(3, 3)
+    lengths = set()
+    for _ in range(10_000):
+        ids: list[int] = []
+        while len(ids) < 3 and 0 not in ids:
+            ids.append(int(torch.multinomial(draft, 1, generator=generator)))
+        lengths.add(len(ids))
+        verdict = verify_sampled(ids, [draft] * len(ids), target.expand(len(ids) + 1, 3), generator)
+        kept = [*ids[: verdict.num_accepted], verdict.next_token]
+        if len(kept) == 1:
+            kept.append(int(torch.multinomial(target, 1, generator=generator)))
+        joint[kept[0], kept[1]] += 1
+    assert lengths == {1, 2, 3}
+    expected = target[:, None] * target[None, :] * joint.sum()
+    assert chisquare(joint.flatten().numpy(), expected.flatten().numpy(), sum_check=False).pvalue > 0.001

@@ -24,16 +24,33 @@ class Draft:
     exit_states: list[Tensor] = field(default_factory=list)
     """Hidden states [D] that the draft pass left at the exit layer: those of the sequence's last token and of all draft
     tokens but the last (which was never fed back). Empty if no layers were run."""
-    parents: list[int] | None = None
-    """Of a tree of tokens: for each the index of the one that it follows, which comes before it; -1 where that is the
-    sequence's last token. Of those that follow the same, each was drawn without those before it. None: a chain."""
     signs: list[int] = field(default_factory=list)
     """What tells how likely each token is to be accepted, as a small number: tokens of one source and sign are counted
     together. Of an exit the token's place in the draft, of a lookup the number of tokens before it that match."""
     exit_layer: int | None = None
     """Layers that an early-exit draft has run."""
+    parents: list[int] | None = None
+    """Of a tree of tokens: for each the index of the one that it follows, which comes before it; -1 where that is the
+    sequence's last token. Of those that follow the same, each was drawn without those before it. None: a chain."""
     is_closed: bool = False
     """True once the drafter has decided to propose no more."""
+
+    @property
+    def name(self) -> str | None:
+        """Its source as traces and statistics of acceptance call it (`early-exit:8`); None without a token."""
+        if not self.token_ids:
+            return None
+        return self.source if self.exit_layer is None else f"{self.source}:{self.exit_layer}"
+
+    def cut(self, num_tokens: int) -> Draft:
+        """Its first tokens."""
+        return replace(
+            self,
+            token_ids=self.token_ids[:num_tokens],
+            probs=None if self.probs is None else self.probs[:num_tokens],
+            exit_states=self.exit_states[:num_tokens],
+            signs=self.signs[:num_tokens],
+        )
 
     @property
     def depth(self) -> int:
@@ -48,24 +65,6 @@ class Draft:
     def goes_on_after(self, index: int) -> bool:
         """Whether a token of the draft follows this one."""
         return index + 1 < len(self.token_ids) if self.parents is None else index in self.parents
-
-    @property
-    def name(self) -> str | None:
-        """Its source as traces and statistics of acceptance call it (`early-exit:8`); None without a token."""
-        if not self.token_ids:
-            return None
-        return self.source if self.exit_layer is None else f"{self.source}:{self.exit_layer}"
-
-    def cut(self, num_tokens: int) -> Draft:
-        """The first tokens of a chain."""
-        assert self.parents is None
-        return replace(
-            self,
-            token_ids=self.token_ids[:num_tokens],
-            probs=None if self.probs is None else self.probs[:num_tokens],
-            exit_states=self.exit_states[:num_tokens],
-            signs=self.signs[:num_tokens],
-        )
 
 
 class Drafter(Protocol):

@@ -70,6 +70,7 @@ class SpeculativeConfig:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be at least 0 and below 1")
         ineffective: dict[str, tuple[str, ...]] = {
             "none": ("exit_branch", "exit_layer", "num_draft_tokens", "verify", "min_confidence", "num_runner_ups"),
+            "auto": ("num_runner_ups",),
             "ngram": ("exit_branch", "exit_layer", "min_confidence", "num_runner_ups"),
             "early-exit": ("exit_branch",),
             "exit-branch": ("exit_layer",),
@@ -80,14 +81,12 @@ class SpeculativeConfig:
                     f"{name}={getattr(self, name)} has no effect with draft {self.draft!r}; leave one out"
                 )
 
-        if self.verify == "reuse" and self.num_runner_ups:
-            raise ConfigError("verify 'reuse' goes on from a chain of drafted tokens; leave num_runner_ups out")
-        if self.draft == "auto" and self.num_runner_ups:
-            raise ConfigError("num_runner_ups has no effect with draft 'auto', which drafts chains; leave it out")
         if self.verify == "reuse" and self.draft == "auto":
             raise ConfigError(
                 "verify 'reuse' goes on from one early exit; name it with draft 'early-exit', or leave it out"
             )
+        if self.verify == "reuse" and self.num_runner_ups:
+            raise ConfigError("verify 'reuse' goes on from a chain of drafted tokens; leave num_runner_ups out")
         if self.verify == "reuse" and (self.draft == "exit-branch" or self.exit_branch is not None):
             raise ConfigError("verify 'reuse' goes on from an early exit, which a trained exit is not; leave it out")
         if self.exit_branch is not None and self.exit_layer is not None:
@@ -136,8 +135,8 @@ class SpeculativeConfig:
                     f"so it must be between 1 and {model.num_hidden_layers - 1}"
                 )
         recommended = branch.num_draft_tokens if branch and has_branch else model.recommended_num_draft_tokens
-        num_runner_ups = branch.num_runner_ups if branch and has_branch and draft != "auto" else 0
         longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or 6
+        num_runner_ups = branch.num_runner_ups if branch and has_branch and draft != "auto" else 0
         return replace(
             self,
             draft=draft,

@@ -101,8 +101,11 @@ class Controller:
             limits: most tokens of each.
             lookups: the signs of the tokens that lookup proposes for each; none if it has no match.
         """
+        # a row less likely to count than half of what rows cost now is not worth the thought
+        price = self.costs.marginal_row * len(sequences) / self.costs.pass_seconds(len(sequences))
+        floor = max(_MIN_SURVIVAL, 0.5 * price if self.costs.rows_per_sequence == 1 else 0.0)
         prospects = [
-            self._prospect(sequence, min(limit, self._max_draft_tokens), signs)
+            self._prospect(sequence, min(limit, self._max_draft_tokens), signs, floor)
             for sequence, limit, signs in zip(sequences, limits, lookups, strict=True)
         ]
         plan = best_plan(prospects, self.costs)
@@ -134,11 +137,11 @@ class Controller:
             self._requests[sequence] = RequestAcceptance(self._acceptance)
         return self._requests[sequence]
 
-    def _prospect(self, sequence: Sequence, limit: int, lookup: Seq[int]) -> Prospect:
+    def _prospect(self, sequence: Sequence, limit: int, lookup: Seq[int], floor: float) -> Prospect:
         own, by_logits = self._of(sequence), sequence.needs_logits
         own.begin_round()
-        survival = {exit: own.survival(exit, range(limit), by_logits) for exit in self._exits}
-        survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], by_logits)
+        survival = {exit: own.survival(exit, range(limit), by_logits, floor) for exit in self._exits}
+        survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], by_logits, floor)
         return Prospect(survival=survival, by_logits=by_logits)
 
     def _probe(self, prospects: Seq[Prospect], plan: Plan) -> Plan | None:
@@ -433,8 +436,9 @@ class RequestAcceptance:
     def begin_round(self) -> None:
         self._round += 1
 
-    def survival(self, source: str, signs: Iterable[int], sampled: bool) -> list[float]:
-        """The probabilities that the first 1, 2, .. tokens of a draft are all accepted, while they are worth a thought.
+    def survival(self, source: str, signs: Iterable[int], sampled: bool, floor: float) -> list[float]:
+        """The probabilities that the first 1, 2, .. tokens of a draft are all accepted, down to `floor`. The first is
+        always there: it may be probed.
 
         Where an exit does better for this request than for others, it is taken to do so at the next place, too.
         """
@@ -450,7 +454,7 @@ class RequestAcceptance:
             if source != LOOKUP:
                 lift = rate / usual
             product *= rate
-            if product < _MIN_SURVIVAL:
+            if product < floor and found:
                 break
             found.append(product)
         return found
