@@ -324,7 +324,7 @@ def test_the_last_position_of_the_context_can_be_used(model: Model) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"draft": "magic"}, "draft is 'magic'; choose one of exit-branch"),
+        ({"draft": "magic"}, "draft is 'magic'; choose one of auto, exit-branch"),
         ({"draft": "early-exit", "exit_layer": 0}, "exit_layer is 0; this model has 6 layers"),
         ({"draft": "early-exit", "exit_layer": 6}, "between 1 and 5"),
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
