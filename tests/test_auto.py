@@ -40,7 +40,8 @@ class Whims(Controller):
             source = (None, LOOKUP, "early-exit:1", "early-exit:2")[whim % 4]
             most = len(lookup) if source == LOOKUP else limit
             length = max(0, min(most, whim // 2))
-            choices.append(Choice(source if length else None, length if source else 0))
+            num_runner_ups = whim % 2 if source not in (None, LOOKUP) and length else 0
+            choices.append(Choice(source if length else None, length if source else 0, num_runner_ups))
         return choices
 
 
@@ -82,7 +83,9 @@ def test_greedy_text_never_depends_on_the_choices(model: Model, max_num_seqs: in
     parts = [part for each in rounds for part in each.sequences]
     assert {part.source for part in parts} == {None, "ngram", "early-exit:1", "early-exit:2"}
     assert 0 < sum(p.num_accepted_tokens for p in parts) < sum(p.num_draft_tokens for p in parts)
-    assert max(part.num_draft_tokens for part in parts) <= 5
+    assert max(part.num_draft_tokens - part.num_runner_ups for part in parts) <= 5
+    assert {part.num_runner_ups for part in parts} == {0, 1}
+    assert {part.runner_up for part in parts} == {None, 0}
     assert sum(part.num_committed for part in parts) == sum(len(s.tokens) - 1 for s in sequences)
     for number, sequence in enumerate(sequences):
         own = [part for part in parts if part.request == number]

@@ -114,9 +114,11 @@ def test_rows_that_are_computed_anyway_are_free() -> None:
 class World:
     """Requests whose draft tokens are accepted by chance, and rounds that take what a table says."""
 
-    def __init__(self, costs: Costs = STEEP, num_sequences: int = 1, seed: int = 0) -> None:
+    def __init__(self, costs: Costs = STEEP, num_sequences: int = 1, seed: int = 0, max_runner_ups: int = 0) -> None:
         self.truth = LiveCosts(costs)
-        self.controller = Controller(costs, max_draft_tokens=8)
+        self.controller = Controller(costs, max_draft_tokens=8, max_runner_ups=max_runner_ups)
+        self.second_choice = 0.0
+        """How often the first runner-up is right where the draft is wrong."""
         self.acceptance: dict[str, float] = {}
         self.matched = 0
         """Length of the match that lookup has; 0: none."""
@@ -145,18 +147,22 @@ class World:
             accepted = 0
             while accepted < choice.num_tokens and self.dice.random() < self.acceptance.get(choice.source or "", 0):
                 accepted += 1
+            is_wrong = choice.num_runner_ups > 0 and accepted < choice.num_tokens
+            runner_up = 0 if is_wrong and self.dice.random() < self.second_choice else None
             signs.append(lookup[: choice.num_tokens] if choice.source == LOOKUP else list(range(choice.num_tokens)))
             parts.append(
                 RoundOfSequence(
                     request=0,
                     position=0,
                     source=choice.source,
-                    num_draft_tokens=choice.num_tokens,
-                    num_accepted_tokens=accepted,
-                    num_committed=accepted + 1,
+                    num_draft_tokens=choice.num_tokens + choice.num_runner_ups,
+                    num_accepted_tokens=accepted + (runner_up is not None),
+                    num_committed=accepted + (runner_up is not None) + 1,
+                    num_runner_ups=choice.num_runner_ups,
+                    runner_up=runner_up,
                 )
             )
-        rows = len(choices) + sum(choice.num_tokens for choice in choices)
+        rows = len(choices) + sum(choice.num_tokens + choice.num_runner_ups for choice in choices)
         exits = {choice.source for choice in choices} - {None, LOOKUP}
         drafting = []
         for exit in exits:
@@ -289,3 +295,45 @@ def test_a_text_that_ends_within_a_draft_rejects_nothing() -> None:
         prospect = controller._prospect(sequence, 3, [], floor=0.0)
         found[committed] = prospect.survival["exit-branch"][2]
     assert found[3] < 0.8 * found[2]
+
+
+# -- runner-ups --------------------------------------------------------------------------------------------------------
+
+
+def test_runner_ups_are_taken_while_their_rows_pay() -> None:
+    costs = LiveCosts(STEEP)
+    prospect = Prospect(
+        survival={"exit-branch": geometric(0.5), LOOKUP: []}, runner_ups={"exit-branch": [0.3, 0.05, 0.01]}
+    )
+    plan = best_plan([prospect], costs)
+    length = plan.choices[0].num_tokens
+    rates = []
+    for number in range(4):
+        seconds = costs.draft_seconds("exit-branch", length, 1) + costs.pass_seconds(1 + length + number)
+        rates.append((1 + sum(geometric(0.5, length)) + sum([0.3, 0.05, 0.01][:number])) / seconds)
+    assert plan.choices == [Choice("exit-branch", length, rates.index(max(rates)))]
+    assert plan.rate == pytest.approx(max(rates))
+    assert 0 < plan.choices[0].num_runner_ups < 3
+
+
+def test_runner_ups_are_dropped_where_they_are_never_right() -> None:
+    world = World(max_runner_ups=2)
+    world.acceptance = {"exit-branch": 0.6}
+    assert any(choice.num_runner_ups for choice in world.run(3))
+    late = world.run(200)[100:]
+    assert sum(choice.num_runner_ups > 0 for choice in late) < 20
+    assert all(choice.source == "exit-branch" for choice in late)
+    world.new_requests(1)
+    world.second_choice = 0.6
+    world.run(300)
+    assert sum(choice.num_runner_ups > 0 for choice in world.run(100)) > 50
+
+
+def test_penalties_allow_no_runner_ups() -> None:
+    controller = Controller(FLAT, max_draft_tokens=4, max_runner_ups=2)
+    plain = Sequence([1], SamplingParams(), frozenset(), 10)
+    bound = Sequence([1], SamplingParams(frequency_penalty=1.0), frozenset(), 10)
+    first, second = controller.plan([plain, bound], [4, 4], [[], []])
+    assert first.num_runner_ups == 2
+    assert second.num_tokens > 0
+    assert second.num_runner_ups == 0

@@ -393,6 +393,7 @@ class Engine:
                     break
             num_committed = len(sequence.tokens) - num_before
             sequence.num_cached += num_committed
+            last = verdict.branch[-1] if verdict.branch else -1
             part = RoundOfSequence(
                 request=sequence.number,
                 position=num_before,
@@ -400,6 +401,8 @@ class Engine:
                 num_draft_tokens=len(draft.token_ids),
                 num_accepted_tokens=min(verdict.num_accepted, num_committed),
                 num_committed=num_committed,
+                num_runner_ups=len(draft.token_ids) - draft.num_chained,
+                runner_up=last - draft.num_chained if last >= draft.num_chained else None,
             )
             parts.append(part)
             if not tokens:

@@ -32,6 +32,10 @@ class RoundOfSequence:
     num_accepted_tokens: int
     num_committed: int
     """Accepted tokens and the one of the target; fewer where the text ended before."""
+    num_runner_ups: int = 0
+    """How many of the draft tokens were second choices beside the draft."""
+    runner_up: int | None = None
+    """Which of them was accepted, counted from 0; None if none was."""
 
 
 @dataclass(frozen=True, kw_only=True)

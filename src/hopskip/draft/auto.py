@@ -25,7 +25,7 @@ class AutoDrafter(Drafter):
     Args:
         exits: layers to exit after, and the branch that is attached to the model.
         timings: of the model with these exits.
-        max_draft_tokens: of a round and sequence.
+        max_draft_tokens, max_runner_ups: of a round and sequence.
         rows_per_sequence: least rows of a verify pass per sequence.
         min_confidence: see `ExitDrafter`.
     """
@@ -37,17 +37,19 @@ class AutoDrafter(Drafter):
         timings: Timings,
         *,
         max_draft_tokens: int,
+        max_runner_ups: int = 0,
         rows_per_sequence: int = 1,
         min_confidence: float = 0.0,
     ) -> None:
         # a match of one token says little, but may be worth a row; the controller finds out
         self.sources: dict[str, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
-        self.sources |= {source_name(exit): ExitDrafter(model, exit, min_confidence) for exit in exits}
+        self._exits = {source_name(exit): ExitDrafter(model, exit, min_confidence) for exit in exits}
+        self.sources |= self._exits
         self._timings = timings
         self.costs = costs = timings.get()
         """As they were measured."""
         priors = {source_name(e): e.notes.get("held_out_acceptance", ()) for e in exits if isinstance(e, ExitBranch)}
-        self.controller = Controller(costs, max_draft_tokens, rows_per_sequence, priors)
+        self.controller = Controller(costs, max_draft_tokens, rows_per_sequence, priors, max_runner_ups)
         # of the sources only a branch with layers of its own wants to see what the model computes
         self._watching = next((drafter for drafter in self.sources.values() if drafter.taps is not None), None)
         self.taps = self._watching.taps if self._watching else None
@@ -71,11 +73,11 @@ class AutoDrafter(Drafter):
             members = [i for i, choice in enumerate(choices) if choice.source == exit]
             own, lengths = [sequences[i] for i in members], [choices[i].num_tokens for i in members]
             started = time.perf_counter()
-            found = self.sources[exit].propose(own, lengths, cache)
+            found = self._exits[exit].propose(own, lengths, cache, [choices[i].num_runner_ups for i in members])
             seconds = time.perf_counter() - started
             for i, draft in zip(members, found, strict=True):
                 drafts[i] = draft
-            depth = max(len(draft.token_ids) for draft in found)
+            depth = max(draft.num_chained for draft in found)
             is_stepped = any(sequence.needs_logits for sequence in own)
             self._drafting.append(Drafting(exit, depth, len(own), is_stepped, seconds))
         self._signs = [draft.signs for draft in drafts]

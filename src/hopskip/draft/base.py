@@ -36,6 +36,13 @@ class Draft:
     """True once the drafter has decided to propose no more."""
 
     @property
+    def num_chained(self) -> int:
+        """Tokens of the branch that it begins with; those after it are runner-ups."""
+        if self.parents is None:
+            return len(self.token_ids)
+        return next((i for i, parent in enumerate(self.parents) if parent != i - 1), len(self.parents))
+
+    @property
     def name(self) -> str | None:
         """Its source as traces and statistics of acceptance call it (`early-exit:8`); None without a token."""
         if not self.token_ids:

@@ -18,6 +18,7 @@ from hopskip.errors import ConfigError
 from hopskip.model import Model
 
 _MAX_RUNNER_UPS = 32
+_MOST_RUNNER_UPS_BY_CHOICE = 4
 
 DraftSource = Literal["auto", "exit-branch", "early-exit", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
@@ -47,7 +48,8 @@ class SpeculativeConfig:
     where a pass computes no more rows than it needs, so that room for a long draft costs nothing."""
     num_runner_ups: int | None = None
     """Tokens that branch or early exit name beside each draft, to be verified in its places: rows of the verify pass,
-    but no draft steps. None: the branch's recommendation, else 0."""
+    but no draft steps. None: the branch's recommendation, else 0. With draft `auto` the most that it may choose; None:
+    4 where a pass computes no more rows than it needs, else 0."""
     verify: VerifyMode | None = None
     """`recompute`: the verify pass runs all layers, at one fixed shape. `reuse`: it continues from the exit-layer
     states and keys/values that the draft left (the paper's). None: `recompute`."""
@@ -70,7 +72,6 @@ class SpeculativeConfig:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be at least 0 and below 1")
         ineffective: dict[str, tuple[str, ...]] = {
             "none": ("exit_branch", "exit_layer", "num_draft_tokens", "verify", "min_confidence", "num_runner_ups"),
-            "auto": ("num_runner_ups",),
             "ngram": ("exit_branch", "exit_layer", "min_confidence", "num_runner_ups"),
             "early-exit": ("exit_branch",),
             "exit-branch": ("exit_layer",),
@@ -136,7 +137,9 @@ class SpeculativeConfig:
                 )
         recommended = branch.num_draft_tokens if branch and has_branch else model.recommended_num_draft_tokens
         longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or 6
-        num_runner_ups = branch.num_runner_ups if branch and has_branch and draft != "auto" else 0
+        num_runner_ups = branch.num_runner_ups if branch and has_branch else 0
+        if draft == "auto":
+            num_runner_ups = _MOST_RUNNER_UPS_BY_CHOICE if row_exact else 0
         return replace(
             self,
             draft=draft,
@@ -172,7 +175,8 @@ class SpeculativeConfig:
                 exits,
                 Timings(model, exits, identity),
                 max_draft_tokens=self.num_draft_tokens,
-                rows_per_sequence=1 if model.row_exact else self.num_draft_tokens + 1,
+                max_runner_ups=self.num_runner_ups or 0,
+                rows_per_sequence=1 if model.row_exact else self.num_draft_tokens + 1 + (self.num_runner_ups or 0),
                 min_confidence=self.min_confidence,
             )
         exit_at = model.branch if self.exit_layer is None else self.exit_layer

@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from hopskip.draft.costs import Costs, DraftCost, interpolated
+from hopskip.draft.exit import allows_runner_ups
 from hopskip.sequence import Sequence
 from hopskip.trace import Round
 
@@ -48,6 +49,8 @@ _UNKNOWN = 0.5
 _CHECK_EVERY = 256
 """Rounds after which the table is held against what they have shown."""
 _NOTHING = (0.0, 0.0)
+_BESIDE = "+"
+"""After an exit's name: its runner-ups, whose sign is their rank."""
 _Key = tuple[str, int, bool]
 """Source, sign, and whether all logits choose the tokens."""
 
@@ -55,6 +58,7 @@ _Key = tuple[str, int, bool]
 class Choice(NamedTuple):
     source: str | None
     num_tokens: int
+    num_runner_ups: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,8 @@ class Prospect:
     """What one sequence could draft. By source, the probabilities that the first 1, 2, .. tokens are all accepted."""
 
     survival: Mapping[str, Seq[float]]
+    runner_ups: Mapping[str, Seq[float]] = field(default_factory=dict)
+    """By exit, the probabilities that the first, second, .. token beside the draft is accepted, falling."""
     by_logits: bool = False
     """Its tokens are chosen by all logits (sampling, penalties, a grammar), not just by the best."""
 
@@ -74,6 +80,7 @@ class Controller:
         max_draft_tokens: of a round and sequence.
         rows_per_sequence: least rows of a verify pass per sequence; see `Engine`.
         priors: by exit, known shares of drafts whose first 1, 2, .. tokens were accepted.
+        max_runner_ups: beside an exit's draft.
     """
 
     def __init__(
@@ -82,10 +89,12 @@ class Controller:
         max_draft_tokens: int,
         rows_per_sequence: int = 1,
         priors: Mapping[str, Seq[float]] | None = None,
+        max_runner_ups: int = 0,
     ) -> None:
         self.costs = LiveCosts(costs, rows_per_sequence)
         self._exits = tuple(costs.drafts)
         self._max_draft_tokens = max_draft_tokens
+        self._max_runner_ups = max_runner_ups
         self._acceptance = Acceptance(priors or {})
         self._requests: WeakKeyDictionary[Sequence, RequestAcceptance] = WeakKeyDictionary()
         self._credit = 0.0
@@ -124,10 +133,15 @@ class Controller:
             if part.source is None:
                 continue
             self._last_use[part.source] = self._num_rounds
-            accepted = [True] * part.num_accepted_tokens
-            if part.num_accepted_tokens < min(part.num_draft_tokens, part.num_committed):
+            num_chained = part.num_draft_tokens - part.num_runner_ups
+            accepted = [True] * (part.num_accepted_tokens - (part.runner_up is not None))
+            if len(accepted) < min(num_chained, part.num_committed):
                 accepted.append(False)  # unless the text has ended within the draft
-            self._of(sequence).record(part.source, own_signs, accepted, sequence.needs_logits)
+            own = self._of(sequence)
+            own.record(part.source, own_signs, accepted, sequence.needs_logits)
+            ranks = range(part.num_runner_ups)
+            beside = [rank == part.runner_up for rank in ranks]
+            own.record(part.source + _BESIDE, ranks, beside, sequence.needs_logits)
         self.costs.learn(outcome, drafting)
         self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
         return self.costs.corrected() if self._num_rounds % _CHECK_EVERY == 0 else None
@@ -142,7 +156,10 @@ class Controller:
         own.begin_round()
         survival = {exit: own.survival(exit, range(limit), by_logits, floor) for exit in self._exits}
         survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], by_logits, floor)
-        return Prospect(survival=survival, by_logits=by_logits)
+        runner_ups: dict[str, list[float]] = {}
+        if self._max_runner_ups and allows_runner_ups(sequence):
+            runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, by_logits, floor) for exit in self._exits}
+        return Prospect(survival=survival, runner_ups=runner_ups, by_logits=by_logits)
 
     def _probe(self, prospects: Seq[Prospect], plan: Plan) -> Plan | None:
         """One token of the source used longest ago, for whoever drafts nothing, if the credit covers the loss."""
@@ -194,7 +211,7 @@ def best_plan(prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
         deepest = max((len(p.survival[exit]) for p, s in zip(prospects, sources, strict=True) if s == exit), default=0)
         # of one sequence all depths lie on the way; of many a shallow draft for all may beat a deep one for some
         for depth in range(1, deepest + 1) if len(prospects) > 1 else [deepest][:deepest]:
-            found = _hand_out(prospects, sources, costs, depth)
+            found = _with_runner_ups(_hand_out(prospects, sources, costs, depth), prospects, costs)
             if found.rate > best.rate:
                 best = found
             elif depth > 2:
@@ -212,6 +229,33 @@ def priced(prospects: Seq[Prospect], choices: Seq[Choice], costs: LiveCosts) -> 
             bill.add(index, choice.source, place)
             tokens += prospects[index].survival[choice.source][place]
     return Plan(list(choices), tokens, bill.seconds)
+
+
+def _with_runner_ups(plan: Plan, prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
+    """The plan with as many rows for runner-ups beside its drafts as pay. They take no draft step."""
+    candidates = sorted(
+        (
+            (accepted, index)
+            for index, (prospect, choice) in enumerate(zip(prospects, plan.choices, strict=True))
+            for accepted in prospect.runner_ups.get(choice.source or "", ())
+        ),
+        reverse=True,
+    )
+    num_rows = len(prospects) + sum(choice.num_tokens for choice in plan.choices)
+    before = costs.pass_seconds(max(num_rows, len(prospects) * costs.rows_per_sequence))
+    best, tokens, numbers = plan, plan.tokens, [0] * len(prospects)
+    num_by_logits = 0
+    for accepted, index in candidates:
+        num_rows += 1
+        num_by_logits += prospects[index].by_logits
+        tokens += accepted
+        numbers[index] += 1
+        after = costs.pass_seconds(max(num_rows, len(prospects) * costs.rows_per_sequence), num_by_logits)
+        seconds = plan.seconds - before + after
+        if tokens / seconds > best.rate:
+            choices = [c._replace(num_runner_ups=n) for c, n in zip(plan.choices, numbers, strict=True)]
+            best = Plan(choices, tokens, seconds)
+    return best
 
 
 def _hand_out(prospects: Seq[Prospect], sources: Seq[str], costs: LiveCosts, depth: int | None) -> Plan:
@@ -418,6 +462,8 @@ class Acceptance:
         source, sign, sampled = key
         if source == LOOKUP:
             return 1 - 1 / (1 + 0.7 * sign)  # the longer the match, the surer
+        if source.endswith(_BESIDE):
+            return 0.15 / (1 + 0.7 * sign)  # second choices first, then third ones
         known = self._priors.get(source, ())
         if sign < len(known):
             return known[sign]
@@ -447,10 +493,7 @@ class RequestAcceptance:
         for sign in signs:
             key = source, min(sign, MAX_SIGN), sampled
             usual = self._others.rate(key)
-            accepted, tried, last = self._counts.get(key, (0.0, 0.0, 0))
-            fading = _FADING ** (self._round - last)
-            prior = min(usual * lift, 0.98)
-            rate = (accepted * fading + _PRIOR_WEIGHT * prior) / (tried * fading + _PRIOR_WEIGHT)
+            rate = self._rate(key, min(usual * lift, 0.98))
             if source != LOOKUP:
                 lift = rate / usual
             product *= rate
@@ -458,6 +501,22 @@ class RequestAcceptance:
                 break
             found.append(product)
         return found
+
+    def runner_ups(self, exit: str, number: int, sampled: bool, floor: float) -> list[float]:
+        """The probabilities that the first, second, .. token beside a draft is accepted, falling, down to `floor`."""
+        found: list[float] = []
+        for rank in range(number):
+            key = exit + _BESIDE, rank, sampled
+            rate = min([self._rate(key, self._others.rate(key)), *found[-1:]])
+            if rate < floor:
+                break
+            found.append(rate)
+        return found
+
+    def _rate(self, key: _Key, prior: float) -> float:
+        accepted, tried, last = self._counts.get(key, (0.0, 0.0, 0))
+        fading = _FADING ** (self._round - last)
+        return (accepted * fading + _PRIOR_WEIGHT * prior) / (tried * fading + _PRIOR_WEIGHT)
 
     def record(self, source: str, signs: Seq[int], accepted: Seq[bool], sampled: bool) -> None:
         """Count the draft tokens that were looked at: those accepted, and the first that was not."""

@@ -136,29 +136,51 @@ class ExitDrafter(Drafter):
             else:
                 slot.observe(segment.start, own)
 
-    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+    def propose(
+        self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache, num_runner_ups: Seq[int] | None = None
+    ) -> list[Draft]:
+        """As `Drafter.propose`. `num_runner_ups`: of each sequence's draft, in place of the drafter's own number."""
         source: Literal["early-exit", "exit-branch"] = "early-exit" if self._vocabulary is None else "exit-branch"
         exit_layer = self._branch.start if source == "early-exit" else None
         drafts = [Draft(source, probs=None if s.params.is_greedy else [], exit_layer=exit_layer) for s in sequences]
         active = [i for i, limit in enumerate(limits) if limit > 0]
+        runner_ups = [
+            wanted if allows_runner_ups(sequence) else 0
+            for sequence, wanted in zip(
+                sequences, num_runner_ups or [self._num_runner_ups] * len(sequences), strict=True
+            )
+        ]
         chained = [i for i in active if self._can_chain(sequences[i])]
         stepped = [i for i in active if i not in chained]
         for run, chosen in (self._chain, chained), (self._step_by_step, stepped):
             if chosen:
-                run([sequences[i] for i in chosen], [limits[i] for i in chosen], [drafts[i] for i in chosen], cache)
+                run(
+                    [sequences[i] for i in chosen],
+                    [limits[i] for i in chosen],
+                    [drafts[i] for i in chosen],
+                    cache,
+                    [runner_ups[i] for i in chosen],
+                )
         for draft in drafts:
-            draft.signs = list(range(len(draft.token_ids)))
+            draft.signs = list(range(draft.num_chained))
         return drafts
 
     def _can_chain(self, sequence: Sequence) -> bool:
         """Whether a sequence takes the exit's own best tokens, so that it can leave all steps to the model."""
         return self._draft_greedy is not None and sequence.params.is_greedy and not sequence.params.changes_logits
 
-    def _chain(self, sequences: Seq[Sequence], limits: Seq[int], drafts: Seq[Draft], cache: Cache) -> None:
+    def _chain(
+        self,
+        sequences: Seq[Sequence],
+        limits: Seq[int],
+        drafts: Seq[Draft],
+        cache: Cache,
+        num_runner_ups: Seq[int],
+    ) -> None:
         """Whole drafts in one call."""
         assert self._draft_greedy is not None
         entry = self._enter(sequences)
-        most = self._num_runner_ups
+        most = max(num_runner_ups)
         found = self._draft_greedy(
             torch.tensor(entry.token_ids),
             entry.rows,
@@ -173,10 +195,17 @@ class ExitDrafter(Drafter):
         for i, (draft, count) in enumerate(zip(drafts, found.counts_B.tolist(), strict=True)):
             draft.token_ids += found.tokens_Bk[i, :count].tolist()
             draft.exit_states += found.states_BkD[i, :count].unbind()
-            if found.probs_Bkt is not None and found.runner_ups_Bkt is not None and sequences[i].constraint is None:
-                add_runner_ups(draft, found.runner_ups_Bkt[i, :count], found.probs_Bkt[i, :count], most)
+            if found.probs_Bkt is not None and found.runner_ups_Bkt is not None and num_runner_ups[i]:
+                add_runner_ups(draft, found.runner_ups_Bkt[i, :count], found.probs_Bkt[i, :count], num_runner_ups[i])
 
-    def _step_by_step(self, sequences: Seq[Sequence], limits: Seq[int], drafts: Seq[Draft], cache: Cache) -> None:
+    def _step_by_step(
+        self,
+        sequences: Seq[Sequence],
+        limits: Seq[int],
+        drafts: Seq[Draft],
+        cache: Cache,
+        num_runner_ups: Seq[int],
+    ) -> None:
         entry = self._enter(sequences)
         x_ND = self._token_states(entry.token_ids, entry.rows, entry.token_states_ND, cache)
         if self._mixing is not None and entry.features_NAD is not None:
@@ -199,14 +228,12 @@ class ExitDrafter(Drafter):
             if self._mixing is not None and self._feature_columns:
                 x_ND = self._mixing.mix(x_ND, h_ND[goes_on])
             h_ND = self._run(x_ND, rows, cache)
-        for sequence, draft, probs_kV in zip(sequences, drafts, probs, strict=True):
-            if not self._num_runner_ups or sequence.params.changes_logits or sequence.constraint is not None:
-                continue
-            if draft.probs is not None:
-                draw_runner_ups(draft, sequence.generator, self._num_runner_ups)
-                continue
-            top = torch.stack(probs_kV).topk(min(self._num_runner_ups, _MAX_RUNNER_UPS_OF_A_STEP) + 1)
-            add_runner_ups(draft, top.indices[:, 1:], top.values, self._num_runner_ups)
+        for sequence, draft, probs_kV, number in zip(sequences, drafts, probs, num_runner_ups, strict=True):
+            if number and draft.probs is not None:
+                draw_runner_ups(draft, sequence.generator, number)
+            elif number:
+                top = torch.stack(probs_kV).topk(min(number, _MAX_RUNNER_UPS_OF_A_STEP) + 1)
+                add_runner_ups(draft, top.indices[:, 1:], top.values, number)
 
     def _enter(self, sequences: Seq[Sequence]) -> _Entry:
         """The committed tokens that the branch has yet to see, with what is known of them; they count as seen then."""
@@ -276,6 +303,11 @@ class ExitDrafter(Drafter):
         draft.token_ids.append(token)
         draft.is_closed = float(probs_V[token]) < self._min_confidence
         return probs_V
+
+
+def allows_runner_ups(sequence: Sequence) -> bool:
+    """Penalties and grammars follow a chain of tokens."""
+    return not sequence.params.changes_logits and sequence.constraint is None
 
 
 def add_runner_ups(draft: Draft, tokens_kt: Tensor, probs_kt: Tensor, number: int) -> None:

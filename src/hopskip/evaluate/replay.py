@@ -241,7 +241,7 @@ def _walk(
         if proposals.position < due:
             continue  # within what an earlier round has committed
         num_left = last[request] - proposals.position  # tokens that follow the one which the pass itself yields
-        source, length = choose(proposals, num_left)
+        source, length, _ = choose(proposals, num_left)  # replays know nothing of runner-ups
         accepted = min(length, proposals.num_correct[source]) if source else 0
         rows = length + 1
         outcome = Round(

@@ -50,6 +50,7 @@ class SearchRecipe:
     num_prompts: int = 8
     max_new_tokens: int = 128
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4)
+    num_runner_ups: tuple[int, ...] = (0, 2)
     repeats: int = 3
 
 

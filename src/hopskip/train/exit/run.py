@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +81,13 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
         trainer = _train(recipe, checkpoint, branch, vocabulary, training, held_out, metadata, folder, report)
         for speed, exit_branch in _measure(recipe, checkpoint, tokenizer, trainer, held_out):
             report(
-                f"{name_of(branch)}, {exit_branch.num_draft_tokens} draft tokens: {speed:.2f} x plain decoding, "
+                f"{name_of(branch)}, {_shape(exit_branch)}: {speed:.2f} x plain decoding, "
                 f"{exit_branch.notes['held_out_tokens_per_pass']:.2f} tokens a pass"
             )
             found.append((speed, exit_branch))
     speed, best = max(found, key=lambda pair: pair[0])
     best.save(folder / "exit")
-    report(f"the fastest is {name_of(best.config)} with {best.num_draft_tokens} draft tokens ({speed:.2f} x)")
+    report(f"the fastest is {name_of(best.config)} with {_shape(best)} ({speed:.2f} x)")
     return folder / "exit"
 
 
@@ -100,6 +102,10 @@ def name_of(branch: BranchConfig) -> str:
     """`s0-b1-f15.27.30`."""
     features = f"-f{'.'.join(map(str, branch.features))}" if branch.features else ""
     return f"s{branch.start}-b{branch.num_layers}{features}"
+
+
+def _shape(branch: ExitBranch) -> str:
+    return f"{branch.num_draft_tokens} draft tokens and {branch.num_runner_ups} runner-ups"
 
 
 def _prompts(recipe: ExitRecipe, base: str | None, tokenizer: Tokenizer, path: Path, report: Report) -> list[list[int]]:
@@ -198,7 +204,7 @@ def _measure(
     trainer: BranchTrainer,
     held_out: Seq[Conversation],
 ) -> Iterator[tuple[float, ExitBranch]]:
-    """Decoding speed over plain decoding for every draft length, on held-out prompts, the two taking turns."""
+    """Decoding speed over plain decoding for every shape of draft, on held-out prompts, the two taking turns."""
     search = recipe.search
     prompts = [c.ids_T[: c.num_prompt_tokens].tolist() for c in held_out[: search.num_prompts]]
     eos = sorted(tokenizer.eos_token_ids)
@@ -206,8 +212,8 @@ def _measure(
     branch = trainer.exit_branch(checkpoint.fingerprint, 1)
     model.attach(branch)
     plain = Engine(model, SpeculativeConfig(draft="none"), eos_token_ids=eos)
-    for num_draft_tokens in search.num_draft_tokens:
-        setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=num_draft_tokens)
+    for length, num_runner_ups in product(search.num_draft_tokens, search.num_runner_ups):
+        setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=length, num_runner_ups=num_runner_ups)
         drafting = Engine(model, setting, eos_token_ids=eos)
         ratios, tokens_per_pass = [], 0.0
         for _ in range(search.repeats):
@@ -219,7 +225,8 @@ def _measure(
             "stages": [vars(stage) for stage in recipe.stages],
             "held_out_tokens_per_pass": round(tokens_per_pass, 3),
         }
-        yield statistics.median(ratios), trainer.exit_branch(checkpoint.fingerprint, num_draft_tokens, notes)
+        found = trainer.exit_branch(checkpoint.fingerprint, length, notes)
+        yield statistics.median(ratios), replace(found, num_runner_ups=num_runner_ups)
 
 
 def _decode(engine: Engine, prompts: Seq[Seq[int]], search: SearchRecipe) -> tuple[float, float]:
