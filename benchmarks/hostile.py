@@ -26,6 +26,7 @@ import httpx
 
 GOOD = {"messages": [{"role": "user", "content": "Say something."}], "max_tokens": 8, "temperature": 0}
 _JSON = {"content-type": "application/json"}
+_CONTEXT, _ROWS = 512, 4
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 
 
@@ -164,8 +165,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--model", help="default: hopskip's own")
     options = parser.parse_args()
-    with serving(*(["--model", options.model] if options.model else [])) as (url, pid):
-        attack(url, 200, seed=1)  # what is allocated once and kept: grammars' vocabulary, thread stacks, buffers
+    size = ["--max-model-len", str(_CONTEXT), "--max-num-seqs", str(_ROWS)]
+    with serving(*size, *(["--model", options.model] if options.model else [])) as (url, pid):
+        # the cache is reserved at the start, but a page of it counts as memory once it has been written to
+        whole = {"prompt": [5] * (_CONTEXT - 8), "n": _ROWS, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        httpx.post(f"{url}/v1/completions", json=whole, timeout=600).raise_for_status()
+        # the first grammar of all reads the vocabulary, which is kept
+        grammar = {"response_format": {"type": "regex", "pattern": "[a-z]{3}"}}
+        httpx.post(f"{url}/v1/chat/completions", json={**GOOD, **grammar}, timeout=60).raise_for_status()
+        attack(url, 200, seed=1)  # what else is allocated once and kept: thread stacks, buffers
         good = httpx.post(f"{url}/v1/chat/completions", json=GOOD, timeout=60).json()["choices"]
         time.sleep(2)
         before = resident_bytes(pid)

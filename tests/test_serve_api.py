@@ -355,6 +355,7 @@ COMMON: list[tuple[dict[str, Any], bool]] = [
     ({"response_format": {"type": "regex", "pattern": "a+b"}}, True),
     ({"response_format": {"type": "regex", "pattern": "("}}, False),
     ({"response_format": {"type": "grammar", "grammar": 'start: "a" | "bc"'}}, True),
+    ({"response_format": {"type": "grammar", "grammar": "start: start start | start"}}, False),
     ({"response_format": {"type": "yaml"}}, False),
     ({"stream": True}, True),
     ({"stream": True, "stream_options": {"include_usage": True}, "n": 2}, True),

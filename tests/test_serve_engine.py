@@ -364,6 +364,7 @@ def test_looking_ahead_leaves_no_trace(llm: LLM, compiler: GrammarCompiler) -> N
     [
         ("regex", "(", "cannot be used"),
         ("lark", "start: nothing", "cannot be used"),
+        ("lark", "start: start start | start", "cannot be used"),
         ("json_schema", {"type": "no such type"}, "cannot be used"),
         ("json_schema", {"$ref": "http://example.com/schema.json"}, "another document"),
         ("regex", "a" * 70_000, "70000 characters"),

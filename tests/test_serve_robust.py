@@ -23,6 +23,7 @@ from benchmarks.hostile import GOOD, attack
 from benchmarks.soak import soak
 
 from hopskip import LLM, ConfigError
+from hopskip.serve.grammar import GrammarConstraint
 from hopskip.serve.guard import JSONLines
 from hopskip.serve.memory import free_memory, parse_size
 from hopskip.serve.schema import Function, Tool
@@ -266,6 +267,19 @@ def test_a_request_that_breaks_its_step_fails_alone(llm: LLM, monkeypatch: pytes
         with client.stream("POST", "/v1/completions", json={"prompt": "a", "seed": 666, "stream": True}) as stream:
             assert '"type":"server_error"' in stream.read().decode()
         assert client.get("/health").status_code == 200
+
+
+def test_a_grammar_that_fails_on_the_way_is_the_clients_fault(shared: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: GrammarConstraint, token: int) -> None:
+        raise ConfigError("the grammar has become too complex")
+
+    monkeypatch.setattr(GrammarConstraint, "accept", fail)
+    body = {**SHORT, "response_format": {"type": "regex", "pattern": "[a-z]+"}}
+    with shared.client() as client:
+        refused = client.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (400, "the grammar has become too complex")
+        assert "too complex" in client.post("/v1/completions", json={**body, "stream": True}).text
+        assert client.post("/v1/completions", json=SHORT).status_code == 200
 
 
 def test_a_dead_engine_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

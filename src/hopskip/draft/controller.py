@@ -99,7 +99,7 @@ class Controller:
         self._requests: WeakKeyDictionary[Sequence, RequestAcceptance] = WeakKeyDictionary()
         self._credit = 0.0
         """Seconds that probes may lose now."""
-        self._last_use = dict.fromkeys((*self._exits, LOOKUP), 0)
+        self._last_use = dict.fromkeys((*self._exits, LOOKUP, *(exit + _BESIDE for exit in self._exits)), 0)
         """Number of the round that last drafted so."""
         self._num_rounds = 0
 
@@ -141,6 +141,8 @@ class Controller:
             own.record(part.source, own_signs, accepted, sequence.needs_logits)
             ranks = range(part.num_runner_ups)
             beside = [rank == part.runner_up for rank in ranks]
+            if part.num_runner_ups:
+                self._last_use[part.source + _BESIDE] = self._num_rounds
             own.record(part.source + _BESIDE, ranks, beside, sequence.needs_logits)
         self.costs.learn(outcome, drafting)
         self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
@@ -162,16 +164,20 @@ class Controller:
         return Prospect(survival=survival, runner_ups=runner_ups, by_logits=by_logits)
 
     def _probe(self, prospects: Seq[Prospect], plan: Plan) -> Plan | None:
-        """One token of the source used longest ago, for whoever drafts nothing, if the credit covers the loss."""
+        """One token of what was used longest ago, if the credit covers the loss: of a source for whoever drafts
+        nothing, or beside the drafts of the exit that has the round."""
         used = {choice.source for choice in plan.choices}
-        source = min((s for s in self._last_use if s not in used), key=self._last_use.__getitem__, default=None)
-        if source is None or (source != LOOKUP and used & set(self._exits)):
-            return None  # nothing is idle, or another exit has the round
-        choices = [
-            Choice(source, 1) if choice.source is None and prospect.survival[source] else choice
-            for prospect, choice in zip(prospects, plan.choices, strict=True)
-        ]
-        if choices == plan.choices:
+        exit = next((source for source in self._exits if source in used), None)
+        idle = {LOOKUP, *self._exits} - used if exit is None else {LOOKUP, exit + _BESIDE} - used
+        if any(choice.num_runner_ups for choice in plan.choices) or not self._max_runner_ups:
+            idle.discard(f"{exit}{_BESIDE}")
+        for source in sorted(idle, key=self._last_use.__getitem__):
+            choices = [
+                _probing(prospect, choice, source) for prospect, choice in zip(prospects, plan.choices, strict=True)
+            ]
+            if choices != plan.choices:
+                break
+        else:
             return None
         probe = priced(prospects, choices, self.costs)
         loss = probe.seconds - probe.tokens / plan.rate
@@ -182,6 +188,16 @@ class Controller:
 
 
 # -- the best plan -----------------------------------------------------------------------------------------------------
+
+
+def _probing(prospect: Prospect, choice: Choice, source: str) -> Choice:
+    """The choice with one token of the source added, if it can be."""
+    if source.endswith(_BESIDE):
+        has_room = (
+            choice.source is not None and choice.source + _BESIDE == source and choice.source in prospect.runner_ups
+        )
+        return choice._replace(num_runner_ups=1) if has_room else choice
+    return Choice(source, 1) if choice.source is None and prospect.survival[source] else choice
 
 
 class Plan(NamedTuple):
@@ -228,6 +244,10 @@ def priced(prospects: Seq[Prospect], choices: Seq[Choice], costs: LiveCosts) -> 
             assert choice.source is not None
             bill.add(index, choice.source, place)
             tokens += prospects[index].survival[choice.source][place]
+        for rank in range(choice.num_runner_ups):
+            assert choice.source is not None
+            bill.add_runner_up(index)
+            tokens += prospects[index].runner_ups[choice.source][rank]
     return Plan(list(choices), tokens, bill.seconds)
 
 
@@ -306,12 +326,16 @@ class _Bill:
     def add(self, index: int, source: str, place: int) -> None:
         """One more token of a sequence, the `place`-th of its draft, counted from 0."""
         by_logits = self._prospects[index].by_logits
-        self._num_rows += 1
-        self._num_by_logits += by_logits
+        self.add_runner_up(index)
         if source != LOOKUP:
             self._exit, self._depth = source, max(self._depth, place + 1)
             self._num_drafting += place == 0
             self._is_stepped = self._is_stepped or by_logits
+
+    def add_runner_up(self, index: int) -> None:
+        """One more row of a sequence."""
+        self._num_rows += 1
+        self._num_by_logits += self._prospects[index].by_logits
 
     @property
     def seconds(self) -> float:
@@ -503,12 +527,13 @@ class RequestAcceptance:
         return found
 
     def runner_ups(self, exit: str, number: int, sampled: bool, floor: float) -> list[float]:
-        """The probabilities that the first, second, .. token beside a draft is accepted, falling, down to `floor`."""
+        """The probabilities that the first, second, .. token beside a draft is accepted, falling, down to `floor`. The
+        first is always there: it may be probed."""
         found: list[float] = []
         for rank in range(number):
             key = exit + _BESIDE, rank, sampled
             rate = min([self._rate(key, self._others.rate(key)), *found[-1:]])
-            if rate < floor:
+            if rate < floor and found:
                 break
             found.append(rate)
         return found

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hopskip.engine import Engine
-from hopskip.errors import HopskipError
+from hopskip.errors import ConfigError, HopskipError
 from hopskip.sampling import Constraint, SamplingParams
 from hopskip.sequence import FinishReason, Sequence, Token
 from hopskip.text import IncrementalDecoder, TextStream
@@ -75,6 +75,7 @@ class Generation:
     """One job on its way. Iterating yields the pieces of each step; it ends when the text does.
 
     Raises:
+        ConfigError: while iterating: its grammar has become too complex.
         GenerationError: while iterating: the request has failed.
         UnavailableError: while iterating: the engine has died.
     """
@@ -354,7 +355,9 @@ class EngineThread:
                 generation._steps.put_nowait(pieces)
             if is_finished:
                 error = generation.sequence.error
-                if error is not None:
+                if isinstance(error, ConfigError):  # what the request asks for is at fault: a grammar, say
+                    generation._steps.put_nowait(error)
+                elif error is not None:
                     _log.error("a request has failed", exc_info=error)
                     generation._steps.put_nowait(GenerationError("generating this answer has failed"))
                 else:

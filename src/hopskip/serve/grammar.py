@@ -78,7 +78,10 @@ class GrammarCompiler:
             else:
                 grammar = LLMatcher.grammar_from_lark(text)
             matcher = LLMatcher(self._backend, grammar, log_level=0, limits=limits)
-            error = matcher.get_error() if matcher.is_error() else ""
+            trial = matcher.deep_copy()
+            if not trial.is_error():
+                trial.compute_bitmask()  # a grammar that no text satisfies fails only here
+            error = trial.get_error() if trial.is_error() else ""
         except BaseException as panic:
             error = _reason(panic)
         if error:
