@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,6 +118,8 @@ def serve(
         exit_when_dead=inherit_socket is not None,
     )
     speculative = draft.config()
+    if speculative.draft is None and speculative.verify != "reuse":
+        speculative = replace(speculative, draft="auto")  # what pays depends on how many requests there are
     if inherit_socket is None:
         listener = bind(host, port)
         if restart:

@@ -62,6 +62,7 @@ class RayOptions(BaseModel):
     exit_branch: str | None = None
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
+    num_runner_ups: int | None = None
     verify: VerifyMode | None = None
     min_confidence: float = 0.0
 
@@ -98,6 +99,7 @@ class RayOptions(BaseModel):
             exit_branch=self.exit_branch,
             exit_layer=self.exit_layer,
             num_draft_tokens=self.num_draft_tokens,
+            num_runner_ups=self.num_runner_ups,
             verify=self.verify,
             min_confidence=self.min_confidence,
         )
