@@ -310,6 +310,8 @@ def process(name: str, setup: Setup) -> Iterator[Process]:
 def tell(what: str) -> None:
     if sys.stderr.isatty():
         print(f"\r{what:60}\r", end="", file=sys.stderr, flush=True)
+    elif what:
+        print(what, file=sys.stderr, flush=True)
 
 
 def compare(found: dict[str, Any], batch: int) -> list[Row]:
