@@ -291,7 +291,7 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
     for slot, start in starts.items():
         run(model, tokens(model, start, slot), [Segment(slot, 0, start)], cache)
     last = torch.tensor([7, 8, 9])
-    drafted, counts, states = model.draft_greedy(
+    drafted, counts, states, runner_ups, probs = model.draft_greedy(
         last,
         Rows(Segment(slot, start, 1) for slot, start in starts.items()),
         [6, 6, 6],
@@ -299,7 +299,9 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
         exit_layer=2,
         subset=subset,
         min_confidence=min_confidence,
+        num_runner_ups=3 if min_confidence else None,
     )
+    assert (runner_ups is None) == (probs is None) == (min_confidence == 0)
     lengths = set()
     for i, (slot, start) in enumerate(starts.items()):
         token, expected = int(last[i]), []
@@ -308,6 +310,10 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
             h = model.run_layers(model.embed(torch.tensor([token])), 0, 2, rows, cache)
             assert torch.equal(states[i, step], h[0])
             probabilities = model.unembed(h)[0, ids].softmax(-1)
+            if runner_ups is not None and probs is not None:
+                top = probabilities.topk(4)
+                assert torch.allclose(probs[i, step], top.values, atol=1e-6)
+                assert runner_ups[i, step].tolist() == ids[top.indices[1:]].tolist()
             token = int(ids[probabilities.argmax()])
             expected.append(token)
             if float(probabilities.max()) < min_confidence:
