@@ -94,7 +94,7 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
 
 @pytest.mark.parametrize(
     ("draft", "num_samples"),
-    [("early-exit", NUM_SAMPLES), ("ngram", NUM_SAMPLES), ("auto", NUM_SAMPLES // 8), ("tree", NUM_SAMPLES // 4)],
+    [("early-exit", NUM_SAMPLES), ("ngram", NUM_SAMPLES // 4), ("auto", NUM_SAMPLES // 8), ("tree", NUM_SAMPLES // 4)],
 )
 def test_joint_distribution_is_exact(draft: str, num_samples: int) -> None:
     assert p_value(draft, num_samples) > 0.001
@@ -142,9 +142,11 @@ def as_if_drawn_with_replacement(
     draft_probs: Sequence[Tensor],
     target_probs: Tensor,
     generator: torch.Generator,
-    parents: Sequence[int],
+    parents: Sequence[int] | None,
 ) -> Verdict:
     """Wrong: tests every candidate of a place against the distribution that its first one was drawn from."""
+    if parents is None:  # nothing drafted
+        return verify_sampled(draft_ids, draft_probs, target_probs, generator)
     first = [draft_probs[parents.index(parent)] for parent in parents]
     return verify_sampled(draft_ids, first, target_probs, generator, parents)
 

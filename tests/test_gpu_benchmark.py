@@ -70,7 +70,7 @@ def test_no_section_begins_after_the_budget() -> None:
 def test_acceptance_counts_only_tokens_that_were_looked_at() -> None:
     stats = SpeculativeStats()
     for num_accepted in (0, 2, 4):
-        stats.record_draft(4, num_accepted)
+        stats.record_draft(4, num_accepted, depth=4)
     # one token was looked at in the first round, three in the second, four in the third
     assert gpu.acceptance([Generated(stats=stats)]) == 6 / 8
 
