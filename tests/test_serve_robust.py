@@ -340,7 +340,7 @@ def test_a_supervised_server_comes_back_after_kill_9(folder: Path) -> None:
     )  # fmt: skip
     assert supervisor.stdout is not None
     try:
-        match = re.search(r"at (http://\S+)", supervisor.stdout.readline())
+        match = re.search(r"at (http://\S+) .*draft auto", supervisor.stdout.readline())
         assert match is not None
         url = match[1]
         children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")

@@ -240,6 +240,7 @@ def test_torch_compile_takes_a_round_whole(which: int, tmp_path: Path) -> None:
     [
         ({"speculative": SpeculativeConfig(draft="ngram")}, "looks at the text on the host"),
         ({"speculative": SpeculativeConfig(draft="early-exit", verify="reuse")}, "verify 'reuse'"),
+        ({"speculative": SpeculativeConfig(draft="early-exit", num_runner_ups=2)}, "are chains"),
         ({"speculative": SpeculativeConfig(draft="early-exit", min_confidence=0.5)}, "min_confidence=0.5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_model_len": 4096}, "the model's context allows 2 to 2048"),

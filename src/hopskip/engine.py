@@ -393,7 +393,8 @@ class Engine:
                     break
             num_committed = len(sequence.tokens) - num_before
             sequence.num_cached += num_committed
-            last = verdict.branch[-1] if verdict.branch else -1
+            is_whole = 0 < verdict.num_accepted <= num_committed  # the text has not ended within the branch
+            last = verdict.branch[-1] if is_whole else -1
             part = RoundOfSequence(
                 request=sequence.number,
                 position=num_before,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -91,6 +91,15 @@ class _Entry:
     """Of each row, where the branch begins. Those of the last rows are undefined: no pass has been there."""
 
 
+class _Work(NamedTuple):
+    """One sequence's draft to be made."""
+
+    sequence: Sequence
+    limit: int
+    draft: Draft
+    num_runner_ups: int
+
+
 class ExitDrafter(Drafter):
     """Drafts token by token.
 
@@ -144,23 +153,16 @@ class ExitDrafter(Drafter):
         exit_layer = self._branch.start if source == "early-exit" else None
         drafts = [Draft(source, probs=None if s.params.is_greedy else [], exit_layer=exit_layer) for s in sequences]
         active = [i for i, limit in enumerate(limits) if limit > 0]
-        runner_ups = [
-            wanted if allows_runner_ups(sequence) else 0
-            for sequence, wanted in zip(
-                sequences, num_runner_ups or [self._num_runner_ups] * len(sequences), strict=True
-            )
+        most = num_runner_ups or [self._num_runner_ups] * len(sequences)
+        work = [
+            _Work(sequence, limit, draft, number if allows_runner_ups(sequence) else 0)
+            for sequence, limit, draft, number in zip(sequences, limits, drafts, most, strict=True)
         ]
         chained = [i for i in active if self._can_chain(sequences[i])]
         stepped = [i for i in active if i not in chained]
         for run, chosen in (self._chain, chained), (self._step_by_step, stepped):
             if chosen:
-                run(
-                    [sequences[i] for i in chosen],
-                    [limits[i] for i in chosen],
-                    [drafts[i] for i in chosen],
-                    cache,
-                    [runner_ups[i] for i in chosen],
-                )
+                run([work[i] for i in chosen], cache)
         for draft in drafts:
             draft.signs = list(range(draft.num_chained))
         return drafts
@@ -169,43 +171,31 @@ class ExitDrafter(Drafter):
         """Whether a sequence takes the exit's own best tokens, so that it can leave all steps to the model."""
         return self._draft_greedy is not None and sequence.params.is_greedy and not sequence.params.changes_logits
 
-    def _chain(
-        self,
-        sequences: Seq[Sequence],
-        limits: Seq[int],
-        drafts: Seq[Draft],
-        cache: Cache,
-        num_runner_ups: Seq[int],
-    ) -> None:
+    def _chain(self, work: Seq[_Work], cache: Cache) -> None:
         """Whole drafts in one call."""
         assert self._draft_greedy is not None
-        entry = self._enter(sequences)
-        most = max(num_runner_ups)
+        entry = self._enter([part.sequence for part in work])
+        most = self._num_runner_ups_of_a_step(max(part.num_runner_ups for part in work))
         found = self._draft_greedy(
             torch.tensor(entry.token_ids),
             entry.rows,
-            limits,
+            [part.limit for part in work],
             cache,
             exit_layer=self._branch.start if self._vocabulary is None else None,
             features_NAD=entry.features_NAD,
             token_states_ND=entry.token_states_ND,
             min_confidence=self._min_confidence,
-            num_runner_ups=min(most, _MAX_RUNNER_UPS_OF_A_STEP) if most else None,
+            num_runner_ups=most or None,
         )
-        for i, (draft, count) in enumerate(zip(drafts, found.counts_B.tolist(), strict=True)):
-            draft.token_ids += found.tokens_Bk[i, :count].tolist()
-            draft.exit_states += found.states_BkD[i, :count].unbind()
-            if found.probs_Bkt is not None and found.runner_ups_Bkt is not None and num_runner_ups[i]:
-                add_runner_ups(draft, found.runner_ups_Bkt[i, :count], found.probs_Bkt[i, :count], num_runner_ups[i])
+        for i, (part, count) in enumerate(zip(work, found.counts_B.tolist(), strict=True)):
+            part.draft.token_ids += found.tokens_Bk[i, :count].tolist()
+            part.draft.exit_states += found.states_BkD[i, :count].unbind()
+            if found.probs_Bkt is not None and found.runner_ups_Bkt is not None and part.num_runner_ups:
+                tokens_kt, probs_kt = found.runner_ups_Bkt[i, :count], found.probs_Bkt[i, :count]
+                add_runner_ups(part.draft, tokens_kt, probs_kt, part.num_runner_ups)
 
-    def _step_by_step(
-        self,
-        sequences: Seq[Sequence],
-        limits: Seq[int],
-        drafts: Seq[Draft],
-        cache: Cache,
-        num_runner_ups: Seq[int],
-    ) -> None:
+    def _step_by_step(self, work: Seq[_Work], cache: Cache) -> None:
+        sequences, drafts = [part.sequence for part in work], [part.draft for part in work]
         entry = self._enter(sequences)
         x_ND = self._token_states(entry.token_ids, entry.rows, entry.token_states_ND, cache)
         if self._mixing is not None and entry.features_NAD is not None:
@@ -217,7 +207,7 @@ class ExitDrafter(Drafter):
             for i, h_D, logits_1n in zip(active, h_ND, torch.split(self._unembed(h_ND), 1), strict=True):
                 drafts[i].exit_states.append(h_D)
                 probs[i].append(self._choose(sequences[i], drafts[i], logits_1n))
-            goes_on = [not drafts[i].is_closed and len(drafts[i].token_ids) < limits[i] for i in active]
+            goes_on = [not drafts[i].is_closed and len(drafts[i].token_ids) < work[i].limit for i in active]
             active = [i for i, goes in zip(active, goes_on, strict=True) if goes]
             if not active:
                 break
@@ -228,12 +218,17 @@ class ExitDrafter(Drafter):
             if self._mixing is not None and self._feature_columns:
                 x_ND = self._mixing.mix(x_ND, h_ND[goes_on])
             h_ND = self._run(x_ND, rows, cache)
-        for sequence, draft, probs_kV, number in zip(sequences, drafts, probs, num_runner_ups, strict=True):
-            if number and draft.probs is not None:
-                draw_runner_ups(draft, sequence.generator, number)
-            elif number:
-                top = torch.stack(probs_kV).topk(min(number, _MAX_RUNNER_UPS_OF_A_STEP) + 1)
-                add_runner_ups(draft, top.indices[:, 1:], top.values, number)
+        for part, probs_kV in zip(work, probs, strict=True):
+            if part.num_runner_ups and part.draft.probs is not None:
+                draw_runner_ups(part.draft, part.sequence.generator, part.num_runner_ups)
+            elif part.num_runner_ups:
+                top = torch.stack(probs_kV).topk(1 + self._num_runner_ups_of_a_step(part.num_runner_ups))
+                add_runner_ups(part.draft, top.indices[:, 1:], top.values, part.num_runner_ups)
+
+    def _num_runner_ups_of_a_step(self, number: int) -> int:
+        """How many next best tokens of each step may be among so many of a draft."""
+        size = self._model.config.vocab_size if self._vocabulary is None else len(self._vocabulary)
+        return min(number, _MAX_RUNNER_UPS_OF_A_STEP, size - 1)
 
     def _enter(self, sequences: Seq[Sequence]) -> _Entry:
         """The committed tokens that the branch has yet to see, with what is known of them; they count as seen then."""

@@ -310,6 +310,11 @@ def _resolve(speculative: SpeculativeConfig | None, model: Transformer) -> Specu
         raise ConfigError(
             "verify 'reuse' is not for static rounds, whose verify pass has one fixed shape; leave it out"
         )
+    if speculative is not None and speculative.num_runner_ups:
+        raise ConfigError(
+            f"num_runner_ups={speculative.num_runner_ups} makes drafts trees, but those of static rounds are chains; "
+            "leave it out"
+        )
     if resolved.min_confidence > 0:
         raise ConfigError(
             f"min_confidence={resolved.min_confidence} would end drafts early, but the drafts of static rounds have "
