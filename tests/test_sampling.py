@@ -33,8 +33,8 @@ def test_probabilities_match_the_plain_rules(
     if not differing.any():
         np.testing.assert_allclose(probs.numpy(), expected, atol=1e-5)
     else:
-        # where a cumulative sum meets top_p within rounding, the next token may be in or out, and with it those that are
-        # so improbable that the sum does not leave top_p again
+        # where a cumulative sum meets top_p within rounding, the next token may be in or out, and with it those so
+        # improbable that the sum does not leave top_p again
         masses = np.sort(np.maximum(probs.numpy(), expected)[differing])
         assert masses[:-1].sum() < 1e-6
 
