@@ -39,6 +39,8 @@ from hopskip.tokenizer import Tokenizer
 from hopskip.weights import open_checkpoint
 
 PLAIN = SpeculativeConfig(draft="none")
+SERVED = SpeculativeConfig(draft="auto")
+"""As `hopskip serve` drafts unless told otherwise."""
 ENGINE, PLAIN_BATCH, ALONE, SERVER = "engine", "engine, plain", "engine, plain, one at a time", "server"
 TRANSFORMERS = ("transformers float32", "transformers bfloat16")
 
@@ -118,7 +120,7 @@ class Served:
         listener = bind("127.0.0.1", 0)
         port = listener.getsockname()[1]
         settings = ServeSettings(model_name="default")
-        app = create_app(setup.load(SpeculativeConfig(), setup.batch), settings)
+        app = create_app(setup.load(SERVED, setup.batch), settings)
         runner = self._runner = Runner(app, host="127.0.0.1", port=port, shutdown_timeout=0)
         self._thread = threading.Thread(target=lambda: asyncio.run(runner.serve([listener])), daemon=True)
         self._thread.start()
@@ -192,7 +194,7 @@ def load(name: str, setup: Setup) -> Contender:
     if name in TRANSFORMERS:
         return TransformersBatch(setup, name.split()[1])
     return {
-        ENGINE: lambda: Batch(setup, SpeculativeConfig(), setup.batch),
+        ENGINE: lambda: Batch(setup, SERVED, setup.batch),
         PLAIN_BATCH: lambda: Batch(setup, PLAIN, setup.batch),
         ALONE: lambda: Batch(setup, PLAIN, 1),
         SERVER: lambda: Served(setup),
