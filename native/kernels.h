@@ -15,26 +15,41 @@ constexpr int CHUNK = 256;  // cache positions that one softmax partial covers
 
 enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
 
-// Packed weights [rows, cols]: strips of 16 output rows, contiguous in memory, each
+// Packed weights [rows, cols]: strips of 16 output rows, contiguous in memory. A strip is a sequence of units, u32 [16]: lane r
+// belongs to output row r. A unit holds of each row one f32 column; two bf16 columns; four q8 columns, each as value + 128; or
+// eight q4 columns, byte j holding column j of the unit's group in its low nibble and column j + 16 in its high one (GGUF's own
+// order). So one load takes the same columns of all lanes' rows, and multiplying it by one broadcast activation needs no shuffle.
 //
-//     scales  fp16 [blocks][16]      q8 and q4
-//     minima  fp16 [blocks][16]      q4
-//     (padding to 64 bytes)
-//     units   u32  [units][16]       lane r of unit u belongs to output row r
-//
-// A unit is 32 bits of one output row: one f32 column; two bf16 columns; four q8 columns, each as value + 128; or eight q4 columns, byte j
-// holding column j of the unit's group in its low nibble and column j + 16 in its high one (GGUF's own order).
-// So one load takes the same columns of all lanes' rows, and multiplying it by one broadcast activation needs no shuffle.
+// Among the units of q8 and q4 lie heads of 64 bytes, f16 [2][16]: before every two blocks of q8 their scales, before every block
+// of q4 its scales and its minima. A kernel thus reads one stream; with the scales elsewhere it reached half the bandwidth.
 struct Matrix {
     const uint8_t* data;
     Format format;
     int rows, cols;       // as in the model, unpadded
     int strips, blocks;   // padded: rows <= strips * 16, cols <= blocks * 32
-    size_t units_offset;  // bytes from the start of a strip to its units
     size_t strip_bytes;
 
     const uint8_t* strip(int index) const { return data + strip_bytes * static_cast<size_t>(index); }
 };
+
+constexpr size_t UNIT_BYTES = TILE * 4, HEAD_BYTES = TILE * 4;
+
+constexpr int units_of_block(Format format) {
+    return format == Format::f32 ? 32 : format == Format::bf16 ? 16 : format == Format::q8 ? 8 : 4;
+}
+
+constexpr int blocks_of_head(Format format) { return format == Format::q8 ? 2 : format == Format::q4 ? 1 : 0; }
+
+// Bytes from the start of a strip to a block's head, and to its units; q8 and q4.
+constexpr size_t head_offset(Format format, int block) {
+    const int blocks = blocks_of_head(format);
+    return static_cast<size_t>(block / blocks) * (HEAD_BYTES + static_cast<size_t>(blocks * units_of_block(format)) * UNIT_BYTES);
+}
+
+constexpr size_t units_offset(Format format, int block) {
+    const int in_head = block % blocks_of_head(format);
+    return head_offset(format, block) + HEAD_BYTES + static_cast<size_t>(in_head * units_of_block(format)) * UNIT_BYTES;
+}
 
 // Rows of input, in each of the forms that some weight format multiplies with. Columns beyond the model's are zero.
 struct Activations {
@@ -78,9 +93,9 @@ struct Kernels {
     const char* name;
     bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights
 
-    // out[strip][row][16] = weights[strip] . x[row] for `count` (1 or 2) strips from `strip` and all rows. Every output
-    // has one accumulator that takes the columns in order, so its bits depend neither on `count` nor on `rows`.
-    void (*multiply)(const Matrix&, int strip, int count, const Activations&, int rows, float* out);
+    // out[row][16] = weights[strip] . x[row] for all rows. Every output has one accumulator that takes the columns in order, so
+    // its bits do not depend on `rows`.
+    void (*multiply)(const Matrix&, int strip, const Activations&, int rows, float* out);
 
     void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
     void (*quantize)(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums);

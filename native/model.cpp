@@ -32,26 +32,27 @@ float from_f16(uint16_t h) {  // finite values
 void unpack_row(const Matrix& m, int row, float* out) {
     const uint8_t* strip = m.strip(row / TILE);
     const int lane = row % TILE;
-    const auto* scales = reinterpret_cast<const uint16_t*>(strip);
-    const auto* minima = scales + static_cast<size_t>(m.blocks) * TILE;
-    const auto* units = reinterpret_cast<const uint32_t*>(strip + m.units_offset) + lane;
+    const auto units_at = [&](size_t offset) { return reinterpret_cast<const uint32_t*>(strip + offset) + lane; };
     for (int c = 0; c < m.cols; ++c) {
         const int block = c / BLOCK, in_block = c % BLOCK;
-        const auto unit = [&](int index) { return units[static_cast<size_t>(index) * TILE]; };
-        switch (m.format) {
-            case Format::f32: out[c] = from_bits(unit(c)); break;
-            case Format::bf16: out[c] = from_bits(c % 2 ? unit(c / 2) & 0xffff0000u : unit(c / 2) << 16); break;
-            case Format::q8: {
-                const int q = static_cast<int>(unit(c / 4) >> (c % 4 * 8) & 255) - 128;
-                out[c] = from_f16(scales[block * TILE + lane]) * static_cast<float>(q);
-                break;
-            }
-            case Format::q4: {
-                const int column = in_block % 16;
-                const uint32_t q = unit(block * 4 + column / 4) >> (column % 4 * 8 + in_block / 16 * 4) & 15;
-                out[c] = from_f16(scales[block * TILE + lane]) * static_cast<float>(q) + from_f16(minima[block * TILE + lane]);
-                break;
-            }
+        if (m.format == Format::f32) {
+            out[c] = from_bits(units_at(0)[c * TILE]);
+            continue;
+        }
+        if (m.format == Format::bf16) {
+            const uint32_t unit = units_at(0)[c / 2 * TILE];
+            out[c] = from_bits(c % 2 ? unit & 0xffff0000u : unit << 16);
+            continue;
+        }
+        const auto* head = reinterpret_cast<const uint16_t*>(strip + head_offset(m.format, block));
+        const uint32_t* units = units_at(units_offset(m.format, block));
+        if (m.format == Format::q8) {
+            const int q = static_cast<int>(units[in_block / 4 * TILE] >> (in_block % 4 * 8) & 255) - 128;
+            out[c] = from_f16(head[block % 2 * TILE + lane]) * static_cast<float>(q);
+        } else {
+            const int column = in_block % 16;
+            const uint32_t q = units[column / 4 * TILE] >> (column % 4 * 8 + in_block / 16 * 4) & 15;
+            out[c] = from_f16(head[lane]) * static_cast<float>(q) + from_f16(head[TILE + lane]);
         }
     }
 }
@@ -114,7 +115,7 @@ void Model::reserve(int rows) {
         worker.scales.reserve(n * width / BLOCK);
         worker.starts.reserve(n * width / BLOCK);
         worker.scaled_sums.reserve(n * width / BLOCK);
-        worker.products.reserve(n * TILE * 4);
+        worker.products.reserve(n * TILE * 2);
         const size_t queries = MAX_BLOCK_ROWS * group;
         worker.scratch.reserve(TILE * head_dim + queries * CHUNK);
         worker.partials.reserve(queries * (PARTIAL_VALUES + head_dim) * 2);
@@ -162,7 +163,7 @@ void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> 
         strips += m->strips;
     }
     // Items large enough to stream, small enough that a thread which was held up can be helped out.
-    const int per_item = std::clamp(strips / (pool_.threads() * 4), 2, 16) / 2 * 2;
+    const int per_item = std::clamp(strips / (pool_.threads() * 4), 1, 16);
     const auto items_of = [&](const Matrix* m) { return (m->strips + per_item - 1) / per_item; };
     for (const Matrix* m : matrices) items += items_of(m);
     float* products = workers_[static_cast<size_t>(team.thread())].products.get();
@@ -171,10 +172,9 @@ void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> 
         const Matrix* const* m = matrices.begin();
         for (; item >= items_of(*m); ++m, ++index) item -= items_of(*m);
         const int end = std::min((*m)->strips, (item + 1) * per_item);
-        for (int strip = item * per_item; strip < end; strip += 2) {
-            const int count = std::min(2, end - strip);
-            kernels_.multiply(**m, strip, count, x, rows, products);
-            for (int s = 0; s < count; ++s) use(index, strip + s, products + static_cast<size_t>(s * rows) * TILE);
+        for (int strip = item * per_item; strip < end; ++strip) {
+            kernels_.multiply(**m, strip, x, rows, products);
+            use(index, strip, products);
         }
     });
 }
@@ -227,16 +227,13 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
     multiply(team, rows, {&layer.o}, [&](int row, float* out) { merge_attention(row, pass, worker, out); }, add_to_hidden(layer.o));
     // Gate and up go together, so that their product needs no phase of its own.
     const unsigned formats = bit(layer.gate.format) | bit(layer.up.format);
-    share_with_inputs(team, rows, shape_.hidden_size, formats, norm(layer.post_norm), (layer.gate.strips + 1) / 2, [&](const Activations& x, int item) {
-        const int strip = item * 2, count = std::min(2, layer.gate.strips - strip);
-        const size_t size = static_cast<size_t>(count * rows) * TILE;
+    share_with_inputs(team, rows, shape_.hidden_size, formats, norm(layer.post_norm), layer.gate.strips, [&](const Activations& x, int strip) {
+        const size_t size = static_cast<size_t>(rows) * TILE;
         float* products = worker.products.get();
-        kernels_.multiply(layer.gate, strip, count, x, rows, products);
-        kernels_.multiply(layer.up, strip, count, x, rows, products + size);
+        kernels_.multiply(layer.gate, strip, x, rows, products);
+        kernels_.multiply(layer.up, strip, x, rows, products + size);
         kernels_.silu_multiply(products, products + size, size, products);
-        for (int s = 0; s < count; ++s)
-            scatter(layer.gate, strip + s, products + static_cast<size_t>(s * rows) * TILE, rows, activation_.get(), intermediate,
-                    [](float& to, float y, int) { to = y; });
+        scatter(layer.gate, strip, products, rows, activation_.get(), intermediate, [](float& to, float y, int) { to = y; });
     });
     multiply(team, rows, {&layer.down}, [&](int row, float* out) {
         std::memcpy(out, activation_.get() + intermediate * static_cast<size_t>(row), intermediate * sizeof(float));
@@ -381,17 +378,17 @@ void Model::greedy(const float* in, int count, const Matrix* subset, int32_t* ou
         const int rows = std::min(MAX_PASS_ROWS, count - first);
         apply_head(in + static_cast<size_t>(first) * static_cast<size_t>(shape_.hidden_size), rows, head,
                    [&](int thread, int strip, const float* products) {
-                       // a thread's strips come in rising order, so the first of equals is the lowest
                        Worker& worker = workers_[static_cast<size_t>(thread)];
                        const int lanes = std::min(TILE, head.rows - strip * TILE);
                        for (int row = 0; row < rows; ++row, products += TILE) {
-                           float best = worker.best[static_cast<size_t>(row)];
+                           float& best = worker.best[static_cast<size_t>(row)];
+                           int32_t& best_id = worker.best_ids[static_cast<size_t>(row)];
                            float largest = products[0];
                            for (int lane = 1; lane < lanes; ++lane) largest = products[lane] > largest ? products[lane] : largest;
-                           if (!(largest > best)) continue;
-                           worker.best[static_cast<size_t>(row)] = largest;
+                           if (!(largest > best || (largest == best && strip * TILE < best_id))) continue;
                            const auto* at = std::find(products, products + lanes, largest);
-                           worker.best_ids[static_cast<size_t>(row)] = strip * TILE + static_cast<int32_t>(at - products);
+                           best = largest;
+                           best_id = strip * TILE + static_cast<int32_t>(at - products);
                        }
                    });
         for (int row = 0; row < rows; ++row) {

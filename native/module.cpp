@@ -65,13 +65,6 @@ struct PackedMatrix {
     Array owner;
 };
 
-size_t strip_bytes(Format format, size_t blocks, size_t& units_offset) {
-    const size_t scales = blocks * TILE * 2 * (format == Format::q4 ? 2 : format == Format::q8 ? 1 : 0);
-    units_offset = (scales + 63) / 64 * 64;
-    const size_t unit_columns = format == Format::f32 ? 1 : format == Format::bf16 ? 2 : format == Format::q8 ? 4 : 8;
-    return units_offset + blocks * BLOCK / unit_columns * TILE * 4;
-}
-
 PackedMatrix make_matrix(int format_number, int64_t rows, int64_t cols, const Array& data) {
     Matrix m{};
     m.format = static_cast<Format>(in_range(format_number, "format", 0, 3));
@@ -79,7 +72,9 @@ PackedMatrix make_matrix(int format_number, int64_t rows, int64_t cols, const Ar
     m.cols = in_range(cols, "cols", 1, 1 << 24);
     m.strips = (m.rows + TILE - 1) / TILE;
     m.blocks = (m.cols + BLOCK - 1) / BLOCK;
-    m.strip_bytes = strip_bytes(m.format, static_cast<size_t>(m.blocks), m.units_offset);
+    const int per_head = blocks_of_head(m.format);
+    const size_t heads = per_head ? static_cast<size_t>((m.blocks + per_head - 1) / per_head) : 0;
+    m.strip_bytes = heads * HEAD_BYTES + static_cast<size_t>(m.blocks) * static_cast<size_t>(units_of_block(m.format)) * UNIT_BYTES;
     m.data = static_cast<const uint8_t*>(checked(data, "data", nb::dtype<int32_t>(), {m.strips, static_cast<int64_t>(m.strip_bytes / 4)}, 64));
     return {m, data};
 }

@@ -5,8 +5,8 @@
 
 #define UNROLL _Pragma("GCC unroll 16")  // sums[..] then become registers
 
-constexpr int PARTS = TILE / LANES;       // registers per 16 lanes
-constexpr int PREFETCH_BYTES = 4 * 1024;  // ahead of the weights in use: hardware prefetchers stop at each page
+constexpr int PARTS = TILE / LANES;      // registers per 16 lanes
+constexpr int WEIGHTS_AHEAD = 8 * 1024;  // bytes to prefetch: hardware prefetchers stop at each page
 
 static inline I splat_unit(const void* p) {  // a 32-bit unit of one row of x, in every lane
     int32_t unit;
@@ -24,11 +24,9 @@ static inline I load_units_again(const uint8_t* p) {
 template <Format FORMAT>
 struct FloatProduct {
     static constexpr int MAX_ROWS = MAX_FLOAT_ROWS;
-    static constexpr int PAIRED_ROWS = MAX_FLOAT_ROWS / 3;
 
-    // Two strips at once give few rows enough independent sums to hide the latency of an addition.
-    template <int R, int STRIPS>
-    static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out, size_t out_stride) {
+    template <int R>
+    static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
         constexpr int COLUMNS = FORMAT == Format::f32 ? 1 : 2;  // of a unit
         constexpr bool IN_BF16 = FORMAT == Format::bf16 && MULTIPLIES_BF16;
         const size_t stride = static_cast<size_t>(x.blocks) * BLOCK;
@@ -39,55 +37,48 @@ struct FloatProduct {
             rows[r] = x.f32 + stride * static_cast<size_t>(first_row + r);
             bf16_rows[r] = x.bf16 + stride * static_cast<size_t>(first_row + r);
         }
-        V sum[STRIPS][R][PARTS] = {};
-        const uint8_t* units = m.strip(strip);
-        for (int c = 0; c < m.blocks * BLOCK; c += COLUMNS, units += TILE * 4) {
+        V sum[R][PARTS] = {};
+        const uint8_t* unit = m.strip(strip);
+        for (int c = 0; c < m.blocks * BLOCK; c += COLUMNS, unit += UNIT_BYTES) {
+            prefetch_to_l2(unit + WEIGHTS_AHEAD);
+            V w[PARTS];
+            if constexpr (IN_BF16) {
+                UNROLL
+                for (int p = 0; p < PARTS; ++p) w[p] = as_float(load_units(unit + p * LANES * 4));
+                UNROLL
+                for (int r = 0; r < R; ++r) {
+                    V pair = as_float(splat_unit(bf16_rows[r] + c));
+                    UNROLL
+                    for (int p = 0; p < PARTS; ++p) sum[r][p] = dot_bf16(sum[r][p], w[p], pair);
+                }
+                continue;
+            }
             UNROLL
-            for (int s = 0; s < STRIPS; ++s) {
-                const uint8_t* unit = units + m.strip_bytes * static_cast<size_t>(s);
-                prefetch(unit + PREFETCH_BYTES);
-                V w[PARTS];
-                if constexpr (IN_BF16) {
-                    UNROLL
-                    for (int p = 0; p < PARTS; ++p) w[p] = as_float(load_units(unit + p * LANES * 4));
-                    UNROLL
-                    for (int r = 0; r < R; ++r) {
-                        V pair = as_float(splat_unit(bf16_rows[r] + c));
-                        UNROLL
-                        for (int p = 0; p < PARTS; ++p) sum[s][r][p] = dot_bf16(sum[s][r][p], w[p], pair);
-                    }
-                    continue;
-                }
+            for (int p = 0; p < PARTS; ++p) {
+                I bits = load_units(unit + p * LANES * 4);
+                w[p] = FORMAT == Format::f32 ? as_float(bits) : even_bf16(bits);
+            }
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                V column = splat(rows[r][c]);
                 UNROLL
-                for (int p = 0; p < PARTS; ++p) {
-                    I bits = load_units(unit + p * LANES * 4);
-                    w[p] = FORMAT == Format::f32 ? as_float(bits) : even_bf16(bits);
-                }
+                for (int p = 0; p < PARTS; ++p) sum[r][p] = fma(w[p], column, sum[r][p]);
+            }
+            if (FORMAT == Format::f32) continue;
+            // Read again, not kept: with the sums of six rows there is no register left for them.
+            UNROLL
+            for (int p = 0; p < PARTS; ++p) w[p] = odd_bf16(load_units_again(unit + p * LANES * 4));
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                V column = splat(rows[r][c + 1]);
                 UNROLL
-                for (int r = 0; r < R; ++r) {
-                    V column = splat(rows[r][c]);
-                    UNROLL
-                    for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(w[p], column, sum[s][r][p]);
-                }
-                if (FORMAT == Format::f32) continue;
-                // Read again, not kept: with the sums of six rows there is no register left for them.
-                UNROLL
-                for (int p = 0; p < PARTS; ++p) w[p] = odd_bf16(load_units_again(unit + p * LANES * 4));
-                UNROLL
-                for (int r = 0; r < R; ++r) {
-                    V column = splat(rows[r][c + 1]);
-                    UNROLL
-                    for (int p = 0; p < PARTS; ++p) sum[s][r][p] = fma(w[p], column, sum[s][r][p]);
-                }
+                for (int p = 0; p < PARTS; ++p) sum[r][p] = fma(w[p], column, sum[r][p]);
             }
         }
         UNROLL
-        for (int s = 0; s < STRIPS; ++s)
+        for (int r = 0; r < R; ++r)
             UNROLL
-            for (int r = 0; r < R; ++r)
-                UNROLL
-                for (int p = 0; p < PARTS; ++p)
-                    store(out + out_stride * s + (first_row + r) * TILE + p * LANES, sum[s][r][p]);
+            for (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[r][p]);
     }
 };
 
@@ -95,10 +86,9 @@ struct FloatProduct {
 template <Format FORMAT>
 struct IntProduct {
     static constexpr int MAX_ROWS = MAX_INT_ROWS;
-    static constexpr int PAIRED_ROWS = 0;  // sums are many and short already
 
-    template <int R, int STRIPS>
-    static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out, size_t) {
+    template <int R>
+    static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
         const size_t blocks = static_cast<size_t>(x.blocks);
         const int8_t* rows[R];
         const float* x_scales[R];
@@ -113,17 +103,18 @@ struct IntProduct {
             x_scaled_sums[r] = x.scaled_sums + blocks * row;
         }
         V sum[PARTS][R] = {};
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(m.strip(strip));
-        const uint16_t* minima = scales + m.blocks * TILE;
-        const uint8_t* units = m.strip(strip) + m.units_offset;
-        constexpr int UNITS = FORMAT == Format::q8 ? 8 : 4;  // of a block
-        for (int b = 0; b < m.blocks; ++b, units += UNITS * TILE * 4) {
-            for (int u = 0; u < UNITS; ++u) prefetch(units + u * TILE * 4 + PREFETCH_BYTES);
+        constexpr int UNITS = units_of_block(FORMAT);
+        for (int b = 0; b < m.blocks; ++b) {
+            const uint16_t* head = reinterpret_cast<const uint16_t*>(m.strip(strip) + head_offset(FORMAT, b));
+            const uint16_t *scales = head + b % blocks_of_head(FORMAT) * TILE, *minima = head + TILE;
+            const uint8_t* units = m.strip(strip) + units_offset(FORMAT, b);
+            const auto* first = b % blocks_of_head(FORMAT) ? units : units - HEAD_BYTES;  // every line, or the rest is in vain
+            for (const uint8_t* p = first; p < units + UNITS * UNIT_BYTES; p += 64) prefetch_to_l2(p + WEIGHTS_AHEAD);
             UNROLL
             for (int p = 0; p < PARTS; ++p) {
                 const auto unit = [&](int u) { return load_units(units + (u * PARTS + p) * LANES * 4); };
                 const auto column = [&](int r, int c) { return splat_unit(rows[r] + b * BLOCK + c); };
-                const V scale = load_f16(scales + b * TILE + p * LANES);
+                const V scale = load_f16(scales + p * LANES);
                 if constexpr (FORMAT == Format::q8) {
                     I dot[R];
                     UNROLL
@@ -143,7 +134,7 @@ struct IntProduct {
                         UNROLL
                         for (int r = 0; r < R; ++r) pin(dot[r] = dot_nibbles(dot_nibbles(dot[r], low, column(r, u * 4)), high, column(r, u * 4 + 16)));
                     }
-                    const V minimum = load_f16(minima + b * TILE + p * LANES);
+                    const V minimum = load_f16(minima + p * LANES);
                     UNROLL
                     for (int r = 0; r < R; ++r) {  // w = scale * nibble + minimum: the minimum multiplies the sum of x
                         V x_sum = splat(x_scaled_sums[r][b]);
@@ -159,39 +150,30 @@ struct IntProduct {
     }
 };
 
-template <class Product, int STRIPS, int R>
-static void run_rows(int rows, const Matrix& m, int strip, const Activations& x, int first_row, float* out, size_t stride) {
+template <class Product, int R>
+static void run_rows(int rows, const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
     if (rows == R) {
-        Product::template run<R, STRIPS>(m, strip, x, first_row, out, stride);
+        Product::template run<R>(m, strip, x, first_row, out);
     } else if constexpr (R > 1) {
-        run_rows<Product, STRIPS, R - 1>(rows, m, strip, x, first_row, out, stride);
+        run_rows<Product, R - 1>(rows, m, strip, x, first_row, out);
     }
 }
 
 template <class Product>
-static void multiply_as(const Matrix& m, int strip, int count, const Activations& x, int rows, float* out) {
-    const size_t stride = static_cast<size_t>(rows) * TILE;
-    if constexpr (Product::PAIRED_ROWS > 0) {
-        if (count == 2 && rows <= Product::PAIRED_ROWS) {
-            run_rows<Product, 2, Product::PAIRED_ROWS>(rows, m, strip, x, 0, out, stride);
-            return;
-        }
-    }
+static void multiply_as(const Matrix& m, int strip, const Activations& x, int rows, float* out) {
     const int groups = (rows + Product::MAX_ROWS - 1) / Product::MAX_ROWS;  // of nearly equal size: 7 rows are 4 + 3
-    for (int s = 0; s < count; ++s) {
-        for (int g = 0, row = 0; g < groups; ++g) {
-            const int own = (rows - row + groups - g - 1) / (groups - g);
-            run_rows<Product, 1, Product::MAX_ROWS>(own, m, strip + s, x, row, out + stride * static_cast<size_t>(s), stride);
-            row += own;
-        }
+    for (int g = 0, row = 0; g < groups; ++g) {
+        const int own = (rows - row + groups - g - 1) / (groups - g);
+        run_rows<Product, Product::MAX_ROWS>(own, m, strip, x, row, out);
+        row += own;
     }
 }
 
-static void multiply(const Matrix& m, int strip, int count, const Activations& x, int rows, float* out) {
+static void multiply(const Matrix& m, int strip, const Activations& x, int rows, float* out) {
     switch (m.format) {
-        case Format::f32: return multiply_as<FloatProduct<Format::f32>>(m, strip, count, x, rows, out);
-        case Format::bf16: return multiply_as<FloatProduct<Format::bf16>>(m, strip, count, x, rows, out);
-        case Format::q8: return multiply_as<IntProduct<Format::q8>>(m, strip, count, x, rows, out);
-        case Format::q4: return multiply_as<IntProduct<Format::q4>>(m, strip, count, x, rows, out);
+        case Format::f32: return multiply_as<FloatProduct<Format::f32>>(m, strip, x, rows, out);
+        case Format::bf16: return multiply_as<FloatProduct<Format::bf16>>(m, strip, x, rows, out);
+        case Format::q8: return multiply_as<IntProduct<Format::q8>>(m, strip, x, rows, out);
+        case Format::q4: return multiply_as<IntProduct<Format::q4>>(m, strip, x, rows, out);
     }
 }

@@ -1,7 +1,7 @@
 // What happens to single rows between the products: norm, quantization, SiLU, softmax over chunks of the cache.
 // Counts are padded to whole registers by the caller unless said otherwise; padding is zero.
 
-constexpr int CACHE_AHEAD = 2 * 1024;  // bytes of keys or values to prefetch
+constexpr int CACHE_AHEAD = 4 * 1024;  // bytes of keys or values to prefetch
 
 static inline V exponential(V x) {
     // exp(x) = 2^n * exp(r), |r| <= ln 2 / 2; the polynomial is that of Cephes, good to about one unit in the last place.
@@ -82,15 +82,47 @@ static float sum_exp(const float* x, size_t count, float maximum) {  // any coun
     return reduce_add(sum) + rest;
 }
 
-// Vectors of up to LANES cache positions from `position` on as f32 [LANES][padded_head_dim], zeros beyond task.end and head_dim.
+template <CacheType TYPE>
+using CacheElement = std::conditional_t<TYPE == CacheType::f32, float, std::conditional_t<TYPE == CacheType::bf16, uint16_t, int8_t>>;
+
+template <CacheType TYPE>
+static inline V widened(const CacheElement<TYPE>* p, float scale) {
+    if constexpr (TYPE == CacheType::f32) return load(p);
+    else if constexpr (TYPE == CacheType::bf16) return load_bf16(p);
+    else return mul(load_int8(p), splat(scale));
+}
+
+template <class Use>
+static inline void with_type(CacheType type, const Use& use) {
+    switch (type) {
+        case CacheType::f32: return use.template operator()<CacheType::f32>();
+        case CacheType::bf16: return use.template operator()<CacheType::bf16>();
+        case CacheType::int8: return use.template operator()<CacheType::int8>();
+    }
+}
+
+// Keys or values of LANES positions: (t, e) gives elements e.. of position t. Straight from the cache, where few queries use
+// them, or widened to f32 once for many; the bits are the same.
+template <CacheType TYPE>
+struct InCache {
+    const CacheElement<TYPE>* first;
+    const float* scales;
+    size_t size;
+    V operator()(int t, int e) const {
+        return widened<TYPE>(first + static_cast<size_t>(t) * size + e, TYPE == CacheType::int8 ? scales[t] : 1.0f);
+    }
+};
+
+struct InTile {
+    const float* first;
+    int size;
+    V operator()(int t, int e) const { return load(first + t * size + e); }
+};
+
+// Fills a tile with up to LANES positions from `position` on, zeros beyond task.end and head_dim.
 template <CacheType TYPE>
 static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, const int* places, float* tile) {
-    using Element = std::conditional_t<TYPE == CacheType::f32, float, std::conditional_t<TYPE == CacheType::bf16, uint16_t, int8_t>>;
-    const auto widened = [](const Element* p) {
-        if constexpr (TYPE == CacheType::f32) return load(p);
-        else if constexpr (TYPE == CacheType::bf16) return load_bf16(p);
-        else return load_int8(p);
-    };
+    using Element = CacheElement<TYPE>;
     const size_t size = static_cast<size_t>(task.head_dim), padded = static_cast<size_t>(task.padded_head_dim);
     const int count = task.end - position < LANES ? task.end - position : LANES;
     for (int t = 0; t < LANES; ++t, tile += padded) {
@@ -100,18 +132,12 @@ static void widen(const ChunkTask& task, const void* cache, const float* scales,
         }
         const int place = position + t < task.tail ? position + t : places[position + t - task.tail];
         const Element* from = static_cast<const Element*>(cache) + static_cast<size_t>(place) * size;
-        const V scale = splat(TYPE == CacheType::int8 ? scales[place] : 1.0f);
+        const float scale = TYPE == CacheType::int8 ? scales[place] : 1.0f;
         const auto put = [&](const Element* block, float* to) {
-            for (int i = 0; i < BLOCK; i += LANES) {
-                const V x = widened(block + i);
-                store(to + i, TYPE == CacheType::int8 ? mul(x, scale) : x);
-            }
+            for (int i = 0; i < BLOCK; i += LANES) store(to + i, widened<TYPE>(block + i, scale));
         };
         size_t e = 0;
-        for (; e + BLOCK <= size; e += BLOCK) {
-            for (size_t i = 0; i < BLOCK * sizeof(Element); i += 64) prefetch(reinterpret_cast<const uint8_t*>(from + e) + CACHE_AHEAD + i);
-            put(from + e, tile + e);
-        }
+        for (; e + BLOCK <= size; e += BLOCK) put(from + e, tile + e);
         if (e < size) {  // a head size that fills no whole block
             Element rest[BLOCK] = {};
             __builtin_memcpy(rest, from + e, (size - e) * sizeof(Element));
@@ -120,26 +146,26 @@ static void widen(const ChunkTask& task, const void* cache, const float* scales,
     }
 }
 
-static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, const int* places, float* tile) {
-    switch (task.type) {
-        case CacheType::f32: return widen<CacheType::f32>(task, cache, scales, position, places, tile);
-        case CacheType::bf16: return widen<CacheType::bf16>(task, cache, scales, position, places, tile);
-        case CacheType::int8: return widen<CacheType::int8>(task, cache, scales, position, places, tile);
-    }
-}
-
-// Calls use(first, end) with LANES widened positions in `tile` for all queries that find the same there.
+// Calls use(vectors, first, end) with LANES positions for all queries that find the same there.
 template <class Use>
-static inline void with_tiles(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile, const Use& use) {
-    if (position + LANES <= task.tail) {
-        widen(task, cache, scales, position, nullptr, tile);
-        use(0, task.num_queries);
-        return;
-    }
-    for (int row = 0; row * task.queries_per_row < task.num_queries; ++row) {
-        widen(task, cache, scales, position, task.places + row * task.places_per_row, tile);
-        use(row * task.queries_per_row, (row + 1) * task.queries_per_row);
-    }
+static inline void with_vectors(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile, const Use& use) {
+    with_type(task.type, [&]<CacheType TYPE>() {
+        const auto* first = static_cast<const CacheElement<TYPE>*>(cache) + static_cast<size_t>(position) * static_cast<size_t>(task.head_dim);
+        const size_t bytes = LANES * static_cast<size_t>(task.head_dim) * sizeof(*first);
+        for (size_t i = 0; i < bytes; i += 64) prefetch_to_l2(reinterpret_cast<const uint8_t*>(first) + CACHE_AHEAD + i);
+        const InTile in_tile{tile, task.padded_head_dim};
+        if (position + LANES > task.tail) {
+            for (int row = 0; row * task.queries_per_row < task.num_queries; ++row) {
+                widen<TYPE>(task, cache, scales, position, task.places + row * task.places_per_row, tile);
+                use(in_tile, row * task.queries_per_row, (row + 1) * task.queries_per_row);
+            }
+        } else if (task.num_queries <= MAX_QUERIES && position + LANES <= task.end && task.head_dim == task.padded_head_dim) {
+            use(InCache<TYPE>{first, scales ? scales + position : nullptr, static_cast<size_t>(task.head_dim)}, 0, task.num_queries);
+        } else {
+            widen<TYPE>(task, cache, scales, position, nullptr, tile);
+            use(in_tile, 0, task.num_queries);
+        }
+    });
 }
 
 // Calls use.operator()<n>(first) for consecutive groups of n = R items, and for what remains.
@@ -150,8 +176,8 @@ static inline void in_groups(int count, const Use& use, int first = 0) {
 }
 
 // products[query][first + t] = lanes of query * key t, for 4 keys.
-template <int R>
-static inline void dot_keys(const float* queries, const float* keys, int padded, V (*products)[LANES], int first) {
+template <int R, class Vectors>
+static inline void dot_keys(const float* queries, const Vectors& keys, int padded, V (*products)[LANES], int first) {
     V sum[R][4] = {};
     for (int e = 0; e < padded; e += LANES) {
         V query[R];
@@ -159,7 +185,7 @@ static inline void dot_keys(const float* queries, const float* keys, int padded,
         for (int r = 0; r < R; ++r) query[r] = load(queries + r * padded + e);
         UNROLL
         for (int t = 0; t < 4; ++t) {
-            const V key = load(keys + t * padded + e);
+            const V key = keys(first + t, e);
             UNROLL
             for (int r = 0; r < R; ++r) sum[r][t] = fma(key, query[r], sum[r][t]);
         }
@@ -170,21 +196,21 @@ static inline void dot_keys(const float* queries, const float* keys, int padded,
         for (int t = 0; t < 4; ++t) products[r][first + t] = sum[r][t];
 }
 
-// sums[query][0..31] += weights[query][t] * values[t][0..31] for LANES positions t.
-template <int R>
-static inline void add_values(const float* weights, const float* values, int padded, float* sums, size_t stride) {
+// sums[query][0..31] += weights[query][t] * values[t][first..first+31] for LANES positions t.
+template <int R, class Vectors>
+static inline void add_values(const float* weights, const Vectors& values, int first, float* sums, size_t stride) {
     V sum[R][BLOCK / LANES];
     UNROLL
     for (int r = 0; r < R; ++r)
         UNROLL
         for (int i = 0; i < BLOCK / LANES; ++i) sum[r][i] = load(sums + stride * r + i * LANES);
-    for (int t = 0; t < LANES; ++t, values += padded) {
+    for (int t = 0; t < LANES; ++t) {
         V weight[R];
         UNROLL
         for (int r = 0; r < R; ++r) weight[r] = splat(weights[r * CHUNK + t]);
         UNROLL
         for (int i = 0; i < BLOCK / LANES; ++i) {
-            const V value = load(values + i * LANES);
+            const V value = values(t, first + i * LANES);
             UNROLL
             for (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], value, sum[r][i]);
         }
@@ -195,7 +221,7 @@ static inline void add_values(const float* weights, const float* values, int pad
         for (int i = 0; i < BLOCK / LANES; ++i) store(sums + stride * r + i * LANES, sum[r][i]);
 }
 
-// A group of LANES positions is widened once and serves all queries. Groups start at multiples of LANES, and every sum takes
+// A group of LANES positions serves all queries. Groups start at multiples of LANES, and every sum takes
 // its columns, then its positions, in order: bits depend neither on `end` nor on the other queries.
 static void attend_chunk(const ChunkTask& task, float* scratch, float* partials) {
     float* tile = scratch;
@@ -205,10 +231,10 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
     const V hidden = splat(-__builtin_inff());
     for (int position = task.begin; position < task.end; position += LANES) {
         const V index = add(lane_indices(), splat(static_cast<float>(position)));
-        with_tiles(task, task.keys, task.key_scales, position, tile, [&](int first_query, int end_query) {
+        with_vectors(task, task.keys, task.key_scales, position, tile, [&](const auto& keys, int first_query, int end_query) {
             in_groups<MAX_QUERIES>(end_query, [&]<int R>(int q) {
                 V products[R][LANES];
-                for (int first = 0; first < LANES; first += 4) dot_keys<R>(task.queries + q * padded, tile + first * padded, padded, products, first);
+                for (int first = 0; first < LANES; first += 4) dot_keys<R>(task.queries + q * padded, keys, padded, products, first);
                 UNROLL
                 for (int r = 0; r < R; ++r) {
                     const V seen = where_less(index, splat(static_cast<float>(task.first[q + r])), hidden, sums(products[r]));
@@ -218,7 +244,7 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
         });
     }
     for (int i = 0; i < CACHE_AHEAD; i += 64)
-        prefetch(static_cast<const uint8_t*>(task.values) + static_cast<size_t>(task.begin) * task.head_dim * task.element_size + i);
+        prefetch_to_l2(static_cast<const uint8_t*>(task.values) + static_cast<size_t>(task.begin) * task.head_dim * task.element_size + i);
     const int count = (task.end - task.begin + LANES - 1) / LANES * LANES;
     for (int q = 0; q < task.num_queries; ++q) {
         float* row = scores + q * CHUNK;
@@ -237,10 +263,10 @@ static void attend_chunk(const ChunkTask& task, float* scratch, float* partials)
         for (int e = 0; e < padded; e += LANES) store(partial + PARTIAL_VALUES + e, zero());
     }
     for (int position = task.begin; position < task.end; position += LANES) {
-        with_tiles(task, task.values, task.value_scales, position, tile, [&](int first_query, int end_query) {
+        with_vectors(task, task.values, task.value_scales, position, tile, [&](const auto& values, int first_query, int end_query) {
             in_groups<MAX_QUERIES>(end_query, [&]<int R>(int q) {
                 for (int e = 0; e < padded; e += BLOCK)
-                    add_values<R>(scores + q * CHUNK + position - task.begin, tile + e, padded, partials + stride * q + PARTIAL_VALUES + e, stride);
+                    add_values<R>(scores + q * CHUNK + position - task.begin, values, e, partials + stride * q + PARTIAL_VALUES + e, stride);
             }, first_query);
         });
     }

@@ -95,4 +95,4 @@ static inline I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi32(w,
 static inline I dot_nibbles(I sum, I w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }
 static inline I finish_nibbles(I sum) { return sum; }
 
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+static inline void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -76,4 +76,4 @@ static inline I high_nibbles(I w) { return bits<I>((bits<U>(w) >> 4) & 0x0f0f0f0
 static inline I dot_nibbles(I sum, I w, I x) { return bits<I>(bits<W>(sum) + even_products(w, x) + odd_products(w, x)); }
 static inline I finish_nibbles(I sum) { return widened(bits<W>(sum)); }
 
-static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+static inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -33,6 +33,7 @@ Pool::Pool(int threads) : threads_(threads) { start(); }
 void Pool::start() {
     process_ = static_cast<long>(getpid());
     state_ = new State;
+    state_->threads = threads_;
     if (threads_ == 1) return;
     sigset_t all, before;  // signals go to the program's own threads, where Python handles them
     sigfillset(&all);
@@ -56,15 +57,13 @@ void Pool::run_erased(int phases, Erased body, const void* argument) {
     State& state = *state_;
     state.body = body;
     state.argument = argument;
-    if (static_cast<int>(state.phases.size()) < phases) state.phases = std::vector<Phase>(static_cast<size_t>(phases));
-    for (int i = 0; i < phases; ++i) {
-        state.phases[static_cast<size_t>(i)].next.store(0, std::memory_order_relaxed);
-        state.phases[static_cast<size_t>(i)].done.store(0, std::memory_order_relaxed);
-    }
+    const size_t counters = static_cast<size_t>(phases) * static_cast<size_t>(1 + threads_);
+    if (state.counters.size() < counters) state.counters = std::vector<std::atomic<int>>(counters);
+    for (size_t i = 0; i < counters; ++i) state.counters[i].store(0, std::memory_order_relaxed);
     state.inside.store(0, std::memory_order_release);
     state.job.fetch_add(1, std::memory_order_release);
     state.job.notify_all();
-    Team team(0, state.phases.data());
+    Team team(0, threads_, state.counters.data());
     body(argument, team);
     state.inside.fetch_add(CLOSED, std::memory_order_acq_rel);
     for (int inside; (inside = state.inside.load(std::memory_order_acquire)) != CLOSED;) wait_while_equal(state.inside, inside);
@@ -80,7 +79,7 @@ void Pool::work(State* state, int thread) {
         while (inside < CLOSED && !state->inside.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) {
         }
         if (inside >= CLOSED) continue;  // too late for this run
-        Team team(thread, state->phases.data());
+        Team team(thread, state->threads, state->counters.data());
         state->body(state->argument, team);
         state->inside.fetch_sub(1, std::memory_order_acq_rel);
         state->inside.notify_all();

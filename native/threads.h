@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <thread>
 #include <vector>
 
@@ -14,35 +15,41 @@ namespace hopskip {
 // Sleeps while the value is `old`, after spinning for about 50 microseconds: phases are far shorter than waking up takes.
 void wait_while_equal(const std::atomic<int>& value, int old);
 
-struct alignas(64) Phase {
-    std::atomic<int> next{0};  // first item that nobody has taken
-    std::atomic<int> done{0};
-};
-
 // What a thread sees of a run. All threads must ask for the same phases in the same order.
 class Team {
 public:
-    Team(int thread, Phase* phases) : thread_(thread), phases_(phases) {}
+    // counters: for each phase the number of items done, then for each thread how many of its items are taken.
+    Team(int thread, int threads, std::atomic<int>* counters) : thread_(thread), threads_(threads), counters_(counters) {}
 
     int thread() const { return thread_; }
 
-    // Calls use(item) for every item from 0 to count-1, each on some thread; returns when all of them are done.
+    // Calls use(item) for every item from 0 to count-1, each on some thread; returns when all of them are done. A thread begins
+    // with consecutive items of its own, so that it reads memory in one stream, and then helps the others with theirs.
     template <class Use>
     void share(int count, const Use& use) {
-        Phase& phase = *phases_++;
-        int own = 0;
-        for (int item = phase.next.fetch_add(1, std::memory_order_relaxed); item < count;
-             item = phase.next.fetch_add(1, std::memory_order_relaxed)) {
-            use(item);
-            ++own;
+        std::atomic<int>& done = counters_[0];
+        int mine = 0;
+        for (int i = 0; i < threads_; ++i) {
+            const int owner = (thread_ + i) % threads_;
+            const int first = first_of(owner, count), size = first_of(owner + 1, count) - first;
+            std::atomic<int>& taken = counters_[1 + owner];
+            while (taken.load(std::memory_order_relaxed) < size) {
+                const int item = taken.fetch_add(1, std::memory_order_relaxed);
+                if (item >= size) break;
+                use(first + item);
+                ++mine;
+            }
         }
-        if (own > 0 && phase.done.fetch_add(own, std::memory_order_acq_rel) + own == count) phase.done.notify_all();
-        for (int done; (done = phase.done.load(std::memory_order_acquire)) != count;) wait_while_equal(phase.done, done);
+        counters_ += 1 + threads_;
+        if (mine > 0 && done.fetch_add(mine, std::memory_order_acq_rel) + mine == count) done.notify_all();
+        for (int now; (now = done.load(std::memory_order_acquire)) != count;) wait_while_equal(done, now);
     }
 
 private:
-    int thread_;
-    Phase* phases_;
+    int first_of(int thread, int count) const { return static_cast<int>(static_cast<int64_t>(count) * thread / threads_); }
+
+    int thread_, threads_;
+    std::atomic<int>* counters_;
 };
 
 class Pool {
@@ -70,7 +77,8 @@ private:
         alignas(64) std::atomic<int> inside{CLOSED};  // workers in the body; CLOSED more when no more may enter
         Erased body = nullptr;
         const void* argument = nullptr;
-        std::vector<Phase> phases;
+        std::vector<std::atomic<int>> counters;
+        int threads;
         std::atomic<bool> stop{false};
         std::vector<std::thread> workers;
     };

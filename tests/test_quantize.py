@@ -84,12 +84,20 @@ def test_the_layout_of_strips() -> None:
     q8 = quantize_q8(weight)
     packed = pack(q8, 96)
     assert (packed.format, packed.rows, packed.cols) == (Format.Q8, 40, 96)
-    assert packed.data.shape == (3, (128 + 3 * 512) // 4)  # 3 blocks: 96 bytes of scales, padded to 128, then units
-    strip = packed.data[1]
-    scales = strip[:24].view(torch.float16).reshape(3, 16)
-    assert torch.equal(scales[:, 5], q8.scales[21])
-    units = strip[32:].reshape(24, 16)
+    assert packed.data.shape == (3, (2 * 64 + 3 * 512) // 4)  # 3 blocks: a head for two, a head for the last
+    strip = packed.data[1].reshape(26, 16)
+    heads = strip[[0, 17]].contiguous().view(torch.float16).reshape(4, 16)
+    assert torch.equal(heads[:3, 5], q8.scales[21])
+    assert not heads[3].any()
+    units = torch.cat((strip[1:17], strip[18:]))
     assert torch.equal(units[:, 5].contiguous().view(torch.uint8).int() - 128, q8.values[21].int())
+
+    q4 = quantize_q4(weight)
+    blocks = pack(q4, 96).data[1].reshape(3, 5, 16)
+    heads = blocks[:, 0].contiguous().view(torch.float16).reshape(3, 2, 16)
+    assert torch.equal(heads[:, 0, 5], q4.scales[21])
+    assert torch.equal(heads[:, 1, 5], q4.minima[21])
+    assert torch.equal(blocks[:, 1:, 5].contiguous().view(torch.uint8), q4.nibbles[21])
 
     bf16 = pack(weight.bfloat16(), 96)
     units = bf16.data[1].reshape(48, 16)

@@ -29,7 +29,7 @@ from hopskip.errors import CheckpointError
 from hopskip.quantize import Q4, Q8, Format, Packed, from_gguf_blocks, pack, quantize_q4, quantize_q8
 from hopskip.weights import Checkpoint, expected_tensors
 
-VERSION = 2
+VERSION = 3
 """Raised whenever packing or a layout changes: files of other versions are not looked at."""
 _MAGIC = b"hopskip\n"
 _ALIGNMENT = 64

@@ -201,25 +201,39 @@ def _packed(format: Format, rows: Tensor, cols: int, *scales: Tensor) -> Packed:
         padded = F.pad(x, (0, 0, 0, -num_rows % STRIP))
         return padded.reshape(-1, STRIP, x.shape[1]).transpose(1, 2)
 
-    units = strips_of(rows.contiguous().view(torch.int32)).flatten(1)
-    halves = [strips_of(scale.contiguous().view(torch.int16)).flatten(1) for scale in scales]
-    heads = [half.contiguous().view(torch.int32) for half in halves]
-    num_head_words = sum(head.shape[1] for head in heads)
-    if padding := -num_head_words % 16:
-        heads.append(units.new_zeros((len(units), padding)))
-    return Packed(format, num_rows, cols, torch.cat([*heads, units], dim=1))
+    units = strips_of(rows.contiguous().view(torch.int32))
+    if not scales:
+        return Packed(format, num_rows, cols, units.flatten(1))
+    num_heads = -(-len(scales) * scales[0].shape[1] // 2)
+    halves = torch.stack([strips_of(scale.contiguous().view(torch.int16)) for scale in scales], dim=2).flatten(1, 2)
+    heads = F.pad(halves, (0, 0, 0, 2 * num_heads - halves.shape[1])).flatten(1).contiguous().view(torch.int32)
+    # after each head the units of its blocks; the last one may have one block less
+    per_head = _units_of_head(format)
+    grouped = F.pad(units, (0, 0, 0, num_heads * per_head - units.shape[1])).reshape(len(units), num_heads, per_head, STRIP)
+    data = torch.cat([heads.reshape(len(units), num_heads, 1, STRIP), grouped], dim=2).flatten(1)
+    return Packed(format, num_rows, cols, data[:, : (num_heads + units.shape[1]) * STRIP].contiguous())
+
+
+def _units_of_head(format: Format) -> int:
+    """Units that follow a head of scales, see `Matrix` in `native/kernels.h`."""
+    return 16 if format is Format.Q8 else 4
 
 
 def select_rows(packed: Packed, rows: Tensor) -> Packed:
     """The packed matrix of some rows of a packed matrix, int64 [n], in that order."""
-    blocks = -(-packed.cols // BLOCK)
-    num_scales = {Format.Q8: 1, Format.Q4: 2}.get(packed.format, 0)
-    scale_words = num_scales * blocks * STRIP // 2
-    scales = packed.data[:, :scale_words].contiguous().view(torch.int16).reshape(len(packed.data), -1, blocks, STRIP)
-    units = packed.data[:, scale_words + -scale_words % 16 :].reshape(len(packed.data), -1, STRIP)
     strip, lane = rows // STRIP, rows % STRIP
-    chosen = [scales[strip, i, :, lane].view(torch.float16) for i in range(num_scales)]
-    return _packed(packed.format, units[strip, :, lane], packed.cols, *chosen)
+    units = packed.data.reshape(len(packed.data), -1, STRIP)
+    if packed.format in (Format.F32, Format.BF16):
+        return _packed(packed.format, units[strip, :, lane], packed.cols)
+    blocks = -(-packed.cols // BLOCK)
+    num_scales, per_head = (1 if packed.format is Format.Q8 else 2), _units_of_head(packed.format)
+    num_units = blocks * (8 if packed.format is Format.Q8 else 4)
+    grouped = F.pad(units, (0, 0, 0, -units.shape[1] % (1 + per_head)))
+    grouped = grouped.reshape(len(units), -1, 1 + per_head, STRIP)
+    heads = grouped[:, :, 0].contiguous().view(torch.int16).reshape(len(units), -1, STRIP)[:, : blocks * num_scales]
+    scales = heads.reshape(len(units), blocks, num_scales, STRIP)[strip, :, :, lane].view(torch.float16)
+    own_units = grouped[:, :, 1:].flatten(1, 2)[:, :num_units][strip, :, lane]
+    return _packed(packed.format, own_units, packed.cols, *scales.unbind(-1))
 
 
 def rows_in_q8(packed: Packed, rows: Tensor) -> Packed:
