@@ -209,7 +209,8 @@ def _packed(format: Format, rows: Tensor, cols: int, *scales: Tensor) -> Packed:
     heads = F.pad(halves, (0, 0, 0, 2 * num_heads - halves.shape[1])).flatten(1).contiguous().view(torch.int32)
     # after each head the units of its blocks; the last one may have one block less
     per_head = _units_of_head(format)
-    grouped = F.pad(units, (0, 0, 0, num_heads * per_head - units.shape[1])).reshape(len(units), num_heads, per_head, STRIP)
+    units_padded = F.pad(units, (0, 0, 0, num_heads * per_head - units.shape[1]))
+    grouped = units_padded.reshape(len(units), num_heads, per_head, STRIP)
     data = torch.cat([heads.reshape(len(units), num_heads, 1, STRIP), grouped], dim=2).flatten(1)
     return Packed(format, num_rows, cols, data[:, : (num_heads + units.shape[1]) * STRIP].contiguous())
 
