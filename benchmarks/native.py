@@ -1,8 +1,9 @@
 """Speed of the native engine's passes: ms, and the share of the machine's read bandwidth, per precision.
 
 Random weights of a chosen shape (speed does not depend on their values), or a checkpoint with --model. Every figure is
-a median of passes taken in turns, so that other load on the machine hits all alike. Plain reading takes its turn among
-them; its best is the bandwidth that passes are measured against. The last line is one JSON object.
+a median of passes taken in turns, so that other load on the machine hits all alike. Plain reading of the same weights
+takes its turn among them; its median is the bandwidth that passes are measured against. (Of the same: on virtual machines
+some memory may be nearer than other.) The last line is one JSON object.
 
     python benchmarks/native.py --precisions bfloat16,q8,q4 --threads 2
 """
@@ -37,7 +38,6 @@ SHAPES = {
 CONTEXT = 8192
 LONG, SHORT = 7000, 100  # positions already in the cache
 DRAFT_LAYERS, DRAFT_STEPS, DRAFT_VOCABULARY = 6, 4, 8192
-READ_BYTES = 1 << 28  # far more than a last-level cache holds
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -68,6 +68,18 @@ def random_weights(config: ModelConfig, precision: str) -> PackedWeights:
         first = packed[shape]
         matrices[name] = Packed(first.format, first.rows, first.cols, first.data.clone())
     return PackedWeights(config, matrices, vectors)
+
+
+def in_one_piece(weights: PackedWeights) -> tuple[PackedWeights, Tensor]:
+    """The same weights in one stretch of memory, and that, int64."""
+    parts = [matrix.data for matrix in weights.matrices.values()]
+    whole = torch.empty(sum(part.numel() for part in parts) + 16, dtype=torch.int32)
+    first = -whole.data_ptr() % 64 // 4
+    whole = whole[first : first + sum(part.numel() for part in parts)]
+    matrices: dict[str, Packed] = {}
+    for (name, m), room in zip(weights.matrices.items(), whole.split([p.numel() for p in parts]), strict=True):
+        matrices[name] = Packed(m.format, m.rows, m.cols, room.view(m.data.shape).copy_(m.data))
+    return PackedWeights(weights.config, matrices, weights.vectors), whole.view(torch.int64)
 
 
 def passes(model: NativeModel, cache: Cache) -> dict[str, Callable[[], object]]:
@@ -108,28 +120,28 @@ def draft_share(weights: PackedWeights) -> float:
 
 
 def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each; they take turns."""
+    """Milliseconds of each; they take turns of a few runs. As in a loop of decoding, a pass follows one of its own kind:
+    the first of a turn, which finds the caches as another has left them, is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in runs.items():
+            run()
             for _ in range(1 if name.startswith("prefill") else 3):
                 start = time.perf_counter()
                 run()
-                if repeat:  # the first round warms up
-                    times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 
-def report_on(model: NativeModel, weights: PackedWeights, repeats: int) -> dict[str, object]:
+def report_on(model: NativeModel, weights: PackedWeights, whole: Tensor, repeats: int) -> dict[str, object]:
     cache = model.new_cache(16, CONTEXT)
     for tensor in cache.tensors:  # what a long context would have left there
         for part in (tensor[:, 0], tensor[:, 1:, :, : SHORT + 1]):
             part.random_(-127, 128) if tensor.dtype == torch.int8 else part.normal_()
-    data = torch.ones(READ_BYTES // 4)
     torch.set_num_threads(model.threads)
-    times = measure({**passes(model, cache), "read": data.sum}, repeats)
-    bandwidth = READ_BYTES / min(times.pop("read")) / 1e6
+    times = measure({"read": whole.sum, **passes(model, cache)}, repeats)
     medians = {name: statistics.median(found) for name, found in times.items()}
+    bandwidth = whole.nbytes / medians.pop("read") / 1e6
     medians["draft step"] = medians.pop("draft") / DRAFT_STEPS
     one = medians["1 row"]
     kv_bytes = cache.nbytes / (cache.num_slots * cache.length)
@@ -182,8 +194,9 @@ def main() -> None:
             weights = PackedWeights.load(open_checkpoint(arguments.model), precision)
         else:
             weights = random_weights(shape_config(arguments.shape), precision)
+        weights, whole = in_one_piece(weights)
         model = NativeModel(weights.config, weights, arguments.threads, kv_dtype)
-        found = report_on(model, weights, arguments.repeats)
+        found = report_on(model, weights, whole, arguments.repeats)
         report[precision] = found
         if not arguments.json:
             show(precision, found)
