@@ -60,6 +60,7 @@ class MarkovModel:
     layer 1. Its exact joint distributions can be written down, which those of a real decoder cannot."""
 
     row_exact = True
+    has_own_threads = False
     device = torch.device("cpu")
     branch = None
 

@@ -21,7 +21,7 @@ from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.errors import ConfigError, PromptError
-from hopskip.model import Model
+from hopskip.model import Model, torch_beside
 from hopskip.sampling import Constraint, SamplingParams, adjust_logits, probabilities
 from hopskip.sequence import Origin, Sequence, Token
 from hopskip.trace import Round, RoundOfSequence
@@ -258,10 +258,11 @@ class Engine:
         decoding = [s for s in moving if s.is_prefilled]
         prefilling = [s for s in moving if not s.is_prefilled]
         try:
-            if decoding:
-                self._round(decoding)
-            if prefilling:
-                self._prefill(prefilling, _PREFILL_ROWS_BESIDE_DECODING if decoding else _PREFILL_ROWS)
+            with torch_beside(self.model):
+                if decoding:
+                    self._round(decoding)
+                if prefilling:
+                    self._prefill(prefilling, _PREFILL_ROWS_BESIDE_DECODING if decoding else _PREFILL_ROWS)
         finally:
             self._retire()
 

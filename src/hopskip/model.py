@@ -6,7 +6,8 @@ E head dimension, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -28,6 +29,8 @@ class Model(Protocol):
     device: torch.device
     row_exact: bool
     """True if the bits of a row never depend on how many rows, or which, are computed with it."""
+    has_own_threads: bool
+    """True if it computes on threads of its own, not on PyTorch's."""
     branch: ExitBranch | None
     """The trained exit beside the model, see `BranchedModel.attach`."""
 
@@ -70,6 +73,23 @@ class BranchedModel(Model, Protocol):
     def unembed_draft(self, h_ND: Tensor) -> Tensor:
         """Final norm and the head's rows of the branch's draft vocabulary: float32 logits [N, n]."""
         ...
+
+
+@contextmanager
+def torch_beside(model: Model) -> Iterator[None]:
+    """PyTorch on one thread, while a model with threads of its own decodes.
+
+    Even indexing a small tensor wakes PyTorch's threads, and they go on spinning for a while: on a core that the model's
+    threads need. A round of speculation on two cores then takes a third longer.
+    """
+    before = torch.get_num_threads()
+    if model.has_own_threads:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if model.has_own_threads:
+            torch.set_num_threads(before)
 
 
 class GreedyDrafts(NamedTuple):
@@ -130,6 +150,7 @@ class Transformer:
     """A Llama-family decoder whose layers can be run by ranges."""
 
     row_exact = False  # a matrix product may sum in another order when the number of rows changes
+    has_own_threads = False
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config

@@ -85,6 +85,7 @@ class NativeModel:
     """
 
     row_exact = True
+    has_own_threads = True
     dtype = torch.float32
 
     def __init__(

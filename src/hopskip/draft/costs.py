@@ -25,7 +25,7 @@ from hopskip import native
 from hopskip.branch import ExitBranch
 from hopskip.cache import Rows, Segment
 from hopskip.draft.exit import ExitDrafter
-from hopskip.model import Model
+from hopskip.model import Model, torch_beside
 from hopskip.packed import cache_folder
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import Sequence
@@ -99,6 +99,11 @@ def measure(model: Model, exits: Seq[int | ExitBranch], seconds: float = _SECOND
     """
     lanes = {source_name(exit): _Lane(model, exit) for exit in exits}
     any_lane = next(iter(lanes.values()), None) or _Lane(model, None)
+    with torch_beside(model):
+        return _measure(lanes, any_lane, seconds)
+
+
+def _measure(lanes: Mapping[str, _Lane], any_lane: _Lane, seconds: float) -> Costs:
     layers: dict[int, float] = {}
     head: dict[int, float] = {}
     drafts: dict[tuple[str, int], float] = {}

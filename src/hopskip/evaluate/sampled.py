@@ -41,6 +41,7 @@ class TableModel:
     `target_VV` after the second."""
 
     row_exact = True
+    has_own_threads = False
     device = torch.device("cpu")
     branch: ExitBranch | None = None
 
