@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.sequence import Sequence
+from hopskip.serve.engine_thread import EngineThread, Generation, Job, Piece
 from hopskip.serve.grammar import GrammarCompiler
 from hopskip.serve.settings import Limits
 from hopskip.text import TextStream
@@ -390,3 +392,44 @@ def test_models_whose_text_never_ends_have_no_grammars(tmp_path: Path) -> None:
     llm.tokenizer.eos_token_ids = ()
     with pytest.raises(ConfigError, match="no end-of-text token"):
         GrammarCompiler(llm.tokenizer, 320, Limits()).compile("regex", "a")
+
+
+# -- its thread --------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """An observer that counts tokens by the number of each request."""
+
+    def __init__(self) -> None:
+        self.num_tokens: dict[int, int] = {}
+
+    def on_step(self, num_running: int, num_waiting: int, cache_usage: float) -> None:
+        pass
+
+    def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None:
+        number = generation.sequence.number
+        self.num_tokens[number] = self.num_tokens.get(number, 0) + num_tokens
+
+    def on_finish(self, generation: Generation, now: float) -> None:
+        pass
+
+
+def test_what_nobody_streams_comes_in_one_piece(llm: LLM) -> None:
+    """The same text; the event loop is woken once for it, and the metrics see every token all the same."""
+    observer = Counting()
+
+    async def generate() -> list[list[list[Piece]]]:
+        engine = Engine(llm.model, PLAIN)
+        thread = EngineThread(engine, lambda: Detokenizer(llm.tokenizer), max_queue=4, observer=observer)
+        thread.start()
+        params = SamplingParams(max_new_tokens=9, ignore_eos=True)
+        jobs = [Job(prompt_ids=PROMPTS[1], params=params, is_streamed=streamed) for streamed in (True, False)]
+        found = [[step async for step in generation] for generation in await thread.submit(jobs)]
+        await thread.stop()
+        return found
+
+    streamed, whole = asyncio.run(generate())
+    assert len(streamed) == 9
+    assert len(whole) == 1
+    assert whole[0] == [piece for step in streamed for piece in step]
+    assert observer.num_tokens == {0: 9, 1: 9}

@@ -51,6 +51,9 @@ class Job:
     constraint: Constraint | None = None
     max_draft_tokens: int | None = None
     exit_layer: int | None = None
+    is_streamed: bool = True
+    """False: nobody looks at a piece before the last one is there, so all of them come then. The event loop that wakes
+    for every step takes a core from the engine."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Observer(Protocol):
 
 
 class Generation:
-    """One job on its way. Iterating yields the pieces of each step; it ends when the text does.
+    """One job on its way. Iterating yields the pieces of each step (all at once, if not `Job.is_streamed`); it ends when
+    the text does.
 
     Raises:
         ConfigError: while iterating: its grammar has become too complex.
@@ -88,7 +92,7 @@ class Generation:
         self.last_token_at: float | None = None
         self._text = text
         self._owner = owner
-        self._num_published = 0
+        self._num_published = self._num_counted = 0
         self._steps: asyncio.Queue[list[Piece] | Exception | None] = asyncio.Queue()
 
     @property
@@ -105,8 +109,16 @@ class Generation:
                 raise step
             yield step
 
+    def _count(self) -> int:
+        """Tokens committed since the last call. Called by the engine's thread."""
+        num_new = len(self.sequence.tokens) - self._num_counted
+        self._num_counted += num_new
+        return num_new
+
     def _take(self) -> list[Piece]:
-        """Pieces committed since the last call. Called by the engine's thread."""
+        """Pieces that are ready and have not been taken. Called by the engine's thread."""
+        if not (self.job.is_streamed or self.sequence.is_finished):
+            return []
         tokens, text = self.sequence.tokens, self._text
         pieces = []
         for index in range(self._num_published, len(tokens)):
@@ -318,13 +330,13 @@ class EngineThread:
         news: list[tuple[Generation, list[Piece], bool]] = []
         for generation in self._live:
             is_finished = generation.sequence.is_finished
-            pieces = generation._take()
-            if pieces:
-                self._observer.on_tokens(generation, len(pieces), now)
+            if num_new := generation._count():
+                self._observer.on_tokens(generation, num_new, now)
                 generation.first_token_at = generation.first_token_at or now
                 generation.last_token_at = now
             if is_finished:
                 self._observer.on_finish(generation, now)
+            pieces = generation._take()
             if pieces or is_finished:
                 news.append((generation, pieces, is_finished))
         if any(is_finished for _, _, is_finished in news):

@@ -141,6 +141,7 @@ class Planner:
                         constraint=await self._constraint(grammar) if grammar else None,
                         max_draft_tokens=max_draft_tokens,
                         exit_layer=exit_layer,
+                        is_streamed=bool(request.stream),
                     )
                 )
         return jobs
