@@ -2,8 +2,8 @@
 
 Random weights of a chosen shape (speed does not depend on their values), or a checkpoint with --model. Every figure is
 a median of passes taken in turns, so that other load on the machine hits all alike. Plain reading of the same weights
-takes its turn among them; its median is the bandwidth that passes are measured against. (Of the same: on virtual machines
-some memory may be nearer than other.) The last line is one JSON object.
+takes its turn among them; its median is the bandwidth that passes are measured against. (Of the same, as on virtual
+machines some memory may be nearer than other.) The last line is one JSON object.
 
     python benchmarks/native.py --precisions bfloat16,q8,q4 --threads 2
 """
@@ -120,8 +120,8 @@ def draft_share(weights: PackedWeights) -> float:
 
 
 def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each; they take turns of a few runs. As in a loop of decoding, a pass follows one of its own kind:
-    the first of a turn, which finds the caches as another has left them, is not counted."""
+    """Milliseconds of each; they take turns of a few runs. As in a loop of decoding, a pass follows one of its own
+    kind: the first of a turn, which finds the caches as another has left them, is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():

@@ -33,7 +33,9 @@ TABLE = Costs(
 class Whims(Controller):
     """Chooses by what was committed, wildly."""
 
-    def plan(self, sequences: Seq[Sequence], limits: Seq[int], lookups: Seq[Seq[int]]) -> list[Choice]:
+    def plan(
+        self, sequences: Seq[Sequence], limits: Seq[int], lookups: Seq[Seq[int]], num_unseen: object = None
+    ) -> list[Choice]:
         choices = []
         for sequence, limit, lookup in zip(sequences, limits, lookups, strict=True):
             whim = (sequence.token_ids[-1] * 7 + len(sequence.token_ids) * 3) % 12
@@ -129,7 +131,7 @@ def test_what_auto_may_draft_from() -> None:
 def test_measured_costs_are_plausible(model: Model) -> None:
     found = measure(model, [1, 3], seconds=0.1)
     assert next(iter(found.layers)) == 1
-    assert max(found.layers) == costs_module.MAX_ROWS
+    assert max(found.layers) == costs_module._MOST_ROWS
     assert all(seconds > 0 for seconds in [*found.layers.values(), *found.head.values()])
     one, three = (found.drafts[f"early-exit:{exit}"] for exit in (1, 3))
     assert 0 < one.begin + 4 * one.step < three.begin + 4 * three.step
@@ -147,9 +149,8 @@ def test_costs_are_measured_once(model: Model, monkeypatch: pytest.MonkeyPatch, 
 
     def fake(model: Model, exits: Seq[object]) -> Costs:
         calls.append(exits)
-        return replace(
-            TABLE, layers={1: 0.01 * len(calls), 4: 0.02, 8: 0.03, 17: 0.1}, head=dict.fromkeys((1, 4, 8, 17), 0.1)
-        )
+        layers = {1: 0.01 * len(calls), 4: 0.02, 8: 0.03, 17: 0.1, 40: 0.2}
+        return replace(TABLE, layers=layers, head=dict.fromkeys(layers, 0.1))
 
     monkeypatch.setattr(costs_module, "measure", fake)
     first = Timings(model, [1, 2], {"weights": "a"}).get()

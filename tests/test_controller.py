@@ -169,7 +169,7 @@ class World:
             assert exit is not None
             own = [choice.num_tokens for choice in choices if choice.source == exit]
             seconds = self.truth.draft_seconds(exit, max(own), len(own)) * self.slowdown["draft"]
-            drafting.append(Drafting(exit, max(own), len(own), False, seconds))
+            drafting.append(Drafting(exit, max(own), len(own), len(own), False, seconds))
         outcome = Round(
             draft_seconds=sum(draft.seconds for draft in drafting),
             pass_seconds=self.truth.pass_seconds(rows) * self.slowdown["pass"] - 0.002,
@@ -264,7 +264,7 @@ def test_a_wrong_table_is_corrected() -> None:
             draft_seconds=0, pass_seconds=STEEP.layers[4], choose_seconds=0.002, commit_seconds=0, num_rows=4,
             num_chosen_by_logits=0, sequences=(),
         )  # fmt: skip
-        live.learn(outcome, [Drafting("exit-branch", 3, 1, False, 0.006)])
+        live.learn(outcome, [Drafting("exit-branch", 3, 1, 1, False, 0.006)])
     assert expected == pytest.approx(0.006, rel=0.05)
     corrected = live.corrected()
     assert corrected is not None
@@ -292,7 +292,7 @@ def test_a_text_that_ends_within_a_draft_rejects_nothing() -> None:
             num_chosen_by_logits=0, sequences=(part,),
         )  # fmt: skip
         controller.learn([sequence], [[0, 1, 2, 3]], outcome, [])
-        prospect = controller._prospect(sequence, 3, [], floor=0.0)
+        prospect = controller._prospect(sequence, 3, [], {"exit-branch": 1}, floor=0.0)
         found[committed] = prospect.survival["exit-branch"][2]
     assert found[3] < 0.8 * found[2]
 

@@ -424,7 +424,11 @@ def test_what_nobody_streams_comes_in_one_piece(llm: LLM) -> None:
         thread.start()
         params = SamplingParams(max_new_tokens=9, ignore_eos=True)
         jobs = [Job(prompt_ids=PROMPTS[1], params=params, is_streamed=streamed) for streamed in (True, False)]
-        found = [[step async for step in generation] for generation in await thread.submit(jobs)]
+        found: list[list[list[Piece]]] = []
+        for generation in await thread.submit(jobs):
+            found.append([])
+            async for step in generation:
+                found[-1].append(step)
         await thread.stop()
         return found
 

@@ -486,7 +486,9 @@ class Engine:
             segments.append(Segment(sequence.slot, sequence.num_cached, len(branch)))
             seen += [first + row for row in branch]
             first += len(draft.token_ids) + 1
-        self._observe(segments, states_NAD if states_NAD is None else states_NAD[seen])
+        if states_NAD is not None and len(seen) < len(states_NAD):
+            states_NAD = states_NAD[seen]
+        self._observe(segments, states_NAD)
 
     def _reuse_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:
         """Verify from the exit layer on: rows that the draft has already taken there go on from its hidden states."""

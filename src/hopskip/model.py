@@ -79,8 +79,8 @@ class BranchedModel(Model, Protocol):
 def torch_beside(model: Model) -> Iterator[None]:
     """PyTorch on one thread, while a model with threads of its own decodes.
 
-    Even indexing a small tensor wakes PyTorch's threads, and they go on spinning for a while: on a core that the model's
-    threads need. A round of speculation on two cores then takes a third longer.
+    Even indexing a small tensor wakes PyTorch's threads, and they go on spinning for a while: on a core that the
+    model's threads need. A round of speculation on two cores then takes a third longer.
     """
     before = torch.get_num_threads()
     if model.has_own_threads:

@@ -62,7 +62,7 @@ class AutoDrafter(Drafter):
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         lookups = self.sources[LOOKUP].propose(sequences, limits, cache)
-        choices = self.controller.plan(sequences, limits, [draft.signs for draft in lookups])
+        choices = self.controller.plan(sequences, limits, [draft.signs for draft in lookups], self._num_unseen)
         drafts = [
             draft.cut(choice.num_tokens) if choice.source == LOOKUP else Draft()
             for draft, choice in zip(lookups, choices, strict=True)
@@ -72,6 +72,7 @@ class AutoDrafter(Drafter):
             assert exit is not None
             members = [i for i, choice in enumerate(choices) if choice.source == exit]
             own, lengths = [sequences[i] for i in members], [choices[i].num_tokens for i in members]
+            num_entered = sum(self._num_unseen(exit, sequence) for sequence in own)
             started = time.perf_counter()
             found = self._exits[exit].propose(own, lengths, cache, [choices[i].num_runner_ups for i in members])
             seconds = time.perf_counter() - started
@@ -79,9 +80,12 @@ class AutoDrafter(Drafter):
                 drafts[i] = draft
             depth = max(draft.num_chained for draft in found)
             is_stepped = any(sequence.needs_logits for sequence in own)
-            self._drafting.append(Drafting(exit, depth, len(own), is_stepped, seconds))
+            self._drafting.append(Drafting(exit, depth, len(own), num_entered, is_stepped, seconds))
         self._signs = [draft.signs for draft in drafts]
         return drafts
+
+    def _num_unseen(self, exit: str, sequence: Sequence) -> int:
+        return self._exits[exit].num_unseen(sequence)
 
     def learn(self, sequences: Seq[Sequence], outcome: Round) -> None:
         corrected = self.controller.learn(sequences, self._signs, outcome, self._drafting)

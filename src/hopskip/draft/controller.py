@@ -15,7 +15,7 @@ change how fast a text comes, but neither the text nor, in sampling, its distrib
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -36,6 +36,8 @@ _MIN_SURVIVAL = 0.02
 """A draft token less likely than this to be accepted is not considered: no row is that cheap."""
 _PACE = 0.05
 """Weight of one round in costs that follow the rounds."""
+_NEAR = 0.4
+"""Numbers of rows with logarithms this far apart still share a third of a correction."""
 _WRONG = 1.5
 """A table is wrong if its entries are off by this factor against each other."""
 _MEMORY, _REQUEST_MEMORY = 500, 24
@@ -46,6 +48,8 @@ _PRIOR_WEIGHT = 4.0
 """Draft tokens that what was known before is worth."""
 _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
+_EXITS_EVERY = 8
+"""Rounds of a batch in which no exit was worth it, before they are thought of again."""
 _CHECK_EVERY = 256
 """Rounds after which the table is held against what they have shown."""
 _NOTHING = (0.0, 0.0)
@@ -68,6 +72,8 @@ class Prospect:
     survival: Mapping[str, Seq[float]]
     runner_ups: Mapping[str, Seq[float]] = field(default_factory=dict)
     """By exit, the probabilities that the first, second, .. token beside the draft is accepted, falling."""
+    num_unseen: Mapping[str, int] = field(default_factory=dict)
+    """By exit, the tokens that a draft begins with, where that is more than one: see `ExitDrafter.num_unseen`."""
     by_logits: bool = False
     """Its tokens are chosen by all logits (sampling, penalties, a grammar), not just by the best."""
 
@@ -102,23 +108,43 @@ class Controller:
         self._last_use = dict.fromkeys((*self._exits, LOOKUP, *(exit + _BESIDE for exit in self._exits)), 0)
         """Number of the round that last drafted so."""
         self._num_rounds = 0
+        self._exits_due = 0
+        """Number of the round that exits are thought of again."""
 
-    def plan(self, sequences: Seq[Sequence], limits: Seq[int], lookups: Seq[Seq[int]]) -> list[Choice]:
+    def plan(
+        self,
+        sequences: Seq[Sequence],
+        limits: Seq[int],
+        lookups: Seq[Seq[int]],
+        num_unseen: Callable[[str, Sequence], int] = lambda exit, sequence: 1,
+    ) -> list[Choice]:
         """The source and length of each sequence's next draft.
 
         Args:
             limits: most tokens of each.
             lookups: the signs of the tokens that lookup proposes for each; none if it has no match.
+            num_unseen: of an exit and a sequence, the tokens that a draft begins with.
         """
+        # what exits are worth changes slowly; for a batch it takes a while to think through, which nobody computes in
+        exits = self._exits if len(sequences) == 1 or self._num_rounds >= self._exits_due else ()
         # a row less likely to count than half of what rows cost now is not worth the thought
         price = self.costs.marginal_row * len(sequences) / self.costs.pass_seconds(len(sequences))
         floor = max(_MIN_SURVIVAL, 0.5 * price if self.costs.rows_per_sequence == 1 else 0.0)
         prospects = [
-            self._prospect(sequence, min(limit, self._max_draft_tokens), signs, floor)
+            self._prospect(
+                sequence,
+                min(limit, self._max_draft_tokens),
+                signs,
+                {exit: num_unseen(exit, sequence) for exit in exits},
+                floor,
+            )
             for sequence, limit, signs in zip(sequences, limits, lookups, strict=True)
         ]
         plan = best_plan(prospects, self.costs)
-        return (self._probe(prospects, plan) or plan).choices
+        choices = (self._probe(prospects, plan) or plan).choices
+        if exits and all(choice.source in (None, LOOKUP) for choice in choices):
+            self._exits_due = self._num_rounds + _EXITS_EVERY
+        return choices
 
     def learn(
         self, sequences: Seq[Sequence], signs: Seq[Seq[int]], outcome: Round, drafting: Seq[Drafting]
@@ -153,15 +179,17 @@ class Controller:
             self._requests[sequence] = RequestAcceptance(self._acceptance)
         return self._requests[sequence]
 
-    def _prospect(self, sequence: Sequence, limit: int, lookup: Seq[int], floor: float) -> Prospect:
+    def _prospect(
+        self, sequence: Sequence, limit: int, lookup: Seq[int], num_unseen: Mapping[str, int], floor: float
+    ) -> Prospect:
         own, by_logits = self._of(sequence), sequence.needs_logits
         own.begin_round()
-        survival = {exit: own.survival(exit, range(limit), by_logits, floor) for exit in self._exits}
+        survival = {exit: own.survival(exit, range(limit), by_logits, floor) for exit in num_unseen}
         survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], by_logits, floor)
         runner_ups: dict[str, list[float]] = {}
         if self._max_runner_ups and allows_runner_ups(sequence):
-            runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, by_logits, floor) for exit in self._exits}
-        return Prospect(survival=survival, runner_ups=runner_ups, by_logits=by_logits)
+            runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, by_logits, floor) for exit in num_unseen}
+        return Prospect(survival=survival, runner_ups=runner_ups, num_unseen=num_unseen, by_logits=by_logits)
 
     def _probe(self, prospects: Seq[Prospect], plan: Plan) -> Plan | None:
         """One token of what was used longest ago, if the credit covers the loss: of a source for whoever drafts
@@ -197,7 +225,7 @@ def _probing(prospect: Prospect, choice: Choice, source: str) -> Choice:
             choice.source is not None and choice.source + _BESIDE == source and choice.source in prospect.runner_ups
         )
         return choice._replace(num_runner_ups=1) if has_room else choice
-    return Choice(source, 1) if choice.source is None and prospect.survival[source] else choice
+    return Choice(source, 1) if choice.source is None and prospect.survival.get(source) else choice
 
 
 class Plan(NamedTuple):
@@ -292,8 +320,9 @@ def _hand_out(prospects: Seq[Prospect], sources: Seq[str], costs: LiveCosts, dep
     for count, (survival, index, place) in enumerate(rows, start=1):
         bill.add(index, sources[index], place)
         tokens += survival
-        if tokens * best_seconds > best_tokens * bill.seconds:
-            best_count, best_tokens, best_seconds = count, tokens, bill.seconds
+        seconds = bill.seconds
+        if tokens * best_seconds > best_tokens * seconds:
+            best_count, best_tokens, best_seconds = count, tokens, seconds
     lengths = [0] * len(prospects)
     for _, index, _ in rows[:best_count]:
         lengths[index] += 1
@@ -321,7 +350,7 @@ class _Bill:
         self._least_rows = len(prospects) * costs.rows_per_sequence
         self._num_rows = len(prospects)
         self._num_by_logits = sum(prospect.by_logits for prospect in prospects)
-        self._exit, self._depth, self._num_drafting, self._is_stepped = "", 0, 0, False
+        self._exit, self._depth, self._num_drafting, self._num_entered, self._is_stepped = "", 0, 0, 0, False
 
     def add(self, index: int, source: str, place: int) -> None:
         """One more token of a sequence, the `place`-th of its draft, counted from 0."""
@@ -329,7 +358,9 @@ class _Bill:
         self.add_runner_up(index)
         if source != LOOKUP:
             self._exit, self._depth = source, max(self._depth, place + 1)
-            self._num_drafting += place == 0
+            if place == 0:
+                self._num_drafting += 1
+                self._num_entered += self._prospects[index].num_unseen.get(source, 1)
             self._is_stepped = self._is_stepped or by_logits
 
     def add_runner_up(self, index: int) -> None:
@@ -341,7 +372,9 @@ class _Bill:
     def seconds(self) -> float:
         total = self._costs.pass_seconds(max(self._num_rows, self._least_rows), self._num_by_logits)
         if self._depth:
-            total += self._costs.draft_seconds(self._exit, self._depth, self._num_drafting, self._is_stepped)
+            total += self._costs.draft_seconds(
+                self._exit, self._depth, self._num_drafting, self._num_entered, self._is_stepped
+            )
         return total
 
 
@@ -352,7 +385,8 @@ class LiveCosts:
     """The measured table, corrected by every round.
 
     A correction is a factor that moves a little towards what each round shows. One, the speed, is common to all: it
-    holds what slows everything, such as other work on the machine.
+    holds what slows everything, such as other work on the machine. Those of the numbers of rows move together where
+    the numbers are near each other: plans differ by a few rows, and what slows one slows the other.
     """
 
     def __init__(self, costs: Costs, rows_per_sequence: int = 1) -> None:
@@ -362,7 +396,8 @@ class LiveCosts:
         """Seconds of the layers by rows, from the table; grown as needed."""
         self._head: list[float] = []
         self._speed = 1.0
-        self._by_rows: dict[int, float] = {}
+        self._by_rows: list[float] = []
+        """Factor by rows."""
         self._by_exit: dict[tuple[str, bool], float] = {}
         self._logits_row = 0.0
         """Seconds to choose a token by all logits, beyond those of the head."""
@@ -372,19 +407,23 @@ class LiveCosts:
     def pass_seconds(self, num_rows: int, num_by_logits: int = 0) -> float:
         """A verify pass with the choice of tokens, and the rest of the round."""
         table = self._table(num_rows)
-        return self._speed * self._by_rows.get(num_rows, 1.0) * table + num_by_logits * self._logits_row + self._other
+        return self._speed * self._by_rows[num_rows - 1] * table + num_by_logits * self._logits_row + self._other
 
     def layers_seconds(self, num_rows: int) -> float:
         """The part of a pass that all layers take."""
         self._table(num_rows)
-        return self._speed * self._by_rows.get(num_rows, 1.0) * self._layers[num_rows - 1]
+        return self._speed * self._by_rows[num_rows - 1] * self._layers[num_rows - 1]
 
-    def draft_seconds(self, exit: str, depth: int, num_sequences: int, is_stepped: bool = False) -> float:
-        """Drafts of `depth` tokens for so many sequences, which share each step."""
+    def draft_seconds(
+        self, exit: str, depth: int, num_sequences: int, num_entered: int | None = None, is_stepped: bool = False
+    ) -> float:
+        """Drafts of `depth` tokens for so many sequences, which share each step, beginning with so many tokens in all
+        (None: one each)."""
         cost = self._costs.drafts[exit]
-        together = self._table(num_sequences) / self._table(1)
-        factor = self._speed * self._by_exit.get((exit, is_stepped), 1.0)
-        return factor * (cost.begin + depth * cost.step) * together
+        one = self._table(1)
+        begin = cost.begin * self._table(num_entered or num_sequences) / one
+        steps = depth * cost.step * self._table(num_sequences) / one
+        return self._speed * self._by_exit.get((exit, is_stepped), 1.0) * (begin + steps)
 
     @property
     def marginal_row(self) -> float:
@@ -395,15 +434,19 @@ class LiveCosts:
         """Follow what a round has taken."""
         rows = outcome.num_rows
         expected = self.layers_seconds(rows)
-        self._speed *= _step(outcome.pass_seconds / expected)
-        self._by_rows[rows] = self._by_rows.get(rows, 1.0) * _step(outcome.pass_seconds / expected)
+        step = _step(outcome.pass_seconds / expected)
+        self._speed *= step
+        for near in range(max(1, rows // 2), min(2 * rows, len(self._by_rows)) + 1):
+            self._by_rows[near - 1] *= step ** math.exp(-((math.log(near / rows) / _NEAR) ** 2))
         if outcome.num_chosen_by_logits:
             beyond = max(0.0, outcome.choose_seconds - self._speed * self._head[rows - 1])
             self._logits_row += _share(self._logits_row) * (beyond / outcome.num_chosen_by_logits - self._logits_row)
         self._other += _share(self._other) * (outcome.commit_seconds - self._other)
         for draft in drafting:
             key = draft.exit, draft.is_stepped
-            expected = self.draft_seconds(draft.exit, draft.depth, draft.num_sequences, draft.is_stepped)
+            expected = self.draft_seconds(
+                draft.exit, draft.depth, draft.num_sequences, draft.num_entered, draft.is_stepped
+            )
             # drafts step by step are not in the table: the first of them says what is known
             is_known = key in self._by_exit or not draft.is_stepped
             ratio = draft.seconds / max(expected, 1e-9)
@@ -413,23 +456,24 @@ class LiveCosts:
         """A better table, if the one at hand has turned out wrong by `_WRONG`; it is taken over then."""
         table = self._costs
         off = [math.log(factor) for (_, is_stepped), factor in self._by_exit.items() if not is_stepped]
-        off += [math.log(self._by_rows[rows]) for rows in table.layers if rows in self._by_rows]
-        if not off or max(off) - min(min(off), 0.0) < math.log(_WRONG):
+        factors = {rows: self._by_rows[rows - 1] if rows <= len(self._by_rows) else 1.0 for rows in table.layers}
+        off += [math.log(factor) for factor in factors.values()]
+        if max(off) - min(min(off), 0.0) < math.log(_WRONG):
             return None
-        factors = {rows: self._by_rows.pop(rows, 1.0) for rows in table.layers}
         drafts = {}
         for exit, cost in table.drafts.items():
             factor = self._by_exit.pop((exit, False), 1.0)
             drafts[exit] = DraftCost(begin=cost.begin * factor, step=cost.step * factor)
         layers = {rows: seconds * factors[rows] for rows, seconds in table.layers.items()}
         self._costs = replace(table, layers=layers, drafts=drafts)
-        self._layers, self._head, self._by_rows = [], [], {}
+        self._layers, self._head, self._by_rows = [], [], []
         return self._costs
 
     def _table(self, num_rows: int) -> float:
         for rows in range(len(self._layers) + 1, num_rows + 1):
             self._layers.append(interpolated(self._costs.layers, rows))
             self._head.append(interpolated(self._costs.head, rows))
+            self._by_rows.append(self._by_rows[-1] if self._by_rows else 1.0)
         return self._layers[num_rows - 1] + self._head[num_rows - 1]
 
 
@@ -439,6 +483,8 @@ class Drafting(NamedTuple):
     exit: str
     depth: int
     num_sequences: int
+    num_entered: int
+    """Tokens that they began with, in all."""
     is_stepped: bool
     """True for drafts that a model cannot take in one call, see `ExitDrafter`."""
     seconds: float

@@ -47,36 +47,43 @@ class DraftGreedy(Protocol):
 _MAX_RUNNER_UPS_OF_A_STEP = 4
 
 
-@dataclass
 class _Slot:
-    """What is known of one slot of the cache."""
+    """What is known of one slot of the cache: outputs of the tapped layers, of all positions that the model has seen
+    from `first` on. They come in parts, joined when a draft wants them: many rounds may go by without one."""
 
-    first: int
-    """Position of the first of `states_NAD`."""
-    states_NAD: Tensor
-    """Outputs of the tapped layers, of all positions that the model has seen from `first` on."""
-    num_cached: int = 0
-    """Positions that hold the branch's keys and values as the model's own states make them."""
+    def __init__(self) -> None:
+        self.num_cached = 0
+        """Positions that hold the branch's keys and values as the model's own states make them."""
+        self._first = self._end = 0
+        self._parts_NAD: list[Tensor] = []
 
     def observe(self, start: int, states_NAD: Tensor) -> None:
         """A pass over positions from `start` on. What was known of them before is void, but for the token at `start`:
         it was committed when the pass began, so the branch's keys and values there hold."""
         self.num_cached = min(self.num_cached, start + 1) if start else 0
-        keep = start - self.first
-        if 0 <= keep <= len(self.states_NAD):
-            self.states_NAD = torch.cat((self.states_NAD[:keep], states_NAD))
-        else:
-            self.first, self.states_NAD = start, states_NAD
+        if start < self._first or start > self._end:
+            self._first, self._parts_NAD = start, []
+        elif start < self._end:
+            self._parts_NAD = [self._joined()[: start - self._first]]
+        self._parts_NAD.append(states_NAD)
+        self._end = start + len(states_NAD)
 
     def take(self, start: int, stop: int) -> Tensor:
         """States of positions start..stop-1; zeros for the position before the first."""
-        states = self.states_NAD[max(0, start - self.first) : stop - self.first]
-        return torch.cat((torch.zeros_like(self.states_NAD[:1]), states)) if start < 0 else states
+        states_NAD = self._joined()
+        found = states_NAD[max(0, start - self._first) : stop - self._first]
+        return torch.cat((torch.zeros_like(states_NAD[:1]), found)) if start < 0 else found
 
     def forget(self, stop: int) -> None:
         """Drop the states of positions before `stop`."""
-        self.states_NAD = self.states_NAD[max(0, stop - self.first) :]
-        self.first = max(self.first, stop)
+        if stop > self._first:
+            self._parts_NAD = [self._joined()[stop - self._first :]]
+            self._first = stop
+
+    def _joined(self) -> Tensor:
+        if len(self._parts_NAD) > 1:
+            self._parts_NAD = [torch.cat(self._parts_NAD)]
+        return self._parts_NAD[0]
 
 
 @dataclass
@@ -139,11 +146,13 @@ class ExitDrafter(Drafter):
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
         parts = torch.split(states_NAD, [segment.count for segment in rows.segments])
         for segment, own in zip(rows.segments, parts, strict=True):
-            slot = self._slots.get(segment.slot)
-            if slot is None:
-                self._slots[segment.slot] = _Slot(segment.start, own)
-            else:
-                slot.observe(segment.start, own)
+            self._slots.setdefault(segment.slot, _Slot()).observe(segment.start, own)
+
+    def num_unseen(self, sequence: Sequence) -> int:
+        """Tokens that a draft begins with: the sequence's last, and those before it that the branch has yet to see."""
+        if self.taps is None:
+            return 1
+        return sequence.num_cached + 1 - min(self._slots[sequence.slot].num_cached, sequence.num_cached)
 
     def propose(
         self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache, num_runner_ups: Seq[int] | None = None

@@ -220,7 +220,7 @@ class _Controlled:
         signs = proposals.signs[part.source] if part.source else []
         drafting = []
         if part.source not in (None, LOOKUP):
-            drafting.append(Drafting(str(part.source), part.num_draft_tokens, 1, False, outcome.draft_seconds))
+            drafting.append(Drafting(str(part.source), part.num_draft_tokens, 1, 1, False, outcome.draft_seconds))
         self._controller.learn([self._sequence], [signs], outcome, drafting)
 
 

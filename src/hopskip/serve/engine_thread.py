@@ -75,8 +75,8 @@ class Observer(Protocol):
 
 
 class Generation:
-    """One job on its way. Iterating yields the pieces of each step (all at once, if not `Job.is_streamed`); it ends when
-    the text does.
+    """One job on its way. Iterating yields the pieces of each step (all at once, if not `Job.is_streamed`); it ends
+    when the text does.
 
     Raises:
         ConfigError: while iterating: its grammar has become too complex.
