@@ -61,13 +61,16 @@ class AutoDrafter(Drafter):
         self._watching.observe(rows, states_NAD)
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        self._drafting = []
+        if self.controller.pauses:
+            self._signs = [[] for _ in sequences]
+            return [Draft() for _ in sequences]
         lookups = self.sources[LOOKUP].propose(sequences, limits, cache)
         choices = self.controller.plan(sequences, limits, [draft.signs for draft in lookups], self._num_unseen)
         drafts = [
             draft.cut(choice.num_tokens) if choice.source == LOOKUP else Draft()
             for draft, choice in zip(lookups, choices, strict=True)
         ]
-        self._drafting = []
         for exit in dict.fromkeys(choice.source for choice in choices if choice.source not in (None, LOOKUP)):
             assert exit is not None
             members = [i for i, choice in enumerate(choices) if choice.source == exit]

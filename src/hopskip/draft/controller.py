@@ -108,8 +108,14 @@ class Controller:
         self._last_use = dict.fromkeys((*self._exits, LOOKUP, *(exit + _BESIDE for exit in self._exits)), 0)
         """Number of the round that last drafted so."""
         self._num_rounds = 0
-        self._exits_due = 0
-        """Number of the round that exits are thought of again."""
+        self._due = self._exits_due = 0
+        """Numbers of the rounds that drafts, and exits, are thought of again."""
+
+    @property
+    def pauses(self) -> bool:
+        """True while thinking costs more than it is likely to bring: after a batch of sequences had nothing worth
+        drafting, for a round in every four of them. Nobody computes while a plan is made."""
+        return self._num_rounds < self._due
 
     def plan(
         self,
@@ -125,11 +131,12 @@ class Controller:
             lookups: the signs of the tokens that lookup proposes for each; none if it has no match.
             num_unseen: of an exit and a sequence, the tokens that a draft begins with.
         """
+        num = len(sequences)
         # what exits are worth changes slowly; for a batch it takes a while to think through, which nobody computes in
-        exits = self._exits if len(sequences) == 1 or self._num_rounds >= self._exits_due else ()
-        # a row less likely to count than half of what rows cost now is not worth the thought
-        price = self.costs.marginal_row * len(sequences) / self.costs.pass_seconds(len(sequences))
-        floor = max(_MIN_SURVIVAL, 0.5 * price if self.costs.rows_per_sequence == 1 else 0.0)
+        exits = self._exits if num == 1 or self._num_rounds >= self._exits_due else ()
+        # a row far less likely to count than what rows cost now is not worth the thought
+        price = self.costs.marginal_row(num) * num / self.costs.pass_seconds(num)
+        floor = max(_MIN_SURVIVAL, 0.8 * price if self.costs.rows_per_sequence == 1 else 0.0)
         prospects = [
             self._prospect(
                 sequence,
@@ -144,6 +151,8 @@ class Controller:
         choices = (self._probe(prospects, plan) or plan).choices
         if exits and all(choice.source in (None, LOOKUP) for choice in choices):
             self._exits_due = self._num_rounds + _EXITS_EVERY
+        if not any(choice.source for choice in choices):
+            self._due = self._num_rounds + num // 4
         return choices
 
     def learn(
@@ -335,7 +344,7 @@ def _better(prospect: Prospect, exit: str, costs: LiveCosts, rate: float) -> str
     lookup = prospect.survival.get(LOOKUP, ())
     if not lookup:
         return exit
-    row = rate * costs.marginal_row
+    row = rate * costs.marginal_row(1)
     step = row + rate * costs.draft_seconds(exit, 2, 1) - rate * costs.draft_seconds(exit, 1, 1)
     by_lookup = sum(max(0.0, survival - row) for survival in lookup)
     by_exit = sum(max(0.0, survival - step) for survival in prospect.survival.get(exit, ()))
@@ -425,10 +434,9 @@ class LiveCosts:
         steps = depth * cost.step * self._table(num_sequences) / one
         return self._speed * self._by_exit.get((exit, is_stepped), 1.0) * (begin + steps)
 
-    @property
-    def marginal_row(self) -> float:
-        """Seconds of one more row, roughly."""
-        return max(0.0, self._speed * (self._table(9) - self._table(1)) / 8) + self._logits_row
+    def marginal_row(self, num_rows: int) -> float:
+        """Seconds of a row beyond so many, roughly."""
+        return max(0.0, self._speed * (self._table(num_rows + 8) - self._table(num_rows)) / 8) + self._logits_row
 
     def learn(self, outcome: Round, drafting: Seq[Drafting]) -> None:
         """Follow what a round has taken."""
