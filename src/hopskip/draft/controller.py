@@ -48,6 +48,10 @@ _PRIOR_WEIGHT = 4.0
 """Draft tokens that what was known before is worth."""
 _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
+_MARGIN = 1.03
+"""By which a batch's drafts must promise to pay: estimates are no better, and planning itself takes time."""
+_FORESIGHT = 32
+"""Most rounds that the reading of older tokens is spread over; the text may end sooner than it could."""
 _EXITS_EVERY = 8
 """Rounds of a batch in which no exit was worth it, before they are thought of again."""
 _CHECK_EVERY = 256
@@ -74,6 +78,8 @@ class Prospect:
     """By exit, the probabilities that the first, second, .. token beside the draft is accepted, falling."""
     num_unseen: Mapping[str, int] = field(default_factory=dict)
     """By exit, the tokens that a draft begins with, where that is more than one: see `ExitDrafter.num_unseen`."""
+    num_rounds: int = 1
+    """Rounds to come, roughly. Once read, tokens are read for all of them."""
     by_logits: bool = False
     """Its tokens are chosen by all logits (sampling, penalties, a grammar), not just by the best."""
 
@@ -148,6 +154,9 @@ class Controller:
             for sequence, limit, signs in zip(sequences, limits, lookups, strict=True)
         ]
         plan = best_plan(prospects, self.costs)
+        nothing = priced(prospects, [Choice(None, 0)] * num, self.costs)
+        if num > 1 and plan.rate < _MARGIN * nothing.rate:
+            plan = nothing
         choices = (self._probe(prospects, plan) or plan).choices
         if exits and all(choice.source in (None, LOOKUP) for choice in choices):
             self._exits_due = self._num_rounds + _EXITS_EVERY
@@ -198,7 +207,13 @@ class Controller:
         runner_ups: dict[str, list[float]] = {}
         if self._max_runner_ups and allows_runner_ups(sequence):
             runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, by_logits, floor) for exit in num_unseen}
-        return Prospect(survival=survival, runner_ups=runner_ups, num_unseen=num_unseen, by_logits=by_logits)
+        return Prospect(
+            survival=survival,
+            runner_ups=runner_ups,
+            num_unseen=num_unseen,
+            num_rounds=min(max(1, sequence.num_tokens_left // 2), _FORESIGHT),
+            by_logits=by_logits,
+        )
 
     def _probe(self, prospects: Seq[Prospect], plan: Plan) -> Plan | None:
         """One token of what was used longest ago, if the credit covers the loss: of a source for whoever drafts
@@ -216,7 +231,8 @@ class Controller:
                 break
         else:
             return None
-        probe = priced(prospects, choices, self.costs)
+        # the next rounds may well not use what this one makes ready
+        probe = priced([replace(prospect, num_rounds=1) for prospect in prospects], choices, self.costs)
         loss = probe.seconds - probe.tokens / plan.rate
         if loss > self._credit:
             return None
@@ -369,7 +385,8 @@ class _Bill:
             self._exit, self._depth = source, max(self._depth, place + 1)
             if place == 0:
                 self._num_drafting += 1
-                self._num_entered += self._prospects[index].num_unseen.get(source, 1)
+                prospect = self._prospects[index]
+                self._num_entered += 1 + (prospect.num_unseen.get(source, 1) - 1) // prospect.num_rounds
             self._is_stepped = self._is_stepped or by_logits
 
     def add_runner_up(self, index: int) -> None:
