@@ -298,14 +298,24 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     const auto size = static_cast<size_t>(shape_.hidden_size);
     for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
         std::memcpy(hidden_.get() + row * padded(shape_.hidden_size), in + row * size, size * sizeof(float));
-    pool_.run((pass.stop - pass.start) * MAX_LAYER_PHASES, [&](Team& team) {
-        for (int layer = pass.start; layer < pass.stop; ++layer) run_layer(team, layer, pass);
+    pool_.run((pass.stop - pass.start) * MAX_LAYER_PHASES + pass.taps.count, [&](Team& team) {
+        int tap = 0;
+        for (int layer = pass.start; layer < pass.stop; ++layer) {
+            run_layer(team, layer, pass);
+            if (tap == pass.taps.count || pass.taps.layers[tap] != layer + 1) continue;
+            team.share(rows, [&](int row) {
+                const auto r = static_cast<size_t>(row);
+                float* to = pass.taps.out + (r * static_cast<size_t>(pass.taps.count) + static_cast<size_t>(tap)) * size;
+                std::memcpy(to, hidden_.get() + r * padded(shape_.hidden_size), size * sizeof(float));
+            });
+            ++tap;
+        }
     });
     for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
         std::memcpy(out + row * size, hidden_.get() + row * padded(shape_.hidden_size), size * sizeof(float));
 }
 
-void Model::run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache) {
+void Model::run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache, Taps taps) {
     const auto guard = lock();
     const auto size = static_cast<size_t>(shape_.hidden_size);
     Pass pass{};
@@ -316,6 +326,8 @@ void Model::run_layers(const float* in, float* out, int start, int stop, RowsVie
         next = std::min(first + MAX_PASS_ROWS, rows.count);
         while (rows.back && next < rows.count && rows.back[next]) --next;  // a tree stays whole
         pass.rows = {next - first, rows.slots + first, rows.positions + first, rows.back ? rows.back + first : nullptr};
+        pass.taps = taps;
+        taps.out += static_cast<size_t>(next - first) * static_cast<size_t>(taps.count) * size;
         run_pass(in + size * static_cast<size_t>(first), out + size * static_cast<size_t>(first), pass);
     }
 }

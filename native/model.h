@@ -81,6 +81,13 @@ struct RowsView {
     const int32_t* back = nullptr;
 };
 
+// Hidden states to keep on the way: out [rows, count, hidden_size] of the outputs of layers layers[i] - 1, rising.
+struct Taps {
+    int count = 0;
+    const int32_t* layers = nullptr;
+    float* out = nullptr;
+};
+
 // An exit: layers 0..start-1 of the model (0: the embedding), then num_layers of those added after the model's own, norm, head.
 struct Branch {
     int start, first_layer, num_layers;
@@ -125,7 +132,7 @@ public:
 
     // Everything below takes f32 rows of hidden_size, unpadded, and may be called from several threads: calls take turns.
     void embed(const int32_t* ids, int count, float* out) const;
-    void run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache);
+    void run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache, Taps taps = {});
     // Logits [count, head rows] of hidden states, through the final norm; with head null, the model's own.
     void logits(const float* in, int count, const Matrix* head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
@@ -157,6 +164,7 @@ private:
         RowsView rows;
         CacheView cache;
         int start, stop;
+        Taps taps;
         std::vector<Block> blocks;
         std::vector<int> block_of_row, place_of_row;
         std::vector<int> places;  // [rows][places_per_row], of trees

@@ -163,14 +163,23 @@ public:
     }
 
     void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions, const Array& k, const Array& v,
-                    const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const std::optional<Array>& back) {
+                    const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const std::optional<Array>& back,
+                    const std::optional<Array>& taps, const std::optional<Array>& tapped) {
         const int first = in_range(start, "start", 0, model_.num_layers()), last = in_range(stop, "stop", first, model_.num_layers());
         const CacheView cache = check_cache(k, v, k_scales, v_scales);
         const RowsView rows = check_rows(slots, positions, back, cache);
         const float* in = hidden(h, "h", rows.count);
         float* to = hidden(out, "out", rows.count);
+        Taps kept;
+        if (taps.has_value() != tapped.has_value()) refuse("taps and tapped go together");
+        if (taps) {
+            kept.layers = checked<int32_t>(*taps, "taps", {ANY});
+            kept.count = static_cast<int>(taps->shape(0));
+            kept.out = checked<float>(*tapped, "tapped", {rows.count, kept.count, shape().hidden_size});
+            for (int i = 0; i < kept.count; ++i) in_range(kept.layers[i], "a tap", i ? kept.layers[i - 1] + 1 : first + 1, last);
+        }
         nb::gil_scoped_release release;
-        model_.run_layers(in, to, first, last, rows, cache);
+        model_.run_layers(in, to, first, last, rows, cache, kept);
     }
 
     void logits(const Array& h, const Array& out, const PackedMatrix* subset) {
@@ -399,7 +408,7 @@ NB_MODULE(_native, m) {
         .def("set_rope", &Engine::set_rope, "cos"_a, "sin"_a)
         .def("embed", &Engine::embed, "ids"_a, "out"_a)
         .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a, "k_scales"_a = nb::none(),
-             "v_scales"_a = nb::none(), "back"_a = nb::none())
+             "v_scales"_a = nb::none(), "back"_a = nb::none(), "taps"_a = nb::none(), "tapped"_a = nb::none())
         .def("logits", &Engine::logits, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("draft", &Engine::draft, "branch"_a, "ids"_a, "slots"_a, "positions"_a, "features"_a, "token_states"_a, "num_draft_tokens"_a, "limits"_a, "min_confidence"_a,

@@ -251,6 +251,22 @@ def test_ranges_of_layers_compose(checkpoints: dict[str, Checkpoint]) -> None:
     assert torch.equal(model.run_layers(h, 1, 1, rows, cache), h)
 
 
+@pytest.mark.parametrize("count", [3, 150])  # one pass, and more rows than go in one
+def test_states_on_the_way(checkpoints: dict[str, Checkpoint], count: int) -> None:
+    model = NativeModel.load(checkpoints["llama"], "q8")
+    depth = model.config.num_hidden_layers
+    ids, rows = tokens(model, count), Rows([Segment(0, 0, count)])
+    cache = model.new_cache(1, count)
+    found, states_NAD = model.run_tapped(model.embed(ids), [1, depth], rows, cache)
+    first = model.run_layers(model.embed(ids), 0, 1, rows, cache)
+    assert torch.equal(states_NAD[:, 0], first)
+    assert torch.equal(found, model.run_layers(first, 1, depth, rows, cache))
+    assert torch.equal(states_NAD[:, 1], found)
+    for taps in ([0], [1, 1], [depth, 1], [depth + 1], [-1]):
+        with pytest.raises(ValueError, match="a tap is"):
+            model.run_tapped(model.embed(ids), taps, rows, cache)
+
+
 def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path, "llama2-mha")
     with torch.no_grad():

@@ -21,7 +21,7 @@ from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.errors import ConfigError, PromptError
-from hopskip.model import Model, torch_beside
+from hopskip.model import Model, run_tapped, torch_beside
 from hopskip.sampling import Constraint, SamplingParams, adjust_logits, probabilities
 from hopskip.sequence import Origin, Sequence, Token
 from hopskip.trace import Round, RoundOfSequence
@@ -513,17 +513,10 @@ class Engine:
     def _run(self, ids: list[int], rows: Rows) -> tuple[Tensor, Tensor | None]:
         """All layers on these tokens: final hidden states [N, D], and those that the drafter wants to see [N, A, D]."""
         h_ND = self.model.embed(torch.tensor(ids, dtype=torch.int32))
-        start, depth = 0, self.model.config.num_hidden_layers
-        seen: list[Tensor] = []
-        for tap in self._taps or ():
-            h_ND = self.model.run_layers(h_ND, start, tap, rows, self._cache_or_fail)
-            seen.append(h_ND)
-            start = tap
-        if start < depth:
-            h_ND = self.model.run_layers(h_ND, start, depth, rows, self._cache_or_fail)
         if self._taps is None:
-            return h_ND, None
-        return h_ND, torch.stack(seen, dim=1) if seen else h_ND.new_empty((len(h_ND), 0, h_ND.shape[1]))
+            depth = self.model.config.num_hidden_layers
+            return self.model.run_layers(h_ND, 0, depth, rows, self._cache_or_fail), None
+        return run_tapped(self.model, h_ND, self._taps, rows, self._cache_or_fail)
 
     def _observe(self, segments: Seq[Segment], states_NAD: Tensor | None) -> None:
         if self._drafter is not None and states_NAD is not None:

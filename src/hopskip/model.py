@@ -6,11 +6,13 @@ E head dimension, T positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,21 @@ class BranchedModel(Model, Protocol):
     def unembed_draft(self, h_ND: Tensor) -> Tensor:
         """Final norm and the head's rows of the branch's draft vocabulary: float32 logits [N, n]."""
         ...
+
+
+def run_tapped(model: Model, h_ND: Tensor, taps: Seq[int], rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
+    """All layers, as `run_layers`; and what the first `taps[i]` layers give, rising: [N, A, D]."""
+    depth = model.config.num_hidden_layers
+    in_one_call = getattr(model, "run_tapped", None)  # a model may do without: the calls below give the same
+    if in_one_call is not None and taps:
+        return cast("tuple[Tensor, Tensor]", in_one_call(h_ND, taps, rows, cache))
+    seen: list[Tensor] = []
+    for start, stop in itertools.pairwise((0, *taps)):
+        h_ND = model.run_layers(h_ND, start, stop, rows, cache)
+        seen.append(h_ND)
+    if not taps or taps[-1] < depth:
+        h_ND = model.run_layers(h_ND, taps[-1] if taps else 0, depth, rows, cache)
+    return h_ND, torch.stack(seen, dim=1) if seen else h_ND.new_empty((len(h_ND), 0, h_ND.shape[1]))
 
 
 @contextmanager

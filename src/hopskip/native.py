@@ -219,6 +219,17 @@ class NativeModel:
         )
         return out_ND
 
+    def run_tapped(self, h_ND: Tensor, taps: Seq[int], rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
+        """All layers of the model in one call. Also the outputs of layers `taps[i] - 1`, rising: [N, A, D]."""
+        out_ND = torch.empty(h_ND.shape)
+        tapped_NAD = torch.empty((len(h_ND), len(taps), h_ND.shape[1]))
+        self._extend_rope(cache.length)
+        self._engine.run_layers(
+            h_ND, out_ND, 0, self.config.num_hidden_layers, rows.slots, rows.positions, back=rows.back,
+            taps=torch.tensor(taps, dtype=torch.int32), tapped=tapped_NAD, **_cache_arguments(cache),
+        )  # fmt: skip
+        return out_ND, tapped_NAD
+
     def unembed(self, h_ND: Tensor) -> Tensor:
         out_NV = torch.empty((len(h_ND), self.config.vocab_size))
         self._engine.logits(h_ND, out_NV)

@@ -153,7 +153,7 @@ class SpeculativeConfig:
         if self.exit_layer is not None or self.verify == "reuse":
             return "early-exit"
         if branch is not None:
-            return "exit-branch"
+            return "both"  # lookup where the text repeats itself, the exit elsewhere
         wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
         return "early-exit" if wants_exit else "ngram"
 

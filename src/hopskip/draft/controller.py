@@ -49,11 +49,13 @@ _PRIOR_WEIGHT = 4.0
 _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
 _MARGIN = 1.03
-"""By which a batch's drafts must promise to pay: estimates are no better, and planning itself takes time."""
+"""By which drafts must promise to pay: estimates are no better, and drafting itself takes some time."""
 _FORESIGHT = 32
 """Most rounds that the reading of older tokens is spread over; the text may end sooner than it could."""
 _EXITS_EVERY = 8
-"""Rounds of a batch in which no exit was worth it, before they are thought of again."""
+"""Rounds before exits are thought of again that were not worth it."""
+_MANY = 8
+"""Sequences of a batch of which some always have something to look up."""
 _CHECK_EVERY = 256
 """Rounds after which the table is held against what they have shown."""
 _NOTHING = (0.0, 0.0)
@@ -138,8 +140,8 @@ class Controller:
             num_unseen: of an exit and a sequence, the tokens that a draft begins with.
         """
         num = len(sequences)
-        # what exits are worth changes slowly; for a batch it takes a while to think through, which nobody computes in
-        exits = self._exits if num == 1 or self._num_rounds >= self._exits_due else ()
+        # what exits are worth changes slowly, and thinking it through takes a while in which nobody computes
+        exits = self._exits if self._num_rounds >= self._exits_due else ()
         # a row far less likely to count than what rows cost now is not worth the thought
         price = self.costs.marginal_row(num) * num / self.costs.pass_seconds(num)
         floor = max(_MIN_SURVIVAL, 0.8 * price if self.costs.rows_per_sequence == 1 else 0.0)
@@ -155,12 +157,14 @@ class Controller:
         ]
         plan = best_plan(prospects, self.costs)
         nothing = priced(prospects, [Choice(None, 0)] * num, self.costs)
-        if num > 1 and plan.rate < _MARGIN * nothing.rate:
+        if plan.rate < _MARGIN * nothing.rate:
             plan = nothing
         choices = (self._probe(prospects, plan) or plan).choices
-        if exits and all(choice.source in (None, LOOKUP) for choice in choices):
+        drafts_nothing = not any(choice.source for choice in choices)
+        drafts_by_lookup = all(choice.source in (None, LOOKUP) for choice in choices)
+        if exits and (drafts_nothing or (drafts_by_lookup and num >= _MANY)):
             self._exits_due = self._num_rounds + _EXITS_EVERY
-        if not any(choice.source for choice in choices):
+        if drafts_nothing:
             self._due = self._num_rounds + num // 4
         return choices
 

@@ -25,7 +25,7 @@ from hopskip import native
 from hopskip.branch import ExitBranch
 from hopskip.cache import Rows, Segment
 from hopskip.draft.exit import ExitDrafter
-from hopskip.model import Model, torch_beside
+from hopskip.model import Model, run_tapped, torch_beside
 from hopskip.packed import cache_folder
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import Sequence
@@ -241,9 +241,7 @@ class _Lane:
         drafted = time.perf_counter()
         rows = Rows([Segment(0, _CONTEXT, num_rows)])
         h_ND = self._model.embed(torch.zeros(num_rows, dtype=torch.int32))
-        depth = self._model.config.num_hidden_layers
-        for start, stop in itertools.pairwise((0, *(tap for tap in self._taps if 0 < tap < depth), depth)):
-            h_ND = self._model.run_layers(h_ND, start, stop, rows, self._cache)
+        h_ND, _ = run_tapped(self._model, h_ND, self._taps, rows, self._cache)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         passed = time.perf_counter()
