@@ -253,7 +253,7 @@ def test_ranges_of_layers_compose(checkpoints: dict[str, Checkpoint]) -> None:
 
 @pytest.mark.parametrize("count", [3, 150])  # one pass, and more rows than go in one
 def test_states_on_the_way(checkpoints: dict[str, Checkpoint], count: int) -> None:
-    model = NativeModel.load(checkpoints["llama"], "q8")
+    model = NativeModel.load(checkpoints["qwen3"], "q8")
     depth = model.config.num_hidden_layers
     ids, rows = tokens(model, count), Rows([Segment(0, 0, count)])
     cache = model.new_cache(1, count)
