@@ -297,6 +297,46 @@ def test_a_text_that_ends_within_a_draft_rejects_nothing() -> None:
     assert found[3] < 0.8 * found[2]
 
 
+# -- batches, and older tokens -----------------------------------------------------------------------------------------
+
+
+def test_older_tokens_are_read_if_enough_rounds_are_to_come() -> None:
+    survival = {"exit-branch": geometric(0.7), LOOKUP: []}
+    chosen = []
+    for num_rounds in (1, 32):
+        prospect = Prospect(survival=survival, num_unseen={"exit-branch": 400}, num_rounds=num_rounds)
+        chosen.append(best_plan([prospect], LiveCosts(STEEP)).choices[0].source)
+    assert chosen == [None, "exit-branch"]
+    live = LiveCosts(STEEP)
+    assert live.draft_seconds("exit-branch", 2, 1, 400) > live.draft_seconds("exit-branch", 2, 1, 1)
+
+
+def test_a_batch_without_anything_worth_drafting_is_not_thought_about_for_a_while() -> None:
+    world = World(num_sequences=16)
+    world.acceptance = {"exit-branch": 0.05, "early-exit:8": 0.05}
+    world.run(300)
+    assert world.controller.pauses
+    alone = World()
+    alone.run(300)
+    assert not alone.controller.pauses, "one sequence may find something to look up at any time"
+
+
+def test_corrections_are_shared_by_near_numbers_of_rows() -> None:
+    live = LiveCosts(STEEP)
+    before = {rows: live.pass_seconds(rows) for rows in (2, 16, 17, 40)}
+    speed = live.pass_seconds(40) / before[40]
+    for _ in range(100):
+        outcome = Round(
+            draft_seconds=0, pass_seconds=1.5 * STEEP.layers[17], choose_seconds=0, commit_seconds=0, num_rows=17,
+            num_chosen_by_logits=0, sequences=(),
+        )  # fmt: skip
+        live.learn(outcome, [])
+    after = {rows: live.pass_seconds(rows) / seconds for rows, seconds in before.items()}
+    assert speed == 1.0
+    assert after[17] == pytest.approx(after[16], rel=0.02)
+    assert after[17] > 1.1 * after[2] > 1.0, "what slows all is known for all"
+
+
 # -- runner-ups --------------------------------------------------------------------------------------------------------
 
 

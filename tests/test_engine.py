@@ -346,3 +346,25 @@ def test_defaults_follow_the_checkpoints_recommendation() -> None:
     resolved = SpeculativeConfig().resolve(recommended)
     assert (resolved.draft, resolved.exit_layer, resolved.num_draft_tokens) == ("early-exit", 2, 5)
     assert SpeculativeConfig(exit_layer=3).resolve(recommended).exit_layer == 3
+
+
+def test_pytorch_keeps_to_one_thread_beside_a_model_with_its_own() -> None:
+    class Watched(MarkovModel):
+        has_own_threads = True
+
+        def embed(self, ids_N: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return super().embed(ids_N)
+
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = Engine(Watched(torch.zeros(6, 6), torch.zeros(6, 6)), SpeculativeConfig(draft="none"))
+        engine.add([1, 2], SamplingParams(max_new_tokens=3))
+        while engine.has_work:
+            engine.step()
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
