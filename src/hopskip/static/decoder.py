@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from typing import Literal, get_args
 
@@ -300,7 +300,10 @@ def make_kernels(kind: KernelKind | Kernels, model: Transformer) -> Kernels:
 
 
 def _resolve(speculative: SpeculativeConfig | None, model: Transformer) -> SpeculativeConfig:
-    resolved = (speculative or SpeculativeConfig()).resolve(model.config, model.branch)
+    asked = speculative or SpeculativeConfig()
+    if asked.draft is None and model.branch is not None and asked.may_use_branch:
+        asked = replace(asked, draft="exit-branch")  # the default elsewhere looks up as well
+    resolved = asked.resolve(model.config, model.branch)
     if resolved.draft not in ("early-exit", "exit-branch", "none"):
         raise ConfigError(
             f"draft {resolved.draft!r} looks at the text on the host, which static rounds never do; "
