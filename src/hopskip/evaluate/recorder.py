@@ -12,7 +12,7 @@ from torch import Tensor
 from hopskip.cache import Cache, Rows
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
-from hopskip.model import Model
+from hopskip.model import Model, run_tapped
 from hopskip.sampling import SamplingParams
 from hopskip.stats import SpeculativeStats
 
@@ -44,9 +44,17 @@ class Recorder:
     def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
         h_ND = self._model.run_layers(h_ND, start, stop, rows, cache)
         if stop == self._model.config.num_hidden_layers:
-            places = [(segment.slot, segment.start + row) for segment in rows.segments for row in range(segment.count)]
-            self._states.update(zip(places, h_ND, strict=True))
+            self._record(h_ND, rows)
         return h_ND
+
+    def run_tapped(self, h_ND: Tensor, taps: Seq[int], rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
+        h_ND, tapped_NAD = run_tapped(self._model, h_ND, taps, rows, cache)
+        self._record(h_ND, rows)
+        return h_ND, tapped_NAD
+
+    def _record(self, h_ND: Tensor, rows: Rows) -> None:
+        places = [(segment.slot, segment.start + row) for segment in rows.segments for row in range(segment.count)]
+        self._states.update(zip(places, h_ND, strict=True))
 
     def new_cache(self, num_slots: int, length: int) -> Cache:
         cache = self._model.new_cache(num_slots, length)
