@@ -17,6 +17,7 @@ from hopskip.draft.base import Draft
 from hopskip.draft.exit import ExitDrafter
 from hopskip.engine import Engine
 from hopskip.errors import CheckpointError, ConfigError
+from hopskip.evaluate import recorder
 from hopskip.model import BranchedModel
 from hopskip.native import NativeModel, available
 from hopskip.sequence import Sequence
@@ -91,6 +92,17 @@ def test_the_models_own_layers_as_a_branch_are_always_right(checkpoint: Checkpoi
     if draft == "exit-branch" and backend == "torch":  # the native engine packs a branch to 8 bits
         assert all(s.stats.num_accepted_tokens == s.stats.num_draft_tokens > 0 for s in got)
     assert sum(s.stats.num_accepted_tokens for s in got) > 0.6 * sum(s.stats.num_draft_tokens for s in got)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_proofs_see_the_hidden_states_of_every_pass(checkpoint: Checkpoint, config: BranchConfig) -> None:
+    """Whatever layers a branch wants to see on the way: `hopskip check` compares the states bit for bit."""
+    model = load(checkpoint, "native")
+    expected = recorder.run(model, PROMPTS, PLAIN, PARAMS, max_num_seqs=2)
+    model.attach(random_branch(checkpoint, config)[1])
+    got = recorder.run(model, PROMPTS, SpeculativeConfig(draft="exit-branch"), PARAMS, max_num_seqs=2)
+    assert [r.token_ids for r in got] == [r.token_ids for r in expected]
+    assert all(recorder.same_bits(a.states, b.states) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
