@@ -408,7 +408,9 @@ def test_command_prints_a_table(checkpoint: Path) -> None:
     result = invoke(checkpoint, "--draft", "none")
     assert result.exit_code == 0, result.output
     assert "hopskip-plain" in result.stdout
+    assert "mean of sets" not in result.stdout, "there is nothing to set beside plain decoding"
     assert "…" not in result.stdout
+    assert "mean of sets" in invoke(checkpoint, "--draft", "ngram").stdout
     assert "GB/s read" in result.stdout
 
 

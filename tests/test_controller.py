@@ -323,8 +323,7 @@ def test_a_batch_without_anything_worth_drafting_is_not_thought_about_for_a_whil
 
 def test_corrections_are_shared_by_near_numbers_of_rows() -> None:
     live = LiveCosts(STEEP)
-    before = {rows: live.pass_seconds(rows) for rows in (2, 16, 17, 40)}
-    speed = live.pass_seconds(40) / before[40]
+    before = {rows: live.pass_seconds(rows) for rows in (2, 16, 17)}
     for _ in range(100):
         outcome = Round(
             draft_seconds=0, pass_seconds=1.5 * STEEP.layers[17], choose_seconds=0, commit_seconds=0, num_rows=17,
@@ -332,7 +331,6 @@ def test_corrections_are_shared_by_near_numbers_of_rows() -> None:
         )  # fmt: skip
         live.learn(outcome, [])
     after = {rows: live.pass_seconds(rows) / seconds for rows, seconds in before.items()}
-    assert speed == 1.0
     assert after[17] == pytest.approx(after[16], rel=0.02)
     assert after[17] > 1.1 * after[2] > 1.0, "what slows all is known for all"
 

@@ -252,6 +252,19 @@ def _print_report(report: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print("decode and prefill in tokens/s; ours is the first line", style="dim")
+    over_plain = [(c["name"], c["decode_ratio_to"].get(c["lossless_against"])) for c in contenders]
+    if any(ratios for _, ratios in over_plain):
+        sets = list(contenders[0]["by_set"])
+        table = Table(
+            box=None, pad_edge=False, title="decoding, over plain decoding of the same weights", title_style="dim"
+        )
+        table.add_column("", overflow="fold")
+        for heading in (*sets, "mean of sets", "all"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, ratios in over_plain:
+            if ratios:
+                table.add_row(name, *(f"{ratios[key]:.2f} x" for key in (*sets, "mean_of_sets", "all")))
+        console.print(table)
     for contender in absent:
         console.print(
             f"{contender['name']}: {contender['status']}: {contender['reason']}", markup=False, soft_wrap=True

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import Any, Literal
 
 from hopskip.evaluate.contenders import Contender, Footprint, Measurement
@@ -173,6 +173,14 @@ def ratio(ours: Result, theirs: Result, field_name: str, prompt_set: str | None 
     return median(ratios) if ratios else None
 
 
+def _decode_ratios(ours: Result, theirs: Result, sets: Seq[str]) -> dict[str, float | None]:
+    """Over all prompts, of each set, and the mean of the sets, where each counts alike however many prompts it has."""
+    by_set = {name: ratio(ours, theirs, "decode_tokens_per_second", name) for name in sets}
+    known = [value for value in by_set.values() if value is not None]
+    overall = ratio(ours, theirs, "decode_tokens_per_second")
+    return {"all": overall, "mean_of_sets": mean(known) if known else None, **by_set}
+
+
 def is_quoted(result: Result, results: Seq[Result]) -> bool:
     """False for an opponent's slower variant: nobody should be measured by that."""
     rates = [
@@ -221,10 +229,7 @@ def report(
                     for name in sets
                 },
                 "decode_ratio_to": {
-                    other.name: {
-                        "all": ratio(result, other, "decode_tokens_per_second"),
-                        **{name: ratio(result, other, "decode_tokens_per_second", name) for name in sets},
-                    }
+                    other.name: _decode_ratios(result, other, sets)
                     for other in results
                     if other is not result and other.per_prompt and result.per_prompt
                 },
