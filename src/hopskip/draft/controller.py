@@ -54,8 +54,8 @@ _FORESIGHT = 32
 """Most rounds that the reading of older tokens is spread over; the text may end sooner than it could."""
 _EXITS_EVERY = 8
 """Rounds before exits are thought of again that were not worth it."""
-_MANY = 8
-"""Sequences of a batch of which some always have something to look up."""
+_LARGE_BATCH = 8
+"""Sequences, of which some always have something to look up."""
 _CHECK_EVERY = 256
 """Rounds after which the table is held against what they have shown."""
 _NOTHING = (0.0, 0.0)
@@ -139,11 +139,11 @@ class Controller:
             lookups: the signs of the tokens that lookup proposes for each; none if it has no match.
             num_unseen: of an exit and a sequence, the tokens that a draft begins with.
         """
-        num = len(sequences)
+        num_rows = len(sequences)
         # what exits are worth changes slowly, and thinking it through takes a while in which nobody computes
         exits = self._exits if self._num_rounds >= self._exits_due else ()
         # a row far less likely to count than what rows cost now is not worth the thought
-        price = self.costs.marginal_row(num) * num / self.costs.pass_seconds(num)
+        price = self.costs.marginal_row(num_rows) * num_rows / self.costs.pass_seconds(num_rows)
         floor = max(_MIN_SURVIVAL, 0.8 * price if self.costs.rows_per_sequence == 1 else 0.0)
         prospects = [
             self._prospect(
@@ -156,17 +156,20 @@ class Controller:
             for sequence, limit, signs in zip(sequences, limits, lookups, strict=True)
         ]
         plan = best_plan(prospects, self.costs)
-        nothing = priced(prospects, [Choice(None, 0)] * num, self.costs)
+        nothing = priced(prospects, [Choice(None, 0)] * num_rows, self.costs)
         if plan.rate < _MARGIN * nothing.rate:
             plan = nothing
         choices = (self._probe(prospects, plan) or plan).choices
-        drafts_nothing = not any(choice.source for choice in choices)
-        drafts_by_lookup = all(choice.source in (None, LOOKUP) for choice in choices)
-        if exits and (drafts_nothing or (drafts_by_lookup and num >= _MANY)):
-            self._exits_due = self._num_rounds + _EXITS_EVERY
-        if drafts_nothing:
-            self._due = self._num_rounds + num // 4
+        self._schedule({choice.source for choice in choices} - {None}, num_rows)
         return choices
+
+    def _schedule(self, used: set[str | None], num_sequences: int) -> None:
+        """When to think of drafts, and of exits, again, after a plan that drafts from these sources."""
+        if not used:
+            self._due = self._num_rounds + num_sequences // 4
+        has_thought_of_exits = self._num_rounds >= self._exits_due
+        if has_thought_of_exits and (not used or (used == {LOOKUP} and num_sequences >= _LARGE_BATCH)):
+            self._exits_due = self._num_rounds + _EXITS_EVERY
 
     def learn(
         self, sequences: Seq[Sequence], signs: Seq[Seq[int]], outcome: Round, drafting: Seq[Drafting]
@@ -280,7 +283,7 @@ def best_plan(prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
     for exit in exits:
         sources = [exit]  # alone, a sequence has just tried lookup
         if len(prospects) > 1:
-            sources = [_better(prospect, exit, costs, by_lookup.rate) for prospect in prospects]
+            sources = [_better(prospect, exit, costs, by_lookup.rate, len(prospects)) for prospect in prospects]
         deepest = max((len(p.survival[exit]) for p, s in zip(prospects, sources, strict=True) if s == exit), default=0)
         # of one sequence all depths lie on the way; of many a shallow draft for all may beat a deep one for some
         for depth in range(1, deepest + 1) if len(prospects) > 1 else [deepest][:deepest]:
@@ -359,12 +362,12 @@ def _hand_out(prospects: Seq[Prospect], sources: Seq[str], costs: LiveCosts, dep
     return Plan(choices, best_tokens, best_seconds)
 
 
-def _better(prospect: Prospect, exit: str, costs: LiveCosts, rate: float) -> str:
+def _better(prospect: Prospect, exit: str, costs: LiveCosts, rate: float, num_rows: int) -> str:
     """Lookup or this exit: which brings the sequence more, at the price of time."""
     lookup = prospect.survival.get(LOOKUP, ())
     if not lookup:
         return exit
-    row = rate * costs.marginal_row(1)
+    row = rate * costs.marginal_row(num_rows)
     step = row + rate * costs.draft_seconds(exit, 2, 1) - rate * costs.draft_seconds(exit, 1, 1)
     by_lookup = sum(max(0.0, survival - row) for survival in lookup)
     by_exit = sum(max(0.0, survival - step) for survival in prospect.survival.get(exit, ()))

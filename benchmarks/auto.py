@@ -1,0 +1,131 @@
+"""Draft `auto` beside plain decoding: every prompt set, temperature and batch size. It should never lose.
+
+    python benchmarks/auto.py                                    # a quarter of an hour on two cores
+    python benchmarks/auto.py --sets alpaca --temperatures 0 --batches 1,16
+
+Both engines live in this process and take turns on the same requests. A rate is tokens over seconds of the steps
+without any prompt; a ratio is the median of the repeats. Above temperature 0 the texts differ, as their drafts do, but
+not their lengths. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+
+from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.engine import Engine
+from hopskip.errors import HopskipError
+from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.evaluate.prompts import PROMPT_SETS, load_prompts
+
+FLOOR = 0.97
+FEWEST_PROMPTS = 4  # also where one goes after the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One prompt set, temperature and batch size."""
+
+    batch: int
+    temperature: float
+    set: str
+    rates: dict[str, list[float]]
+    """Tokens per second of `none` and `auto`, by repeat."""
+
+    @property
+    def ratios(self) -> list[float]:
+        return [a / b for a, b in zip(self.rates["auto"], self.rates["none"], strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        return median(self.ratios)
+
+    def __str__(self) -> str:
+        spread = f"({min(self.ratios):.2f} to {max(self.ratios):.2f})"
+        where = f"batch {self.batch:3}  temperature {self.temperature:3g}  {self.set:10}"
+        return f"{where} {self.ratio:5.2f} x plain {spread}{'' if self.ratio >= FLOOR else '  MISSED'}"
+
+
+def rate(engine: Engine, prompts: Seq[list[int]], params: SamplingParams) -> float:
+    """Tokens per second of the steps without any prompt."""
+    sequences = [engine.add(prompt, params) for prompt in prompts]
+    num_tokens, seconds = 0, 0.0
+    while engine.has_work:
+        num_before = sum(len(s.tokens) for s in sequences)
+        num_prefilled = sum(s.is_prefilled for s in sequences)
+        started = time.perf_counter()
+        engine.step()
+        elapsed = time.perf_counter() - started
+        is_prefilling = any(not s.is_prefilled for s in engine.running)
+        if not is_prefilling and sum(s.is_prefilled for s in sequences) == num_prefilled:
+            num_tokens += sum(len(s.tokens) for s in sequences) - num_before
+            seconds += elapsed
+    return num_tokens / seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--sets", default="alpaca,gsm8k,humaneval,mt_bench")
+    parser.add_argument("--temperatures", default="0,0.7,1.2")
+    parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=num_usable_cores())
+    arguments = parser.parse_args()
+    sets = arguments.sets.split(",")
+    if unknown := [name for name in sets if name not in PROMPT_SETS]:
+        parser.error(f"--sets has {unknown[0]!r}; choose of {', '.join(PROMPT_SETS)}")
+    try:
+        temperatures = [float(value) for value in arguments.temperatures.split(",")]
+        batches = [int(value) for value in arguments.batches.split(",")]
+    except ValueError as error:
+        parser.error(f"--temperatures and --batches are numbers with commas between ({error})")
+    if min(batches) < 1 or arguments.repeats < 1 or arguments.num_tokens < 2:
+        parser.error("--batches and --repeats must be at least 1, --num-tokens at least 2")
+    found: list[Cell] = []
+    try:
+        bandwidth = measure_read_bandwidth(arguments.threads)
+        for batch in batches:
+            engines: dict[str, Engine] = {}
+            for draft in ("none", "auto"):
+                llm = LLM(
+                    dtype=arguments.dtype,
+                    threads=arguments.threads,
+                    max_num_seqs=batch,
+                    speculative=SpeculativeConfig(draft=draft),  # type: ignore[arg-type]
+                )
+                engines[draft] = llm.engine
+            for temperature in temperatures:
+                params = SamplingParams(max_new_tokens=arguments.num_tokens, temperature=temperature, ignore_eos=True)
+                for name in sets:
+                    prompts = [p.encode(llm.tokenizer) for p in load_prompts(name, max(batch, FEWEST_PROMPTS))]
+                    rates: dict[str, list[float]] = {"none": [], "auto": []}
+                    for repeat in range(1 + arguments.repeats):
+                        for draft, engine in engines.items():
+                            value = rate(engine, prompts, params)
+                            if repeat:  # the first warms up
+                                rates[draft].append(value)
+                    found.append(Cell(batch=batch, temperature=temperature, set=name, rates=rates))
+                    print(found[-1], flush=True)
+    except HopskipError as error:
+        print(f"auto: error: {error}", file=sys.stderr)
+        return 2
+    for batch in batches:
+        for temperature in temperatures:
+            own = [cell.ratio for cell in found if (cell.batch, cell.temperature) == (batch, temperature)]
+            print(f"batch {batch:3}  temperature {temperature:3g}  mean of sets {mean(own):5.2f} x plain")
+    machine = describe_machine(arguments.threads, bandwidth)
+    report = {"machine": machine, "versions": versions(), "settings": vars(arguments)}
+    print(json.dumps({**report, "found": [asdict(cell) | {"ratio": cell.ratio} for cell in found]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
