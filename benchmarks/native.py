@@ -100,7 +100,9 @@ def passes(model: NativeModel, cache: Cache) -> dict[str, Callable[[], object]]:
 
     def draft() -> object:
         rows = Rows([Segment(0, SHORT, 1)])
-        return model.draft_greedy(torch.tensor([1]), rows, [DRAFT_STEPS], cache, exit_layer=DRAFT_LAYERS, subset=subset)
+        return model.draft_greedy(
+            torch.tensor([1]), rows, [DRAFT_STEPS], cache, layers=range(DRAFT_LAYERS), head=subset
+        )
 
     found = {f"{m} row{'s'[: m - 1]}": decode(Rows([Segment(0, SHORT, m)])) for m in (1, 2, 4, 6, 8, 16)}
     found["16 sequences"] = decode(Rows(Segment(slot, SHORT, 1) for slot in range(16)))

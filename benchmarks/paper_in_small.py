@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--output", type=Path, default=Path("runs/paper-in-small"))
-    parser.add_argument("--steps", type=int, default=1200, help="for each model")
+    parser.add_argument("--steps", type=int, default=700, help="for each model")
     parser.add_argument("--batch", type=int, default=16, help="rows of 256 tokens a step")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -135,6 +135,7 @@ def train(name: str, shape: Path, sources: DataConfig, arguments: argparse.Names
         "save_steps": max(1, steps // 10),
         "save_total_limit": 1,
         "use_cpu": True,
+        "bf16": True,
     }
     model = ModelRecipe(config=str(shape))
     run(Recipe(output=str(folder), model=model, data=data, layerskip=RECIPES[name], training=training))

@@ -29,7 +29,7 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
             out[i + half] = (x[i + half] * cos[i] + x[i] * sin[i]) * scale;
         }
     };
-    const size_t at = pass.cache.position(index, pass.rows.slots[row], kv_head, pass.place_of_row[static_cast<size_t>(row)]);
+    const size_t at = pass.cache.position(layer.cache_layer, pass.rows.slots[row], kv_head, pass.place_of_row[static_cast<size_t>(row)]);
     const auto store = [&](const float* x, void* cache, float* scales) {
         alignas(64) char narrow[MAX_HEAD_DIM * sizeof(float)];  // whole registers are written, which the cache has no room for
         const void* from = x;
@@ -65,7 +65,7 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
         range[static_cast<size_t>(num_queries + i)] = last;
     }
     const CacheView& cache = pass.cache;
-    const size_t start = cache.position(index, pass.rows.slots[block.row], kv_head, 0);
+    const size_t start = cache.position(layers_[static_cast<size_t>(index)].cache_layer, pass.rows.slots[block.row], kv_head, 0);
     const size_t bytes = start * size * static_cast<size_t>(cache.element_size());
     const size_t query = (static_cast<size_t>(kv_head) * static_cast<size_t>(pass.rows.count) + static_cast<size_t>(block.row)) * static_cast<size_t>(group);
     ChunkTask task;

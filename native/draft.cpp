@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "model.h"
 
@@ -38,7 +39,8 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
     const auto guard = lock();
     const auto size = static_cast<size_t>(shape_.hidden_size);
     const auto vocabulary = static_cast<size_t>(branch.head ? branch.head->rows : shape_.vocab_size);
-    const int end = branch.first_layer + branch.num_layers;
+    std::vector<int32_t> own_layers(static_cast<size_t>(branch.num_layers));
+    std::iota(own_layers.begin(), own_layers.end(), branch.first_layer);
     std::vector<int> last_rows;  // of each sequence
     for (int row = 0; row < rows.count; ++row) {
         const bool goes_on = row && rows.slots[row] == rows.slots[row - 1];
@@ -62,7 +64,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
     const auto enter = [&](float* out) {
         const int count = static_cast<int>(open.size());
         embed(last_ids.data(), count, out);
-        if (branch.start) run_layers(out, out, 0, branch.start, {count, slots.data(), positions.data()}, cache);
+        if (!branch.entry.empty()) run_layers(out, out, branch.entry, {count, slots.data(), positions.data()}, cache);
     };
 
     for (size_t i = 0; i < sequences; ++i) open.push_back(i);
@@ -71,7 +73,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
     if (branch.num_layers == 0) {
         enter(hidden.data());
     } else {
-        if (branch.start) {
+        if (!branch.entry.empty()) {
             std::copy_n(inputs.token_states, token_states.size(), token_states.data());
             enter(hidden.data());
             for (size_t i = 0; i < sequences; ++i) std::copy_n(hidden.data() + i * size, size, token_states.data() + static_cast<size_t>(last_rows[i]) * size);
@@ -85,7 +87,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
             linear(*branch.fuse, normed.data(), rows.count, fused.data());
             mix(branch, token_states.data(), fused.data(), rows.count, token_states.data());
         }
-        run_layers(token_states.data(), token_states.data(), branch.first_layer, end, rows, cache);
+        run_layers(token_states.data(), token_states.data(), own_layers, rows, cache);
         for (size_t i = 0; i < sequences; ++i) std::copy_n(token_states.data() + static_cast<size_t>(last_rows[i]) * size, size, hidden.data() + i * size);
     }
 
@@ -141,7 +143,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
             mix(branch, token_states.data(), hidden.data(), next.count, hidden.data());
         else
             std::copy_n(token_states.data(), open.size() * size, hidden.data());
-        run_layers(hidden.data(), hidden.data(), branch.first_layer, end, next, cache);
+        run_layers(hidden.data(), hidden.data(), own_layers, next, cache);
     }
 }
 

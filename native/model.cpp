@@ -298,9 +298,9 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     const auto size = static_cast<size_t>(shape_.hidden_size);
     for (size_t row = 0; row < static_cast<size_t>(rows); ++row)
         std::memcpy(hidden_.get() + row * padded(shape_.hidden_size), in + row * size, size * sizeof(float));
-    pool_.run((pass.stop - pass.start) * MAX_LAYER_PHASES + pass.taps.count, [&](Team& team) {
+    pool_.run(static_cast<int>(pass.layers.size()) * MAX_LAYER_PHASES + pass.taps.count, [&](Team& team) {
         int tap = 0;
-        for (int layer = pass.start; layer < pass.stop; ++layer) {
+        for (int32_t layer : pass.layers) {
             run_layer(team, layer, pass);
             if (tap == pass.taps.count || pass.taps.layers[tap] != layer + 1) continue;
             team.share(rows, [&](int row) {
@@ -315,13 +315,12 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
         std::memcpy(out + row * size, hidden_.get() + row * padded(shape_.hidden_size), size * sizeof(float));
 }
 
-void Model::run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache, Taps taps) {
+void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache, Taps taps) {
     const auto guard = lock();
     const auto size = static_cast<size_t>(shape_.hidden_size);
     Pass pass{};
     pass.cache = cache;
-    pass.start = start;
-    pass.stop = stop;
+    pass.layers = layers;
     for (int first = 0, next; first < rows.count; first = next) {
         next = std::min(first + MAX_PASS_ROWS, rows.count);
         while (rows.back && next < rows.count && rows.back[next]) --next;  // a tree stays whole

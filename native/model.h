@@ -1,11 +1,13 @@
 // The decoder on packed weights: ranges of layers, the head, and a loop of greedy draft steps.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <initializer_list>
 #include <new>
+#include <span>
 #include <vector>
 
 #include "kernels.h"
@@ -52,6 +54,7 @@ struct Shape {
 };
 
 struct Layer {
+    int cache_layer;  // where its keys and values lie; a copy of a layer in lower precision shares those of the original
     Matrix q, k, v, o, gate, up, down;
     std::vector<float> input_norm, post_norm;       // padded to whole blocks
     std::vector<float> q_bias, k_bias, v_bias;      // empty: none
@@ -88,9 +91,10 @@ struct Taps {
     float* out = nullptr;
 };
 
-// An exit: layers 0..start-1 of the model (0: the embedding), then num_layers of those added after the model's own, norm, head.
+// An exit: the embedding, then the layers of `entry`, then num_layers from first_layer on, whose cache is the branch's own, norm, head.
 struct Branch {
-    int start, first_layer, num_layers;
+    std::vector<int32_t> entry;
+    int first_layer, num_layers;
     const Matrix* head;         // null: the model's own
     const int32_t* vocabulary;  // tokens that the head's rows stand for; null: all, in order
     const Matrix *fuse, *mix;   // null: without features; see `Mixing` in branch.py
@@ -101,7 +105,7 @@ struct Branch {
 // What the last passes of the model left behind for each row of a draft's beginning.
 struct DraftInputs {
     const float* features;      // [rows, num_features, hidden_size], of the token before
-    const float* token_states;  // [rows, hidden_size], outputs of layer start-1; those of each sequence's last row are not used
+    const float* token_states;  // [rows, hidden_size], outputs of the entry; those of each sequence's last row are not used
 };
 
 // What a draft leaves: k steps for each sequence, as many of them as `counts` says.
@@ -119,20 +123,25 @@ public:
     Model(const Shape& shape, const Kernels& kernels, int threads);
     ~Model();
 
-    void add_layer(Layer layer) { layers_.push_back(std::move(layer)); }
+    void add_layer(Layer layer) {
+        num_cache_layers_ = std::max(num_cache_layers_, layer.cache_layer + 1);
+        layers_.push_back(std::move(layer));
+    }
     void set_edges(const Matrix& embedding, const Matrix& head, std::vector<float> norm);
     void make_room_for(const Branch& branch);
     void set_rope(const float* cos, const float* sin, int length);
 
     const Shape& shape() const { return shape_; }
     int num_layers() const { return static_cast<int>(layers_.size()); }
+    int num_cache_layers() const { return num_cache_layers_; }
     int rope_length() const { return rope_length_; }
     int threads() const { return pool_.threads(); }
     const char* isa() const { return kernels_.name; }
 
     // Everything below takes f32 rows of hidden_size, unpadded, and may be called from several threads: calls take turns.
     void embed(const int32_t* ids, int count, float* out) const;
-    void run_layers(const float* in, float* out, int start, int stop, RowsView rows, const CacheView& cache, Taps taps = {});
+    // The layers in the order given.
+    void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache, Taps taps = {});
     // Logits [count, head rows] of hidden states, through the final norm; with head null, the model's own.
     void logits(const float* in, int count, const Matrix* head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
@@ -163,7 +172,7 @@ private:
     struct Pass {
         RowsView rows;
         CacheView cache;
-        int start, stop;
+        std::span<const int32_t> layers;
         Taps taps;
         std::vector<Block> blocks;
         std::vector<int> block_of_row, place_of_row;
@@ -197,6 +206,7 @@ private:
     std::recursive_mutex* turn_;
     long process_;
     std::vector<Layer> layers_;
+    int num_cache_layers_ = 0;
     int widest_ = 0;  // padded columns of the widest input
     Matrix embedding_{}, head_{};
     std::vector<float> norm_, cos_, sin_;

@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 #include "model.h"
@@ -97,16 +98,17 @@ struct PackedBranch {
     std::optional<Array> vocabulary;
 };
 
-PackedBranch make_branch(int64_t start, int64_t first_layer, int64_t num_layers, const std::optional<PackedMatrix>& head, const std::optional<Array>& vocabulary,
+PackedBranch make_branch(const Array& entry, int64_t first_layer, int64_t num_layers, const std::optional<PackedMatrix>& head, const std::optional<Array>& vocabulary,
                          const std::optional<PackedMatrix>& fuse, const std::optional<PackedMatrix>& mix, int64_t num_features, const std::optional<Array>& token_norm,
                          const std::optional<Array>& feature_norm) {
     PackedBranch made{{}, head, fuse, mix, vocabulary};
     Branch& branch = made.branch;
-    branch.start = in_range(start, "start", 0, 1 << 20);
+    const auto* layers = checked<int32_t>(entry, "entry", {ANY});
+    branch.entry.assign(layers, layers + entry.shape(0));
     branch.first_layer = in_range(first_layer, "first_layer", 0, 1 << 20);
     branch.num_layers = in_range(num_layers, "num_layers", 0, 1 << 20);
     branch.num_features = in_range(num_features, "num_features", 0, 1 << 20);
-    if (start + num_layers == 0) refuse("a branch needs a layer, or must start after one of the model's");
+    if (branch.entry.empty() && !num_layers) refuse("a branch needs a layer, or must start after one of the model's");
     if ((num_features > 0) != (fuse && mix && token_norm && feature_norm)) refuse("a branch with features needs fuse, mix and two norms; one without has none of them");
     if (vocabulary) branch.vocabulary = checked<int32_t>(*vocabulary, "vocabulary", {ANY});
     if (token_norm) branch.token_norm = padded_vector(*token_norm, "token_norm", static_cast<int>(token_norm->shape(0)));
@@ -121,10 +123,11 @@ public:
     void add_layer(const PackedMatrix& q, const PackedMatrix& k, const PackedMatrix& v, const PackedMatrix& o, const PackedMatrix& gate,
                    const PackedMatrix& up, const PackedMatrix& down, const Array& input_norm, const Array& post_norm,
                    const std::optional<Array>& q_bias, const std::optional<Array>& k_bias, const std::optional<Array>& v_bias,
-                   const std::optional<Array>& q_norm, const std::optional<Array>& k_norm) {
+                   const std::optional<Array>& q_norm, const std::optional<Array>& k_norm, std::optional<int64_t> cache_layer) {
         const Shape& s = shape();
         const int queries = s.num_heads * s.head_dim, keys = s.num_kv_heads * s.head_dim;
         Layer layer;
+        layer.cache_layer = in_range(cache_layer.value_or(model_.num_cache_layers()), "cache_layer", 0, model_.num_cache_layers());
         layer.q = own(q, "q_proj", queries, s.hidden_size);
         layer.k = own(k, "k_proj", keys, s.hidden_size);
         layer.v = own(v, "v_proj", keys, s.hidden_size);
@@ -178,8 +181,10 @@ public:
             kept.out = checked<float>(*tapped, "tapped", {rows.count, kept.count, shape().hidden_size});
             for (int i = 0; i < kept.count; ++i) in_range(kept.layers[i], "a tap", i ? kept.layers[i - 1] + 1 : first + 1, last);
         }
+        std::vector<int32_t> layers(static_cast<size_t>(last - first));
+        std::iota(layers.begin(), layers.end(), first);
         nb::gil_scoped_release release;
-        model_.run_layers(in, to, first, last, rows, cache, kept);
+        model_.run_layers(in, to, layers, rows, cache, kept);
     }
 
     void logits(const Array& h, const Array& out, const PackedMatrix* subset) {
@@ -204,7 +209,8 @@ public:
                const std::optional<Array>& probabilities, const std::optional<Array>& runner_ups) {
         const Branch& branch = exit.branch;
         const int size = shape().hidden_size, steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
-        in_range(branch.start, "start", 0, branch.first_layer), in_range(branch.first_layer + branch.num_layers, "the branch's end", 0, model_.num_layers());
+        for (int32_t layer : branch.entry) in_range(layer, "a layer of the branch's entry", 0, model_.num_layers() - 1);
+        in_range(branch.first_layer + branch.num_layers, "the branch's end", 0, model_.num_layers());
         if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is " + std::to_string(min_confidence) + "; it must be 0 to 1");
         if (branch.head && branch.head->cols != size) refuse("the branch's head has " + std::to_string(branch.head->cols) + " columns");
         if (branch.fuse && (branch.fuse->rows != size || branch.fuse->cols != size * branch.num_features || branch.mix->rows != size || branch.mix->cols != 2 * size ||
@@ -233,15 +239,15 @@ public:
             if (!features) refuse("the branch needs features");
             inputs.features = checked<float>(*features, "features", {count, branch.num_features, size});
         }
-        if (branch.start && branch.num_layers) {
+        if (!branch.entry.empty() && branch.num_layers) {
             if (!token_states) refuse("the branch needs token_states");
             inputs.token_states = checked<float>(*token_states, "token_states", {count, size});
         }
         const int vocabulary = branch.head ? branch.head->rows : shape().vocab_size;
         if (exit.vocabulary) {
             if (check_ids(*exit.vocabulary) != vocabulary) refuse("a draft vocabulary needs a token id for each row of its head");
-        } else if (branch.head) {
-            refuse("a head of its own needs a draft vocabulary");
+        } else if (vocabulary != shape().vocab_size) {
+            refuse("a head of its own that lacks tokens needs a draft vocabulary");
         }
         const auto* from = static_cast<const int32_t*>(ids.data());
         DraftOutputs outputs{};
@@ -309,7 +315,7 @@ private:
         CacheView cache{};
         cache.type = type == bf16 ? CacheType::bf16 : type == nb::dtype<int8_t>() ? CacheType::int8 : CacheType::f32;
         if (cache.type == CacheType::f32 && type != nb::dtype<float>()) refuse("the cache's k is neither float32, bfloat16 nor int8");
-        const int64_t layers = cache.layers = model_.num_layers(), heads = cache.kv_heads = shape().num_kv_heads;
+        const int64_t layers = cache.layers = model_.num_cache_layers(), heads = cache.kv_heads = shape().num_kv_heads;
         const auto alignment = static_cast<size_t>(cache.element_size());
         cache.k = checked(k, "the cache's k", type, {layers, ANY, heads, ANY, shape().head_dim}, alignment);
         const int64_t slots = cache.slots = static_cast<int>(k.shape(1)), length = cache.length = static_cast<int>(k.shape(3));
@@ -379,14 +385,14 @@ NB_MODULE(_native, m) {
              "format"_a, "rows"_a, "cols"_a, "data"_a);
     nb::class_<PackedBranch>(m, "Branch")
         .def("__init__",
-             [](PackedBranch* self, int64_t start, int64_t first_layer, int64_t num_layers, const std::optional<PackedMatrix>& head, const std::optional<Array>& vocabulary,
+             [](PackedBranch* self, const Array& entry, int64_t first_layer, int64_t num_layers, const std::optional<PackedMatrix>& head, const std::optional<Array>& vocabulary,
                 const std::optional<PackedMatrix>& fuse, const std::optional<PackedMatrix>& mix, int64_t num_features, const std::optional<Array>& token_norm,
                 const std::optional<Array>& feature_norm) {
-                 new (self) PackedBranch(make_branch(start, first_layer, num_layers, head, vocabulary, fuse, mix, num_features, token_norm, feature_norm));
+                 new (self) PackedBranch(make_branch(entry, first_layer, num_layers, head, vocabulary, fuse, mix, num_features, token_norm, feature_norm));
                  const auto at = [](const std::optional<PackedMatrix>& matrix) { return matrix ? &matrix->matrix : nullptr; };
                  self->branch.head = at(self->head), self->branch.fuse = at(self->fuse), self->branch.mix = at(self->mix);
              },
-             nb::kw_only(), "start"_a, "first_layer"_a, "num_layers"_a, "head"_a = nb::none(), "vocabulary"_a = nb::none(), "fuse"_a = nb::none(), "mix"_a = nb::none(),
+             nb::kw_only(), "entry"_a, "first_layer"_a, "num_layers"_a, "head"_a = nb::none(), "vocabulary"_a = nb::none(), "fuse"_a = nb::none(), "mix"_a = nb::none(),
              "num_features"_a = 0, "token_norm"_a = nb::none(), "feature_norm"_a = nb::none());
     nb::class_<Engine>(m, "Engine")
         .def("__init__",
@@ -403,7 +409,8 @@ NB_MODULE(_native, m) {
              "isa"_a, "threads"_a, nb::kw_only(), "hidden_size"_a, "intermediate_size"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "vocab_size"_a, "rms_norm_eps"_a,
              "sliding_window"_a)
         .def("add_layer", &Engine::add_layer, nb::kw_only(), "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a, "up"_a, "down"_a, "input_norm"_a, "post_norm"_a,
-             "q_bias"_a = nb::none(), "k_bias"_a = nb::none(), "v_bias"_a = nb::none(), "q_norm"_a = nb::none(), "k_norm"_a = nb::none())
+             "q_bias"_a = nb::none(), "k_bias"_a = nb::none(), "v_bias"_a = nb::none(), "q_norm"_a = nb::none(), "k_norm"_a = nb::none(),
+             "cache_layer"_a = nb::none())
         .def("set_edges", &Engine::set_edges, "embedding"_a, "head"_a, "norm"_a)
         .def("set_rope", &Engine::set_rope, "cos"_a, "sin"_a)
         .def("embed", &Engine::embed, "ids"_a, "out"_a)

@@ -16,6 +16,7 @@ from hopskip.draft import costs as costs_module
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.controller import LOOKUP, Choice, Controller
 from hopskip.draft.costs import Costs, Timings, interpolated, measure
+from hopskip.draft.self_draft import early_exit, without
 from hopskip.engine import Engine
 from hopskip.model import Model
 from hopskip.sequence import Sequence
@@ -116,9 +117,13 @@ def test_requests_may_limit_drafts(model: Model) -> None:
 
 def test_what_auto_may_draft_from() -> None:
     shallow, deep = tiny_model(num_hidden_layers=2), tiny_model(num_hidden_layers=8)
-    assert SpeculativeConfig(draft="auto").exits(shallow) == [1]
-    assert SpeculativeConfig(draft="auto").exits(deep) == [2, 4]
-    assert SpeculativeConfig(draft="auto", exit_layer=3).exits(deep) == [3]
+    assert SpeculativeConfig(draft="auto").exits(shallow) == [early_exit(1)]
+    assert SpeculativeConfig(draft="auto").exits(deep) == [early_exit(2), early_exit(4)]
+    assert SpeculativeConfig(draft="auto", exit_layer=3).exits(deep) == [early_exit(3)]
+    assert SpeculativeConfig(draft="auto", exit_layer=3, skip_layers=(5,)).exits(deep) == [
+        without((5,), 8),
+        early_exit(3),
+    ]
     one = tiny_model(num_hidden_layers=1)
     assert SpeculativeConfig(draft="auto").exits(one) == []
     Engine(one, SpeculativeConfig(draft="auto"))

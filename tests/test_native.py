@@ -312,8 +312,8 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
         Rows(Segment(slot, start, 1) for slot, start in starts.items()),
         [6, 6, 6],
         cache,
-        exit_layer=2,
-        subset=subset,
+        layers=range(2),
+        head=subset,
         min_confidence=min_confidence,
         num_runner_ups=3 if min_confidence else None,
     )
@@ -641,13 +641,13 @@ def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) ->
             model.embed(torch.tensor([bad]))
     one, cache = torch.tensor([1]), model.new_cache(1, 8)
     with pytest.raises(ValueError, match="branch needs a layer"):
-        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, exit_layer=0)
-    with pytest.raises(ValueError, match="start is 100"):
-        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, exit_layer=100)
+        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=())
+    with pytest.raises(ValueError, match="entry is 99"):
+        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=(0, 99))
     with pytest.raises(ValueError, match="position is 7"):  # the second step would be beyond the cache
-        model.draft_greedy(one, Rows([Segment(0, 7, 1)]), [2], cache, exit_layer=1)
+        model.draft_greedy(one, Rows([Segment(0, 7, 1)]), [2], cache, layers=(0,))
     with pytest.raises(ValueError, match="occurs twice"):
-        model.draft_greedy(one.repeat(2), Rows([Segment(0, 0, 2)]), [2, 2], cache, exit_layer=1)
+        model.draft_greedy(one.repeat(2), Rows([Segment(0, 0, 2)]), [2, 2], cache, layers=(0,))
     data = torch.zeros((2, 2048 // 4), dtype=torch.int32)
     native._native.Matrix(0, 32, 32, torch.zeros((2, 512), dtype=torch.int32))
     for bad_arguments in [

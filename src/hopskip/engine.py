@@ -73,6 +73,8 @@ class Engine:
         self.speculative = (speculative or SpeculativeConfig()).resolve(
             model.config, model.branch, row_exact=model.row_exact
         )
+        if drafter is None:
+            self.speculative = self.speculative.search(model, identity)
         self.max_model_len = max_model_len or context
         self.max_num_seqs = max_num_seqs
         self._eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)

@@ -13,7 +13,7 @@ from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError, PromptError
 from hopskip.hub import find_model, shipped_exit
-from hopskip.load import Backend, DType, KVDType, Quantize, load_model
+from hopskip.load import Backend, DType, KVDType, Quantize, attach_drafts, load_model
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import FinishReason, Sequence, Token
 from hopskip.stats import SpeculativeStats
@@ -113,8 +113,7 @@ class LLM:
             kv_dtype=kv_dtype,
             progress=progress,
         )
-        if branch is not None:
-            self.model.attach(branch)
+        attach_drafts(self.model, checkpoint, branch, speculative.draft_precision)
         self.engine = Engine(
             self.model,
             speculative,

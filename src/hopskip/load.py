@@ -9,8 +9,11 @@ from typing import Literal, get_args
 import torch
 
 from hopskip import native
+from hopskip.branch import ExitBranch
+from hopskip.draft.self_draft import DraftPrecision
 from hopskip.errors import ConfigError
 from hopskip.model import BranchedModel, Transformer
+from hopskip.packed import PackedWeights
 from hopskip.weights import Checkpoint, load_weights
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -60,6 +63,27 @@ def load_model(
         torch.set_num_threads(threads)
     torch_dtype = checkpoint.dtype if dtype == "auto" else _TORCH_DTYPES[dtype]
     return Transformer(checkpoint.config, load_weights(checkpoint, torch_dtype, target, progress))
+
+
+def attach_drafts(
+    model: BranchedModel,
+    checkpoint: Checkpoint,
+    branch: ExitBranch | None = None,
+    draft_precision: DraftPrecision | None = None,
+) -> None:
+    """Put what it drafts with beside a model that was loaded from this checkpoint.
+
+    Raises:
+        ConfigError: one of them does not fit the model, or would gain nothing.
+    """
+    if branch is not None:
+        model.attach(branch)
+    if draft_precision is not None:
+        if not isinstance(model, native.NativeModel):
+            raise ConfigError(
+                f"draft_precision={draft_precision} needs the native CPU backend, but this runs on torch; leave it out"
+            )
+        model.attach_copy(PackedWeights.load(checkpoint, draft_precision), draft_precision)
 
 
 def resolve_backend(

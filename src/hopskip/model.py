@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,17 @@ class Model(Protocol):
         ...
 
 
+class DraftPart(NamedTuple):
+    """What of a model a draft runs."""
+
+    layers: tuple[int, ...]
+    """Their numbers, in the order in which they run."""
+    head: Any
+    """For `DraftGreedy`; None is the model's own."""
+    unembed: Callable[[Tensor], Tensor]
+    """Hidden states [N, D] -> logits [N, V]."""
+
+
 class BranchedModel(Model, Protocol):
     """A decoder that can have a trained exit beside it. `Transformer` and `NativeModel` both can."""
 
@@ -75,6 +86,16 @@ class BranchedModel(Model, Protocol):
     def unembed_draft(self, h_ND: Tensor) -> Tensor:
         """Final norm and the head's rows of the branch's draft vocabulary: float32 logits [N, n]."""
         ...
+
+
+def run_by_number(model: Model, h_ND: Tensor, layers: Seq[int], rows: Rows, cache: Cache) -> Tensor:
+    """These layers, in this order, as `run_layers`."""
+    start = 0
+    for stop in range(1, len(layers) + 1):
+        if stop == len(layers) or layers[stop] != layers[stop - 1] + 1:
+            h_ND = model.run_layers(h_ND, layers[start], layers[stop - 1] + 1, rows, cache)
+            start = stop
+    return h_ND
 
 
 def run_tapped(model: Model, h_ND: Tensor, taps: Seq[int], rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:

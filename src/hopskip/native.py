@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
 from hopskip.errors import ConfigError
-from hopskip.model import GreedyDrafts
+from hopskip.model import DraftPart, GreedyDrafts
 from hopskip.packed import PackedWeights
 from hopskip.quantize import Packed, pack, quantize_q8, rows_in_q8, select_rows
 from hopskip.weights import Checkpoint
@@ -77,6 +78,14 @@ class HeadSubset:
         self.matrix = matrix
 
 
+class _Copy(NamedTuple):
+    """The model in a lower precision."""
+
+    first_layer: int
+    """Its number; the others follow."""
+    head: HeadSubset
+
+
 class NativeModel:
     """A Llama-family decoder on packed weights. Answers to the protocol `hopskip.model.Model`.
 
@@ -121,6 +130,8 @@ class NativeModel:
                 **_layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
             )
         self._num_layers = config.num_hidden_layers
+        self._num_layers_by_number = self._num_layers
+        self._copies: dict[str, _Copy] = {}
         self.branch: ExitBranch | None = None
         self._draft_head: HeadSubset | None = None
         self._packed_branch: object | None = None
@@ -169,14 +180,13 @@ class NativeModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a full pass of one row reads: all layers and the head."""
-        layers = sum(m.data.nbytes for name, m in self._weights.matrices.items() if name.startswith("model.layers."))
-        return layers + self._weights.head.data.nbytes
+        return self._weights.bytes_per_pass
 
     def attach(self, branch: ExitBranch) -> None:
         """As `BranchedModel.attach`. The branch and its rows of the head are packed to 8 bits at most, whatever the
         model's precision: what they draft is verified, so that costs a little acceptance and never exactness."""
-        if self.branch is not None:
-            raise ConfigError("an exit is attached to this model already; load the model anew for another")
+        if self.branch is not None or self._copies:
+            raise ConfigError("an exit or a copy is attached to this model already; load the model anew for another")
         branch.check(self.config)
         self.branch = branch
         for layer in branch.layers:
@@ -184,13 +194,14 @@ class NativeModel:
             vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
             self._engine.add_layer(**_layer_arguments(self.config, matrices, vectors))
         self._num_layers += len(branch.layers)
+        self._num_layers_by_number = self._num_layers
         self._draft_head = HeadSubset(branch.vocabulary, _matrix(rows_in_q8(self._weights.head, branch.vocabulary)))
         mixing: dict[str, object] = {}
         if branch.mixing:
             mixing = {name: _matrix(_pack_q8(branch.mixing[name])) for name in ("fuse", "mix")}
             mixing |= {name: branch.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
         self._packed_branch = _native.Branch(
-            start=branch.config.start,
+            entry=_int32(torch.arange(branch.config.start)),
             first_layer=self.config.num_hidden_layers,
             num_layers=branch.config.num_layers,
             head=self._draft_head.matrix,
@@ -202,6 +213,38 @@ class NativeModel:
     def unembed_draft(self, h_ND: Tensor) -> Tensor:
         assert self._draft_head is not None, "no branch is attached"
         return self.unembed_subset(h_ND, self._draft_head)
+
+    def attach_copy(self, weights: PackedWeights, precision: str) -> None:
+        """Put a copy of all layers and the head beside the model, to draft with: `weights` are the model's own in this
+        lower precision. Keys and values go where those of the originals do.
+
+        Raises:
+            ConfigError: there is one already, or `weights` takes no less memory than the model itself.
+        """
+        if precision in self._copies:
+            raise ConfigError(f"a copy in {precision} is attached to this model already")
+        if weights.bytes_per_pass >= self.weight_bytes:
+            raise ConfigError(
+                f"draft_precision={precision} gains nothing: a pass of the model itself reads "
+                f"{self.weight_bytes / 1e6:.1f} MB, one in {precision} {weights.bytes_per_pass / 1e6:.1f} MB; "
+                "leave it out"
+            )
+        for index in range(self.config.num_hidden_layers):
+            prefix = f"model.layers.{index}."
+            arguments = _layer_arguments(
+                self.config, _within(weights.matrices, prefix), _within(weights.vectors, prefix)
+            )
+            self._engine.add_layer(**arguments, cache_layer=index)
+        head = HeadSubset(torch.arange(self.config.vocab_size), _matrix(weights.head))
+        self._copies[precision] = _Copy(self._num_layers_by_number, head)
+        self._num_layers_by_number += self.config.num_hidden_layers
+
+    def draft_part(self, layers: Seq[int], precision: str | None = None) -> DraftPart:
+        """What a draft by some of the model's layers runs, in the model's own precision or that of an attached copy."""
+        if precision is None:
+            return DraftPart(tuple(layers), None, self.unembed)
+        first, head = self._copies[precision]
+        return DraftPart(tuple(first + layer for layer in layers), head, partial(self.unembed_subset, subset=head))
 
     def new_cache(self, num_slots: int, length: int) -> Cache:
         return Cache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
@@ -275,22 +318,22 @@ class NativeModel:
         limits: Seq[int],
         cache: Cache,
         *,
-        exit_layer: int | None = None,
-        subset: HeadSubset | None = None,
+        layers: Seq[int] | None = None,
+        head: HeadSubset | None = None,
         features_NAD: Tensor | None = None,
         token_states_ND: Tensor | None = None,
         min_confidence: float = 0.0,
         num_runner_ups: int | None = None,
     ) -> GreedyDrafts:
-        """Greedy draft steps in one call: through layers 0..exit_layer-1, or through the attached branch.
+        """Greedy draft steps in one call: through some layers, by number, or through the attached branch.
 
         Args:
             ids_N: committed tokens that have not been at the exit, each sequence's last one at the end of its segment.
-                An exit without layers of its own takes that one alone.
+                Anything but a branch with layers of its own takes that one alone.
             limits: most tokens to draft for each segment, at least 1.
             cache: keys and values are written to it, at the rows' positions and up to limit - 1 positions after.
-            exit_layer: None takes the attached branch.
-            subset: with `exit_layer`, draft from these tokens alone; probabilities are then among them.
+            layers: in the order in which they run; None takes the attached branch.
+            head: with `layers`, draft by this head, from its tokens alone; probabilities are then among them.
             features_NAD: features of the token before each row, if the branch wants any.
             token_states_ND: outputs of the model's layer start - 1 at the rows, if the branch begins after a layer and
                 has layers. Those at the last row of a segment are not used: the model has not been there yet.
@@ -298,13 +341,13 @@ class NativeModel:
             num_runner_ups: how many of each step's next best tokens to return, with all probabilities; None: neither.
         """
         branch = self._packed_branch
-        if exit_layer is not None:
+        if layers is not None:
             branch = _native.Branch(
-                start=exit_layer,
+                entry=torch.tensor(layers, dtype=torch.int32),
                 first_layer=self.config.num_hidden_layers,
                 num_layers=0,
-                head=None if subset is None else subset.matrix,
-                vocabulary=None if subset is None else _int32(subset.ids),
+                head=None if head is None else head.matrix,
+                vocabulary=None if head is None else _int32(head.ids),
             )
         assert branch is not None, "no branch is attached"
         size, k = len(limits), max(limits)

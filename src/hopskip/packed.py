@@ -100,6 +100,12 @@ class PackedWeights:
         return self.matrices["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
 
     @property
+    def bytes_per_pass(self) -> int:
+        """Bytes of weights that a full pass of one row reads: all layers and the head."""
+        layers = sum(m.data.nbytes for name, m in self.matrices.items() if name.startswith("model.layers."))
+        return layers + self.head.data.nbytes
+
+    @property
     def kv_dtype(self) -> torch.dtype:
         """float32 where all weights are: halving the cache would then lose more than it gains."""
         is_float = all(matrix.format is Format.F32 for matrix in self.matrices.values())

@@ -11,7 +11,8 @@ import torch
 from hopskip.sampling import Constraint, SamplingParams, TokenCounts
 from hopskip.stats import SpeculativeStats
 
-Origin = Literal["early-exit", "exit-branch", "ngram", "target", "bonus"]
+DraftOrigin = Literal["early-exit", "exit-branch", "layer-skip", "ngram"]
+Origin = DraftOrigin | Literal["target", "bonus"]
 """Who came up with a token: an accepted draft's source; or the target, alone (plain decoding, or a *recovered* token in
 place of a rejected draft), or as the *bonus* after a draft accepted whole."""
 

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from hopskip.sequence import Token
     from hopskip.stats import SpeculativeStats
 
-_STYLES = {"early-exit": "green", "exit-branch": "green", "ngram": "cyan", "target": "", "bonus": "yellow"}
+_STYLES = {
+    "early-exit": "green",
+    "exit-branch": "green",
+    "layer-skip": "green",
+    "ngram": "cyan",
+    "target": "",
+    "bonus": "yellow",
+}
 """A colour for each origin of a token."""
 _NAMES = {"ngram": "n-gram"}
 
@@ -159,7 +166,7 @@ def _legend(tokens: Iterable[Token]) -> Text:
     from rich.text import Text
 
     counts = Counter(token.origin for token in tokens)
-    shown = [origin for origin in _STYLES if counts[origin] or origin != "exit-branch"]  # type: ignore[index]
+    shown = [origin for origin in _STYLES if counts[origin] or origin in ("ngram", "target", "bonus")]  # type: ignore[index]
     parts = [_styled(f"{_NAMES.get(origin, origin)} {counts[origin]}", origin) for origin in shown]  # type: ignore[index]
     return Text(", ").join(parts)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import TypedDict
 
     from hopskip.draft.config import DraftSource, SpeculativeConfig, VerifyMode
+    from hopskip.draft.self_draft import DraftPrecision
     from hopskip.llm import LLM
     from hopskip.load import Backend, DType, KVDType, Quantize
     from hopskip.sampling import SamplingParams
@@ -188,7 +189,8 @@ class DraftOptions:
         typer.Option(
             metavar="SOURCE",
             help="auto (what pays, round by round), exit-branch (a trained exit), early-exit (the model's first "
-            "layers), ngram (text seen before), both, or none; by default what suits the model.",
+            "layers), layer-skip (all its layers but some), ngram (text seen before), both, or none; by default what "
+            "suits the model.",
             rich_help_panel=_DRAFTING,
         ),
     ] = None
@@ -215,6 +217,23 @@ class DraftOptions:
             rich_help_panel=_DRAFTING,
         ),
     ] = None
+    skip_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="Layers that a layer-skip draft leaves out, such as 10+11+14, or none; by default those that a short "
+            "search finds.",
+            rich_help_panel=_DRAFTING,
+        ),
+    ] = None
+    draft_precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Draft with a copy of the model's layers in q8 or q4; it takes memory and never changes the text.",
+            rich_help_panel=_DRAFTING,
+        ),
+    ] = None
     verify: Annotated[
         str | None,
         typer.Option(
@@ -235,7 +254,7 @@ class DraftOptions:
         Raises:
             ConfigError: a value is out of range, or would have no effect.
         """
-        from hopskip.draft.config import SpeculativeConfig
+        from hopskip.draft.config import SpeculativeConfig, layer_list
 
         return SpeculativeConfig(
             draft=cast("DraftSource | None", self.draft),
@@ -243,6 +262,8 @@ class DraftOptions:
             exit_layer=self.exit_layer,
             num_draft_tokens=self.num_draft_tokens,
             num_runner_ups=self.num_runner_ups,
+            skip_layers=None if self.skip_layers is None else layer_list(self.skip_layers),
+            draft_precision=cast("DraftPrecision | None", self.draft_precision),
             verify=cast("VerifyMode | None", self.verify),
             min_confidence=self.min_confidence,
         )

@@ -13,6 +13,7 @@ from hopskip.cli.options import LoadOptions
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hopskip.draft.self_draft import DraftPrecision
     from hopskip.model import Model
     from hopskip.weights import Checkpoint
 
@@ -74,7 +75,7 @@ def load_each(
     """The model in one precision after the other, with the trained exit that ships for it, if any."""
     from hopskip.draft.config import SpeculativeConfig
     from hopskip.llm import find_exit
-    from hopskip.load import load_model
+    from hopskip.load import attach_drafts, load_model
 
     branch = find_exit(checkpoint, SpeculativeConfig())
 
@@ -82,6 +83,16 @@ def load_each(
         chosen = replace(load, quantize=name) if name in ("q8", "q4") else replace(load, dtype=name)
         with loading(load.model, quiet=quiet) as progress:
             model = load_model(checkpoint, progress=progress, **chosen.arguments())
-        if branch is not None:
-            model.attach(branch)
+        attach_drafts(model, checkpoint, branch, _draft_precision(model, checkpoint))
         yield name, model
+
+
+def _draft_precision(model: Model, checkpoint: Checkpoint) -> DraftPrecision | None:
+    """That of a copy to draft with: the lowest, where that is lower than the model's own."""
+    from hopskip.native import NativeModel
+    from hopskip.packed import PackedWeights
+
+    if not isinstance(model, NativeModel):
+        return None
+    gains = PackedWeights.load(checkpoint, "q4").bytes_per_pass < model.weight_bytes
+    return "q4" if gains else None

@@ -11,7 +11,7 @@ from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.controller import LOOKUP, Controller, Drafting
-from hopskip.draft.costs import Timings, source_name
+from hopskip.draft.costs import Exit, Timings, source_name
 from hopskip.draft.exit import ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
 from hopskip.model import Model
@@ -23,7 +23,7 @@ class AutoDrafter(Drafter):
     """Several sources and a controller that chooses among them.
 
     Args:
-        exits: layers to exit after, and the branch that is attached to the model.
+        exits: to draft from.
         timings: of the model with these exits.
         max_draft_tokens, max_runner_ups: of a round and sequence.
         rows_per_sequence: least rows of a verify pass per sequence.
@@ -33,7 +33,7 @@ class AutoDrafter(Drafter):
     def __init__(
         self,
         model: Model,
-        exits: Seq[int | ExitBranch],
+        exits: Seq[Exit],
         timings: Timings,
         *,
         max_draft_tokens: int,

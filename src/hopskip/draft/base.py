@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from hopskip.cache import Cache, Rows
-from hopskip.sequence import Sequence
+from hopskip.sequence import DraftOrigin, Sequence
 from hopskip.trace import Round
 
 
@@ -17,7 +17,7 @@ from hopskip.trace import Round
 class Draft:
     """Tokens proposed to follow one sequence; `Draft()` proposes none."""
 
-    source: Literal["early-exit", "exit-branch", "ngram"] = "ngram"
+    source: DraftOrigin = "ngram"
     token_ids: list[int] = field(default_factory=list)
     probs: list[Tensor] | None = None
     """The distribution each token was drawn from, [V]; None if it was proposed with certainty."""
@@ -27,8 +27,8 @@ class Draft:
     signs: list[int] = field(default_factory=list)
     """What tells how likely each token is to be accepted, as a small number: tokens of one source and sign are counted
     together. Of an exit the token's place in the draft, of a lookup the number of tokens before it that match."""
-    exit_layer: int | None = None
-    """Layers that an early-exit draft has run."""
+    label: str | None = None
+    """Its source as traces and statistics of acceptance call it (`early-exit:8`), where that says more."""
     parents: list[int] | None = None
     """Of a tree of tokens: for each the index of the one that it follows, which comes before it; -1 where that is the
     sequence's last token. Of those that follow the same, each was drawn without those before it. None: a chain."""
@@ -44,10 +44,8 @@ class Draft:
 
     @property
     def name(self) -> str | None:
-        """Its source as traces and statistics of acceptance call it (`early-exit:8`); None without a token."""
-        if not self.token_ids:
-            return None
-        return self.source if self.exit_layer is None else f"{self.source}:{self.exit_layer}"
+        """Its source as traces and statistics of acceptance call it; None without a token."""
+        return (self.label or self.source) if self.token_ids else None
 
     def cut(self, num_tokens: int) -> Draft:
         """Its first tokens."""

@@ -11,16 +11,20 @@ from hopskip.branch import ExitBranch
 from hopskip.config import ModelConfig
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.base import Drafter, FirstOf
-from hopskip.draft.costs import MAX_ROWS, Timings
+from hopskip.draft.costs import MAX_ROWS, Exit, Timings, kept_path
 from hopskip.draft.exit import ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
+from hopskip.draft.self_draft import DraftPrecision, SelfDraft, early_exit, search, without
 from hopskip.errors import ConfigError
 from hopskip.model import Model
 
 _MAX_RUNNER_UPS = 32
 _MOST_RUNNER_UPS_BY_CHOICE = 4
+_USUAL_LENGTH_OF_LAYER_SKIP = 3  # its steps cost more than those of an exit
+_OF_EXITS = ("min_confidence", "num_runner_ups")
+_OF_SELF_DRAFTS = ("skip_layers", "draft_precision")
 
-DraftSource = Literal["auto", "exit-branch", "early-exit", "ngram", "both", "none"]
+DraftSource = Literal["auto", "exit-branch", "early-exit", "layer-skip", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
 
 
@@ -35,9 +39,10 @@ class SpeculativeConfig:
     draft: DraftSource | None = None
     """`auto`: each round takes what pays by measured costs and acceptance: the branch, an early exit, n-gram or
     nothing. `exit-branch`: the trained exit that is attached to the model. `early-exit`: the model's first layers.
-    `ngram`: copy from prompt and output. `both`: n-gram where the text has a match, else the branch if there is one,
-    else early exit. `none`: plain decoding. None: the branch if there is one, else early exit if the checkpoint's
-    makers recommend it, else n-gram."""
+    `layer-skip`: all its layers but some, or all in lower precision. `ngram`: copy from prompt and output. `both`:
+    n-gram where the text has a match, else the branch if there is one, else early exit. `none`: plain decoding. None:
+    `both` if there is a branch, else early exit if the checkpoint's makers recommend it, else n-gram; but `early-exit`
+    or `layer-skip` where an option is given that only this source has."""
     exit_branch: str | Path | None = None
     """Folder of the trained exit. None: the one that ships for the model, if any."""
     exit_layer: int | None = None
@@ -50,6 +55,12 @@ class SpeculativeConfig:
     """Tokens that branch or early exit name beside each draft, to be verified in its places: rows of the verify pass,
     but no draft steps. None: the branch's recommendation, else 0. With draft `auto` the most that it may choose; None:
     4 where a pass computes no more rows than it needs, else 0."""
+    skip_layers: tuple[int, ...] | None = None
+    """Layers that a layer-skip draft leaves out, counted from 0; () is none of them. None: those that a short search
+    finds (`self_draft.search`), once per model and precision. Draft `auto` then has layer-skip as a choice."""
+    draft_precision: DraftPrecision | None = None
+    """A copy of the model in this precision drafts for early exit and layer-skip (native backend). It takes memory and
+    never changes the text. None: the model's own weights. With draft `auto` layer-skip is one of the choices then."""
     verify: VerifyMode | None = None
     """`recompute`: the verify pass runs all layers, at one fixed shape. `reuse`: it continues from the exit-layer
     states and keys/values that the draft left (the paper's). None: `recompute`."""
@@ -58,7 +69,11 @@ class SpeculativeConfig:
     `num_draft_tokens`."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("draft", DraftSource), ("verify", VerifyMode)):
+        for name, choices in (
+            ("draft", DraftSource),
+            ("verify", VerifyMode),
+            ("draft_precision", DraftPrecision),
+        ):
             value = getattr(self, name)
             if value is not None and value not in get_args(choices):
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
@@ -71,20 +86,32 @@ class SpeculativeConfig:
         if not 0 <= self.min_confidence < 1:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be at least 0 and below 1")
         ineffective: dict[str, tuple[str, ...]] = {
-            "none": ("exit_branch", "exit_layer", "num_draft_tokens", "verify", "min_confidence", "num_runner_ups"),
-            "ngram": ("exit_branch", "exit_layer", "min_confidence", "num_runner_ups"),
-            "early-exit": ("exit_branch",),
-            "exit-branch": ("exit_layer",),
+            "none": (*_OF_EXITS, "exit_layer", "exit_branch", "num_draft_tokens", "verify", *_OF_SELF_DRAFTS),
+            "ngram": (*_OF_EXITS, "exit_layer", "exit_branch", *_OF_SELF_DRAFTS),
+            "early-exit": ("exit_branch", "skip_layers"),
+            "layer-skip": ("exit_branch", "exit_layer"),
+            "exit-branch": ("exit_layer", *_OF_SELF_DRAFTS),
+            "both": ("skip_layers",),
         }
         for name in ineffective.get(self.draft or "", ()):
             if getattr(self, name) not in (None, 0.0):
                 raise ConfigError(
                     f"{name}={getattr(self, name)} has no effect with draft {self.draft!r}; leave one out"
                 )
+        if self.skip_layers == () and self.draft_precision is None:
+            raise ConfigError(
+                "skip_layers names no layer, so the draft would take as long as what it drafts for; name some, or give "
+                "a draft_precision"
+            )
 
         if self.verify == "reuse" and self.draft == "auto":
             raise ConfigError(
                 "verify 'reuse' goes on from one early exit; name it with draft 'early-exit', or leave it out"
+            )
+        if self.verify == "reuse" and (self.draft == "layer-skip" or self.skip_layers or self.draft_precision):
+            raise ConfigError(
+                "verify 'reuse' goes on from the first layers in the model's own precision; leave out layer-skip and "
+                "draft_precision"
             )
         if self.verify == "reuse" and self.num_runner_ups:
             raise ConfigError("verify 'reuse' goes on from a chain of drafted tokens; leave num_runner_ups out")
@@ -98,9 +125,10 @@ class SpeculativeConfig:
     @property
     def may_use_branch(self) -> bool:
         """Whether a trained exit could have an effect."""
-        return (
-            self.draft in (None, "auto", "exit-branch", "both") and self.exit_layer is None and self.verify != "reuse"
-        )
+        if self.exit_layer is not None or self.verify == "reuse":
+            return False
+        is_self_draft = self.skip_layers is not None or self.draft_precision is not None
+        return self.draft in ("auto", "exit-branch") or (self.draft in (None, "both") and not is_self_draft)
 
     def resolve(
         self, model: ModelConfig, branch: ExitBranch | None = None, *, row_exact: bool = True
@@ -135,8 +163,14 @@ class SpeculativeConfig:
                     f"exit_layer is {exit_layer}; this model has {model.num_hidden_layers} layers, "
                     f"so it must be between 1 and {model.num_hidden_layers - 1}"
                 )
+        if self.skip_layers is not None and not set(self.skip_layers) < set(range(model.num_hidden_layers)):
+            raise ConfigError(
+                f"skip_layers is {list(self.skip_layers)}; this model has layers 0 to {model.num_hidden_layers - 1}, "
+                "and some must be left"
+            )
         recommended = branch.num_draft_tokens if branch and has_branch else model.recommended_num_draft_tokens
-        longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or 6
+        usual = _USUAL_LENGTH_OF_LAYER_SKIP if draft == "layer-skip" else 6
+        longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or usual
         num_runner_ups = branch.num_runner_ups if branch and has_branch else 0
         if draft == "auto":
             num_runner_ups = _MOST_RUNNER_UPS_BY_CHOICE if row_exact else 0
@@ -152,6 +186,8 @@ class SpeculativeConfig:
     def _default_draft(self, model: ModelConfig, branch: ExitBranch | None) -> DraftSource:
         if self.exit_layer is not None or self.verify == "reuse":
             return "early-exit"
+        if self.skip_layers is not None or self.draft_precision is not None:
+            return "layer-skip"
         if branch is not None:
             return "both"  # lookup where the text repeats itself, the exit elsewhere
         wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
@@ -179,19 +215,56 @@ class SpeculativeConfig:
                 rows_per_sequence=1 if model.row_exact else self.num_draft_tokens + 1 + (self.num_runner_ups or 0),
                 min_confidence=self.min_confidence,
             )
-        exit_at = model.branch if self.exit_layer is None else self.exit_layer
-        assert exit_at is not None
+        exit: Exit | None = model.branch
+        if self.draft == "layer-skip":
+            exit = self._layer_skip(model)
+        elif self.exit_layer is not None:
+            exit = early_exit(self.exit_layer, self.draft_precision)
+        assert exit is not None
         assert self.num_runner_ups is not None
-        drafter = ExitDrafter(model, exit_at, self.min_confidence, self.num_runner_ups)
+        drafter = ExitDrafter(model, exit, self.min_confidence, self.num_runner_ups)
         return FirstOf(NgramDrafter(), drafter) if self.draft == "both" else drafter
 
-    def exits(self, model: Model) -> list[int | ExitBranch]:
+    def exits(self, model: Model) -> list[Exit]:
         """What `auto` may draft from besides lookup: the exit that is asked for, else the branch, else the early exits
-        that may be worth a try."""
+        that may be worth a try; and a layer-skip draft, if one is asked for."""
+        found: list[Exit] = []
+        if self.skip_layers is not None:
+            found.append(self._layer_skip(model))
         if self.exit_layer is not None:
-            return [self.exit_layer]
+            return [*found, early_exit(self.exit_layer, self.draft_precision)]
         if model.branch is not None:
-            return [model.branch]
+            return [*found, model.branch]
         depth = model.config.num_hidden_layers
         first = model.config.recommended_exit_layer or max(1, depth // 4)
-        return [layer for layer in sorted({first, 2 * first}) if 0 < layer < depth]
+        layers = (layer for layer in sorted({first, 2 * first}) if 0 < layer < depth)
+        return [*found, *(early_exit(layer, self.draft_precision) for layer in layers)]
+
+    def _layer_skip(self, model: Model) -> SelfDraft:
+        assert self.skip_layers is not None, "the layers to skip have not been looked for"
+        return without(self.skip_layers, model.config.num_hidden_layers, self.draft_precision)
+
+    def search(self, model: Model, identity: Mapping[str, object] | None = None) -> SpeculativeConfig:
+        """Of a resolved configuration: with the layers to skip, where they are left open. See `self_draft.search`."""
+        wants = self.draft == "layer-skip" or (self.draft == "auto" and self.draft_precision is not None)
+        if not wants or self.skip_layers is not None:
+            return self
+        path = kept_path({**identity, "draft_precision": self.draft_precision}, "skip") if identity else None
+        found = search(model, self.draft_precision, path)
+        if not found.skip_layers and self.draft_precision is None:
+            raise ConfigError(
+                "no layer of this model can be skipped with a gain; give a draft_precision, or choose skip_layers"
+            )
+        return replace(self, skip_layers=found.skip_layers)
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Layers as options name them.
+
+    >>> layer_list("10+11"), layer_list("none")
+    ((10, 11), ())
+    """
+    try:
+        return () if text.strip() == "none" else tuple(sorted({int(part) for part in text.split("+")}))
+    except ValueError:
+        raise ConfigError(f"skip_layers is {text!r}; give layers with + between, such as 10+11, or none") from None

@@ -48,6 +48,8 @@ _PRIOR_WEIGHT = 4.0
 """Draft tokens that what was known before is worth."""
 _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
+_UNKNOWN_LAYER_SKIP = 0.85
+"""The same of a draft by nearly the whole model."""
 _MARGIN = 1.03
 """By which drafts must promise to pay: estimates are no better, and drafting itself takes some time."""
 _FORESIGHT = 32
@@ -569,7 +571,9 @@ class Acceptance:
         known = self._priors.get(source, ())
         if sign < len(known):
             return known[sign]
-        return self.rate((source, sign - 1, sampled)) if sign else _UNKNOWN
+        if sign:
+            return self.rate((source, sign - 1, sampled))
+        return _UNKNOWN_LAYER_SKIP if source.startswith("layer-skip") else _UNKNOWN
 
 
 class RequestAcceptance:

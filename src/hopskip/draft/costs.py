@@ -25,6 +25,7 @@ from hopskip import native
 from hopskip.branch import ExitBranch
 from hopskip.cache import Rows, Segment
 from hopskip.draft.exit import ExitDrafter
+from hopskip.draft.self_draft import SelfDraft, early_exit
 from hopskip.model import Model, run_tapped, torch_beside
 from hopskip.packed import cache_folder
 from hopskip.sampling import SamplingParams
@@ -89,12 +90,18 @@ def interpolated(table: Mapping[int, float], num_rows: int) -> float:
     )
 
 
-def source_name(exit: int | ExitBranch) -> str:
+Exit = int | SelfDraft | ExitBranch
+"""What `ExitDrafter` drafts from."""
+
+
+def source_name(exit: Exit) -> str:
     """What an exit is called in cost tables, traces and statistics of acceptance."""
-    return f"early-exit:{exit}" if isinstance(exit, int) else "exit-branch"
+    if isinstance(exit, ExitBranch):
+        return "exit-branch"
+    return (early_exit(exit) if isinstance(exit, int) else exit).name
 
 
-def measure(model: Model, exits: Seq[int | ExitBranch], seconds: float = _SECONDS) -> Costs:
+def measure(model: Model, exits: Seq[Exit], seconds: float = _SECONDS) -> Costs:
     """Time rounds on a cache of their own: every number of rows in turn, and drafts by every exit.
 
     Each figure is the least of its repeats: whatever else the machine does only adds to it.
@@ -144,12 +151,9 @@ class Timings:
         identity: what distinguishes the model's weights and precision, JSON-ready; None keeps nothing.
     """
 
-    def __init__(
-        self, model: Model, exits: Seq[int | ExitBranch], identity: Mapping[str, object] | None = None
-    ) -> None:
+    def __init__(self, model: Model, exits: Seq[Exit], identity: Mapping[str, object] | None = None) -> None:
         self._model = model
         self._exits = exits
-        folder = cache_folder()
         self._key = {
             "version": VERSION,
             "cpu": cpu_name(),
@@ -157,11 +161,10 @@ class Timings:
             "threads": getattr(model, "threads", torch.get_num_threads()),
             "isa": getattr(model, "isa", f"torch {torch.__version__}"),
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
-            "exits": [exit if isinstance(exit, int) else _describe(exit) for exit in exits],
+            "exits": [_describe(exit) if isinstance(exit, ExitBranch) else source_name(exit) for exit in exits],
             **(identity or {}),
         }
-        digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()
-        self._path = folder / f"{digest[:32]}.costs.json" if folder is not None and identity is not None else None
+        self._path = None if identity is None else kept_path(self._key, "costs")
 
     def get(self) -> Costs:
         """The costs of before, else new ones."""
@@ -204,6 +207,13 @@ class Timings:
         return found if is_whole and all(seconds > 0 for seconds in found.layers.values()) else None
 
 
+def kept_path(key: Mapping[str, object], kind: str) -> Path | None:
+    """The file of the cache folder that keeps what was found for such a key; None if nothing is kept."""
+    folder = cache_folder()
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return None if folder is None else folder / f"{digest[:32]}.{kind}.json"
+
+
 def cpu_name() -> str:
     """The processor's own name for itself."""
     info = Path("/proc/cpuinfo")
@@ -220,7 +230,7 @@ def _describe(branch: ExitBranch) -> list[object]:
 class _Lane:
     """Rounds of one sequence that never gets anywhere: each drafts and verifies at the same positions."""
 
-    def __init__(self, model: Model, exit: int | ExitBranch | None) -> None:
+    def __init__(self, model: Model, exit: Exit | None) -> None:
         self._model = model
         self._drafter = None if exit is None else ExitDrafter(model, exit)
         self._taps = (self._drafter.taps if self._drafter else None) or ()

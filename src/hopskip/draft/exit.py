@@ -1,6 +1,7 @@
-"""Drafting from an exit: the model's own after some layers (LayerSkip, arXiv 2404.16710), or a trained branch.
+"""Drafting from an exit: the model's own after some layers (LayerSkip, arXiv 2404.16710), whichever they are and in
+whatever precision (`SelfDraft`), or a trained branch.
 
-Both are the same loop: states of the latest token, the branch's layers if there are any, final norm, head. A branch has
+All are the same loop: states of the latest token, the branch's layers if there are any, final norm, head. A branch has
 keys and values of its own for every position, in the cache's last layers, made from what the model's passes left
 behind. They are brought up to date when a draft begins: one pass over the tokens that were committed since, the last of
 which yields the first draft token. While drafting on, the branch's own outputs take the place of the model's, so those
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from torch import Tensor
 from hopskip.branch import BranchConfig, ExitBranch, Mixing
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
-from hopskip.model import BranchedModel, GreedyDrafts, Model
+from hopskip.draft.self_draft import SelfDraft, early_exit
+from hopskip.model import BranchedModel, DraftPart, GreedyDrafts, Model, run_by_number
 from hopskip.sampling import adjust_logits, draw, probabilities
-from hopskip.sequence import Sequence
+from hopskip.sequence import DraftOrigin, Sequence
 
 
 class DraftGreedy(Protocol):
@@ -36,7 +38,8 @@ class DraftGreedy(Protocol):
         limits: Seq[int],
         cache: Cache,
         *,
-        exit_layer: int | None,
+        layers: Seq[int] | None,
+        head: Any,
         features_NAD: Tensor | None,
         token_states_ND: Tensor | None,
         min_confidence: float,
@@ -118,24 +121,29 @@ class ExitDrafter(Drafter):
     the text (penalties, a grammar) get none.
 
     Args:
-        exit: the number of layers to exit after, or the trained branch that is attached to the model.
+        exit: the layers to run, or how many of the first ones, or the trained branch that is attached to the model.
         num_runner_ups: how many such others a draft has.
     """
 
     def __init__(
-        self, model: Model, exit: int | ExitBranch, min_confidence: float = 0.0, num_runner_ups: int = 0
+        self, model: Model, exit: int | SelfDraft | ExitBranch, min_confidence: float = 0.0, num_runner_ups: int = 0
     ) -> None:
         self._model = model
         self._min_confidence = min_confidence
         self._num_runner_ups = num_runner_ups
-        self._branch = BranchConfig(start=exit, num_layers=0) if isinstance(exit, int) else exit.config
+        self._self = early_exit(exit) if isinstance(exit, int) else exit if isinstance(exit, SelfDraft) else None
         self._vocabulary: Tensor | None = None
-        self._unembed = model.unembed
         self._mixing: Mixing | None = None
-        if not isinstance(exit, int):
+        if isinstance(exit, ExitBranch):
             branched = cast(BranchedModel, model)  # only such a model has a branch
-            self._vocabulary, self._unembed = exit.vocabulary, branched.unembed_draft
+            self._branch = exit.config
+            self._part = DraftPart(tuple(range(exit.config.start)), None, branched.unembed_draft)
+            self._vocabulary = exit.vocabulary
             self._mixing = Mixing(exit, model.config.rms_norm_eps, branched.dtype, model.device)
+        else:
+            assert self._self is not None
+            self._branch = BranchConfig(start=len(self._self.layers), num_layers=0)
+            self._part = self._self.part_of(model)
         self._feature_columns = [self._branch.taps.index(feature) for feature in self._branch.features]
         self._slots: dict[int, _Slot] = {}
         # without layers of its own a branch has no cache to keep up to date
@@ -158,9 +166,9 @@ class ExitDrafter(Drafter):
         self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache, num_runner_ups: Seq[int] | None = None
     ) -> list[Draft]:
         """As `Drafter.propose`. `num_runner_ups`: of each sequence's draft, in place of the drafter's own number."""
-        source: Literal["early-exit", "exit-branch"] = "early-exit" if self._vocabulary is None else "exit-branch"
-        exit_layer = self._branch.start if source == "early-exit" else None
-        drafts = [Draft(source, probs=None if s.params.is_greedy else [], exit_layer=exit_layer) for s in sequences]
+        source: DraftOrigin = "exit-branch" if self._self is None else self._self.source
+        name = None if self._self is None else self._self.name
+        drafts = [Draft(source, probs=None if s.params.is_greedy else [], label=name) for s in sequences]
         active = [i for i, limit in enumerate(limits) if limit > 0]
         most = num_runner_ups or [self._num_runner_ups] * len(sequences)
         work = [
@@ -190,7 +198,8 @@ class ExitDrafter(Drafter):
             entry.rows,
             [part.limit for part in work],
             cache,
-            exit_layer=self._branch.start if self._vocabulary is None else None,
+            layers=None if self._self is None else self._part.layers,
+            head=self._part.head,
             features_NAD=entry.features_NAD,
             token_states_ND=entry.token_states_ND,
             min_confidence=self._min_confidence,
@@ -213,7 +222,7 @@ class ExitDrafter(Drafter):
         active = list(range(len(sequences)))
         probs: list[list[Tensor]] = [[] for _ in sequences]
         while True:
-            for i, h_D, logits_1n in zip(active, h_ND, torch.split(self._unembed(h_ND), 1), strict=True):
+            for i, h_D, logits_1n in zip(active, h_ND, torch.split(self._part.unembed(h_ND), 1), strict=True):
                 drafts[i].exit_states.append(h_D)
                 probs[i].append(self._choose(sequences[i], drafts[i], logits_1n))
             goes_on = [not drafts[i].is_closed and len(drafts[i].token_ids) < work[i].limit for i in active]
@@ -268,12 +277,11 @@ class ExitDrafter(Drafter):
     def _token_states(self, token_ids: list[int], rows: Rows, known_ND: Tensor | None, cache: Cache) -> Tensor:
         """What enters the branch for each row: embeddings, or outputs of the model's first layers, which are known for
         all but the last row of each segment."""
-        start = self._branch.start
         ids_N = torch.tensor(token_ids, dtype=torch.int32)
-        if not start:
+        if not self._part.layers:
             return self._model.embed(ids_N)
         last = Rows(Segment(s.slot, s.start + s.count - 1, 1) for s in rows.segments)
-        h_BD = self._model.run_layers(self._model.embed(ids_N[_ends(rows)]), 0, start, last, cache)
+        h_BD = run_by_number(self._model, self._model.embed(ids_N[_ends(rows)]), self._part.layers, last, cache)
         if known_ND is None:
             return h_BD
         x_ND = known_ND.clone()

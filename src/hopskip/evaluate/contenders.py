@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.evaluate.hf_reference import load_in_transformers
 from hopskip.llm import find_exit
-from hopskip.load import Backend, DType, KVDType, Quantize, load_model
+from hopskip.load import Backend, DType, KVDType, Quantize, attach_drafts, load_model
 from hopskip.model import Model, Transformer
 from hopskip.sampling import SamplingParams
 from hopskip.weights import open_checkpoint
@@ -119,14 +120,14 @@ class Hopskip(Contender):
             threads=threads,
             kv_dtype=how.kv_dtype,
         )
-        if branch is not None:
-            model.attach(branch)
-        return _HopskipRunner(model, self.speculative)
+        attach_drafts(model, checkpoint, branch, self.speculative.draft_precision)
+        identity = {"weights": checkpoint.fingerprint, **asdict(how)}
+        return _HopskipRunner(model, self.speculative, identity)
 
 
 class _HopskipRunner(Runner):
-    def __init__(self, model: Model, speculative: SpeculativeConfig) -> None:
-        self._engine = Engine(model, speculative, max_num_seqs=1, prefix_caching=False)
+    def __init__(self, model: Model, speculative: SpeculativeConfig, identity: Mapping[str, object]) -> None:
+        self._engine = Engine(model, speculative, max_num_seqs=1, prefix_caching=False, identity=identity)
         self.footprint = Footprint(weight_bytes=weight_bytes(model), kv_bytes_per_position=model.new_cache(1, 1).nbytes)
 
     def generate(self, prompt_ids: list[int], num_tokens: int) -> Measurement:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hopskip.config import ModelConfig
-from hopskip.draft.config import SpeculativeConfig
+from hopskip.draft.config import SpeculativeConfig, layer_list
 from hopskip.errors import ConfigError
 from hopskip.evaluate.contenders import Contender, Hopskip, LlamaCpp, Precision, Transformers
 from hopskip.llm import find_exit
@@ -97,7 +97,7 @@ def parse_setting(
         if not separator or key not in names:
             raise ConfigError(f"setting {text!r} has {pair!r}; give key=value, with keys from {', '.join(names)}")
         try:
-            converted = numbers[key](value) if key in numbers else value.strip()
+            converted = layer_list(value) if key == "skip_layers" else numbers.get(key, str.strip)(value)
         except ValueError:
             raise ConfigError(f"setting {text!r}: {key} is {value!r}; it must be a number") from None
         (loading if hasattr(precision, key) else drafting)[key] = converted

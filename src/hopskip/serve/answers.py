@@ -236,8 +236,11 @@ class _Choice:
         branch = self._llm.model.branch
         if token.origin == "exit-branch":
             return branch.config.start if branch is not None else None
+        speculative = self._llm.engine.speculative
+        if token.origin == "layer-skip":
+            return self._llm.model.config.num_hidden_layers - len(speculative.skip_layers or ())
         job = self._answer.generations[self._index].job
-        return job.exit_layer or self._llm.engine.speculative.exit_layer
+        return job.exit_layer or speculative.exit_layer
 
 
 def event(chunk: dict[str, Any] | str) -> bytes:

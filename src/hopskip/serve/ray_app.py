@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hopskip.draft.config import DraftSource, SpeculativeConfig, VerifyMode
+from hopskip.draft.self_draft import DraftPrecision
 from hopskip.errors import ConfigError
 from hopskip.load import Backend, DType, KVDType, Quantize
 from hopskip.serve.memory import free_memory, parse_size
@@ -63,6 +64,8 @@ class RayOptions(BaseModel):
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     num_runner_ups: int | None = None
+    skip_layers: tuple[int, ...] | None = None
+    draft_precision: DraftPrecision | None = None
     verify: VerifyMode | None = None
     min_confidence: float = 0.0
 
@@ -100,6 +103,8 @@ class RayOptions(BaseModel):
             exit_layer=self.exit_layer,
             num_draft_tokens=self.num_draft_tokens,
             num_runner_ups=self.num_runner_ups,
+            skip_layers=self.skip_layers,
+            draft_precision=self.draft_precision,
             verify=self.verify,
             min_confidence=self.min_confidence,
         )

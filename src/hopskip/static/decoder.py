@@ -309,6 +309,11 @@ def _resolve(speculative: SpeculativeConfig | None, model: Transformer) -> Specu
             f"draft {resolved.draft!r} looks at the text on the host, which static rounds never do; "
             "use draft 'early-exit', 'exit-branch' or 'none'"
         )
+    if resolved.draft_precision is not None:
+        raise ConfigError(
+            f"draft_precision={resolved.draft_precision} is for the native CPU backend, which has no static rounds; "
+            "leave it out"
+        )
     if resolved.verify == "reuse":
         raise ConfigError(
             "verify 'reuse' is not for static rounds, whose verify pass has one fixed shape; leave it out"
