@@ -1,6 +1,5 @@
 // Greedy drafts: a loop of steps in one call. The draft of one sequence is a chain, so its steps cannot share a pass; those of
 // several sequences do.
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -23,23 +22,25 @@ void unit_rms(const float* in, const float* weight, int size, float eps, float* 
 
 // What enters a branch's layers: features + mix . [norm(token state), norm(features)]. `out` may be `features`.
 void Model::mix(const Branch& branch, const float* token_states, const float* features, int count, float* out) {
-    const auto size = static_cast<size_t>(shape_.hidden_size), n = static_cast<size_t>(count);
-    float* both = mixed_.reserve(n * size * 3);
-    float* added = both + n * size * 2;
-    for (size_t row = 0; row < n; ++row) {
-        unit_rms(token_states + row * size, branch.token_norm.data(), shape_.hidden_size, shape_.rms_norm_eps, both + row * size * 2);
-        unit_rms(features + row * size, branch.feature_norm.data(), shape_.hidden_size, shape_.rms_norm_eps, both + row * size * 2 + size);
+    const ptrdiff_t size = shape_.hidden_size;
+    float* both = mixed_.reserve(count * size * 3);
+    float* added = both + count * size * 2;
+    for (int row = 0; row < count; ++row) {
+        float* to = both + row * size * 2;
+        unit_rms(token_states + row * size, branch.token_norm.data(), shape_.hidden_size, shape_.rms_norm_eps, to);
+        unit_rms(features + row * size, branch.feature_norm.data(), shape_.hidden_size, shape_.rms_norm_eps, to + size);
     }
-    linear(*branch.mix, both, count, added);
-    for (size_t i = 0; i < n * size; ++i) out[i] = features[i] + added[i];
+    linear(*branch.mix, nullptr, both, count, added);
+    for (ptrdiff_t i = 0; i < count * size; ++i) out[i] = features[i] + added[i];
 }
 
 void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const DraftInputs& inputs, int k, const int32_t* limits,
                   float min_confidence, const CacheView& cache, const DraftOutputs& outputs) {
-    const auto guard = lock();
-    const auto size = static_cast<size_t>(shape_.hidden_size);
-    const auto vocabulary = static_cast<size_t>(branch.head ? branch.head->rows : shape_.vocab_size);
-    std::vector<int32_t> own_layers(static_cast<size_t>(branch.num_layers));
+    const auto turn = pool_.take_turn();
+    const ptrdiff_t size = shape_.hidden_size;
+    const Matrix& head = branch.head ? *branch.head : head_;
+    const ptrdiff_t vocabulary = head.rows;
+    std::vector<int32_t> own_layers(branch.num_layers);
     std::iota(own_layers.begin(), own_layers.end(), branch.first_layer);
     std::vector<int> last_rows;  // of each sequence
     for (int row = 0; row < rows.count; ++row) {
@@ -47,102 +48,101 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         if (!goes_on) last_rows.push_back(row);
         last_rows.back() = row;
     }
-    const size_t sequences = last_rows.size();
+    const int sequences = static_cast<int>(last_rows.size());
 
-    std::vector<size_t> open;  // sequences that go on
-    std::vector<int32_t> last_ids, slots, positions;
-    const auto begin_step = [&](int step) {
-        last_ids.clear(), slots.clear(), positions.clear();
-        for (size_t i : open) {
-            const int row = last_rows[i];
-            last_ids.push_back(step ? outputs.tokens[i * static_cast<size_t>(k) + static_cast<size_t>(step) - 1] : ids[row]);
+    std::vector<int> open(sequences);  // sequences that go on
+    std::iota(open.begin(), open.end(), 0);
+    std::vector<int32_t> slots, positions;
+    // The states of the open sequences' latest tokens where the branch begins.
+    const auto enter = [&](int step, float* out) {
+        std::vector<int32_t> last_ids;
+        slots.clear();
+        positions.clear();
+        for (int sequence : open) {
+            const int row = last_rows[sequence];
+            last_ids.push_back(step ? outputs.tokens[static_cast<ptrdiff_t>(sequence) * k + step - 1] : ids[row]);
             slots.push_back(rows.slots[row]);
             positions.push_back(rows.positions[row] + step);
         }
-    };
-    // The states of the open sequences' latest tokens where the branch begins.
-    const auto enter = [&](float* out) {
         const int count = static_cast<int>(open.size());
         embed(last_ids.data(), count, out);
         if (!branch.entry.empty()) run_layers(out, out, branch.entry, {count, slots.data(), positions.data()}, cache);
     };
 
-    for (size_t i = 0; i < sequences; ++i) open.push_back(i);
-    begin_step(0);
-    std::vector<float> token_states(static_cast<size_t>(rows.count) * size), hidden(sequences * size), logits;
+    std::vector<float> token_states(rows.count * size), hidden(sequences * size), logits;
     if (branch.num_layers == 0) {
-        enter(hidden.data());
+        enter(0, hidden.data());
     } else {
         if (!branch.entry.empty()) {
             std::copy_n(inputs.token_states, token_states.size(), token_states.data());
-            enter(hidden.data());
-            for (size_t i = 0; i < sequences; ++i) std::copy_n(hidden.data() + i * size, size, token_states.data() + static_cast<size_t>(last_rows[i]) * size);
+            enter(0, hidden.data());
+            for (int i = 0; i < sequences; ++i) std::copy_n(&hidden[i * size], size, &token_states[last_rows[i] * size]);
         } else {
             embed(ids, rows.count, token_states.data());
         }
         if (branch.fuse) {
-            const size_t width = static_cast<size_t>(branch.num_features) * size;
-            std::vector<float> normed(static_cast<size_t>(rows.count) * width), fused(token_states.size());
-            for (size_t i = 0; i < normed.size(); i += size) unit_rms(inputs.features + i, nullptr, shape_.hidden_size, shape_.rms_norm_eps, normed.data() + i);
-            linear(*branch.fuse, normed.data(), rows.count, fused.data());
+            std::vector<float> normed(rows.count * branch.num_features * size), fused(token_states.size());
+            for (ptrdiff_t i = 0; i < std::ssize(normed); i += size)
+                unit_rms(inputs.features + i, nullptr, shape_.hidden_size, shape_.rms_norm_eps, &normed[i]);
+            linear(*branch.fuse, nullptr, normed.data(), rows.count, fused.data());
             mix(branch, token_states.data(), fused.data(), rows.count, token_states.data());
         }
         run_layers(token_states.data(), token_states.data(), own_layers, rows, cache);
-        for (size_t i = 0; i < sequences; ++i) std::copy_n(token_states.data() + static_cast<size_t>(last_rows[i]) * size, size, hidden.data() + i * size);
+        for (int i = 0; i < sequences; ++i) std::copy_n(&token_states[last_rows[i] * size], size, &hidden[i * size]);
     }
 
     std::vector<int32_t> best(sequences);
-    std::fill(outputs.counts, outputs.counts + sequences, 0);
+    std::fill_n(outputs.counts, sequences, 0);
     const bool wants_logits = min_confidence > 0 || outputs.probabilities;
-    const auto width = static_cast<size_t>(outputs.num_runner_ups) + 1;
+    const int runner_ups = outputs.num_runner_ups;
+    const auto best_of = [&](const float* row) { return static_cast<int32_t>(std::max_element(row, row + vocabulary) - row); };
     const auto token_of = [&](int32_t row) { return branch.vocabulary ? branch.vocabulary[row] : row; };
     for (int step = 0;; ++step) {
         const int count = static_cast<int>(open.size());
         if (wants_logits) {
-            logits.resize(vocabulary * open.size());
-            this->logits(hidden.data(), count, branch.head, logits.data());
-            for (size_t i = 0; i < open.size(); ++i) {
-                const float* row = logits.data() + vocabulary * i;
-                best[i] = static_cast<int32_t>(std::max_element(row, row + vocabulary) - row);
-            }
+            logits.resize(vocabulary * count);
+            this->logits(hidden.data(), count, head, logits.data());
+            for (int i = 0; i < count; ++i) best[i] = best_of(logits.data() + vocabulary * i);
         } else {
-            greedy(hidden.data(), count, branch.head, best.data());
+            greedy(hidden.data(), count, head, best.data());
         }
-        std::vector<size_t> still_open;
-        for (size_t i = 0; i < open.size(); ++i) {
-            const size_t sequence = open[i], place = sequence * static_cast<size_t>(k) + static_cast<size_t>(step);
+        std::vector<int> still_open;
+        for (int i = 0; i < count; ++i) {
+            const int sequence = open[i];
+            const ptrdiff_t place = static_cast<ptrdiff_t>(sequence) * k + step;
             outputs.tokens[place] = token_of(best[i]);
             outputs.counts[sequence] = step + 1;
-            std::copy_n(hidden.data() + size * i, size, outputs.states + size * place);
-            float* row = logits.data() + vocabulary * i;
-            const float largest = wants_logits ? row[best[i]] : 0;
-            const float probability = wants_logits ? 1.0f / kernels_.sum_exp(row, vocabulary, largest) : 1;
-            const bool is_sure = probability >= min_confidence;
-            for (size_t next = 0; outputs.probabilities && next < width; ++next) {
-                const auto other = next ? std::max_element(row, row + vocabulary) - row : best[i];
-                outputs.probabilities[width * place + next] = probability * std::exp(row[other] - largest);
-                if (next) outputs.runner_ups[(width - 1) * place + next - 1] = token_of(static_cast<int32_t>(other));
-                row[other] = -std::numeric_limits<float>::infinity();
+            std::copy_n(&hidden[i * size], size, outputs.states + size * place);
+            float probability = 1;
+            if (wants_logits) {
+                float* row = logits.data() + vocabulary * i;
+                const float largest = row[best[i]];
+                probability = 1.0f / kernels_.sum_exp(row, vocabulary, largest);
+                for (int next = 0; outputs.probabilities && next <= runner_ups; ++next) {
+                    const int32_t token = next ? best_of(row) : best[i];
+                    outputs.probabilities[(runner_ups + 1) * place + next] = probability * std::exp(row[token] - largest);
+                    if (next) outputs.runner_ups[runner_ups * place + next - 1] = token_of(token);
+                    row[token] = -std::numeric_limits<float>::infinity();
+                }
             }
-            if (is_sure && step + 1 < std::min(k, limits[sequence])) {
+            if (probability >= min_confidence && step + 1 < std::min(k, limits[sequence])) {
                 // moves to the front, where the next step looks for it
-                std::copy_n(hidden.data() + size * i, size, hidden.data() + size * still_open.size());
+                std::copy_n(&hidden[i * size], size, hidden.data() + size * std::ssize(still_open));
                 still_open.push_back(sequence);
             }
         }
         open = std::move(still_open);
         if (open.empty()) return;
-        begin_step(step + 1);
-        const RowsView next{static_cast<int>(open.size()), slots.data(), positions.data()};
         if (branch.num_layers == 0) {
-            enter(hidden.data());
+            enter(step + 1, hidden.data());
             continue;
         }
-        enter(token_states.data());
+        enter(step + 1, token_states.data());
+        const RowsView next{static_cast<int>(open.size()), slots.data(), positions.data()};
         if (branch.mix)
             mix(branch, token_states.data(), hidden.data(), next.count, hidden.data());
         else
-            std::copy_n(token_states.data(), open.size() * size, hidden.data());
+            std::copy_n(token_states.data(), next.count * size, hidden.data());
         run_layers(hidden.data(), hidden.data(), own_layers, next, cache);
     }
 }

@@ -1,12 +1,62 @@
+// Plain vector extensions of GCC and Clang: 4 lanes, which SSE2 and NEON both have. Also the description of what every
+// isa_*.cpp provides.
 #include "kernels.h"
-
-#include <cstring>
-#include <type_traits>
 
 namespace hopskip {
 namespace {  // internal linkage: no function compiled for this instruction set can be picked for another's
+
 constexpr const char* NAME = "portable";
-#include "simd_portable.h"
+constexpr int LANES = 4;
+constexpr bool MULTIPLIES_BF16 = false;  // has dot_bf16
+constexpr int MAX_FLOAT_ROWS = 3;        // rows of x that multiply a strip while it is in registers
+constexpr int MAX_INT_ROWS = 4;
+constexpr int MAX_QUERIES = 1;  // that share keys and values in registers
+typedef float V __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+
+inline void pin(V&) {}  // holds a sum in its register
+inline void pin(I&) {}
+
+inline V splat(float x) { return V{x, x, x, x}; }
+inline V fma(V a, V b, V c) { return a * b + c; }  // rounded twice: SSE2 has no fused one
+inline V max(V a, V b) { return a > b ? a : b; }
+inline V min(V a, V b) { return a < b ? a : b; }
+inline V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
+inline V round_even(V x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // |x| < 2^22
+inline I to_int(V x) { return __builtin_convertvector(round_even(x), I); }
+inline V lane_indices() { return V{0, 1, 2, 3}; }
+template <class Fold>
+inline float reduce(V x, const Fold& fold) {  // upper half of the lanes onto the lower, until one is left
+    return fold(fold(x[0], x[2]), fold(x[1], x[3]));
+}
+inline I load_words(const uint16_t* p) { return I{p[0], p[1], p[2], p[3]}; }
+#include "simd.inl"
+
+// Lane i is the sum of the lanes of x[i].
+inline V sums(const V x[LANES]) { return V{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])}; }
+inline V load_f16(const uint16_t* p) {  // finite values only
+    const U h = {p[0], p[1], p[2], p[3]};
+    const V magnitude = bits<V>((h & 0x7fff) << 13) * splat(0x1p112f);
+    return bits<V>(bits<U>(magnitude) | (h & 0x8000) << 16);
+}
+inline V load_int8(const int8_t* p) { return to_float(I{p[0], p[1], p[2], p[3]}); }
+inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }  // the upper column of a unit of two
+inline void store_bytes(int8_t* p, I x) {
+    for (int i = 0; i < LANES; ++i) p[i] = static_cast<int8_t>(x[i]);
+}
+
+// The magnitude that counts for the scale of int8 activations.
+inline V magnitude(V x) { return absolute(x); }
+// sum + the dot products of four bytes, unsigned w and signed x, per lane. A product fits 16 bits, and so do two of nibbles.
+typedef int16_t W __attribute__((vector_size(16)));
+typedef uint16_t UW __attribute__((vector_size(16)));
+inline W even_products(I w, I x) { return (bits<W>(w) & 255) * (bits<W>(bits<UW>(x) << 8) >> 8); }
+inline W odd_products(I w, I x) { return bits<W>(bits<UW>(w) >> 8) * (bits<W>(x) >> 8); }
+inline I sum_pairs(W words) { return (bits<I>(bits<U>(words) << 16) >> 16) + (bits<I>(words) >> 16); }
+inline I dot_bytes(I sum, I w, I x) { return sum + sum_pairs(even_products(w, x)) + sum_pairs(odd_products(w, x)); }
+inline I dot_nibbles(I sum, I w, I x) { return bits<I>(bits<W>(sum) + even_products(w, x) + odd_products(w, x)); }
+inline I finish_nibbles(I sum) { return sum_pairs(bits<W>(sum)); }
+
 #include "multiply.inl"
 #include "rows.inl"
 }  // namespace

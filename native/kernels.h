@@ -27,12 +27,12 @@ struct Matrix {
     Format format;
     int rows, cols;       // as in the model, unpadded
     int strips, blocks;   // padded: rows <= strips * 16, cols <= blocks * 32
-    size_t strip_bytes;
+    ptrdiff_t strip_bytes;
 
-    const uint8_t* strip(int index) const { return data + strip_bytes * static_cast<size_t>(index); }
+    const uint8_t* strip(int index) const { return data + strip_bytes * index; }
 };
 
-constexpr size_t UNIT_BYTES = TILE * 4, HEAD_BYTES = TILE * 4;
+constexpr int UNIT_BYTES = TILE * 4, HEAD_BYTES = TILE * 4;
 
 constexpr int units_of_block(Format format) {
     return format == Format::f32 ? 32 : format == Format::bf16 ? 16 : format == Format::q8 ? 8 : 4;
@@ -41,14 +41,13 @@ constexpr int units_of_block(Format format) {
 constexpr int blocks_of_head(Format format) { return format == Format::q8 ? 2 : format == Format::q4 ? 1 : 0; }
 
 // Bytes from the start of a strip to a block's head, and to its units; q8 and q4.
-constexpr size_t head_offset(Format format, int block) {
+constexpr ptrdiff_t head_offset(Format format, int block) {
     const int blocks = blocks_of_head(format);
-    return static_cast<size_t>(block / blocks) * (HEAD_BYTES + static_cast<size_t>(blocks * units_of_block(format)) * UNIT_BYTES);
+    return static_cast<ptrdiff_t>(block / blocks) * (HEAD_BYTES + blocks * units_of_block(format) * UNIT_BYTES);
 }
 
-constexpr size_t units_offset(Format format, int block) {
-    const int in_head = block % blocks_of_head(format);
-    return head_offset(format, block) + HEAD_BYTES + static_cast<size_t>(in_head * units_of_block(format)) * UNIT_BYTES;
+constexpr ptrdiff_t units_offset(Format format, int block) {
+    return head_offset(format, block) + HEAD_BYTES + block % blocks_of_head(format) * units_of_block(format) * UNIT_BYTES;
 }
 
 // Rows of input, in each of the forms that some weight format multiplies with. Columns beyond the model's are zero.
@@ -60,9 +59,18 @@ struct Activations {
     int32_t* starts;     // [rows][blocks] -128 * (sum of q8's integers): q8 weights are stored as w + 128, sums start from this
     float* scaled_sums;  // [rows][blocks] of q8's integers, times the scale
     int blocks;
+
+    ptrdiff_t block(int row) const { return static_cast<ptrdiff_t>(row) * blocks; }  // number of a row's first one
 };
 
 enum class CacheType : int { f32, bf16, int8 };
+
+constexpr int element_size(CacheType type) { return type == CacheType::f32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
+
+struct CacheVectors {  // keys or values
+    void* data;
+    float* scales;  // one per vector, int8 only
+};
 
 // One chunk of positions begin..end-1 of one key/value head, for the queries of all rows that share it. What lies at a position
 // from `tail` on depends on the row: there its branch of a tree of tokens has parted from the others.
@@ -75,12 +83,8 @@ struct ChunkTask {
     int tail;                 // INT_MAX: the rows are no tree
     const int* places;        // [rows][places_per_row] where the keys and values of positions tail, tail + 1, .. lie
     int places_per_row;
-    const void* keys;         // [places][head_dim], from place 0; before the tail a position is its own place
-    const void* values;
-    const float* key_scales;  // [places], int8 only
-    const float* value_scales;
+    CacheVectors keys, values;  // [places][head_dim], from place 0; before the tail a position is its own place
     CacheType type;
-    int element_size;         // bytes
     int head_dim, padded_head_dim;
     int begin, end;           // begin is a multiple of CHUNK, end <= begin + CHUNK
 };

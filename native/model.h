@@ -2,11 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <mutex>
 #include <initializer_list>
-#include <new>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -19,25 +16,18 @@ namespace hopskip {
 template <class T>
 class Buffer {
 public:
-    Buffer() = default;
-    Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
-    ~Buffer() { std::free(data_); }
-    T* reserve(size_t size) {
-        if (size > size_) {
-            std::free(data_);
-            const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
-            data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-            size_ = data_ ? size : 0;
-            if (!data_) throw std::bad_alloc();
-            std::memset(static_cast<void*>(data_), 0, bytes);
-        }
-        return data_;
+    T* reserve(ptrdiff_t size) {
+        const size_t lines = (size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+        if (lines > lines_.size()) lines_ = std::vector<Line>(lines);
+        return get();
     }
-    T* get() const { return data_; }
+    T* get() { return reinterpret_cast<T*>(lines_.data()); }
 
 private:
-    T* data_ = nullptr;
-    size_t size_ = 0;
+    struct alignas(64) Line {
+        T values[64 / sizeof(T)];
+    };
+    std::vector<Line> lines_;
 };
 
 constexpr int MAX_BLOCK_ROWS = 8;  // rows of a sequence that share one reading of its keys and values
@@ -45,12 +35,22 @@ constexpr int MAX_HEAD_DIM = 512;
 constexpr int MAX_TREE_ROWS = 64;
 
 inline int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
-inline size_t padded(int cols) { return static_cast<size_t>(blocks_of(cols)) * BLOCK; }
+inline ptrdiff_t padded(int cols) { return static_cast<ptrdiff_t>(blocks_of(cols)) * BLOCK; }
+
+inline void copy_rows(const float* from, ptrdiff_t from_stride, int count, int size, float* to, ptrdiff_t to_stride) {
+    for (int row = 0; row < count; ++row) std::copy_n(from + row * from_stride, size, to + row * to_stride);
+}
 
 struct Shape {
     int hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
     float rms_norm_eps;
     int sliding_window;  // 0: none
+
+    int group() const { return num_heads / num_kv_heads; }
+    int queries_size() const { return num_heads * head_dim; }
+    int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+    // The first position that a row sees.
+    int first_seen_from(int position) const { return sliding_window ? std::max(0, position - sliding_window + 1) : 0; }
 };
 
 struct Layer {
@@ -63,15 +63,16 @@ struct Layer {
 
 // Keys and values [layers, slots, kv heads, positions, head_dim]; int8 ones have a scale per [.., positions].
 struct CacheView {
-    void *k, *v;
-    float *k_scales, *v_scales;
+    CacheVectors k, v;
     CacheType type;
-    int layers, slots, kv_heads, length;
+    int layers, slots, kv_heads, length, head_dim;
 
-    int element_size() const { return type == CacheType::f32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
-    size_t position(int layer, int slot, int kv_head, int position) const {  // counted over the whole cache
-        const size_t head = (static_cast<size_t>(layer) * static_cast<size_t>(slots) + static_cast<size_t>(slot)) * static_cast<size_t>(kv_heads);
-        return (head + static_cast<size_t>(kv_head)) * static_cast<size_t>(length) + static_cast<size_t>(position);
+    int vector_bytes() const { return head_dim * element_size(type); }
+    ptrdiff_t place_of(int layer, int slot, int kv_head, int place) const {  // counted over the whole cache
+        return ((static_cast<ptrdiff_t>(layer) * slots + slot) * kv_heads + kv_head) * length + place;
+    }
+    CacheVectors from(const CacheVectors& all, ptrdiff_t place) const {
+        return {static_cast<char*>(all.data) + place * vector_bytes(), all.scales ? all.scales + place : nullptr};
     }
 };
 
@@ -95,9 +96,9 @@ struct Taps {
 struct Branch {
     std::vector<int32_t> entry;
     int first_layer, num_layers;
-    const Matrix* head;         // null: the model's own
-    const int32_t* vocabulary;  // tokens that the head's rows stand for; null: all, in order
-    const Matrix *fuse, *mix;   // null: without features; see `Mixing` in branch.py
+    std::optional<Matrix> head;       // none: the model's own
+    const int32_t* vocabulary;        // tokens that the head's rows stand for; null: all, in order
+    std::optional<Matrix> fuse, mix;  // none: without features; see `Mixing` in branch.py
     int num_features;
     std::vector<float> token_norm, feature_norm;
 };
@@ -121,7 +122,6 @@ struct DraftOutputs {
 class Model {
 public:
     Model(const Shape& shape, const Kernels& kernels, int threads);
-    ~Model();
 
     void add_layer(Layer layer) {
         num_cache_layers_ = std::max(num_cache_layers_, layer.cache_layer + 1);
@@ -132,6 +132,7 @@ public:
     void set_rope(const float* cos, const float* sin, int length);
 
     const Shape& shape() const { return shape_; }
+    const Matrix& head() const { return head_; }
     int num_layers() const { return static_cast<int>(layers_.size()); }
     int num_cache_layers() const { return num_cache_layers_; }
     int rope_length() const { return rope_length_; }
@@ -142,10 +143,10 @@ public:
     void embed(const int32_t* ids, int count, float* out) const;
     // The layers in the order given.
     void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache, Taps taps = {});
-    // Logits [count, head rows] of hidden states, through the final norm; with head null, the model's own.
-    void logits(const float* in, int count, const Matrix* head, float* out);
+    // Logits [count, head rows] of hidden states, through the final norm.
+    void logits(const float* in, int count, const Matrix& head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
-    void greedy(const float* in, int count, const Matrix* head, int32_t* out);
+    void greedy(const float* in, int count, const Matrix& head, int32_t* out);
     // Up to k greedy draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a
     // branch has yet to see. limits [sequences]: fewer than k steps, if any. A sequence stops after its first token less
     // probable than min_confidence.
@@ -153,6 +154,11 @@ public:
                float min_confidence, const CacheView& cache, const DraftOutputs& outputs);
 
 private:
+    struct Best {
+        float value;
+        int32_t id;
+        bool operator<(const Best& other) const { return value < other.value || (value == other.value && id > other.id); }
+    };
     struct Worker {  // what each thread has for itself
         Buffer<float> f32, products, scratch, partials;
         Buffer<uint16_t> bf16;
@@ -160,8 +166,7 @@ private:
         Buffer<float> scales, scaled_sums;
         Buffer<int32_t> starts;
         std::vector<int> range;  // first and last position of each query
-        std::vector<float> best;
-        std::vector<int32_t> best_ids;
+        std::vector<Best> best;  // of each row
     };
     struct Block {  // rows of one sequence that attend together
         int row, count;
@@ -186,34 +191,32 @@ private:
     void find_places(Pass& pass);
     void run_layer(Team& team, int index, const Pass& pass);
     void rotate_and_store(int item, int index, const Pass& pass);
+    float* queries_of(int row, int kv_head, const Pass& pass);
     void attend(int item, int index, Worker& worker, const Pass& pass);
     void attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass, float* partials);
+    void write_head(const float* state, int head, float* row) const;
     void merge_attention(int row, const Pass& pass, Worker& worker, float* out);
     template <class MakeRow, class Use>
     void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items, const Use& use);
     template <class MakeRow, class Use>
     void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use);
     template <class Use>
-    void apply_head(const float* in, int count, const Matrix& head, const Use& use);
-    void linear(const Matrix& matrix, const float* in, int count, float* out);
+    void apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use);
+    void linear(const Matrix& matrix, const float* norm, const float* in, int count, float* out);
     void mix(const Branch& branch, const float* token_states, const float* features, int count, float* out);
     void reserve(int rows);
-    std::unique_lock<std::recursive_mutex> lock();
 
     Shape shape_;
     const Kernels& kernels_;
     Pool pool_;
-    std::recursive_mutex* turn_;
-    long process_;
     std::vector<Layer> layers_;
     int num_cache_layers_ = 0;
-    int widest_ = 0;  // padded columns of the widest input
+    ptrdiff_t widest_;  // padded columns of the widest input
     Matrix embedding_{}, head_{};
     std::vector<float> norm_, cos_, sin_;
     int rope_length_ = 0;
     std::vector<Worker> workers_;  // the last one is shared: inputs of many rows, prepared once for all threads
-    Buffer<float> mixed_;
-    Buffer<float> hidden_, qkv_, queries_, attention_, activation_, partials_;
+    Buffer<float> hidden_, qkv_, queries_, attention_, activation_, partials_, mixed_;
 };
 
 }  // namespace hopskip

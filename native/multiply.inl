@@ -3,19 +3,15 @@
 // A strip is read once and serves R rows from registers; more rows go in groups over the same strip, which then sits in
 // the first-level cache. Each (row, output) has its own accumulator: that is all there is to bit-identical rows.
 
-#define UNROLL _Pragma("GCC unroll 16")  // sums[..] then become registers
+#define UNROLL_FOR _Pragma("GCC unroll 16") for  // sums[..] then become registers
 
 constexpr int PARTS = TILE / LANES;      // registers per 16 lanes
 constexpr int WEIGHTS_AHEAD = 8 * 1024;  // bytes to prefetch: hardware prefetchers stop at each page
 
-static inline I splat_unit(const void* p) {  // a 32-bit unit of one row of x, in every lane
-    int32_t unit;
-    __builtin_memcpy(&unit, p, sizeof unit);
-    return splat_int(unit);
-}
+inline I splat_unit(const void* p) { return splat_int(load_as<uint32_t>(p)); }  // a unit of one row of x, in every lane
 
 // load_units that the compiler cannot merge with an earlier load of the same units.
-static inline I load_units_again(const uint8_t* p) {
+inline I load_units_again(const uint8_t* p) {
     asm volatile("" : "+r"(p));
     return load_units(p);
 }
@@ -29,13 +25,12 @@ struct FloatProduct {
     static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
         constexpr int COLUMNS = FORMAT == Format::f32 ? 1 : 2;  // of a unit
         constexpr bool IN_BF16 = FORMAT == Format::bf16 && MULTIPLIES_BF16;
-        const size_t stride = static_cast<size_t>(x.blocks) * BLOCK;
         const float* rows[R];
         const uint16_t* bf16_rows[R];
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-            rows[r] = x.f32 + stride * static_cast<size_t>(first_row + r);
-            bf16_rows[r] = x.bf16 + stride * static_cast<size_t>(first_row + r);
+        UNROLL_FOR (int r = 0; r < R; ++r) {
+            const ptrdiff_t start = BLOCK * x.block(first_row + r);
+            rows[r] = x.f32 + start;
+            bf16_rows[r] = x.bf16 + start;
         }
         V sum[R][PARTS] = {};
         const uint8_t* unit = m.strip(strip);
@@ -43,42 +38,31 @@ struct FloatProduct {
             prefetch_to_l2(unit + WEIGHTS_AHEAD);
             V w[PARTS];
             if constexpr (IN_BF16) {
-                UNROLL
-                for (int p = 0; p < PARTS; ++p) w[p] = as_float(load_units(unit + p * LANES * 4));
-                UNROLL
-                for (int r = 0; r < R; ++r) {
-                    V pair = as_float(splat_unit(bf16_rows[r] + c));
-                    UNROLL
-                    for (int p = 0; p < PARTS; ++p) sum[r][p] = dot_bf16(sum[r][p], w[p], pair);
+                UNROLL_FOR (int p = 0; p < PARTS; ++p) w[p] = bits<V>(load_units(unit + p * LANES * 4));
+                UNROLL_FOR (int r = 0; r < R; ++r) {
+                    V pair = bits<V>(splat_unit(bf16_rows[r] + c));
+                    UNROLL_FOR (int p = 0; p < PARTS; ++p) sum[r][p] = dot_bf16(sum[r][p], w[p], pair);
                 }
                 continue;
             }
-            UNROLL
-            for (int p = 0; p < PARTS; ++p) {
-                I bits = load_units(unit + p * LANES * 4);
-                w[p] = FORMAT == Format::f32 ? as_float(bits) : even_bf16(bits);
+            UNROLL_FOR (int p = 0; p < PARTS; ++p) {
+                const I columns = load_units(unit + p * LANES * 4);
+                w[p] = FORMAT == Format::f32 ? bits<V>(columns) : even_bf16(columns);
             }
-            UNROLL
-            for (int r = 0; r < R; ++r) {
+            UNROLL_FOR (int r = 0; r < R; ++r) {
                 V column = splat(rows[r][c]);
-                UNROLL
-                for (int p = 0; p < PARTS; ++p) sum[r][p] = fma(w[p], column, sum[r][p]);
+                UNROLL_FOR (int p = 0; p < PARTS; ++p) sum[r][p] = fma(w[p], column, sum[r][p]);
             }
             if (FORMAT == Format::f32) continue;
             // Read again, not kept: with the sums of six rows there is no register left for them.
-            UNROLL
-            for (int p = 0; p < PARTS; ++p) w[p] = odd_bf16(load_units_again(unit + p * LANES * 4));
-            UNROLL
-            for (int r = 0; r < R; ++r) {
+            UNROLL_FOR (int p = 0; p < PARTS; ++p) w[p] = odd_bf16(load_units_again(unit + p * LANES * 4));
+            UNROLL_FOR (int r = 0; r < R; ++r) {
                 V column = splat(rows[r][c + 1]);
-                UNROLL
-                for (int p = 0; p < PARTS; ++p) sum[r][p] = fma(w[p], column, sum[r][p]);
+                UNROLL_FOR (int p = 0; p < PARTS; ++p) sum[r][p] = fma(w[p], column, sum[r][p]);
             }
         }
-        UNROLL
-        for (int r = 0; r < R; ++r)
-            UNROLL
-            for (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[r][p]);
+        UNROLL_FOR (int r = 0; r < R; ++r)
+            UNROLL_FOR (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[r][p]);
     }
 };
 
@@ -89,18 +73,16 @@ struct IntProduct {
 
     template <int R>
     static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
-        const size_t blocks = static_cast<size_t>(x.blocks);
         const int8_t* rows[R];
         const float* x_scales[R];
         const int32_t* x_starts[R];
         const float* x_scaled_sums[R];
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-            const size_t row = static_cast<size_t>(first_row + r);
-            rows[r] = x.q8 + blocks * BLOCK * row;
-            x_scales[r] = x.scales + blocks * row;
-            x_starts[r] = x.starts + blocks * row;
-            x_scaled_sums[r] = x.scaled_sums + blocks * row;
+        UNROLL_FOR (int r = 0; r < R; ++r) {
+            const ptrdiff_t start = x.block(first_row + r);
+            rows[r] = x.q8 + BLOCK * start;
+            x_scales[r] = x.scales + start;
+            x_starts[r] = x.starts + start;
+            x_scaled_sums[r] = x.scaled_sums + start;
         }
         V sum[PARTS][R] = {};
         constexpr int UNITS = units_of_block(FORMAT);
@@ -110,48 +92,43 @@ struct IntProduct {
             const uint8_t* units = m.strip(strip) + units_offset(FORMAT, b);
             const auto* first = b % blocks_of_head(FORMAT) ? units : units - HEAD_BYTES;  // every line, or the rest is in vain
             for (const uint8_t* p = first; p < units + UNITS * UNIT_BYTES; p += 64) prefetch_to_l2(p + WEIGHTS_AHEAD);
-            UNROLL
-            for (int p = 0; p < PARTS; ++p) {
+            UNROLL_FOR (int p = 0; p < PARTS; ++p) {
                 const auto unit = [&](int u) { return load_units(units + (u * PARTS + p) * LANES * 4); };
                 const auto column = [&](int r, int c) { return splat_unit(rows[r] + b * BLOCK + c); };
                 const V scale = load_f16(scales + p * LANES);
                 if constexpr (FORMAT == Format::q8) {
                     I dot[R];
-                    UNROLL
-                    for (int r = 0; r < R; ++r) dot[r] = splat_unit(x_starts[r] + b);
+                    UNROLL_FOR (int r = 0; r < R; ++r) dot[r] = splat_unit(x_starts[r] + b);
                     for (int u = 0; u < UNITS; ++u) {
                         const I w = unit(u);
-                        UNROLL
-                        for (int r = 0; r < R; ++r) pin(dot[r] = dot_bytes(dot[r], w, column(r, u * 4)));
+                        UNROLL_FOR (int r = 0; r < R; ++r) pin(dot[r] = dot_bytes(dot[r], w, column(r, u * 4)));
                     }
-                    UNROLL
-                    for (int r = 0; r < R; ++r)
-                        sum[p][r] = fma(to_float(dot[r]), mul(scale, splat(x_scales[r][b])), sum[p][r]);
+                    UNROLL_FOR (int r = 0; r < R; ++r)
+                        sum[p][r] = fma(to_float(dot[r]), scale * x_scales[r][b], sum[p][r]);
                 } else {
                     I dot[R] = {};
                     for (int u = 0; u < UNITS; ++u) {
                         const I w = unit(u), low = low_nibbles(w), high = high_nibbles(w);
-                        UNROLL
-                        for (int r = 0; r < R; ++r) pin(dot[r] = dot_nibbles(dot_nibbles(dot[r], low, column(r, u * 4)), high, column(r, u * 4 + 16)));
+                        UNROLL_FOR (int r = 0; r < R; ++r) {
+                            dot[r] = dot_nibbles(dot[r], low, column(r, u * 4));
+                            pin(dot[r] = dot_nibbles(dot[r], high, column(r, u * 4 + 16)));
+                        }
                     }
                     const V minimum = load_f16(minima + p * LANES);
-                    UNROLL
-                    for (int r = 0; r < R; ++r) {  // w = scale * nibble + minimum: the minimum multiplies the sum of x
-                        V x_sum = splat(x_scaled_sums[r][b]);
-                        sum[p][r] = fma(to_float(finish_nibbles(dot[r])), mul(scale, splat(x_scales[r][b])), fma(minimum, x_sum, sum[p][r]));
+                    UNROLL_FOR (int r = 0; r < R; ++r) {  // w = scale * nibble + minimum: the minimum multiplies the sum of x
+                        const V with_minimum = fma(minimum, splat(x_scaled_sums[r][b]), sum[p][r]);
+                        sum[p][r] = fma(to_float(finish_nibbles(dot[r])), scale * x_scales[r][b], with_minimum);
                     }
                 }
             }
         }
-        UNROLL
-        for (int r = 0; r < R; ++r)
-            UNROLL
-            for (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[p][r]);
+        UNROLL_FOR (int r = 0; r < R; ++r)
+            UNROLL_FOR (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[p][r]);
     }
 };
 
 template <class Product, int R>
-static void run_rows(int rows, const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
+void run_rows(int rows, const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
     if (rows == R) {
         Product::template run<R>(m, strip, x, first_row, out);
     } else if constexpr (R > 1) {
@@ -160,7 +137,7 @@ static void run_rows(int rows, const Matrix& m, int strip, const Activations& x,
 }
 
 template <class Product>
-static void multiply_as(const Matrix& m, int strip, const Activations& x, int rows, float* out) {
+void multiply_as(const Matrix& m, int strip, const Activations& x, int rows, float* out) {
     const int groups = (rows + Product::MAX_ROWS - 1) / Product::MAX_ROWS;  // of nearly equal size: 7 rows are 4 + 3
     for (int g = 0, row = 0; g < groups; ++g) {
         const int own = (rows - row + groups - g - 1) / (groups - g);
@@ -169,7 +146,7 @@ static void multiply_as(const Matrix& m, int strip, const Activations& x, int ro
     }
 }
 
-static void multiply(const Matrix& m, int strip, const Activations& x, int rows, float* out) {
+void multiply(const Matrix& m, int strip, const Activations& x, int rows, float* out) {
     switch (m.format) {
         case Format::f32: return multiply_as<FloatProduct<Format::f32>>(m, strip, x, rows, out);
         case Format::bf16: return multiply_as<FloatProduct<Format::bf16>>(m, strip, x, rows, out);

@@ -3,10 +3,10 @@
 
 constexpr int CACHE_AHEAD = 4 * 1024;  // bytes of keys or values to prefetch
 
-static inline V exponential(V x) {
+inline V exponential(V x) {
     // exp(x) = 2^n * exp(r), |r| <= ln 2 / 2; the polynomial is that of Cephes, good to about one unit in the last place.
     V clamped = min(max(x, splat(-87.0f)), splat(88.0f));
-    V n = round_even(mul(clamped, splat(1.44269504f)));
+    V n = round_even(clamped * 1.44269504f);
     V r = fma(n, splat(-0.693359375f), clamped);
     r = fma(n, splat(2.12194440e-4f), r);
     V y = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
@@ -14,33 +14,33 @@ static inline V exponential(V x) {
     y = fma(y, r, splat(4.1665795894e-2f));
     y = fma(y, r, splat(1.6666665459e-1f));
     y = fma(y, r, splat(5.0000001201e-1f));
-    y = add(fma(mul(r, r), y, r), splat(1.0f));
-    return where_less(x, splat(-87.0f), zero(), mul(y, two_to(n)));
+    y = fma(r * r, y, r) + 1.0f;
+    return where_less(x, splat(-87.0f), V{}, y * two_to(n));
 }
 
-static void rms_norm(const float* x, const float* weight, float eps, int cols, float* out) {
+void rms_norm(const float* x, const float* weight, float eps, int cols, float* out) {
     const int padded = (cols + BLOCK - 1) / BLOCK * BLOCK;
-    V squares = zero();
+    V squares = V{};
     for (int i = 0; i < padded; i += LANES) squares = fma(load(x + i), load(x + i), squares);
-    const V scale = splat(1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(cols) + eps));
-    for (int i = 0; i < padded; i += LANES) store(out + i, mul(load(weight + i), mul(load(x + i), scale)));
+    const float scale = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(cols) + eps);
+    for (int i = 0; i < padded; i += LANES) store(out + i, load(weight + i) * (load(x + i) * scale));
 }
 
 // Multiples of a step that are nearest to x[0..count-1]; returns their sum, which is exact.
-static inline float round_to_int8(const float* x, int count, float inverse_step, int8_t* out) {
-    V sum = zero();
+inline float round_to_int8(const float* x, int count, float inverse_step, int8_t* out) {
+    V sum = V{};
     for (int i = 0; i < count; i += LANES) {
-        V rounded = round_even(mul(load(x + i), splat(inverse_step)));
+        V rounded = round_even(load(x + i) * inverse_step);
         store_bytes(out + i, to_int(rounded));
-        sum = add(sum, rounded);
+        sum += rounded;
     }
     return reduce_add(sum);
 }
 
 // int8 per block of 32 columns, the largest magnitude (simd_*.h) at 127.
-static void quantize(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums) {
+void quantize(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums) {
     for (int b = 0; b < blocks; ++b, x += BLOCK, q8 += BLOCK) {
-        V largest = zero();
+        V largest = V{};
         for (int i = 0; i < BLOCK; i += LANES) largest = max(magnitude(load(x + i)), largest);
         const float maximum = reduce_max(largest);
         const float sum = round_to_int8(x, BLOCK, maximum > 0 ? 127.0f / maximum : 0.0f, q8);
@@ -50,229 +50,194 @@ static void quantize(const float* x, int blocks, int8_t* q8, float* scales, int3
     }
 }
 
-static float to_int8(const float* x, int count, int8_t* out) {
-    V largest = zero();
+float to_int8(const float* x, int count, int8_t* out) {
+    V largest = V{};
     for (int i = 0; i < count; i += LANES) largest = max(absolute(load(x + i)), largest);
     const float maximum = reduce_max(largest);
     round_to_int8(x, count, maximum > 0 ? 127.0f / maximum : 0.0f, out);
     return maximum / 127.0f;
 }
 
-static void to_bf16(const float* x, size_t count, uint16_t* out) {
+void to_bf16(const float* x, size_t count, uint16_t* out) {
     for (size_t i = 0; i < count; i += LANES) store_bf16(out + i, load(x + i));
 }
 
-static void silu_multiply(const float* gate, const float* up, size_t count, float* out) {
+void silu_multiply(const float* gate, const float* up, size_t count, float* out) {
     for (size_t i = 0; i < count; i += LANES) {
         V g = load(gate + i);
-        store(out + i, mul(div(g, add(splat(1.0f), exponential(sub(zero(), g)))), load(up + i)));
+        store(out + i, g / (1.0f + exponential(0.0f - g)) * load(up + i));
     }
 }
 
-static float sum_exp(const float* x, size_t count, float maximum) {  // any count
-    V sum = zero();
+float sum_exp(const float* x, size_t count, float maximum) {  // any count
+    V sum = V{};
     size_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum = add(sum, exponential(sub(load(x + i), splat(maximum))));
+    for (; i + LANES <= count; i += LANES) sum += exponential(load(x + i) - maximum);
     float rest = 0;
-    for (; i < count; ++i) {
-        float lanes[LANES];
-        store(lanes, exponential(splat(x[i] - maximum)));
-        rest += lanes[0];
-    }
+    for (; i < count; ++i) rest += exponential(splat(x[i] - maximum))[0];
     return reduce_add(sum) + rest;
 }
 
-template <CacheType TYPE>
-using CacheElement = std::conditional_t<TYPE == CacheType::f32, float, std::conditional_t<TYPE == CacheType::bf16, uint16_t, int8_t>>;
+inline V widened(const float* p, float) { return load(p); }
+inline V widened(const uint16_t* p, float) { return load_bf16(p); }
+inline V widened(const int8_t* p, float scale) { return load_int8(p) * scale; }
 
-template <CacheType TYPE>
-static inline V widened(const CacheElement<TYPE>* p, float scale) {
-    if constexpr (TYPE == CacheType::f32) return load(p);
-    else if constexpr (TYPE == CacheType::bf16) return load_bf16(p);
-    else return mul(load_int8(p), splat(scale));
-}
+// Keys or values, straight from the cache or from a tile of f32: (t, e) gives elements e.. of position t. The bits are the same.
+template <class Element>
+struct VectorsOf {
+    const Element* first;
+    const float* scales;  // int8 only
+    ptrdiff_t size;
 
-template <class Use>
-static inline void with_type(CacheType type, const Use& use) {
-    switch (type) {
-        case CacheType::f32: return use.template operator()<CacheType::f32>();
-        case CacheType::bf16: return use.template operator()<CacheType::bf16>();
-        case CacheType::int8: return use.template operator()<CacheType::int8>();
-    }
-}
-
-// Keys or values of LANES positions: (t, e) gives elements e.. of position t. Straight from the cache, where few queries use
-// them, or widened to f32 once for many; the bits are the same.
-template <CacheType TYPE>
-struct InCache {
-    const CacheElement<TYPE>* first;
-    const float* scales;
-    size_t size;
-    V operator()(int t, int e) const {
-        return widened<TYPE>(first + static_cast<size_t>(t) * size + e, TYPE == CacheType::int8 ? scales[t] : 1.0f);
-    }
-};
-
-struct InTile {
-    const float* first;
-    int size;
-    V operator()(int t, int e) const { return load(first + t * size + e); }
+    float scale(int t) const { return sizeof(Element) == 1 ? scales[t] : 1.0f; }
+    V operator()(int t, int e) const { return widened(first + t * size + e, scale(t)); }
 };
 
 // Fills a tile with up to LANES positions from `position` on, zeros beyond task.end and head_dim.
-template <CacheType TYPE>
-static void widen(const ChunkTask& task, const void* cache, const float* scales, int position, const int* places, float* tile) {
-    using Element = CacheElement<TYPE>;
-    const size_t size = static_cast<size_t>(task.head_dim), padded = static_cast<size_t>(task.padded_head_dim);
-    const int count = task.end - position < LANES ? task.end - position : LANES;
-    for (int t = 0; t < LANES; ++t, tile += padded) {
-        if (t >= count) {
-            for (size_t e = 0; e < padded; e += LANES) store(tile + e, zero());
+template <class Element>
+void widen(const ChunkTask& task, const VectorsOf<Element>& cache, int position, const int* places, float* tile) {
+    for (int t = 0; t < LANES; ++t, tile += task.padded_head_dim) {
+        if (position + t >= task.end) {
+            for (int e = 0; e < task.padded_head_dim; e += LANES) store(tile + e, V{});
             continue;
         }
         const int place = position + t < task.tail ? position + t : places[position + t - task.tail];
-        const Element* from = static_cast<const Element*>(cache) + static_cast<size_t>(place) * size;
-        const float scale = TYPE == CacheType::int8 ? scales[place] : 1.0f;
+        const Element* from = cache.first + place * cache.size;
+        const float scale = cache.scale(place);
         const auto put = [&](const Element* block, float* to) {
-            for (int i = 0; i < BLOCK; i += LANES) store(to + i, widened<TYPE>(block + i, scale));
+            for (int i = 0; i < BLOCK; i += LANES) store(to + i, widened(block + i, scale));
         };
-        size_t e = 0;
-        for (; e + BLOCK <= size; e += BLOCK) put(from + e, tile + e);
-        if (e < size) {  // a head size that fills no whole block
+        int e = 0;
+        for (; e + BLOCK <= task.head_dim; e += BLOCK) put(from + e, tile + e);
+        if (e < task.head_dim) {  // a head size that fills no whole block
             Element rest[BLOCK] = {};
-            __builtin_memcpy(rest, from + e, (size - e) * sizeof(Element));
+            __builtin_memcpy(rest, from + e, static_cast<size_t>(task.head_dim - e) * sizeof(Element));
             put(rest, tile + e);
         }
     }
 }
 
-// Calls use(vectors, first, end) with LANES positions for all queries that find the same there.
-template <class Use>
-static inline void with_vectors(const ChunkTask& task, const void* cache, const float* scales, int position, float* tile, const Use& use) {
-    with_type(task.type, [&]<CacheType TYPE>() {
-        const auto* first = static_cast<const CacheElement<TYPE>*>(cache) + static_cast<size_t>(position) * static_cast<size_t>(task.head_dim);
-        const size_t bytes = LANES * static_cast<size_t>(task.head_dim) * sizeof(*first);
-        for (size_t i = 0; i < bytes; i += 64) prefetch_to_l2(reinterpret_cast<const uint8_t*>(first) + CACHE_AHEAD + i);
-        const InTile in_tile{tile, task.padded_head_dim};
-        if (position + LANES > task.tail) {
-            for (int row = 0; row * task.queries_per_row < task.num_queries; ++row) {
-                widen<TYPE>(task, cache, scales, position, task.places + row * task.places_per_row, tile);
-                use(in_tile, row * task.queries_per_row, (row + 1) * task.queries_per_row);
-            }
-        } else if (task.num_queries <= MAX_QUERIES && position + LANES <= task.end && task.head_dim == task.padded_head_dim) {
-            use(InCache<TYPE>{first, scales ? scales + position : nullptr, static_cast<size_t>(task.head_dim)}, 0, task.num_queries);
-        } else {
-            widen<TYPE>(task, cache, scales, position, nullptr, tile);
-            use(in_tile, 0, task.num_queries);
-        }
-    });
-}
-
 // Calls use.operator()<n>(first) for consecutive groups of n = R items, and for what remains.
 template <int R, class Use>
-static inline void in_groups(int count, const Use& use, int first = 0) {
-    for (; first + R <= count; first += R) use.template operator()<R>(first);
-    if constexpr (R > 1) in_groups<R - 1>(count, use, first);
+inline void in_groups(int first, int end, const Use& use) {
+    for (; first + R <= end; first += R) use.template operator()<R>(first);
+    if constexpr (R > 1) in_groups<R - 1>(first, end, use);
+}
+
+// Calls use.operator()<n>(vectors, position, query) for each LANES positions and n queries that find the same there. Few queries
+// take them straight from the cache; for many they are widened to f32 once.
+template <class Element, class Use>
+inline void with_vectors(const ChunkTask& task, const VectorsOf<Element>& cache, float* tile, const Use& use) {
+    const VectorsOf<float> in_tile{tile, nullptr, task.padded_head_dim};
+    for (int position = task.begin; position < task.end; position += LANES) {
+        // not inlined: together with the code around it, sums would not stay in registers
+        const auto use_for = [&](const auto& vectors, int first, int end) __attribute__((noinline)) {
+            in_groups<MAX_QUERIES>(first, end, [&]<int R>(int query) { use.template operator()<R>(vectors, position, query); });
+        };
+        const Element* first = cache.first + position * cache.size;
+        const ptrdiff_t bytes = LANES * cache.size * static_cast<ptrdiff_t>(sizeof(Element));
+        for (ptrdiff_t i = 0; i < bytes; i += 64) prefetch_to_l2(reinterpret_cast<const uint8_t*>(first) + CACHE_AHEAD + i);
+        const bool is_tree = position + LANES > task.tail, is_whole = position + LANES <= task.end && task.head_dim == task.padded_head_dim;
+        if (!is_tree && is_whole && task.num_queries <= MAX_QUERIES) {
+            use_for(VectorsOf<Element>{first, cache.scales ? cache.scales + position : nullptr, cache.size}, 0, task.num_queries);
+            continue;
+        }
+        const int step = is_tree ? task.queries_per_row : task.num_queries;
+        for (int query = 0; query < task.num_queries; query += step) {
+            widen(task, cache, position, task.places + query / task.queries_per_row * task.places_per_row, tile);
+            use_for(in_tile, query, query + step);
+        }
+    }
+}
+
+template <class Use>
+inline void with_vectors(const ChunkTask& task, const CacheVectors& cache, float* tile, const Use& use) {
+    const auto run = [&](const auto* data) { with_vectors(task, VectorsOf{data, cache.scales, task.head_dim}, tile, use); };
+    switch (task.type) {
+        case CacheType::f32: return run(static_cast<const float*>(cache.data));
+        case CacheType::bf16: return run(static_cast<const uint16_t*>(cache.data));
+        case CacheType::int8: return run(static_cast<const int8_t*>(cache.data));
+    }
 }
 
 // products[query][first + t] = lanes of query * key t, for 4 keys.
 template <int R, class Vectors>
-static inline void dot_keys(const float* queries, const Vectors& keys, int padded, V (*products)[LANES], int first) {
+inline void dot_keys(const float* queries, const Vectors& keys, int padded, V (*products)[LANES], int first) {
     V sum[R][4] = {};
     for (int e = 0; e < padded; e += LANES) {
         V query[R];
-        UNROLL
-        for (int r = 0; r < R; ++r) query[r] = load(queries + r * padded + e);
-        UNROLL
-        for (int t = 0; t < 4; ++t) {
+        UNROLL_FOR (int r = 0; r < R; ++r) query[r] = load(queries + r * padded + e);
+        UNROLL_FOR (int t = 0; t < 4; ++t) {
             const V key = keys(first + t, e);
-            UNROLL
-            for (int r = 0; r < R; ++r) sum[r][t] = fma(key, query[r], sum[r][t]);
+            UNROLL_FOR (int r = 0; r < R; ++r) sum[r][t] = fma(key, query[r], sum[r][t]);
         }
     }
-    UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int t = 0; t < 4; ++t) products[r][first + t] = sum[r][t];
+    UNROLL_FOR (int r = 0; r < R; ++r)
+        UNROLL_FOR (int t = 0; t < 4; ++t) products[r][first + t] = sum[r][t];
 }
 
 // sums[query][0..31] += weights[query][t] * values[t][first..first+31] for LANES positions t.
 template <int R, class Vectors>
-static inline void add_values(const float* weights, const Vectors& values, int first, float* sums, size_t stride) {
+inline void add_values(const float* weights, const Vectors& values, int first, float* sums, int stride) {
     V sum[R][BLOCK / LANES];
-    UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int i = 0; i < BLOCK / LANES; ++i) sum[r][i] = load(sums + stride * r + i * LANES);
+    UNROLL_FOR (int r = 0; r < R; ++r)
+        UNROLL_FOR (int i = 0; i < BLOCK / LANES; ++i) sum[r][i] = load(sums + stride * r + i * LANES);
     for (int t = 0; t < LANES; ++t) {
         V weight[R];
-        UNROLL
-        for (int r = 0; r < R; ++r) weight[r] = splat(weights[r * CHUNK + t]);
-        UNROLL
-        for (int i = 0; i < BLOCK / LANES; ++i) {
+        UNROLL_FOR (int r = 0; r < R; ++r) weight[r] = splat(weights[r * CHUNK + t]);
+        UNROLL_FOR (int i = 0; i < BLOCK / LANES; ++i) {
             const V value = values(t, first + i * LANES);
-            UNROLL
-            for (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], value, sum[r][i]);
+            UNROLL_FOR (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], value, sum[r][i]);
         }
     }
-    UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int i = 0; i < BLOCK / LANES; ++i) store(sums + stride * r + i * LANES, sum[r][i]);
+    UNROLL_FOR (int r = 0; r < R; ++r)
+        UNROLL_FOR (int i = 0; i < BLOCK / LANES; ++i) store(sums + stride * r + i * LANES, sum[r][i]);
 }
 
 // A group of LANES positions serves all queries. Groups start at multiples of LANES, and every sum takes
 // its columns, then its positions, in order: bits depend neither on `end` nor on the other queries.
-static void attend_chunk(const ChunkTask& task, float* scratch, float* partials) {
+void attend_chunk(const ChunkTask& task, float* scratch, float* partials) {
     float* tile = scratch;
-    float* scores = scratch + static_cast<size_t>(LANES) * task.padded_head_dim;  // [queries][CHUNK]
-    const int padded = task.padded_head_dim;
-    const size_t stride = PARTIAL_VALUES + static_cast<size_t>(padded);
+    const int padded = task.padded_head_dim, stride = PARTIAL_VALUES + padded;
+    float* scores = scratch + LANES * padded;  // [queries][CHUNK]
     const V hidden = splat(-__builtin_inff());
-    for (int position = task.begin; position < task.end; position += LANES) {
-        const V index = add(lane_indices(), splat(static_cast<float>(position)));
-        with_vectors(task, task.keys, task.key_scales, position, tile, [&](const auto& keys, int first_query, int end_query) {
-            in_groups<MAX_QUERIES>(end_query, [&]<int R>(int q) {
-                V products[R][LANES];
-                for (int first = 0; first < LANES; first += 4) dot_keys<R>(task.queries + q * padded, keys, padded, products, first);
-                UNROLL
-                for (int r = 0; r < R; ++r) {
-                    const V seen = where_less(index, splat(static_cast<float>(task.first[q + r])), hidden, sums(products[r]));
-                    store(scores + (q + r) * CHUNK + position - task.begin, where_less(splat(static_cast<float>(task.last[q + r])), index, hidden, seen));
-                }
-            }, first_query);
-        });
-    }
-    for (int i = 0; i < CACHE_AHEAD; i += 64)
-        prefetch_to_l2(static_cast<const uint8_t*>(task.values) + static_cast<size_t>(task.begin) * task.head_dim * task.element_size + i);
+    with_vectors(task, task.keys, tile, [&]<int R>(const auto& keys, int position, int query) {
+        V products[R][LANES];
+        for (int t = 0; t < LANES; t += 4) dot_keys<R>(task.queries + query * padded, keys, padded, products, t);
+        const V index = lane_indices() + static_cast<float>(position);
+        UNROLL_FOR (int r = 0; r < R; ++r) {
+            const V first = splat(static_cast<float>(task.first[query + r])), last = splat(static_cast<float>(task.last[query + r]));
+            const V seen = where_less(index, first, hidden, sums(products[r]));
+            store(scores + (query + r) * CHUNK + position - task.begin, where_less(last, index, hidden, seen));
+        }
+    });
+    const auto* values = static_cast<const uint8_t*>(task.values.data) + static_cast<ptrdiff_t>(task.begin) * task.head_dim * element_size(task.type);
+    for (int i = 0; i < CACHE_AHEAD; i += 64) prefetch_to_l2(values + i);
     const int count = (task.end - task.begin + LANES - 1) / LANES * LANES;
     for (int q = 0; q < task.num_queries; ++q) {
         float* row = scores + q * CHUNK;
-        V largest = hidden, sum = zero();
+        V largest = hidden, sum = V{};
         for (int t = 0; t < count; t += LANES) largest = max(load(row + t), largest);
         const float maximum = reduce_max(largest);
         const bool sees_any = maximum > -__builtin_inff();
         for (int t = 0; t < count; t += LANES) {
-            V weight = sees_any ? exponential(sub(load(row + t), splat(maximum))) : zero();
+            V weight = sees_any ? exponential(load(row + t) - maximum) : V{};
             store(row + t, weight);
-            sum = add(sum, weight);
+            sum += weight;
         }
         float* partial = partials + stride * q;
         partial[PARTIAL_MAX] = maximum;
         partial[PARTIAL_SUM] = reduce_add(sum);
-        for (int e = 0; e < padded; e += LANES) store(partial + PARTIAL_VALUES + e, zero());
+        for (int e = 0; e < padded; e += LANES) store(partial + PARTIAL_VALUES + e, V{});
     }
-    for (int position = task.begin; position < task.end; position += LANES) {
-        with_vectors(task, task.values, task.value_scales, position, tile, [&](const auto& values, int first_query, int end_query) {
-            in_groups<MAX_QUERIES>(end_query, [&]<int R>(int q) {
-                for (int e = 0; e < padded; e += BLOCK)
-                    add_values<R>(scores + q * CHUNK + position - task.begin, values, e, partials + stride * q + PARTIAL_VALUES + e, stride);
-            }, first_query);
-        });
-    }
+    with_vectors(task, task.values, tile, [&]<int R>(const auto& values, int position, int query) {
+        const float* weights = scores + query * CHUNK + position - task.begin;
+        float* sums = partials + stride * query + PARTIAL_VALUES;
+        for (int e = 0; e < padded; e += BLOCK) add_values<R>(weights, values, e, sums + e, stride);
+    });
 }
 
-static void fold(float* state, const float* partial, int padded_head_dim) {
+void fold(float* state, const float* partial, int padded_head_dim) {
     if (partial[PARTIAL_SUM] == 0) return;  // sees nothing there: the bits of the state must not change
     const int size = PARTIAL_VALUES + padded_head_dim;
     if (state[PARTIAL_SUM] == 0) {
@@ -282,14 +247,10 @@ static void fold(float* state, const float* partial, int padded_head_dim) {
     const float maximum = state[PARTIAL_MAX] > partial[PARTIAL_MAX] ? state[PARTIAL_MAX] : partial[PARTIAL_MAX];
     const V old_factor = exponential(splat(state[PARTIAL_MAX] - maximum));
     const V new_factor = exponential(splat(partial[PARTIAL_MAX] - maximum));
-    float factors[2][LANES];
-    store(factors[0], old_factor);
-    store(factors[1], new_factor);
     state[PARTIAL_MAX] = maximum;
-    state[PARTIAL_SUM] = state[PARTIAL_SUM] * factors[0][0] + partial[PARTIAL_SUM] * factors[1][0];
+    state[PARTIAL_SUM] = state[PARTIAL_SUM] * old_factor[0] + partial[PARTIAL_SUM] * new_factor[0];
     for (int i = PARTIAL_VALUES; i < size; i += LANES)
-        store(state + i, fma(load(partial + i), new_factor, mul(load(state + i), old_factor)));
+        store(state + i, fma(load(partial + i), new_factor, load(state + i) * old_factor));
 }
 
-static const Kernels TABLE = {NAME,          MULTIPLIES_BF16, multiply, rms_norm,     quantize, to_bf16,
-                              to_int8, silu_multiply,   sum_exp,  attend_chunk, fold};
+const Kernels TABLE = {NAME, MULTIPLIES_BF16, multiply, rms_norm, quantize, to_bf16, to_int8, silu_multiply, sum_exp, attend_chunk, fold};

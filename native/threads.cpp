@@ -28,22 +28,18 @@ void wait_while_equal(const std::atomic<int>& value, int old) {
     value.wait(old, std::memory_order_acquire);
 }
 
-Pool::Pool(int threads) : threads_(threads) { start(); }
-
 void Pool::start() {
-    process_ = static_cast<long>(getpid());
+    process_ = getpid();
     state_ = new State;
-    state_->threads = threads_;
-    if (threads_ == 1) return;
     sigset_t all, before;  // signals go to the program's own threads, where Python handles them
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (int thread = 1; thread < threads_; ++thread) state_->workers.emplace_back(work, state_, thread);
+    for (int thread = 1; thread < threads_; ++thread) state_->workers.emplace_back([this, thread] { work(*state_, thread); });
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Pool::~Pool() {
-    if (process_ != static_cast<long>(getpid())) return;  // the threads stayed in the parent, and so does their state
+    if (process_ != getpid()) return;  // the threads stayed in the parent, and so does their state
     state_->stop = true;
     state_->job.fetch_add(1, std::memory_order_release);
     state_->job.notify_all();
@@ -51,38 +47,41 @@ Pool::~Pool() {
     delete state_;
 }
 
-void Pool::run_erased(int phases, Erased body, const void* argument) {
-    // A fork copies the caller's thread only: leave the old state to the parent's threads and start afresh.
-    if (process_ != static_cast<long>(getpid())) start();
+std::unique_lock<std::recursive_mutex> Pool::take_turn() {
+    // A fork copies the caller's thread only: whoever held the lock no longer exists, and the old state is the parent's threads'.
+    if (process_ != getpid()) start();
+    return std::unique_lock(state_->turn);
+}
+
+void Pool::run_erased(int phases, std::function<void(Team&)> body) {
     State& state = *state_;
-    state.body = body;
-    state.argument = argument;
-    const size_t counters = static_cast<size_t>(phases) * static_cast<size_t>(1 + threads_);
+    state.body = std::move(body);
+    const size_t counters = static_cast<size_t>(phases) * (1 + threads_);
     if (state.counters.size() < counters) state.counters = std::vector<std::atomic<int>>(counters);
     for (size_t i = 0; i < counters; ++i) state.counters[i].store(0, std::memory_order_relaxed);
     state.inside.store(0, std::memory_order_release);
     state.job.fetch_add(1, std::memory_order_release);
     state.job.notify_all();
     Team team(0, threads_, state.counters.data());
-    body(argument, team);
+    state.body(team);
     state.inside.fetch_add(CLOSED, std::memory_order_acq_rel);
     for (int inside; (inside = state.inside.load(std::memory_order_acquire)) != CLOSED;) wait_while_equal(state.inside, inside);
 }
 
-void Pool::work(State* state, int thread) {
+void Pool::work(State& state, int thread) const {
     for (int seen = 0;;) {
         int job;
-        while ((job = state->job.load(std::memory_order_acquire)) == seen) wait_while_equal(state->job, seen);
+        while ((job = state.job.load(std::memory_order_acquire)) == seen) wait_while_equal(state.job, seen);
         seen = job;
-        if (state->stop) return;
-        int inside = state->inside.load(std::memory_order_relaxed);
-        while (inside < CLOSED && !state->inside.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) {
+        if (state.stop) return;
+        int inside = state.inside.load(std::memory_order_relaxed);
+        while (inside < CLOSED && !state.inside.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) {
         }
         if (inside >= CLOSED) continue;  // too late for this run
-        Team team(thread, state->threads, state->counters.data());
-        state->body(state->argument, team);
-        state->inside.fetch_sub(1, std::memory_order_acq_rel);
-        state->inside.notify_all();
+        Team team(thread, threads_, state.counters.data());
+        state.body(team);
+        state.inside.fetch_sub(1, std::memory_order_acq_rel);
+        state.inside.notify_all();
     }
 }
 

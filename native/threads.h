@@ -7,6 +7,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -54,38 +56,37 @@ private:
 
 class Pool {
 public:
-    explicit Pool(int threads);
-    ~Pool();
+    explicit Pool(int threads) : threads_(threads) { start(); }
     Pool(const Pool&) = delete;
-    Pool& operator=(const Pool&) = delete;
+    ~Pool();
 
     int threads() const { return threads_; }
 
+    // Callers of `run` take turns: each holds this lock. After a fork the child gets a lock and threads of its own.
+    std::unique_lock<std::recursive_mutex> take_turn();
+
     // Calls body(Team&), with at most `phases` phases, on the caller's thread (number 0) and whichever of the others come in
-    // time; returns when all have left it. One call at a time; the body must not throw. After a fork the child gets threads
-    // of its own.
+    // time; returns when all have left it. The body must not throw.
     template <class Body>
     void run(int phases, const Body& body) {
-        run_erased(phases, [](const void* b, Team& team) { (*static_cast<const Body*>(b))(team); }, &body);
+        run_erased(phases, std::cref(body));
     }
 
 private:
-    using Erased = void (*)(const void*, Team&);
     static constexpr int CLOSED = 1 << 30;
     struct State {
-        std::atomic<int> job{0};                       // counts runs; a worker sleeps until it changes
+        std::recursive_mutex turn;
+        std::atomic<int> job{0};                      // counts runs; a worker sleeps until it changes
         alignas(64) std::atomic<int> inside{CLOSED};  // workers in the body; CLOSED more when no more may enter
-        Erased body = nullptr;
-        const void* argument = nullptr;
+        std::function<void(Team&)> body;
         std::vector<std::atomic<int>> counters;
-        int threads;
         std::atomic<bool> stop{false};
         std::vector<std::thread> workers;
     };
 
     void start();
-    void run_erased(int phases, Erased body, const void* argument);
-    static void work(State* state, int thread);
+    void run_erased(int phases, std::function<void(Team&)> body);
+    void work(State& state, int thread) const;
 
     int threads_;
     long process_;

@@ -159,7 +159,7 @@ def test_products_are_exact_given_the_rounded_activations(
     if precision in ("q8", "q4"):
         x_blocks = F.pad(x, (0, -cols % 32)).reshape(9, -1, 32)
         sizes = x_blocks.abs()
-        if isa == "avx2":  # where neighbours share the range, see native/simd_avx2.h
+        if isa == "avx2":  # where neighbours share the range, see native/isa_avx2.cpp
             sizes = sizes + sizes.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         scale = sizes.amax(-1, keepdim=True) / 127
         x = ((x_blocks / scale).round() * scale).reshape(9, -1)[:, :cols]
