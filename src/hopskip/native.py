@@ -239,6 +239,11 @@ class NativeModel:
         self._copies[precision] = _Copy(self._num_layers_by_number, head)
         self._num_layers_by_number += self.config.num_hidden_layers
 
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Precisions of the attached copies."""
+        return tuple(self._copies)
+
     def draft_part(self, layers: Seq[int], precision: str | None = None) -> DraftPart:
         """What a draft by some of the model's layers runs, in the model's own precision or that of an attached copy."""
         if precision is None:
