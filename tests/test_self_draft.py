@@ -153,6 +153,7 @@ def test_the_texts_of_the_search_do_not_depend_on_what_was_drawn_before() -> Non
         ({"draft": "ngram", "draft_precision": "q8"}, "draft_precision=q8 has no effect"),
         ({"draft": "exit-branch", "draft_precision": "q8"}, "draft_precision=q8 has no effect"),
         ({"draft": "none", "skip_layers": (1,)}, "skip_layers=.* has no effect"),
+        ({"exit_layer": 2, "skip_layers": (1,)}, r"exit_layer=2 and skip_layers=\[1\] are two drafts"),
         ({"draft_precision": "q2"}, "draft_precision is 'q2'; choose one of q8, q4"),
         ({"draft": "layer-skip", "verify": "reuse"}, "'reuse' goes on from the first layers"),
         ({"draft": "early-exit", "draft_precision": "q8", "verify": "reuse"}, "'reuse' goes on from the first layers"),
@@ -178,8 +179,9 @@ def test_what_does_not_fit_the_model_is_refused(checkpoint: Checkpoint) -> None:
 
 def test_defaults_follow_the_options() -> None:
     config = tiny_model().config
-    assert SpeculativeConfig(draft_precision="q8").resolve(config).draft == "layer-skip"
-    assert SpeculativeConfig(skip_layers=(2,)).resolve(config).draft == "layer-skip"
+    assert SpeculativeConfig(draft_precision="q8").resolve(config).draft == "both"
+    assert SpeculativeConfig(skip_layers=(2,)).resolve(config).draft == "both"
+    assert SpeculativeConfig(draft="both", skip_layers=(2,)).resolve(config).exit_layer is None
     assert SpeculativeConfig(skip_layers=(2,)).resolve(config).num_draft_tokens == 3
     assert SpeculativeConfig(exit_layer=2, draft_precision="q8").resolve(config).draft == "early-exit"
     assert not SpeculativeConfig(draft_precision="q8").may_use_branch

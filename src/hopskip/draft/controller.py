@@ -120,11 +120,14 @@ class Controller:
         self._num_rounds = 0
         self._due = self._exits_due = 0
         """Numbers of the rounds that drafts, and exits, are thought of again."""
+        self._pause = 0
+        """Rounds of the last pause."""
 
     @property
     def pauses(self) -> bool:
         """True while thinking costs more than it is likely to bring: after a batch of sequences had nothing worth
-        drafting, for a round in every four of them. Nobody computes while a plan is made."""
+        drafting, for longer each time, up to as many rounds as there are others. Nobody computes while a plan is
+        made."""
         return self._num_rounds < self._due
 
     def plan(
@@ -167,8 +170,8 @@ class Controller:
 
     def _schedule(self, used: set[str | None], num_sequences: int) -> None:
         """When to think of drafts, and of exits, again, after a plan that drafts from these sources."""
-        if not used:
-            self._due = self._num_rounds + num_sequences // 4
+        self._pause = 0 if used else min(2 * self._pause + 1, num_sequences - 1)
+        self._due = self._num_rounds + 1 + self._pause
         has_thought_of_exits = self._num_rounds >= self._exits_due
         if has_thought_of_exits and (not used or (used == {LOOKUP} and num_sequences >= _LARGE_BATCH)):
             self._exits_due = self._num_rounds + _EXITS_EVERY

@@ -60,16 +60,16 @@ class _Slot:
         self._first = self._end = 0
         self._parts_NAD: list[Tensor] = []
 
-    def observe(self, start: int, states_NAD: Tensor) -> None:
-        """A pass over positions from `start` on. What was known of them before is void, but for the token at `start`:
-        it was committed when the pass began, so the branch's keys and values there hold."""
+    def observe(self, start: int, count: int, states_NAD: Tensor) -> None:
+        """A pass over `count` positions from `start` on. What was known of them before is void, but for the token at
+        `start`: it was committed when the pass began, so the branch's keys and values there hold."""
         self.num_cached = min(self.num_cached, start + 1) if start else 0
         if start < self._first or start > self._end:
             self._first, self._parts_NAD = start, []
         elif start < self._end:
             self._parts_NAD = [self._joined()[: start - self._first]]
         self._parts_NAD.append(states_NAD)
-        self._end = start + len(states_NAD)
+        self._end = start + count
 
     def take(self, start: int, stop: int) -> Tensor:
         """States of positions start..stop-1; zeros for the position before the first."""
@@ -154,7 +154,9 @@ class ExitDrafter(Drafter):
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
         parts = torch.split(states_NAD, [segment.count for segment in rows.segments])
         for segment, own in zip(rows.segments, parts, strict=True):
-            self._slots.setdefault(segment.slot, _Slot()).observe(segment.start, own)
+            if segment.slot not in self._slots:
+                self._slots[segment.slot] = _Slot()
+            self._slots[segment.slot].observe(segment.start, segment.count, own)
 
     def num_unseen(self, sequence: Sequence) -> int:
         """Tokens that a draft begins with: the sequence's last, and those before it that the branch has yet to see."""
