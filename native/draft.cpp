@@ -1,8 +1,7 @@
-// Greedy drafts: a loop of steps in one call. The draft of one sequence is a chain, so its steps cannot share a pass; those of
+// Drafts: a loop of steps in one call. The draft of one sequence is a chain, so its steps cannot share a pass; those of
 // several sequences do.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "model.h"
@@ -17,6 +16,17 @@ void unit_rms(const float* in, const float* weight, int size, float eps, float* 
     for (int i = 0; i < size; ++i) sum += static_cast<double>(in[i]) * in[i];
     const float scale = 1.0f / std::sqrt(static_cast<float>(sum / size) + eps);
     for (int i = 0; i < size; ++i) out[i] = in[i] * scale * (weight ? weight[i] : 1.0f);
+}
+
+// The token at a point of the cumulative sum of their weights.
+int32_t drawn(const float* weights, size_t count, double point) {
+    double sum = 0;
+    int32_t last = 0;
+    for (size_t token = 0; token < count && sum <= point; ++token) {
+        sum += weights[token];
+        if (weights[token] > 0) last = static_cast<int32_t>(token);
+    }
+    return last;
 }
 
 }  // namespace
@@ -93,7 +103,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
 
     std::vector<int32_t> best(sequences);
     std::fill(outputs.counts, outputs.counts + sequences, 0);
-    const bool wants_logits = min_confidence > 0 || outputs.probabilities;
+    const bool wants_logits = min_confidence > 0 || outputs.probabilities || inputs.temperatures;
     const auto width = static_cast<size_t>(outputs.num_runner_ups) + 1;
     const auto token_of = [&](int32_t row) { return branch.vocabulary ? branch.vocabulary[row] : row; };
     for (int step = 0;; ++step) {
@@ -111,18 +121,24 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         std::vector<size_t> still_open;
         for (size_t i = 0; i < open.size(); ++i) {
             const size_t sequence = open[i], place = sequence * static_cast<size_t>(k) + static_cast<size_t>(step);
+            float* row = logits.data() + vocabulary * i;
+            const float temperature = inputs.temperatures ? inputs.temperatures[sequence] : 0;
+            const float total = wants_logits ? kernels_.exponentiate(row, vocabulary, row[best[i]], temperature > 0 ? 1 / temperature : 1) : 1;
+            if (temperature > 0) {
+                best[i] = drawn(row, vocabulary, inputs.uniforms[place] * total);
+                float* distribution = outputs.distributions + vocabulary * place;
+                for (size_t token = 0; token < vocabulary; ++token) distribution[token] = row[token] / total;
+            }
+            const float probability = wants_logits ? row[best[i]] / total : 1;
             outputs.tokens[place] = token_of(best[i]);
             outputs.counts[sequence] = step + 1;
             std::copy_n(hidden.data() + size * i, size, outputs.states + size * place);
-            float* row = logits.data() + vocabulary * i;
-            const float largest = wants_logits ? row[best[i]] : 0;
-            const float probability = wants_logits ? 1.0f / kernels_.sum_exp(row, vocabulary, largest) : 1;
             const bool is_sure = probability >= min_confidence;
             for (size_t next = 0; outputs.probabilities && next < width; ++next) {
                 const auto other = next ? std::max_element(row, row + vocabulary) - row : best[i];
-                outputs.probabilities[width * place + next] = probability * std::exp(row[other] - largest);
+                outputs.probabilities[width * place + next] = row[other] / total;
                 if (next) outputs.runner_ups[(width - 1) * place + next - 1] = token_of(static_cast<int32_t>(other));
-                row[other] = -std::numeric_limits<float>::infinity();
+                row[other] = -1;  // below all others
             }
             if (is_sure && step + 1 < std::min(k, limits[sequence])) {
                 // moves to the front, where the next step looks for it

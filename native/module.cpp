@@ -206,7 +206,8 @@ public:
     void draft(const PackedBranch& exit, const Array& ids, const Array& slots, const Array& positions, const std::optional<Array>& features,
                const std::optional<Array>& token_states, int64_t k, const Array& limits, float min_confidence, const Array& keys, const Array& values,
                const std::optional<Array>& k_scales, const std::optional<Array>& v_scales, const Array& tokens, const Array& counts, const Array& states,
-               const std::optional<Array>& probabilities, const std::optional<Array>& runner_ups) {
+               const std::optional<Array>& probabilities, const std::optional<Array>& runner_ups, const std::optional<Array>& temperatures,
+               const std::optional<Array>& uniforms, const std::optional<Array>& distributions) {
         const Branch& branch = exit.branch;
         const int size = shape().hidden_size, steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
         for (int32_t layer : branch.entry) in_range(layer, "a layer of the branch's entry", 0, model_.num_layers() - 1);
@@ -259,6 +260,14 @@ public:
             outputs.runner_ups = checked<int32_t>(*runner_ups, "runner_ups", {sequences, steps, ANY});
             outputs.num_runner_ups = in_range(static_cast<int64_t>(runner_ups->shape(2)), "the number of runner-ups", 0, vocabulary - 1);
             outputs.probabilities = checked<float>(*probabilities, "probabilities", {sequences, steps, outputs.num_runner_ups + 1});
+        }
+        if (temperatures) {
+            if (!uniforms || !distributions) refuse("temperatures need uniforms and distributions");
+            inputs.temperatures = checked<float>(*temperatures, "temperatures", {sequences});
+            inputs.uniforms = checked<double>(*uniforms, "uniforms", {sequences, steps});
+            outputs.distributions = checked<float>(*distributions, "distributions", {sequences, steps, vocabulary});
+            for (int i = 0; i < sequences; ++i)
+                if (!(inputs.temperatures[i] >= 0)) refuse("a temperature is " + std::to_string(inputs.temperatures[i]) + "; it must be at least 0");
         }
         nb::gil_scoped_release release;
         model_.make_room_for(branch);
@@ -420,7 +429,7 @@ NB_MODULE(_native, m) {
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = nb::none())
         .def("draft", &Engine::draft, "branch"_a, "ids"_a, "slots"_a, "positions"_a, "features"_a, "token_states"_a, "num_draft_tokens"_a, "limits"_a, "min_confidence"_a,
              "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "tokens"_a, "counts"_a, "states"_a, "probabilities"_a = nb::none(),
-             "runner_ups"_a = nb::none())
+             "runner_ups"_a = nb::none(), "temperatures"_a = nb::none(), "uniforms"_a = nb::none(), "distributions"_a = nb::none())
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("rope_length", &Engine::rope_length);

@@ -69,15 +69,21 @@ static void silu_multiply(const float* gate, const float* up, size_t count, floa
     }
 }
 
-static float sum_exp(const float* x, size_t count, float maximum) {  // any count
+static float exponentiate(float* x, size_t count, float maximum, float scale) {  // any count
+    const auto of = [&](V y) { return exponential(mul(sub(y, splat(maximum)), splat(scale))); };
     V sum = zero();
     size_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum = add(sum, exponential(sub(load(x + i), splat(maximum))));
+    for (; i + LANES <= count; i += LANES) {
+        const V y = of(load(x + i));
+        store(x + i, y);
+        sum = add(sum, y);
+    }
     float rest = 0;
     for (; i < count; ++i) {
         float lanes[LANES];
-        store(lanes, exponential(splat(x[i] - maximum)));
-        rest += lanes[0];
+        store(lanes, of(splat(x[i])));
+        x[i] = lanes[0];
+        rest += x[i];
     }
     return reduce_add(sum) + rest;
 }
@@ -292,4 +298,4 @@ static void fold(float* state, const float* partial, int padded_head_dim) {
 }
 
 static const Kernels TABLE = {NAME,          MULTIPLIES_BF16, multiply, rms_norm,     quantize, to_bf16,
-                              to_int8, silu_multiply,   sum_exp,  attend_chunk, fold};
+                              to_int8, silu_multiply, exponentiate, attend_chunk, fold};
