@@ -156,7 +156,8 @@ def serving(*arguments: str) -> Iterator[tuple[str, int]]:
 def resident_bytes(pid: int) -> int:
     """Memory of a process (Linux)."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), flags=re.MULTILINE)
-    assert found is not None
+    if found is None:
+        raise SystemExit(f"process {pid} has ended")
     return int(found[1]) * 1024
 
 

@@ -100,7 +100,7 @@ def passes(model: NativeModel, cache: Cache) -> dict[str, Callable[[], object]]:
 
     def draft() -> object:
         rows = Rows([Segment(0, SHORT, 1)])
-        return model.draft_greedy(
+        return model.draft_chains(
             torch.tensor([1]), rows, [DRAFT_STEPS], cache, layers=range(DRAFT_LAYERS), head=subset
         )
 

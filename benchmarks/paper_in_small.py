@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--output", type=Path, default=Path("runs/paper-in-small"))
-    parser.add_argument("--steps", type=int, default=700, help="for each model")
+    parser.add_argument("--steps", type=int, default=500, help="for each model")
     parser.add_argument("--batch", type=int, default=16, help="rows of 256 tokens a step")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

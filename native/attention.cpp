@@ -80,7 +80,8 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
 }
 
 void Model::attend(int item, int index, Worker& worker, const Pass& pass) {
-    const int group = shape_.group(), padded_head_dim = static_cast<int>(padded(shape_.head_dim)), stride = PARTIAL_VALUES + padded_head_dim;
+    const int group = shape_.group(), padded_head_dim = static_cast<int>(padded(shape_.head_dim));
+    const int stride = PARTIAL_VALUES + padded_head_dim;
     const int chunks = pass.is_split ? pass.max_chunks : 1;
     const Block& block = pass.blocks[item / chunks / shape_.num_kv_heads];
     const int kv_head = item / chunks % shape_.num_kv_heads;
@@ -99,7 +100,8 @@ void Model::attend(int item, int index, Worker& worker, const Pass& pass) {
         for (int q = 0; q < queries; ++q) kernels_.fold(states + q * stride, partials + q * stride, padded_head_dim);
     }
     for (int q = 0; q < queries; ++q)
-        write_head(states + q * stride, kv_head * group + q % group, attention_.get() + padded(shape_.queries_size()) * (block.row + q / group));
+        write_head(states + q * stride, kv_head * group + q % group,
+                   attention_.get() + padded(shape_.queries_size()) * (block.row + q / group));
 }
 
 // One head of a row's attention: the weighted sum of values over the sum of weights.
@@ -115,7 +117,8 @@ void Model::merge_attention(int row, const Pass& pass, Worker& worker, float* ou
         return;
     }
     std::fill_n(out, width, 0.0f);
-    const int group = shape_.group(), padded_head_dim = static_cast<int>(padded(shape_.head_dim)), stride = PARTIAL_VALUES + padded_head_dim;
+    const int group = shape_.group(), padded_head_dim = static_cast<int>(padded(shape_.head_dim));
+    const int stride = PARTIAL_VALUES + padded_head_dim;
     const int index = pass.block_of_row[row];
     const Block& block = pass.blocks[index];
     float* state = worker.partials.get();

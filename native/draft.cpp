@@ -1,7 +1,6 @@
-// Greedy drafts: a loop of steps in one call. The draft of one sequence is a chain, so its steps cannot share a pass; those of
+// Drafts: a loop of steps in one call. The draft of one sequence is a chain, so its steps cannot share a pass; those of
 // several sequences do.
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "model.h"
@@ -16,6 +15,17 @@ void unit_rms(const float* in, const float* weight, int size, float eps, float* 
     for (int i = 0; i < size; ++i) sum += static_cast<double>(in[i]) * in[i];
     const float scale = 1.0f / std::sqrt(static_cast<float>(sum / size) + eps);
     for (int i = 0; i < size; ++i) out[i] = in[i] * scale * (weight ? weight[i] : 1.0f);
+}
+
+// The token at a point of the cumulative sum of their weights.
+int32_t drawn(const float* weights, ptrdiff_t count, double point) {
+    double sum = 0;
+    int32_t last = 0;
+    for (ptrdiff_t token = 0; token < count && sum <= point; ++token) {
+        sum += weights[token];
+        if (weights[token] > 0) last = static_cast<int32_t>(token);
+    }
+    return last;
 }
 
 }  // namespace
@@ -93,7 +103,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
 
     std::vector<int32_t> best(sequences);
     std::fill_n(outputs.counts, sequences, 0);
-    const bool wants_logits = min_confidence > 0 || outputs.probabilities;
+    const bool wants_logits = min_confidence > 0 || outputs.probabilities || inputs.temperatures;
     const int runner_ups = outputs.num_runner_ups;
     const auto best_of = [&](const float* row) { return static_cast<int32_t>(std::max_element(row, row + vocabulary) - row); };
     const auto token_of = [&](int32_t row) { return branch.vocabulary ? branch.vocabulary[row] : row; };
@@ -110,21 +120,27 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         for (int i = 0; i < count; ++i) {
             const int sequence = open[i];
             const ptrdiff_t place = static_cast<ptrdiff_t>(sequence) * k + step;
-            outputs.tokens[place] = token_of(best[i]);
-            outputs.counts[sequence] = step + 1;
-            std::copy_n(&hidden[i * size], size, outputs.states + size * place);
             float probability = 1;
             if (wants_logits) {
                 float* row = logits.data() + vocabulary * i;
-                const float largest = row[best[i]];
-                probability = 1.0f / kernels_.sum_exp(row, vocabulary, largest);
+                const float temperature = inputs.temperatures ? inputs.temperatures[sequence] : 0;
+                const float total = kernels_.exponentiate(row, vocabulary, row[best[i]], temperature > 0 ? 1 / temperature : 1);
+                if (temperature > 0) {
+                    best[i] = drawn(row, vocabulary, inputs.uniforms[place] * total);
+                    float* distribution = outputs.distributions + vocabulary * place;
+                    for (ptrdiff_t token = 0; token < vocabulary; ++token) distribution[token] = row[token] / total;
+                }
+                probability = row[best[i]] / total;
                 for (int next = 0; outputs.probabilities && next <= runner_ups; ++next) {
                     const int32_t token = next ? best_of(row) : best[i];
-                    outputs.probabilities[(runner_ups + 1) * place + next] = probability * std::exp(row[token] - largest);
+                    outputs.probabilities[(runner_ups + 1) * place + next] = row[token] / total;
                     if (next) outputs.runner_ups[runner_ups * place + next - 1] = token_of(token);
-                    row[token] = -std::numeric_limits<float>::infinity();
+                    row[token] = -1;  // below all others
                 }
             }
+            outputs.tokens[place] = token_of(best[i]);
+            outputs.counts[sequence] = step + 1;
+            std::copy_n(&hidden[i * size], size, outputs.states + size * place);
             if (probability >= min_confidence && step + 1 < std::min(k, limits[sequence])) {
                 // moves to the front, where the next step looks for it
                 std::copy_n(&hidden[i * size], size, hidden.data() + size * std::ssize(still_open));

@@ -106,7 +106,7 @@ struct Kernels {
     void (*to_bf16)(const float* x, size_t count, uint16_t* out);
     float (*to_int8)(const float* x, int count, int8_t* out);  // returns the scale; count: a multiple of 16
     void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16
-    float (*sum_exp)(const float* x, size_t count, float maximum);
+    float (*exponentiate)(float* x, size_t count, float maximum, float scale);  // x <- exp((x - maximum) * scale), returns their sum
 
     // scratch: float [TILE * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
     void (*attend_chunk)(const ChunkTask&, float* scratch, float* partials);

@@ -192,7 +192,8 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
     multiply(team, rows, {&layer.o}, [&](int row, float* out) { merge_attention(row, pass, worker, out); }, add_to_hidden(layer.o));
     // Gate and up go together, so that their product needs no phase of its own.
     const unsigned formats = bit(layer.gate.format) | bit(layer.up.format);
-    share_with_inputs(team, rows, shape_.hidden_size, formats, norm(layer.post_norm), layer.gate.strips, [&](const Activations& x, int strip) {
+    const auto make_row = norm(layer.post_norm);
+    share_with_inputs(team, rows, shape_.hidden_size, formats, make_row, layer.gate.strips, [&](const Activations& x, int strip) {
         const int size = rows * TILE;
         float* products = worker.products.get();
         kernels_.multiply(layer.gate, strip, x, rows, products);
@@ -263,7 +264,8 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
             run_layer(team, layer, pass);
             if (tap == pass.taps.count || pass.taps.layers[tap] != layer + 1) continue;
             team.share(rows, [&](int row) {
-                std::copy_n(hidden_.get() + row * stride, size, pass.taps.out + (static_cast<ptrdiff_t>(row) * pass.taps.count + tap) * size);
+                float* to = pass.taps.out + (static_cast<ptrdiff_t>(row) * pass.taps.count + tap) * size;
+                std::copy_n(hidden_.get() + row * stride, size, to);
             });
             ++tap;
         }
@@ -305,7 +307,8 @@ void Model::apply(const Matrix& matrix, const float* norm, const float* in, int 
             if (norm) kernels_.rms_norm(to, norm, shape_.rms_norm_eps, cols, to);
         };
         pool_.run(MAX_HEAD_PHASES, [&](Team& team) {
-            multiply(team, rows, {&matrix}, make_row, [&](int, int strip, const float* products) { use(team.thread(), first, rows, strip, products); });
+            multiply(team, rows, {&matrix}, make_row,
+                     [&](int, int strip, const float* products) { use(team.thread(), first, rows, strip, products); });
         });
     }
 }

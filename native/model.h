@@ -107,6 +107,8 @@ struct Branch {
 struct DraftInputs {
     const float* features;      // [rows, num_features, hidden_size], of the token before
     const float* token_states;  // [rows, hidden_size], outputs of the entry; those of each sequence's last row are not used
+    const float* temperatures;  // [sequences], 0: takes the best token; null: all do
+    const double* uniforms;     // [sequences, k], one for each token that is drawn, from 0 to below 1
 };
 
 // What a draft leaves: k steps for each sequence, as many of them as `counts` says.
@@ -117,6 +119,7 @@ struct DraftOutputs {
     float* probabilities;  // [sequences, k, 1 + num_runner_ups], of the tokens and their runner-ups at the exit; null: not wanted
     int num_runner_ups;
     int32_t* runner_ups;   // [sequences, k, num_runner_ups], next best tokens, best first
+    float* distributions;  // [sequences, k, head rows], which tokens were drawn from; null: not wanted
 };
 
 class Model {
@@ -147,7 +150,7 @@ public:
     void logits(const float* in, int count, const Matrix& head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
     void greedy(const float* in, int count, const Matrix& head, int32_t* out);
-    // Up to k greedy draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a
+    // Up to k draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a
     // branch has yet to see. limits [sequences]: fewer than k steps, if any. A sequence stops after its first token less
     // probable than min_confidence.
     void draft(const Branch& branch, const int32_t* ids, RowsView rows, const DraftInputs& inputs, int k, const int32_t* limits,

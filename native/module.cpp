@@ -231,9 +231,11 @@ public:
     }
 
     void draft(const PackedBranch& branch, const Array& ids, const Array& slots, const Array& positions, const OptionalArray& features,
-               const OptionalArray& token_states, int64_t k, const Array& limits, float min_confidence, const Array& keys, const Array& values,
-               const OptionalArray& k_scales, const OptionalArray& v_scales, const Array& tokens, const Array& counts, const Array& states,
-               const OptionalArray& probabilities, const OptionalArray& runner_ups) {
+               const OptionalArray& token_states, int64_t k, const Array& limits, float min_confidence, const Array& keys,
+               const Array& values, const OptionalArray& k_scales, const OptionalArray& v_scales, const Array& tokens,
+               const Array& counts, const Array& states,
+               const OptionalArray& probabilities, const OptionalArray& runner_ups, const OptionalArray& temperatures,
+               const OptionalArray& uniforms, const OptionalArray& distributions) {
         const int steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
         if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is ", min_confidence, "; it must be 0 to 1");
         check_branch(branch);
@@ -265,6 +267,7 @@ public:
             if (!token_states) refuse("the branch needs token_states");
             inputs.token_states = hidden(*token_states, "token_states", count);
         }
+        const int vocabulary = branch.head ? branch.head->rows : shape_.vocab_size;
         DraftOutputs outputs{};
         outputs.tokens = checked<int32_t>(tokens, "tokens", {sequences, steps});
         outputs.counts = checked<int32_t>(counts, "counts", {sequences});
@@ -272,9 +275,16 @@ public:
         if (probabilities) {
             if (!runner_ups) refuse("probabilities need runner_ups, which may have a size of 0");
             outputs.runner_ups = checked<int32_t>(*runner_ups, "runner_ups", {sequences, steps, ANY});
-            const int vocabulary = branch.head ? branch.head->rows : shape_.vocab_size;
             outputs.num_runner_ups = in_range(static_cast<int64_t>(runner_ups->shape(2)), "the number of runner-ups", 0, vocabulary - 1);
             outputs.probabilities = checked<float>(*probabilities, "probabilities", {sequences, steps, outputs.num_runner_ups + 1});
+        }
+        if (temperatures) {
+            if (!uniforms || !distributions) refuse("temperatures need uniforms and distributions");
+            inputs.temperatures = checked<float>(*temperatures, "temperatures", {sequences});
+            inputs.uniforms = checked<double>(*uniforms, "uniforms", {sequences, steps});
+            outputs.distributions = checked<float>(*distributions, "distributions", {sequences, steps, vocabulary});
+            for (int i = 0; i < sequences; ++i)
+                if (!(inputs.temperatures[i] >= 0)) refuse("a temperature is ", inputs.temperatures[i], "; it must be at least 0");
         }
         nb::gil_scoped_release release;
         model_.make_room_for(branch);
@@ -414,7 +424,8 @@ NB_MODULE(_native, m) {
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = none)
         .def("draft", &Engine::draft, "branch"_a, "ids"_a, "slots"_a, "positions"_a, "features"_a, "token_states"_a,
              "num_draft_tokens"_a, "limits"_a, "min_confidence"_a, "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "tokens"_a, "counts"_a,
-             "states"_a, "probabilities"_a = none, "runner_ups"_a = none)
+             "states"_a, "probabilities"_a = none, "runner_ups"_a = none, "temperatures"_a = none, "uniforms"_a = none,
+             "distributions"_a = none)
         .def_prop_ro("isa", [](const Engine& engine) { return engine.model().isa(); })
         .def_prop_ro("threads", [](const Engine& engine) { return engine.model().threads(); })
         .def_prop_ro("rope_length", [](const Engine& engine) { return engine.model().rope_length(); });

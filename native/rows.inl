@@ -69,12 +69,17 @@ void silu_multiply(const float* gate, const float* up, size_t count, float* out)
     }
 }
 
-float sum_exp(const float* x, size_t count, float maximum) {  // any count
+float exponentiate(float* x, size_t count, float maximum, float scale) {  // any count
+    const auto of = [&](V y) { return exponential((y - maximum) * scale); };
     V sum = V{};
     size_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum += exponential(load(x + i) - maximum);
+    for (; i + LANES <= count; i += LANES) {
+        const V y = of(load(x + i));
+        store(x + i, y);
+        sum += y;
+    }
     float rest = 0;
-    for (; i < count; ++i) rest += exponential(splat(x[i] - maximum))[0];
+    for (; i < count; ++i) rest += x[i] = of(splat(x[i]))[0];
     return reduce_add(sum) + rest;
 }
 
@@ -211,7 +216,8 @@ void attend_chunk(const ChunkTask& task, float* scratch, float* partials) {
             store(scores + (query + r) * CHUNK + position - task.begin, where_less(last, index, hidden, seen));
         }
     });
-    const auto* values = static_cast<const uint8_t*>(task.values.data) + static_cast<ptrdiff_t>(task.begin) * task.head_dim * element_size(task.type);
+    const ptrdiff_t begin = static_cast<ptrdiff_t>(task.begin) * task.head_dim * element_size(task.type);
+    const auto* values = static_cast<const uint8_t*>(task.values.data) + begin;
     for (int i = 0; i < CACHE_AHEAD; i += 64) prefetch_to_l2(values + i);
     const int count = (task.end - task.begin + LANES - 1) / LANES * LANES;
     for (int q = 0; q < task.num_queries; ++q) {
@@ -253,4 +259,5 @@ void fold(float* state, const float* partial, int padded_head_dim) {
         store(state + i, fma(load(partial + i), new_factor, load(state + i) * old_factor));
 }
 
-const Kernels TABLE = {NAME, MULTIPLIES_BF16, multiply, rms_norm, quantize, to_bf16, to_int8, silu_multiply, sum_exp, attend_chunk, fold};
+const Kernels TABLE = {NAME,    MULTIPLIES_BF16, multiply,     rms_norm,     quantize, to_bf16,
+                       to_int8, silu_multiply,   exponentiate, attend_chunk, fold};

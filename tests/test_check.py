@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import hopskip.engine
 import hopskip.evaluate.sampled
-from hopskip.branch import BranchConfig
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.cli import app
 from hopskip.cli.precisions import parse_precisions
@@ -98,11 +97,11 @@ def test_every_greedy_setting_is_proved(make: object) -> None:
     proved = [p for p in proofs if p.status == "passed"]
     assert all(p.counts["num_rejected_tokens"] > 0 for p in proved)
     num_settings = len(settings_to_try(model))
-    num_trees, num_chains = 1, (3 + 1 + 1) * 3 * 2
-    assert num_settings == num_trees + num_chains
+    num_trees, num_skips, num_chains = 1, 3, (3 + 1 + 1) * 3 * 2
+    assert num_settings == num_trees + num_skips + num_chains
     is_bfloat16 = model.dtype == torch.bfloat16
     # on torch in bfloat16 only recompute has the bits of plain decoding, and only at its own shape
-    assert len(proved) == num_trees + (num_chains // 2 if is_bfloat16 else num_chains)
+    assert len(proved) == num_trees + num_skips + (num_chains // 2 if is_bfloat16 else num_chains)
     claims = {p.claim for p in proved}
     assert any("at the verify shape" in claim for claim in claims) == is_bfloat16
     assert all("bit for bit" in claim for claim in claims) == (is_bfloat16 or model.row_exact)
@@ -145,8 +144,7 @@ def test_a_draft_that_always_agrees_proves_nothing(monkeypatch: pytest.MonkeyPat
 
     def peek(self: ExitDrafter, model: Transformer, exit: int, *rest: float) -> None:
         original(self, model, exit, *rest)
-        # drafts with the whole model
-        self._branch = BranchConfig(start=model.config.num_hidden_layers, num_layers=0)
+        self._part = self._part._replace(layers=tuple(range(model.config.num_hidden_layers)))
 
     monkeypatch.setattr(ExitDrafter, "__init__", peek)
     proofs = [p for p in greedy(small_model()) if p.setting.startswith("early-exit") and "recompute" in p.setting]

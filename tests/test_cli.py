@@ -90,7 +90,7 @@ def assert_refused(result: Result, *named: str) -> None:
         (["--num-draft-tokens", "-1"], ("--num-draft-tokens is -1", "at least 1")),
         (["--num-draft-tokens", "0"], ("--num-draft-tokens is 0", "draft 'none'")),
         (["--min-confidence", "1.5"], ("--min-confidence is 1.5", "below 1")),
-        (["--draft", "magic"], ("--draft is 'magic'", "early-exit, ngram, both, none")),
+        (["--draft", "magic"], ("--draft is 'magic'", "early-exit, layer-skip, ngram, both, none")),
         (["--verify", "maybe"], ("'maybe'", "recompute, reuse")),
         (["--draft", "none", "--exit-layer", "1"], ("--exit-layer=1", "leave one out")),
         (["--draft", "none", "--verify", "reuse"], ("--verify=reuse", "leave one out")),

@@ -57,10 +57,11 @@ def sample(draft: str, seeds: range) -> tuple[NDArray[np.float64], int, int]:
     model = MarkovModel(*tables())
     # the sources in turn, and drafts that end by how sure they are
     drafter = whimsical(model, min_confidence=0.5) if draft == "auto" else None
-    config = (
-        SpeculativeConfig(draft="early-exit", num_draft_tokens=3, num_runner_ups=3)
-        if draft == "tree"
-        else SpeculativeConfig(draft=draft, num_draft_tokens=3)  # type: ignore[arg-type]
+    config = SpeculativeConfig(
+        draft="early-exit" if draft == "tree" else draft,  # type: ignore[arg-type]
+        num_draft_tokens=3,
+        num_runner_ups=3 if draft == "tree" else None,
+        skip_layers=(0,) if draft == "layer-skip" else None,
     )
     engine = Engine(model, config, max_num_seqs=500, prefix_caching=False, drafter=drafter)
     sequences = [engine.add(PROMPT, replace(params_of(draft), seed=seed)) for seed in seeds]
@@ -94,7 +95,13 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
 
 @pytest.mark.parametrize(
     ("draft", "num_samples"),
-    [("early-exit", NUM_SAMPLES), ("ngram", NUM_SAMPLES // 4), ("auto", NUM_SAMPLES // 8), ("tree", NUM_SAMPLES // 4)],
+    [
+        ("early-exit", NUM_SAMPLES),
+        ("layer-skip", NUM_SAMPLES // 4),
+        ("ngram", NUM_SAMPLES // 4),
+        ("auto", NUM_SAMPLES // 8),
+        ("tree", NUM_SAMPLES // 4),
+    ],
 )
 def test_joint_distribution_is_exact(draft: str, num_samples: int) -> None:
     assert p_value(draft, num_samples) > 0.001

@@ -193,7 +193,7 @@ def test_one_call_drafts_what_steps_draft(
         _, branch = random_branch(checkpoint, config)
         model.attach(branch)
         if hides:
-            monkeypatch.setattr(model, "draft_greedy", None)
+            monkeypatch.setattr(model, "draft_chains", None)
         engine = Engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02))
         drafts.append(drafts_of(monkeypatch, engine, PROMPTS))
     (one_call, steps) = ([draft.token_ids for _, draft in found] for found in drafts)

@@ -297,6 +297,45 @@ def test_head_subsets(checkpoints: dict[str, Checkpoint]) -> None:
 
 
 @pytest.mark.parametrize("is_subset", [False, True])
+def test_drawn_drafts_are_drawn_from_what_they_say(checkpoints: dict[str, Checkpoint], is_subset: bool) -> None:
+    model = NativeModel.load(checkpoints["llama3-gqa"], "float32", threads=2)
+    ids = torch.arange(1, model.config.vocab_size, 2) if is_subset else torch.arange(model.config.vocab_size)
+    head = model.head_subset(ids) if is_subset else None
+    cache = garbage_cache(model, 3, 16)
+    temperatures = [0.7, 0.0, 3.0]
+    uniforms = torch.rand((3, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniforms[2, 1], uniforms[2, 2] = 0.0, 1 - 1e-16
+    rows = Rows(Segment(slot, 0, 1) for slot in range(3))
+    found = model.draft_chains(
+        torch.tensor([5, 6, 7]), rows, [4, 4, 3], cache,
+        layers=range(2), head=head, temperatures=temperatures, uniforms_Bk=uniforms,
+    )  # fmt: skip
+    assert found.distributions_Bkn is not None
+    assert found.counts_B.tolist() == [4, 4, 3]
+    for i, temperature in enumerate(temperatures):
+        for step in range(int(found.counts_B[i])):
+            logits = model.unembed(found.states_BkD[i, step][None])[0, ids]
+            token = int(found.tokens_Bk[i, step])
+            if not temperature:
+                assert token == int(ids[logits.argmax()])
+                continue
+            expected = (logits / temperature).softmax(-1)
+            probabilities = found.distributions_Bkn[i, step]
+            assert torch.allclose(probabilities, expected, rtol=1e-4, atol=1e-7)
+            cumulative = probabilities.double().cumsum(-1)
+            index = int((ids == token).nonzero())
+            point = float(uniforms[i, step] * cumulative[-1])
+            assert float(cumulative[index] - probabilities[index]) - 1e-5 <= point <= float(cumulative[index]) + 1e-5
+    for bad, message in (
+        ({"temperatures": [0.7, -1.0, 1.0], "uniforms_Bk": uniforms}, "a temperature is -1"),
+        ({"temperatures": temperatures, "uniforms_Bk": uniforms[:, :2]}, "uniforms"),
+        ({"temperatures": temperatures}, "temperatures need uniforms"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.draft_chains(torch.tensor([5, 6, 7]), rows, [4, 4, 3], cache, layers=range(2), **bad)
+
+
+@pytest.mark.parametrize("is_subset", [False, True])
 @pytest.mark.parametrize("min_confidence", [0.0, 0.1])
 def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confidence: float, is_subset: bool) -> None:
     model = NativeModel.load(checkpoints["llama2-mha"], "q4", threads=2)
@@ -307,7 +346,7 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
     for slot, start in starts.items():
         run(model, tokens(model, start, slot), [Segment(slot, 0, start)], cache)
     last = torch.tensor([7, 8, 9])
-    drafted, counts, states, runner_ups, probs = model.draft_greedy(
+    drafted, counts, states, runner_ups, probs, distributions = model.draft_chains(
         last,
         Rows(Segment(slot, start, 1) for slot, start in starts.items()),
         [6, 6, 6],
@@ -317,6 +356,7 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
         min_confidence=min_confidence,
         num_runner_ups=3 if min_confidence else None,
     )
+    assert distributions is None
     assert (runner_ups is None) == (probs is None) == (min_confidence == 0)
     lengths = set()
     for i, (slot, start) in enumerate(starts.items()):
@@ -641,13 +681,13 @@ def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) ->
             model.embed(torch.tensor([bad]))
     one, cache = torch.tensor([1]), model.new_cache(1, 8)
     with pytest.raises(ValueError, match="branch needs a layer"):
-        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=())
+        model.draft_chains(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=())
     with pytest.raises(ValueError, match="entry is 99"):
-        model.draft_greedy(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=(0, 99))
+        model.draft_chains(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=(0, 99))
     with pytest.raises(ValueError, match="position is 7"):  # the second step would be beyond the cache
-        model.draft_greedy(one, Rows([Segment(0, 7, 1)]), [2], cache, layers=(0,))
+        model.draft_chains(one, Rows([Segment(0, 7, 1)]), [2], cache, layers=(0,))
     with pytest.raises(ValueError, match="occurs twice"):
-        model.draft_greedy(one.repeat(2), Rows([Segment(0, 0, 2)]), [2, 2], cache, layers=(0,))
+        model.draft_chains(one.repeat(2), Rows([Segment(0, 0, 2)]), [2, 2], cache, layers=(0,))
     data = torch.zeros((2, 2048 // 4), dtype=torch.int32)
     native._native.Matrix(0, 32, 32, torch.zeros((2, 512), dtype=torch.int32))
     for bad_arguments in [

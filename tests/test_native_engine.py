@@ -80,37 +80,38 @@ def test_a_batch_changes_nothing(model: NativeModel) -> None:
 
 
 class Counting:
-    """Passes everything on, counts the calls of `draft_greedy`, and can hide that there is such a thing."""
+    """Passes everything on, counts the calls of `draft_chains`, and can hide that there is such a thing."""
 
-    def __init__(self, model: NativeModel, *, has_draft_greedy: bool) -> None:
+    def __init__(self, model: NativeModel, *, has_draft_chains: bool) -> None:
         self._model = model
-        self._has_draft_greedy = has_draft_greedy
+        self._has_draft_chains = has_draft_chains
         self.num_calls = 0
 
     def __getattr__(self, name: str) -> Any:
-        if name == "draft_greedy" and not self._has_draft_greedy:
+        if name == "draft_chains" and not self._has_draft_chains:
             raise AttributeError(name)
-        return self._counted if name == "draft_greedy" else getattr(self._model, name)
+        return self._counted if name == "draft_chains" else getattr(self._model, name)
 
     def _counted(self, *arguments: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
         self.num_calls += 1
-        return self._model.draft_greedy(*arguments, **keywords)
+        return self._model.draft_chains(*arguments, **keywords)
 
 
 @pytest.mark.parametrize("min_confidence", [0.0, 0.04])
 @pytest.mark.parametrize(
     ("limits", "num_calls"),
-    # the last sequence samples, the one before is greedy with a penalty: these two always go step by step
+    # the last sequence samples from its best tokens, the one before is greedy with a penalty: these two always go step
+    # by step
     [((5, 5, 5, 5, 5), 1), ((3, 6, 1, 4, 6), 1), ((0, 4, 0, 0, 2), 1), ((0, 0, 0, 5, 5), 0)],
 )
 def test_a_draft_in_one_call_is_the_draft_of_its_steps(
     model: NativeModel, limits: tuple[int, ...], num_calls: int, min_confidence: float
 ) -> None:
     params = [SamplingParams()] * 3
-    params += [SamplingParams(repetition_penalty=1.5), SamplingParams(temperature=1.0, seed=1)]
+    params += [SamplingParams(repetition_penalty=1.5), SamplingParams(temperature=1.0, top_k=50, seed=1)]
     found, num_tokens = [], 0
-    for has_draft_greedy in (True, False):
-        counting = Counting(model, has_draft_greedy=has_draft_greedy)
+    for has_draft_chains in (True, False):
+        counting = Counting(model, has_draft_chains=has_draft_chains)
         drafter = ExitDrafter(counting, 2, min_confidence)
         cache = model.new_cache(5, 64)
         for tensor in (cache.k_LSHTD, cache.v_LSHTD):
@@ -130,7 +131,7 @@ def test_a_draft_in_one_call_is_the_draft_of_its_steps(
             for d in drafts
         ]
         found.append((contents, cache.k_LSHTD.clone(), cache.v_LSHTD.clone()))
-        assert counting.num_calls == (num_calls if has_draft_greedy else 0)
+        assert counting.num_calls == (num_calls if has_draft_chains else 0)
     (one_call, *cache_one), (steps, *cache_steps) = found
     assert one_call == steps
     assert all(torch.equal(a, b) for a, b in zip(cache_one, cache_steps, strict=True))

@@ -63,7 +63,7 @@ class DraftPart(NamedTuple):
     layers: tuple[int, ...]
     """Their numbers, in the order in which they run."""
     head: Any
-    """For `DraftGreedy`; None is the model's own."""
+    """For `DraftChains`; None is the model's own."""
     unembed: Callable[[Tensor], Tensor]
     """Hidden states [N, D] -> logits [N, V]."""
 
@@ -130,8 +130,8 @@ def torch_beside(model: Model) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-class GreedyDrafts(NamedTuple):
-    """The best tokens at an exit, step after step, for B sequences and up to k steps."""
+class Chains(NamedTuple):
+    """What an exit has drafted, token after token, for B sequences and up to k steps."""
 
     tokens_Bk: Tensor
     counts_B: Tensor
@@ -142,6 +142,8 @@ class GreedyDrafts(NamedTuple):
     """The next best tokens of each step, best first."""
     probs_Bkt: Tensor | None
     """Probabilities at the exit of the token of each step and of its runner-ups, [B, k, 1 + t]."""
+    distributions_Bkn: Tensor | None
+    """What each drawn token was drawn from, over the head's n tokens; undefined for sequences that drew none."""
 
 
 @dataclass(frozen=True, kw_only=True)

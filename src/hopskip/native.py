@@ -20,7 +20,7 @@ from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
 from hopskip.config import ModelConfig
 from hopskip.errors import ConfigError
-from hopskip.model import DraftPart, GreedyDrafts
+from hopskip.model import Chains, DraftPart
 from hopskip.packed import PackedWeights
 from hopskip.quantize import Packed, pack, quantize_q8, rows_in_q8, select_rows
 from hopskip.weights import Checkpoint
@@ -239,6 +239,11 @@ class NativeModel:
         self._copies[precision] = _Copy(self._num_layers_by_number, head)
         self._num_layers_by_number += self.config.num_hidden_layers
 
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Precisions of the attached copies."""
+        return tuple(self._copies)
+
     def draft_part(self, layers: Seq[int], precision: str | None = None) -> DraftPart:
         """What a draft by some of the model's layers runs, in the model's own precision or that of an attached copy."""
         if precision is None:
@@ -311,7 +316,7 @@ class NativeModel:
         self._engine.greedy(h_ND, out_N, subset.matrix)
         return subset.ids[out_N.long()]
 
-    def draft_greedy(
+    def draft_chains(
         self,
         ids_N: Tensor,
         rows: Rows,
@@ -324,8 +329,10 @@ class NativeModel:
         token_states_ND: Tensor | None = None,
         min_confidence: float = 0.0,
         num_runner_ups: int | None = None,
-    ) -> GreedyDrafts:
-        """Greedy draft steps in one call: through some layers, by number, or through the attached branch.
+        temperatures: Seq[float] | None = None,
+        uniforms_Bk: Tensor | None = None,
+    ) -> Chains:
+        """Draft steps in one call: through some layers, by number, or through the attached branch.
 
         Args:
             ids_N: committed tokens that have not been at the exit, each sequence's last one at the end of its segment.
@@ -339,6 +346,9 @@ class NativeModel:
                 has layers. Those at the last row of a segment are not used: the model has not been there yet.
             min_confidence: a sequence drafts no more after its first token whose probability is below it.
             num_runner_ups: how many of each step's next best tokens to return, with all probabilities; None: neither.
+            temperatures: of each sequence. 0 takes the best token of each step, above it one is drawn by softmax of the
+                logits over the temperature. None: all take the best.
+            uniforms_Bk: with `temperatures`, a float64 from 0 to below 1 for each token to be drawn.
         """
         branch = self._packed_branch
         if layers is not None:
@@ -358,14 +368,21 @@ class NativeModel:
         if num_runner_ups is not None:
             runner_ups = torch.zeros((size, k, num_runner_ups), dtype=torch.int32)
             probs = torch.zeros((size, k, 1 + num_runner_ups))
+        distributions = None
+        if temperatures is not None:
+            vocabulary = self._draft_head if layers is None else head
+            num_tokens = self.config.vocab_size if vocabulary is None else len(vocabulary.ids)
+            distributions = torch.empty((size, k, num_tokens))
         self._extend_rope(cache.length)
         self._engine.draft(
             branch, _int32(ids_N), rows.slots, rows.positions, features_NAD, token_states_ND,
             k, torch.tensor(limits, dtype=torch.int32), min_confidence,
             **_cache_arguments(cache), tokens=tokens, counts=counts, states=states,
             probabilities=probs, runner_ups=runner_ups,
+            temperatures=None if temperatures is None else torch.tensor(temperatures, dtype=torch.float32),
+            uniforms=uniforms_Bk, distributions=distributions,
         )  # fmt: skip
-        return GreedyDrafts(tokens, counts, states, runner_ups, probs)
+        return Chains(tokens, counts, states, runner_ups, probs, distributions)
 
     def _extend_rope(self, length: int) -> None:
         if self._engine.rope_length < length:

@@ -81,6 +81,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def truncates(self) -> bool:
+        """Whether some tokens are ruled out before one is drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def changes_logits(self) -> bool:
         """True if penalties or biases apply, so that the best token is not simply the model's."""
         return self.has_penalties or bool(self.logit_bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -65,6 +65,8 @@ class _Facts:
     exit_layer: int | None
     """None for a model of one layer, which has no early exit."""
     num_draft_tokens: int
+    copy_bytes: dict[str, int]
+    """Memory of the copies of lower precision that could draft, by precision."""
 
     @property
     def exits(self) -> list[int]:
@@ -89,6 +91,7 @@ class _Facts:
                 "weight_bytes_by_format": costs.bytes_by_format,
                 "bytes_per_pass": costs.bytes_per_pass,
                 "kv_bytes_per_token": costs.kv_bytes_per_token,
+                "draft_copy_bytes": self.copy_bytes,
             },
             "default_draft": self.default_draft,
             "exit_branch": None
@@ -148,6 +151,7 @@ def _collect(load: LoadOptions) -> _Facts:
 
     from hopskip import native
     from hopskip.draft.config import SpeculativeConfig
+    from hopskip.draft.self_draft import DraftPrecision
     from hopskip.evaluate.costs import model_costs
     from hopskip.hub import find_model
     from hopskip.llm import find_exit
@@ -164,6 +168,12 @@ def _collect(load: LoadOptions) -> _Facts:
     exit_layer = None
     if config.num_hidden_layers > 1:
         exit_layer = SpeculativeConfig(draft="early-exit").resolve(config).exit_layer
+    costs = model_costs(checkpoint, backend, load.quantize or load.dtype, arguments["kv_dtype"])
+    copies = {
+        name: model_costs(checkpoint, backend, name, "auto").bytes_per_pass
+        for name in get_args(DraftPrecision)
+        if is_native
+    }
     assert default.draft is not None
     assert default.num_draft_tokens is not None
     return _Facts(
@@ -174,11 +184,12 @@ def _collect(load: LoadOptions) -> _Facts:
         isa=native.choose_isa() if is_native else None,
         device=str(device),
         threads=load.threads or (native.default_threads() if is_native else torch.get_num_threads()),
-        costs=model_costs(checkpoint, backend, load.quantize or load.dtype, arguments["kv_dtype"]),
+        costs=costs,
         default_draft=default.draft,
         branch=branch,
         exit_layer=exit_layer,
         num_draft_tokens=default.num_draft_tokens,
+        copy_bytes={name: size for name, size in copies.items() if size < costs.bytes_per_pass},
     )
 
 
@@ -220,6 +231,9 @@ def _print_facts(facts: _Facts) -> None:
             + f"; {len(branch.vocabulary):,} tokens; {_memory(facts.branch_bytes)} and "
             f"{_memory(facts.branch_kv_bytes)} a token",
         )
+    if facts.copy_bytes:
+        sizes = ", ".join(f"{name} {_memory(num_bytes)}" for name, num_bytes in facts.copy_bytes.items())
+        table.add_row("draft copies", f"with --draft-precision: {sizes}")
     if facts.exit_layer is None:
         table.add_row("exit layer", "none: a model of one layer has no early exit")
     else:

@@ -82,8 +82,8 @@ class AutoDrafter(Drafter):
             for i, draft in zip(members, found, strict=True):
                 drafts[i] = draft
             depth = max(draft.num_chained for draft in found)
-            is_stepped = any(sequence.needs_logits for sequence in own)
-            self._drafting.append(Drafting(exit, depth, len(own), num_entered, is_stepped, seconds))
+            by_logits = any(sequence.needs_logits for sequence in own)
+            self._drafting.append(Drafting(exit, depth, len(own), num_entered, by_logits, seconds))
         self._signs = [draft.signs for draft in drafts]
         return drafts
 

@@ -40,9 +40,9 @@ class SpeculativeConfig:
     """`auto`: each round takes what pays by measured costs and acceptance: the branch, an early exit, n-gram or
     nothing. `exit-branch`: the trained exit that is attached to the model. `early-exit`: the model's first layers.
     `layer-skip`: all its layers but some, or all in lower precision. `ngram`: copy from prompt and output. `both`:
-    n-gram where the text has a match, else the branch if there is one, else early exit. `none`: plain decoding. None:
-    `both` if there is a branch, else early exit if the checkpoint's makers recommend it, else n-gram; but `early-exit`
-    or `layer-skip` where an option is given that only this source has."""
+    n-gram where the text has a match, else layer-skip if an option of it is given, else the branch if there is one,
+    else early exit. `none`: plain decoding. None: `both` with layer-skip or a branch, else early exit if an option of
+    it is given or the checkpoint's makers recommend it, else n-gram."""
     exit_branch: str | Path | None = None
     """Folder of the trained exit. None: the one that ships for the model, if any."""
     exit_layer: int | None = None
@@ -91,13 +91,16 @@ class SpeculativeConfig:
             "early-exit": ("exit_branch", "skip_layers"),
             "layer-skip": ("exit_branch", "exit_layer"),
             "exit-branch": ("exit_layer", *_OF_SELF_DRAFTS),
-            "both": ("skip_layers",),
         }
         for name in ineffective.get(self.draft or "", ()):
             if getattr(self, name) not in (None, 0.0):
                 raise ConfigError(
                     f"{name}={getattr(self, name)} has no effect with draft {self.draft!r}; leave one out"
                 )
+        if self.draft in (None, "both") and self.exit_layer is not None and self.skip_layers is not None:
+            raise ConfigError(
+                f"exit_layer={self.exit_layer} and skip_layers={list(self.skip_layers)} are two drafts; leave one out"
+            )
         if self.skip_layers == () and self.draft_precision is None:
             raise ConfigError(
                 "skip_layers names no layer, so the draft would take as long as what it drafts for; name some, or give "
@@ -127,8 +130,13 @@ class SpeculativeConfig:
         """Whether a trained exit could have an effect."""
         if self.exit_layer is not None or self.verify == "reuse":
             return False
-        is_self_draft = self.skip_layers is not None or self.draft_precision is not None
-        return self.draft in ("auto", "exit-branch") or (self.draft in (None, "both") and not is_self_draft)
+        return self.draft in ("auto", "exit-branch") or (self.draft in (None, "both") and not self._is_layer_skip)
+
+    @property
+    def _is_layer_skip(self) -> bool:
+        """Whether layer-skip drafts, beside lookup or as one of the choices of `auto`."""
+        has_options = self.skip_layers is not None or self.draft_precision is not None
+        return self.draft == "layer-skip" or (has_options and (self.exit_layer is None or self.draft == "auto"))
 
     def resolve(
         self, model: ModelConfig, branch: ExitBranch | None = None, *, row_exact: bool = True
@@ -152,7 +160,7 @@ class SpeculativeConfig:
         if (
             draft == "early-exit"
             or (draft == "auto" and exit_layer is not None)
-            or (draft == "both" and not has_branch)
+            or (draft == "both" and not has_branch and not self._is_layer_skip)
         ):
             if model.num_hidden_layers == 1:
                 raise ConfigError("the model has one layer, so no early exit; use draft 'ngram' or 'none'")
@@ -169,8 +177,9 @@ class SpeculativeConfig:
                 "and some must be left"
             )
         recommended = branch.num_draft_tokens if branch and has_branch else model.recommended_num_draft_tokens
-        usual = _USUAL_LENGTH_OF_LAYER_SKIP if draft == "layer-skip" else 6
-        longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or usual
+        if self._is_layer_skip and draft != "auto":
+            recommended = _USUAL_LENGTH_OF_LAYER_SKIP
+        longest = MAX_ROWS - 1 if draft == "auto" and row_exact else recommended or 6
         num_runner_ups = branch.num_runner_ups if branch and has_branch else 0
         if draft == "auto":
             num_runner_ups = _MOST_RUNNER_UPS_BY_CHOICE if row_exact else 0
@@ -186,9 +195,7 @@ class SpeculativeConfig:
     def _default_draft(self, model: ModelConfig, branch: ExitBranch | None) -> DraftSource:
         if self.exit_layer is not None or self.verify == "reuse":
             return "early-exit"
-        if self.skip_layers is not None or self.draft_precision is not None:
-            return "layer-skip"
-        if branch is not None:
+        if branch is not None or self._is_layer_skip:
             return "both"  # lookup where the text repeats itself, the exit elsewhere
         wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
         return "early-exit" if wants_exit else "ngram"
@@ -216,7 +223,7 @@ class SpeculativeConfig:
                 min_confidence=self.min_confidence,
             )
         exit: Exit | None = model.branch
-        if self.draft == "layer-skip":
+        if self._is_layer_skip:
             exit = self._layer_skip(model)
         elif self.exit_layer is not None:
             exit = early_exit(self.exit_layer, self.draft_precision)
@@ -246,8 +253,7 @@ class SpeculativeConfig:
 
     def search(self, model: Model, identity: Mapping[str, object] | None = None) -> SpeculativeConfig:
         """Of a resolved configuration: with the layers to skip, where they are left open. See `self_draft.search`."""
-        wants = self.draft == "layer-skip" or (self.draft == "auto" and self.draft_precision is not None)
-        if not wants or self.skip_layers is not None:
+        if not self._is_layer_skip or self.skip_layers is not None:
             return self
         path = kept_path({**identity, "draft_precision": self.draft_precision}, "skip") if identity else None
         found = search(model, self.draft_precision, path)

@@ -120,11 +120,14 @@ class Controller:
         self._num_rounds = 0
         self._due = self._exits_due = 0
         """Numbers of the rounds that drafts, and exits, are thought of again."""
+        self._pause = 0
+        """Rounds of the last pause."""
 
     @property
     def pauses(self) -> bool:
         """True while thinking costs more than it is likely to bring: after a batch of sequences had nothing worth
-        drafting, for a round in every four of them. Nobody computes while a plan is made."""
+        drafting, for longer each time, up to as many rounds as there are others. Nobody computes while a plan is
+        made."""
         return self._num_rounds < self._due
 
     def plan(
@@ -167,8 +170,8 @@ class Controller:
 
     def _schedule(self, used: set[str | None], num_sequences: int) -> None:
         """When to think of drafts, and of exits, again, after a plan that drafts from these sources."""
-        if not used:
-            self._due = self._num_rounds + num_sequences // 4
+        self._pause = 0 if used else min(2 * self._pause + 1, num_sequences - 1)
+        self._due = self._num_rounds + 1 + self._pause
         has_thought_of_exits = self._num_rounds >= self._exits_due
         if has_thought_of_exits and (not used or (used == {LOOKUP} and num_sequences >= _LARGE_BATCH)):
             self._exits_due = self._num_rounds + _EXITS_EVERY
@@ -384,7 +387,7 @@ class _Bill:
         self._least_rows = len(prospects) * costs.rows_per_sequence
         self._num_rows = len(prospects)
         self._num_by_logits = sum(prospect.by_logits for prospect in prospects)
-        self._exit, self._depth, self._num_drafting, self._num_entered, self._is_stepped = "", 0, 0, 0, False
+        self._exit, self._depth, self._num_drafting, self._num_entered, self._by_logits = "", 0, 0, 0, False
 
     def add(self, index: int, source: str, place: int) -> None:
         """One more token of a sequence, the `place`-th of its draft, counted from 0."""
@@ -396,7 +399,7 @@ class _Bill:
                 self._num_drafting += 1
                 prospect = self._prospects[index]
                 self._num_entered += 1 + (prospect.num_unseen.get(source, 1) - 1) // prospect.num_rounds
-            self._is_stepped = self._is_stepped or by_logits
+            self._by_logits = self._by_logits or by_logits
 
     def add_runner_up(self, index: int) -> None:
         """One more row of a sequence."""
@@ -408,7 +411,7 @@ class _Bill:
         total = self._costs.pass_seconds(max(self._num_rows, self._least_rows), self._num_by_logits)
         if self._depth:
             total += self._costs.draft_seconds(
-                self._exit, self._depth, self._num_drafting, self._num_entered, self._is_stepped
+                self._exit, self._depth, self._num_drafting, self._num_entered, self._by_logits
             )
         return total
 
@@ -450,7 +453,7 @@ class LiveCosts:
         return self._speed * self._by_rows[num_rows - 1] * self._layers[num_rows - 1]
 
     def draft_seconds(
-        self, exit: str, depth: int, num_sequences: int, num_entered: int | None = None, is_stepped: bool = False
+        self, exit: str, depth: int, num_sequences: int, num_entered: int | None = None, by_logits: bool = False
     ) -> float:
         """Drafts of `depth` tokens for so many sequences, which share each step, beginning with so many tokens in all
         (None: one each)."""
@@ -458,7 +461,7 @@ class LiveCosts:
         one = self._table(1)
         begin = cost.begin * self._table(num_entered or num_sequences) / one
         steps = depth * cost.step * self._table(num_sequences) / one
-        return self._speed * self._by_exit.get((exit, is_stepped), 1.0) * (begin + steps)
+        return self._speed * self._by_exit.get((exit, by_logits), 1.0) * (begin + steps)
 
     def marginal_row(self, num_rows: int) -> float:
         """Seconds of a row beyond so many, roughly."""
@@ -477,19 +480,19 @@ class LiveCosts:
             self._logits_row += _share(self._logits_row) * (beyond / outcome.num_chosen_by_logits - self._logits_row)
         self._other += _share(self._other) * (outcome.commit_seconds - self._other)
         for draft in drafting:
-            key = draft.exit, draft.is_stepped
+            key = draft.exit, draft.by_logits
             expected = self.draft_seconds(
-                draft.exit, draft.depth, draft.num_sequences, draft.num_entered, draft.is_stepped
+                draft.exit, draft.depth, draft.num_sequences, draft.num_entered, draft.by_logits
             )
-            # drafts step by step are not in the table: the first of them says what is known
-            is_known = key in self._by_exit or not draft.is_stepped
+            # such drafts are not in the table: the first of them says what is known
+            is_known = key in self._by_exit or not draft.by_logits
             ratio = draft.seconds / max(expected, 1e-9)
             self._by_exit[key] = self._by_exit.get(key, 1.0) * (_step(ratio) if is_known else ratio)
 
     def corrected(self) -> Costs | None:
         """A better table, if the one at hand has turned out wrong by `_WRONG`; it is taken over then."""
         table = self._costs
-        off = [math.log(factor) for (_, is_stepped), factor in self._by_exit.items() if not is_stepped]
+        off = [math.log(factor) for (_, by_logits), factor in self._by_exit.items() if not by_logits]
         factors = {rows: self._by_rows[rows - 1] if rows <= len(self._by_rows) else 1.0 for rows in table.layers}
         off += [math.log(factor) for factor in factors.values()]
         if max(off) - min(min(off), 0.0) < math.log(_WRONG):
@@ -519,8 +522,8 @@ class Drafting(NamedTuple):
     num_sequences: int
     num_entered: int
     """Tokens that they began with, in all."""
-    is_stepped: bool
-    """True for drafts that a model cannot take in one call, see `ExitDrafter`."""
+    by_logits: bool
+    """True if some of their tokens are not just the best of their step: drawn, or chosen after penalties."""
     seconds: float
 
 

@@ -23,13 +23,13 @@ from hopskip.branch import BranchConfig, ExitBranch, Mixing
 from hopskip.cache import Cache, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.self_draft import SelfDraft, early_exit
-from hopskip.model import BranchedModel, DraftPart, GreedyDrafts, Model, run_by_number
+from hopskip.model import BranchedModel, Chains, DraftPart, Model, run_by_number
 from hopskip.sampling import adjust_logits, draw, probabilities
 from hopskip.sequence import DraftOrigin, Sequence
 
 
-class DraftGreedy(Protocol):
-    """`draft_greedy` of a model that can take all steps of a draft in one call, as `NativeModel` does."""
+class DraftChains(Protocol):
+    """`draft_chains` of a model that can take all steps of a draft in one call, as `NativeModel` does."""
 
     def __call__(
         self,
@@ -44,7 +44,9 @@ class DraftGreedy(Protocol):
         token_states_ND: Tensor | None,
         min_confidence: float,
         num_runner_ups: int | None,
-    ) -> GreedyDrafts: ...
+        temperatures: Seq[float] | None,
+        uniforms_Bk: Tensor | None,
+    ) -> Chains: ...
 
 
 _MAX_RUNNER_UPS_OF_A_STEP = 4
@@ -60,16 +62,16 @@ class _Slot:
         self._first = self._end = 0
         self._parts_NAD: list[Tensor] = []
 
-    def observe(self, start: int, states_NAD: Tensor) -> None:
-        """A pass over positions from `start` on. What was known of them before is void, but for the token at `start`:
-        it was committed when the pass began, so the branch's keys and values there hold."""
+    def observe(self, start: int, count: int, states_NAD: Tensor) -> None:
+        """A pass over `count` positions from `start` on. What was known of them before is void, but for the token at
+        `start`: it was committed when the pass began, so the branch's keys and values there hold."""
         self.num_cached = min(self.num_cached, start + 1) if start else 0
         if start < self._first or start > self._end:
             self._first, self._parts_NAD = start, []
         elif start < self._end:
             self._parts_NAD = [self._joined()[: start - self._first]]
         self._parts_NAD.append(states_NAD)
-        self._end = start + len(states_NAD)
+        self._end = start + count
 
     def take(self, start: int, stop: int) -> Tensor:
         """States of positions start..stop-1; zeros for the position before the first."""
@@ -149,12 +151,14 @@ class ExitDrafter(Drafter):
         # without layers of its own a branch has no cache to keep up to date
         self.taps = self._branch.taps if self._branch.num_layers else None
         # a model may do without: the steps below give the same drafts
-        self._draft_greedy: DraftGreedy | None = getattr(model, "draft_greedy", None)
+        self._draft_chains: DraftChains | None = getattr(model, "draft_chains", None)
 
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
         parts = torch.split(states_NAD, [segment.count for segment in rows.segments])
         for segment, own in zip(rows.segments, parts, strict=True):
-            self._slots.setdefault(segment.slot, _Slot()).observe(segment.start, own)
+            if segment.slot not in self._slots:
+                self._slots[segment.slot] = _Slot()
+            self._slots[segment.slot].observe(segment.start, segment.count, own)
 
     def num_unseen(self, sequence: Sequence) -> int:
         """Tokens that a draft begins with: the sequence's last, and those before it that the branch has yet to see."""
@@ -185,15 +189,28 @@ class ExitDrafter(Drafter):
         return drafts
 
     def _can_chain(self, sequence: Sequence) -> bool:
-        """Whether a sequence takes the exit's own best tokens, so that it can leave all steps to the model."""
-        return self._draft_greedy is not None and sequence.params.is_greedy and not sequence.params.changes_logits
+        """Whether all steps of a sequence can be left to the model: it takes the exit's own best tokens, or draws from
+        all of them."""
+        params = sequence.params
+        is_plain = params.is_greedy or not params.truncates
+        return self._draft_chains is not None and is_plain and not params.changes_logits
 
     def _chain(self, work: Seq[_Work], cache: Cache) -> None:
         """Whole drafts in one call."""
-        assert self._draft_greedy is not None
+        assert self._draft_chains is not None
         entry = self._enter([part.sequence for part in work])
-        most = self._num_runner_ups_of_a_step(max(part.num_runner_ups for part in work))
-        found = self._draft_greedy(
+        # those of drawn tokens are drawn, too
+        most = self._num_runner_ups_of_a_step(
+            max((part.num_runner_ups for part in work if part.sequence.params.is_greedy), default=0)
+        )
+        temperatures = [part.sequence.params.temperature for part in work]
+        uniforms_Bk = None
+        if draws := any(temperatures):
+            uniforms_Bk = torch.zeros((len(work), max(part.limit for part in work)), dtype=torch.float64)
+            for part, temperature, uniforms_k in zip(work, temperatures, uniforms_Bk, strict=True):
+                if temperature:
+                    uniforms_k[: part.limit].uniform_(generator=part.sequence.generator)
+        found = self._draft_chains(
             torch.tensor(entry.token_ids),
             entry.rows,
             [part.limit for part in work],
@@ -204,11 +221,18 @@ class ExitDrafter(Drafter):
             token_states_ND=entry.token_states_ND,
             min_confidence=self._min_confidence,
             num_runner_ups=most or None,
+            temperatures=temperatures if draws else None,
+            uniforms_Bk=uniforms_Bk,
         )
         for i, (part, count) in enumerate(zip(work, found.counts_B.tolist(), strict=True)):
             part.draft.token_ids += found.tokens_Bk[i, :count].tolist()
             part.draft.exit_states += found.states_BkD[i, :count].unbind()
-            if found.probs_Bkt is not None and found.runner_ups_Bkt is not None and part.num_runner_ups:
+            if part.draft.probs is not None:
+                assert found.distributions_Bkn is not None
+                part.draft.probs += self._over_all_tokens(found.distributions_Bkn[i, :count], 0.0).unbind()
+                if part.num_runner_ups:
+                    draw_runner_ups(part.draft, part.sequence.generator, part.num_runner_ups)
+            elif found.probs_Bkt is not None and found.runner_ups_Bkt is not None and part.num_runner_ups:
                 tokens_kt, probs_kt = found.runner_ups_Bkt[i, :count], found.probs_Bkt[i, :count]
                 add_runner_ups(part.draft, tokens_kt, probs_kt, part.num_runner_ups)
 
@@ -295,13 +319,18 @@ class ExitDrafter(Drafter):
         first = self._model.config.num_hidden_layers
         return self._model.run_layers(x_ND, first, first + self._branch.num_layers, rows, cache)
 
+    def _over_all_tokens(self, values_Nn: Tensor, other: float) -> Tensor:
+        """Of the draft vocabulary's tokens and, with this value, of all others: [N, V]."""
+        if self._vocabulary is None:
+            return values_Nn
+        values_NV = values_Nn.new_full((len(values_Nn), self._model.config.vocab_size), other)
+        values_NV[:, self._vocabulary] = values_Nn
+        return values_NV
+
     def _choose(self, sequence: Sequence, draft: Draft, logits_1n: Tensor) -> Tensor:
         """Add one token to a draft. The distribution that it comes from, [V]."""
         params = sequence.params
-        logits_1V = logits_1n
-        if self._vocabulary is not None:
-            logits_1V = logits_1n.new_full((1, self._model.config.vocab_size), float("-inf"))
-            logits_1V[:, self._vocabulary] = logits_1n
+        logits_1V = self._over_all_tokens(logits_1n, float("-inf"))
         if params.changes_logits:
             logits_1V = adjust_logits(logits_1V, params, sequence.counts, draft.token_ids)
         if params.is_greedy:

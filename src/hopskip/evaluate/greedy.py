@@ -12,6 +12,7 @@ from torch import Tensor
 from hopskip.cache import Rows, Segment
 from hopskip.config import ModelConfig
 from hopskip.draft.config import SpeculativeConfig
+from hopskip.draft.self_draft import DraftPrecision
 from hopskip.evaluate.proof import Proof, Tie
 from hopskip.evaluate.recorder import Run, first_difference, run, same_bits
 from hopskip.model import Model
@@ -51,8 +52,9 @@ def exits_to_try(config: ModelConfig) -> list[int]:
 
 def settings_to_try(model: Model) -> list[SpeculativeConfig]:
     """Every combination of draft source (early exit at each exit, n-gram, both), draft length and verify mode; the
-    trained exit, if one is attached, which has no states to reuse; and trees."""
-    exits = exits_to_try(model.config)
+    trained exit, if one is attached, which has no states to reuse; trees; and drafts without some of the layers or by
+    the copies that are attached."""
+    exits, depth = exits_to_try(model.config), model.config.num_hidden_layers
     trained = [
         SpeculativeConfig(draft=draft, num_draft_tokens=length)
         for draft in ("exit-branch", "both")
@@ -66,7 +68,20 @@ def settings_to_try(model: Model) -> list[SpeculativeConfig]:
     sources = [SpeculativeConfig(draft="early-exit", exit_layer=exit_layer) for exit_layer in exits]
     sources.append(SpeculativeConfig(draft="ngram"))
     sources.extend(SpeculativeConfig(draft="both", exit_layer=exit_layer) for exit_layer in exits[:1])
-    return [*trained, *trees] + [
+    copies: tuple[DraftPrecision, ...] = getattr(model, "copies", ())
+    skipped = [(depth // 2,)] if depth > 1 else []
+    selves = [
+        SpeculativeConfig(draft="layer-skip", skip_layers=layers, draft_precision=precision, num_draft_tokens=length)
+        for precision in (None, *copies)
+        for layers in skipped
+        for length in DRAFT_LENGTHS
+    ]
+    selves += [
+        SpeculativeConfig(draft="early-exit", exit_layer=exits[-1], draft_precision=precision, num_draft_tokens=3)
+        for precision in copies
+        if exits
+    ]
+    return [*trained, *trees, *selves] + [
         SpeculativeConfig(draft=source.draft, exit_layer=source.exit_layer, num_draft_tokens=length, verify=mode)
         for source in sources
         for mode in ("recompute", "reuse")
@@ -216,6 +231,10 @@ def describe(setting: SpeculativeConfig, lengths: str | None = None) -> str:
         parts.append(f"E={setting.exit_layer}")
     if lengths or setting.num_draft_tokens:
         parts.append(f"k={lengths or setting.num_draft_tokens}")
+    if setting.skip_layers is not None:
+        parts.append("skip=" + ("+".join(map(str, setting.skip_layers)) or "none"))
+    if setting.draft_precision:
+        parts.append(setting.draft_precision)
     if setting.num_runner_ups:
         parts.append(f"runner-ups={setting.num_runner_ups}")
     if setting.verify is not None:

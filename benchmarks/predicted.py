@@ -1,0 +1,115 @@
+"""Predicted beside measured speed-up: fixed settings, by the cost table of `hopskip info --measure` and acceptance.
+
+    python benchmarks/predicted.py
+    python benchmarks/predicted.py --dtype bfloat16 --lengths 1,3,5
+
+A round of k draft tokens, each accepted with probability a if those before it were, is predicted to take k draft steps
+and a pass of k + 1 rows, and to yield (1 - a^(k+1)) / (1 - a) tokens. The costs are timed here, a is counted in the
+run that is measured. Both engines live in this process and take turns. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import get_args
+
+from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.draft.costs import measure
+from hopskip.errors import HopskipError
+from hopskip.evaluate.costs import measured_speedup
+from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.evaluate.prompts import load_prompts
+from hopskip.load import DType
+
+SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One draft length of the trained exit."""
+
+    num_draft_tokens: int
+    acceptance: float
+    """Share of draft tokens accepted, of those that were reached."""
+    predicted: float
+    measured: float
+
+    def __str__(self) -> str:
+        return (
+            f"k = {self.num_draft_tokens}  a = {self.acceptance:.3f}  predicted {self.predicted:.2f} x  "
+            f"measured {self.measured:.2f} x  ratio {self.predicted / self.measured:.2f}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=get_args(DType))
+    parser.add_argument("--lengths", default="1,2,3,5", help="draft lengths")
+    parser.add_argument("--num-prompts", type=int, default=3, help="of each set")
+    parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=num_usable_cores())
+    arguments = parser.parse_args()
+    try:
+        lengths = [int(value) for value in arguments.lengths.split(",")]
+    except ValueError as error:
+        parser.error(f"--lengths are numbers with commas between ({error})")
+    found: list[Setting] = []
+    try:
+        bandwidth = measure_read_bandwidth(arguments.threads)
+        found = [compare(length, arguments) for length in lengths]
+    except HopskipError as error:
+        print(f"predicted: error: {error}", file=sys.stderr)
+        return 2
+    machine = describe_machine(arguments.threads, bandwidth)
+    report = {"machine": machine, "versions": versions(), "settings": vars(arguments)}
+    print(json.dumps({**report, "found": [asdict(setting) for setting in found]}))
+    return 0
+
+
+def compare(num_draft_tokens: int, arguments: argparse.Namespace) -> Setting:
+    speculative = SpeculativeConfig(draft="exit-branch", num_draft_tokens=num_draft_tokens, num_runner_ups=0)
+    drafting, plain = (
+        LLM(dtype=arguments.dtype, threads=arguments.threads, max_num_seqs=1, speculative=config)
+        for config in (speculative, SpeculativeConfig(draft="none"))
+    )
+    branch = drafting.model.branch
+    assert branch is not None, "an exit ships for the default model"
+    params = SamplingParams(max_new_tokens=arguments.num_tokens, ignore_eos=True)
+    prompts = [p.encode(plain.tokenizer) for name in SETS for p in load_prompts(name, arguments.num_prompts)]
+    drafting.generate(prompts[:1], params)
+    plain.generate(prompts[:1], params)
+    predictions: list[float] = []
+    ratios: list[float] = []
+    accepted = rejected = 0
+    for _ in range(arguments.repeats):
+        seconds = {"plain": 0.0, "drafting": 0.0}
+        accepted = rejected = 0
+        for prompt in prompts:
+            expected, got = plain.generate([prompt], params)[0], drafting.generate([prompt], params)[0]
+            assert got.token_ids == expected.token_ids, "the text has changed"
+            seconds["plain"] += expected.stats.decode_seconds
+            seconds["drafting"] += got.stats.decode_seconds
+            accepted += got.stats.num_accepted_tokens
+            # a draft ends at its first rejected token, unless it is accepted whole
+            whole = (got.stats.num_accepted_tokens_per_pos or [0])[-1]
+            rejected += got.stats.num_drafts - whole
+        ratios.append(seconds["plain"] / seconds["drafting"])
+        costs = measure(drafting.model, [branch])
+        predictions.append(measured_speedup(costs, "exit-branch", accepted / (accepted + rejected), num_draft_tokens))
+    setting = Setting(
+        num_draft_tokens=num_draft_tokens,
+        acceptance=accepted / (accepted + rejected),
+        predicted=median(predictions),
+        measured=median(ratios),
+    )
+    print(setting, flush=True)
+    return setting
+
+
+if __name__ == "__main__":
+    sys.exit(main())
