@@ -1,4 +1,4 @@
-// Strips of packed weights times rows of activations. Included by isa_*.cpp after a simd_*.h.
+// Strips of packed weights times rows of activations. Included by isa_*.cpp after simd.inl.
 //
 // A strip is read once and serves R rows from registers; more rows go in groups over the same strip, which then sits in
 // the first-level cache. Each (row, output) has its own accumulator: that is all there is to bit-identical rows.

@@ -37,7 +37,7 @@ inline float round_to_int8(const float* x, int count, float inverse_step, int8_t
     return reduce_add(sum);
 }
 
-// int8 per block of 32 columns, the largest magnitude (simd_*.h) at 127.
+// int8 per block of 32 columns, the largest magnitude (isa_*.cpp) at 127.
 void quantize(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums) {
     for (int b = 0; b < blocks; ++b, x += BLOCK, q8 += BLOCK) {
         V largest = V{};
