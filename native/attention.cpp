@@ -35,9 +35,9 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
     const auto store = [&](const float* x, const CacheVectors& all) {
         alignas(64) char narrow[MAX_HEAD_DIM * sizeof(float)];  // whole registers are written, which the cache has no room for
         const CacheVectors to = pass.cache.from(all, place);
-        const int padded_size = static_cast<int>(padded(head_dim));
-        if (pass.cache.type == CacheType::bf16) kernels_.to_bf16(x, padded_size, reinterpret_cast<uint16_t*>(narrow));
-        if (pass.cache.type == CacheType::int8) *to.scales = kernels_.to_int8(x, padded_size, reinterpret_cast<int8_t*>(narrow));
+        const int size = shape_.padded_head_dim();
+        if (pass.cache.type == CacheType::bf16) kernels_.to_bf16(x, size, reinterpret_cast<uint16_t*>(narrow));
+        if (pass.cache.type == CacheType::int8) *to.scales = kernels_.to_int8(x, size, reinterpret_cast<int8_t*>(narrow));
         std::memcpy(to.data, pass.cache.type == CacheType::f32 ? static_cast<const void*>(x) : narrow, pass.cache.vector_bytes());
     };
     alignas(64) float x[MAX_HEAD_DIM] = {};
@@ -48,7 +48,7 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
 
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     float* queries = queries_of(row, kv_head, pass);
-    for (int g = 0; g < group; ++g) rotate(kv_head * group + g, layer.q_norm, scale, queries + g * padded(head_dim));
+    for (int g = 0; g < group; ++g) rotate(kv_head * group + g, layer.q_norm, scale, queries + g * shape_.padded_head_dim());
 }
 
 void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass, float* partials) {
@@ -73,15 +73,14 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
     task.values = cache.from(cache.v, start);
     task.type = cache.type;
     task.head_dim = shape_.head_dim;
-    task.padded_head_dim = static_cast<int>(padded(shape_.head_dim));
+    task.padded_head_dim = shape_.padded_head_dim();
     task.begin = chunk * CHUNK;
     task.end = std::min(task.begin + CHUNK, block.end);
     kernels_.attend_chunk(task, worker.scratch.get(), partials);
 }
 
 void Model::attend(int item, int index, Worker& worker, const Pass& pass) {
-    const int group = shape_.group(), padded_head_dim = static_cast<int>(padded(shape_.head_dim));
-    const int stride = PARTIAL_VALUES + padded_head_dim;
+    const int group = shape_.group(), stride = shape_.partial_size();
     const int chunks = pass.is_split ? pass.max_chunks : 1;
     const Block& block = pass.blocks[item / chunks / shape_.num_kv_heads];
     const int kv_head = item / chunks % shape_.num_kv_heads;
@@ -97,7 +96,7 @@ void Model::attend(int item, int index, Worker& worker, const Pass& pass) {
     for (int q = 0; q < queries; ++q) states[q * stride + PARTIAL_SUM] = 0;
     for (int chunk = 0; chunk < block.num_chunks; ++chunk) {
         attend_chunk(block, index, kv_head, block.first_chunk + chunk, worker, pass, partials);
-        for (int q = 0; q < queries; ++q) kernels_.fold(states + q * stride, partials + q * stride, padded_head_dim);
+        for (int q = 0; q < queries; ++q) kernels_.fold(states + q * stride, partials + q * stride, shape_.padded_head_dim());
     }
     for (int q = 0; q < queries; ++q)
         write_head(states + q * stride, kv_head * group + q % group,
@@ -117,8 +116,7 @@ void Model::merge_attention(int row, const Pass& pass, Worker& worker, float* ou
         return;
     }
     std::fill_n(out, width, 0.0f);
-    const int group = shape_.group(), padded_head_dim = static_cast<int>(padded(shape_.head_dim));
-    const int stride = PARTIAL_VALUES + padded_head_dim;
+    const int group = shape_.group(), stride = shape_.partial_size();
     const int index = pass.block_of_row[row];
     const Block& block = pass.blocks[index];
     float* state = worker.partials.get();
@@ -127,7 +125,7 @@ void Model::merge_attention(int row, const Pass& pass, Worker& worker, float* ou
         const int query = (row - block.row) * group + head % group;
         for (int chunk = 0; chunk < block.num_chunks; ++chunk) {
             const ptrdiff_t item = (index * shape_.num_kv_heads + head / group) * pass.max_chunks + chunk;
-            kernels_.fold(state, partials_.get() + (item * MAX_BLOCK_ROWS * group + query) * stride, padded_head_dim);
+            kernels_.fold(state, partials_.get() + (item * MAX_BLOCK_ROWS * group + query) * stride, shape_.padded_head_dim());
         }
         write_head(state, head, out);
     }

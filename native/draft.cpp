@@ -44,18 +44,17 @@ void Model::mix(const Branch& branch, const float* token_states, const float* fe
     for (ptrdiff_t i = 0; i < count * size; ++i) out[i] = features[i] + added[i];
 }
 
-void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const DraftInputs& inputs, int k, const int32_t* limits,
-                  float min_confidence, const CacheView& cache, const DraftOutputs& outputs) {
+void Model::draft(const Branch& branch, const CacheView& cache, const DraftTask& task) {
     const auto turn = pool_.take_turn();
-    const ptrdiff_t size = shape_.hidden_size;
+    const ptrdiff_t size = shape_.hidden_size, k = task.k;
+    const RowsView& rows = task.rows;
     const Matrix& head = branch.head ? *branch.head : head_;
     const ptrdiff_t vocabulary = head.rows;
     std::vector<int32_t> own_layers(branch.num_layers);
     std::iota(own_layers.begin(), own_layers.end(), branch.first_layer);
     std::vector<int> last_rows;  // of each sequence
     for (int row = 0; row < rows.count; ++row) {
-        const bool goes_on = row && rows.slots[row] == rows.slots[row - 1];
-        if (!goes_on) last_rows.push_back(row);
+        if (!rows.goes_on(row)) last_rows.push_back(row);
         last_rows.back() = row;
     }
     const int sequences = static_cast<int>(last_rows.size());
@@ -70,7 +69,7 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         positions.clear();
         for (int sequence : open) {
             const int row = last_rows[sequence];
-            last_ids.push_back(step ? outputs.tokens[static_cast<ptrdiff_t>(sequence) * k + step - 1] : ids[row]);
+            last_ids.push_back(step ? task.tokens[sequence * k + step - 1] : task.ids[row]);
             slots.push_back(rows.slots[row]);
             positions.push_back(rows.positions[row] + step);
         }
@@ -84,16 +83,16 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         enter(0, hidden.data());
     } else {
         if (!branch.entry.empty()) {
-            std::copy_n(inputs.token_states, token_states.size(), token_states.data());
+            std::copy_n(task.token_states, token_states.size(), token_states.data());
             enter(0, hidden.data());
             for (int i = 0; i < sequences; ++i) std::copy_n(&hidden[i * size], size, &token_states[last_rows[i] * size]);
         } else {
-            embed(ids, rows.count, token_states.data());
+            embed(task.ids, rows.count, token_states.data());
         }
         if (branch.fuse) {
             std::vector<float> normed(rows.count * branch.num_features * size), fused(token_states.size());
             for (ptrdiff_t i = 0; i < std::ssize(normed); i += size)
-                unit_rms(inputs.features + i, nullptr, shape_.hidden_size, shape_.rms_norm_eps, &normed[i]);
+                unit_rms(task.features + i, nullptr, shape_.hidden_size, shape_.rms_norm_eps, &normed[i]);
             linear(*branch.fuse, nullptr, normed.data(), rows.count, fused.data());
             mix(branch, token_states.data(), fused.data(), rows.count, token_states.data());
         }
@@ -102,9 +101,9 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
     }
 
     std::vector<int32_t> best(sequences);
-    std::fill_n(outputs.counts, sequences, 0);
-    const bool wants_logits = min_confidence > 0 || outputs.probabilities || inputs.temperatures;
-    const int runner_ups = outputs.num_runner_ups;
+    std::fill_n(task.counts, sequences, 0);
+    const bool wants_logits = task.min_confidence > 0 || task.probabilities || task.temperatures;
+    const int runner_ups = task.num_runner_ups;
     const auto best_of = [&](const float* row) { return static_cast<int32_t>(std::max_element(row, row + vocabulary) - row); };
     const auto token_of = [&](int32_t row) { return branch.vocabulary ? branch.vocabulary[row] : row; };
     for (int step = 0;; ++step) {
@@ -119,29 +118,29 @@ void Model::draft(const Branch& branch, const int32_t* ids, RowsView rows, const
         std::vector<int> still_open;
         for (int i = 0; i < count; ++i) {
             const int sequence = open[i];
-            const ptrdiff_t place = static_cast<ptrdiff_t>(sequence) * k + step;
+            const ptrdiff_t place = sequence * k + step;
             float probability = 1;
             if (wants_logits) {
                 float* row = logits.data() + vocabulary * i;
-                const float temperature = inputs.temperatures ? inputs.temperatures[sequence] : 0;
+                const float temperature = task.temperatures ? task.temperatures[sequence] : 0;
                 const float total = kernels_.exponentiate(row, vocabulary, row[best[i]], temperature > 0 ? 1 / temperature : 1);
                 if (temperature > 0) {
-                    best[i] = drawn(row, vocabulary, inputs.uniforms[place] * total);
-                    float* distribution = outputs.distributions + vocabulary * place;
+                    best[i] = drawn(row, vocabulary, task.uniforms[place] * total);
+                    float* distribution = task.distributions + vocabulary * place;
                     for (ptrdiff_t token = 0; token < vocabulary; ++token) distribution[token] = row[token] / total;
                 }
                 probability = row[best[i]] / total;
-                for (int next = 0; outputs.probabilities && next <= runner_ups; ++next) {
+                for (int next = 0; task.probabilities && next <= runner_ups; ++next) {
                     const int32_t token = next ? best_of(row) : best[i];
-                    outputs.probabilities[(runner_ups + 1) * place + next] = row[token] / total;
-                    if (next) outputs.runner_ups[runner_ups * place + next - 1] = token_of(token);
+                    task.probabilities[(runner_ups + 1) * place + next] = row[token] / total;
+                    if (next) task.runner_ups[runner_ups * place + next - 1] = token_of(token);
                     row[token] = -1;  // below all others
                 }
             }
-            outputs.tokens[place] = token_of(best[i]);
-            outputs.counts[sequence] = step + 1;
-            std::copy_n(&hidden[i * size], size, outputs.states + size * place);
-            if (probability >= min_confidence && step + 1 < std::min(k, limits[sequence])) {
+            task.tokens[place] = token_of(best[i]);
+            task.counts[sequence] = step + 1;
+            std::copy_n(&hidden[i * size], size, task.states + size * place);
+            if (probability >= task.min_confidence && step + 1 < std::min(task.k, task.limits[sequence])) {
                 // moves to the front, where the next step looks for it
                 std::copy_n(&hidden[i * size], size, hidden.data() + size * std::ssize(still_open));
                 still_open.push_back(sequence);

@@ -72,7 +72,7 @@ void Model::set_rope(const float* cos, const float* sin, int length) {
 
 // All memory of a pass is taken here, on the caller's thread, where running out of it can still be reported.
 void Model::reserve(int rows) {
-    const ptrdiff_t n = rows, head_dim = padded(shape_.head_dim), queries = MAX_BLOCK_ROWS * shape_.group();
+    const ptrdiff_t n = rows, head_dim = shape_.padded_head_dim(), queries = MAX_BLOCK_ROWS * shape_.group();
     hidden_.reserve(n * padded(shape_.hidden_size));
     qkv_.reserve(n * shape_.qkv_size());
     queries_.reserve(n * shape_.num_heads * head_dim);
@@ -87,7 +87,7 @@ void Model::reserve(int rows) {
         worker.scaled_sums.reserve(n * widest_ / BLOCK);
         worker.products.reserve(n * TILE * 2);
         worker.scratch.reserve(TILE * head_dim + queries * CHUNK);
-        worker.partials.reserve(queries * (PARTIAL_VALUES + head_dim) * 2);
+        worker.partials.reserve(queries * shape_.partial_size() * 2);
         worker.range.resize(queries * 2);
     }
 }
@@ -235,7 +235,7 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     pass.max_chunks = 0;
     for (int row = 0; row < rows; ++row) {
         const int position = pass.rows.positions[row];
-        const bool goes_on = !pass.blocks.empty() && pass.rows.slots[row - 1] == pass.rows.slots[row];
+        const bool goes_on = pass.rows.goes_on(row);
         if (goes_on && pass.blocks.back().count < MAX_BLOCK_ROWS) {
             ++pass.blocks.back().count;
         } else {
@@ -250,10 +250,8 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     }
     const int items = static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads;
     pass.is_split = pass.max_chunks > 1 && items < 4 * pool_.threads();
-    if (pass.is_split) {
-        const int queries = MAX_BLOCK_ROWS * shape_.group();
-        partials_.reserve(static_cast<ptrdiff_t>(items) * pass.max_chunks * queries * (PARTIAL_VALUES + padded(shape_.head_dim)));
-    }
+    const ptrdiff_t partials = static_cast<ptrdiff_t>(items) * pass.max_chunks * MAX_BLOCK_ROWS * shape_.group();
+    if (pass.is_split) partials_.reserve(partials * shape_.partial_size());
     reserve(rows);
     const int size = shape_.hidden_size;
     const ptrdiff_t stride = padded(size);

@@ -49,7 +49,8 @@ struct Shape {
     int group() const { return num_heads / num_kv_heads; }
     int queries_size() const { return num_heads * head_dim; }
     int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
-    // The first position that a row sees.
+    int padded_head_dim() const { return blocks_of(head_dim) * BLOCK; }
+    int partial_size() const { return PARTIAL_VALUES + padded_head_dim(); }
     int first_seen_from(int position) const { return sliding_window ? std::max(0, position - sliding_window + 1) : 0; }
 };
 
@@ -83,6 +84,8 @@ struct RowsView {
     int count;
     const int32_t *slots, *positions;
     const int32_t* back = nullptr;
+
+    bool goes_on(int row) const { return row > 0 && slots[row] == slots[row - 1]; }  // with the sequence of the row before
 };
 
 // Hidden states to keep on the way: out [rows, count, hidden_size] of the outputs of layers layers[i] - 1, rising.
@@ -103,16 +106,20 @@ struct Branch {
     std::vector<float> token_norm, feature_norm;
 };
 
-// What the last passes of the model left behind for each row of a draft's beginning.
-struct DraftInputs {
-    const float* features;      // [rows, num_features, hidden_size], of the token before
+// Up to k draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a branch has yet
+// to see.
+struct DraftTask {
+    const int32_t* ids;  // of the rows
+    RowsView rows;
+    int k;
+    const int32_t* limits;      // [sequences], fewer than k steps, if any
+    float min_confidence;       // a sequence stops after its first token less probable
+    const float* features;      // [rows, num_features, hidden_size], what the model left behind of the token before
     const float* token_states;  // [rows, hidden_size], outputs of the entry; those of each sequence's last row are not used
     const float* temperatures;  // [sequences], 0: takes the best token; null: all do
     const double* uniforms;     // [sequences, k], one for each token that is drawn, from 0 to below 1
-};
 
-// What a draft leaves: k steps for each sequence, as many of them as `counts` says.
-struct DraftOutputs {
+    // Results: k steps for each sequence, as many of them as `counts` says.
     int32_t* tokens;       // [sequences, k]
     int32_t* counts;       // [sequences]
     float* states;         // [sequences, k, hidden_size], which the tokens were read from
@@ -150,11 +157,7 @@ public:
     void logits(const float* in, int count, const Matrix& head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
     void greedy(const float* in, int count, const Matrix& head, int32_t* out);
-    // Up to k draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a
-    // branch has yet to see. limits [sequences]: fewer than k steps, if any. A sequence stops after its first token less
-    // probable than min_confidence.
-    void draft(const Branch& branch, const int32_t* ids, RowsView rows, const DraftInputs& inputs, int k, const int32_t* limits,
-               float min_confidence, const CacheView& cache, const DraftOutputs& outputs);
+    void draft(const Branch& branch, const CacheView& cache, const DraftTask& task);
 
 private:
     struct Best {

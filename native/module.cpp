@@ -55,6 +55,14 @@ T* checked(const Array& array, const char* name, std::initializer_list<int64_t> 
     return static_cast<T*>(checked(array, name, nb::dtype<T>(), shape, alignof(T)));
 }
 
+// The same for an array that is asked for if `is_needed`, and else not looked at.
+template <class T>
+T* checked_if(bool is_needed, const char* who_needs, const OptionalArray& array, const char* name, std::initializer_list<int64_t> shape) {
+    if (!is_needed) return nullptr;
+    if (!array) refuse(who_needs, " ", name);
+    return checked<T>(*array, name, shape);
+}
+
 int in_range(int64_t value, const char* name, int64_t low, int64_t high) {
     if (value < low || value > high) refuse(name, " is ", value, "; it must be ", low, " to ", high);
     return static_cast<int>(value);
@@ -233,62 +241,55 @@ public:
     void draft(const PackedBranch& branch, const Array& ids, const Array& slots, const Array& positions, const OptionalArray& features,
                const OptionalArray& token_states, int64_t k, const Array& limits, float min_confidence, const Array& keys,
                const Array& values, const OptionalArray& k_scales, const OptionalArray& v_scales, const Array& tokens,
-               const Array& counts, const Array& states,
-               const OptionalArray& probabilities, const OptionalArray& runner_ups, const OptionalArray& temperatures,
-               const OptionalArray& uniforms, const OptionalArray& distributions) {
-        const int steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
+               const Array& counts, const Array& states, const OptionalArray& probabilities, const OptionalArray& runner_ups,
+               const OptionalArray& temperatures, const OptionalArray& uniforms, const OptionalArray& distributions) {
+        const int size = shape_.hidden_size, steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
         if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is ", min_confidence, "; it must be 0 to 1");
         check_branch(branch);
-        const int32_t* from = check_ids(ids);
-        const int count = length_of(ids), size = shape_.hidden_size;
-        if (!count) return;
+        DraftTask task{};
+        task.ids = check_ids(ids);
+        if (!length_of(ids)) return;
         const CacheView cache = check_cache(keys, values, k_scales, v_scales);
-        const RowsView rows = check_rows(slots, positions, std::nullopt, cache);
-        if (rows.count != count) refuse("ids and slots differ in length");
-        const int32_t* limit = checked<int32_t>(limits, "limits", {ANY});
+        const RowsView rows = task.rows = check_rows(slots, positions, std::nullopt, cache);
+        if (rows.count != length_of(ids)) refuse("ids and slots differ in length");
+        task.k = steps;
+        task.min_confidence = min_confidence;
+        task.limits = checked<int32_t>(limits, "limits", {ANY});
         const int sequences = length_of(limits), length = std::min(cache.length, model_.rope_length());
         int sequence = -1;
-        for (int row = 0; row < count; ++row) {
-            const bool goes_on = row && rows.slots[row] == rows.slots[row - 1];
+        for (int row = 0; row < rows.count; ++row) {
+            const bool goes_on = rows.goes_on(row);
             if (goes_on && !branch.num_layers)
                 refuse("slot ", rows.slots[row], " occurs twice; an exit without layers takes one row per sequence");
             sequence += !goes_on;
             if (sequence >= sequences) refuse("there are fewer limits than sequences");
-            in_range(limit[sequence], "limit", 1, steps);
-            in_range(rows.positions[row], "position", 0, length - limit[sequence]);
+            in_range(task.limits[sequence], "limit", 1, steps);
+            in_range(rows.positions[row], "position", 0, length - task.limits[sequence]);
         }
         if (sequence + 1 != sequences) refuse("there are more limits than sequences");
-        DraftInputs inputs{};
-        if (branch.fuse) {
-            if (!features) refuse("the branch needs features");
-            inputs.features = checked<float>(*features, "features", {count, branch.num_features, size});
-        }
-        if (!branch.entry.empty() && branch.num_layers) {
-            if (!token_states) refuse("the branch needs token_states");
-            inputs.token_states = hidden(*token_states, "token_states", count);
-        }
-        const int vocabulary = branch.head ? branch.head->rows : shape_.vocab_size;
-        DraftOutputs outputs{};
-        outputs.tokens = checked<int32_t>(tokens, "tokens", {sequences, steps});
-        outputs.counts = checked<int32_t>(counts, "counts", {sequences});
-        outputs.states = checked<float>(states, "states", {sequences, steps, size});
+        const bool enters_later = !branch.entry.empty() && branch.num_layers;
+        task.features = checked_if<float>(!!branch.fuse, "the branch needs", features, "features", {rows.count, branch.num_features, size});
+        task.token_states = checked_if<float>(enters_later, "the branch needs", token_states, "token_states", {rows.count, size});
+        task.tokens = checked<int32_t>(tokens, "tokens", {sequences, steps});
+        task.counts = checked<int32_t>(counts, "counts", {sequences});
+        task.states = checked<float>(states, "states", {sequences, steps, size});
+        const int vocabulary = head_of(branch).rows;
         if (probabilities) {
-            if (!runner_ups) refuse("probabilities need runner_ups, which may have a size of 0");
-            outputs.runner_ups = checked<int32_t>(*runner_ups, "runner_ups", {sequences, steps, ANY});
-            outputs.num_runner_ups = in_range(static_cast<int64_t>(runner_ups->shape(2)), "the number of runner-ups", 0, vocabulary - 1);
-            outputs.probabilities = checked<float>(*probabilities, "probabilities", {sequences, steps, outputs.num_runner_ups + 1});
+            task.runner_ups = checked_if<int32_t>(true, "probabilities need", runner_ups, "runner_ups", {sequences, steps, ANY});
+            task.num_runner_ups = in_range(static_cast<int64_t>(runner_ups->shape(2)), "the number of runner-ups", 0, vocabulary - 1);
+            task.probabilities = checked<float>(*probabilities, "probabilities", {sequences, steps, task.num_runner_ups + 1});
         }
         if (temperatures) {
-            if (!uniforms || !distributions) refuse("temperatures need uniforms and distributions");
-            inputs.temperatures = checked<float>(*temperatures, "temperatures", {sequences});
-            inputs.uniforms = checked<double>(*uniforms, "uniforms", {sequences, steps});
-            outputs.distributions = checked<float>(*distributions, "distributions", {sequences, steps, vocabulary});
+            const float* given = task.temperatures = checked<float>(*temperatures, "temperatures", {sequences});
+            const char* who = "temperatures need";
+            task.uniforms = checked_if<double>(true, who, uniforms, "uniforms", {sequences, steps});
+            task.distributions = checked_if<float>(true, who, distributions, "distributions", {sequences, steps, vocabulary});
             for (int i = 0; i < sequences; ++i)
-                if (!(inputs.temperatures[i] >= 0)) refuse("a temperature is ", inputs.temperatures[i], "; it must be at least 0");
+                if (!(given[i] >= 0)) refuse("a temperature is ", given[i], "; it must be at least 0");
         }
         nb::gil_scoped_release release;
         model_.make_room_for(branch);
-        model_.draft(branch, from, rows, inputs, steps, limit, min_confidence, cache, outputs);
+        model_.draft(branch, cache, task);
     }
 
 private:
@@ -300,6 +301,8 @@ private:
     }
 
     float* hidden(const Array& array, const char* name, int64_t rows) { return checked<float>(array, name, {rows, shape_.hidden_size}); }
+
+    const Matrix& head_of(const Branch& branch) const { return branch.head ? *branch.head : model_.head(); }
 
     // The head that is meant; null: the model's own.
     const Matrix& check_head(const PackedMatrix* subset) {
@@ -325,12 +328,10 @@ private:
         if (branch.fuse && !(fits(*branch.fuse, width) && fits(*branch.mix, 2 * size) && std::ssize(branch.token_norm) >= size &&
                              std::ssize(branch.feature_norm) >= size))
             refuse("the branch's mixing does not fit the model");
-        const int vocabulary = branch.head ? branch.head->rows : shape_.vocab_size;
-        if (!branch.vocabulary_array && vocabulary != shape_.vocab_size)
-            refuse("a head of its own that lacks tokens needs a draft vocabulary");
-        if (!branch.vocabulary_array) return;
-        check_ids(*branch.vocabulary_array);
-        if (length_of(*branch.vocabulary_array) != vocabulary) refuse("a draft vocabulary needs a token id for each row of its head");
+        const OptionalArray& vocabulary = branch.vocabulary_array;
+        if (vocabulary) check_ids(*vocabulary);
+        if (!vocabulary && head_of(branch).rows != shape_.vocab_size) refuse("a head that lacks tokens needs a draft vocabulary");
+        if (vocabulary && length_of(*vocabulary) != head_of(branch).rows) refuse("a draft vocabulary needs a token id per row of its head");
     }
 
     CacheView check_cache(const Array& k, const Array& v, const OptionalArray& k_scales, const OptionalArray& v_scales) {
@@ -343,11 +344,9 @@ private:
         cache.k.data = checked(k, "the cache's k", type, {layers, ANY, heads, ANY, head_dim}, alignment);
         const int64_t slots = cache.slots = static_cast<int>(k.shape(1)), length = cache.length = static_cast<int>(k.shape(3));
         cache.v.data = checked(v, "the cache's v", type, {layers, slots, heads, length, head_dim}, alignment);
-        if (cache.type == CacheType::int8) {
-            if (!k_scales || !v_scales) refuse("an int8 cache needs scales");
-            cache.k.scales = checked<float>(*k_scales, "the cache's k_scales", {layers, slots, heads, length});
-            cache.v.scales = checked<float>(*v_scales, "the cache's v_scales", {layers, slots, heads, length});
-        }
+        const bool is_int8 = cache.type == CacheType::int8;
+        cache.k.scales = checked_if<float>(is_int8, "an int8 cache needs", k_scales, "k_scales", {layers, slots, heads, length});
+        cache.v.scales = checked_if<float>(is_int8, "an int8 cache needs", v_scales, "v_scales", {layers, slots, heads, length});
         return cache;
     }
 
