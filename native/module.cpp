@@ -38,7 +38,7 @@ void* checked(const Array& array, const char* name, nb::dlpack::dtype type, std:
         const int64_t want = shape.begin()[i], size = static_cast<int64_t>(array.shape(i));
         fits = (want == ANY || want == size) && size <= INT32_MAX;
         if (size > 1 && array.stride(i) != expected_stride) refuse(name, " is not contiguous; pass .contiguous()");
-        expected_stride *= size;
+        expected_stride *= std::max<int64_t>(size, 1);  // of nothing, any stride will do
     }
     if (!fits) {
         std::ostringstream found, wanted;

@@ -50,8 +50,9 @@ _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
 _UNKNOWN_LAYER_SKIP = 0.85
 """The same of a draft by nearly the whole model."""
-_MARGIN = 1.03
-"""By which drafts must promise to pay: estimates are no better, and drafting itself takes some time."""
+_MARGIN, _MARGIN_OF_COMPANION = 1.03, 0.005
+"""By which drafts must promise to pay: estimates are no better, and drafting itself takes some time. The more sequences,
+the less they gain, and the further lie the numbers of rows apart that are compared."""
 _FORESIGHT = 32
 """Most rounds that the reading of older tokens is spread over; the text may end sooner than it could."""
 _EXITS_EVERY = 8
@@ -162,7 +163,7 @@ class Controller:
         ]
         plan = best_plan(prospects, self.costs)
         nothing = priced(prospects, [Choice(None, 0)] * num_rows, self.costs)
-        if plan.rate < _MARGIN * nothing.rate:
+        if plan.rate < (_MARGIN + _MARGIN_OF_COMPANION * (num_rows - 1)) * nothing.rate:
             plan = nothing
         choices = (self._probe(prospects, plan) or plan).choices
         self._schedule({choice.source for choice in choices} - {None}, num_rows)
