@@ -51,8 +51,8 @@ _UNKNOWN = 0.5
 _UNKNOWN_LAYER_SKIP = 0.85
 """The same of a draft by nearly the whole model."""
 _MARGIN, _MARGIN_OF_COMPANION = 1.03, 0.005
-"""By which drafts must promise to pay: estimates are no better, and drafting itself takes some time. The more sequences,
-the less they gain, and the further lie the numbers of rows apart that are compared."""
+"""By which drafts must promise to pay: estimates are no better, and drafting itself takes some time. Many sequences
+gain less, and the numbers of rows that are compared lie further apart."""
 _FORESIGHT = 32
 """Most rounds that the reading of older tokens is spread over; the text may end sooner than it could."""
 _EXITS_EVERY = 8
