@@ -50,7 +50,7 @@ _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
 _UNKNOWN_LAYER_SKIP = 0.85
 """The same of a draft by nearly the whole model."""
-_MARGIN, _MARGIN_OF_COMPANION = 1.03, 0.005
+_MARGIN, _MARGIN_OF_COMPANION = 1.03, 0.02
 """By which drafts must promise to pay: estimates are no better, and drafting itself takes some time. Many sequences
 gain less, and the numbers of rows that are compared lie further apart."""
 _FORESIGHT = 32
