@@ -130,7 +130,6 @@ class NativeModel:
                 **_layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
             )
         self._num_layers = config.num_hidden_layers
-        self._num_layers_by_number = self._num_layers
         self._copies: dict[str, _Copy] = {}
         self.branch: ExitBranch | None = None
         self._draft_head: HeadSubset | None = None
@@ -194,7 +193,6 @@ class NativeModel:
             vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
             self._engine.add_layer(**_layer_arguments(self.config, matrices, vectors))
         self._num_layers += len(branch.layers)
-        self._num_layers_by_number = self._num_layers
         self._draft_head = HeadSubset(branch.vocabulary, _matrix(rows_in_q8(self._weights.head, branch.vocabulary)))
         mixing: dict[str, object] = {}
         if branch.mixing:
@@ -236,18 +234,16 @@ class NativeModel:
             )
             self._engine.add_layer(**arguments, cache_layer=index)
         head = HeadSubset(torch.arange(self.config.vocab_size), _matrix(weights.head))
-        self._copies[precision] = _Copy(self._num_layers_by_number, head)
-        self._num_layers_by_number += self.config.num_hidden_layers
+        first_layer = self._num_layers + len(self._copies) * self.config.num_hidden_layers
+        self._copies[precision] = _Copy(first_layer, head)
 
     @property
     def copies(self) -> tuple[str, ...]:
         """Precisions of the attached copies."""
         return tuple(self._copies)
 
-    def draft_part(self, layers: Seq[int], precision: str | None = None) -> DraftPart:
-        """What a draft by some of the model's layers runs, in the model's own precision or that of an attached copy."""
-        if precision is None:
-            return DraftPart(tuple(layers), None, self.unembed)
+    def draft_part(self, layers: Seq[int], precision: str) -> DraftPart:
+        """What a draft by some layers of an attached copy runs."""
         first, head = self._copies[precision]
         return DraftPart(tuple(first + layer for layer in layers), head, partial(self.unembed_subset, subset=head))
 

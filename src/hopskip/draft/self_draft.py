@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class SelfDraft:
         """What it runs of this model."""
         if self.precision is None:
             return DraftPart(self.layers, None, model.unembed)
-        return model.draft_part(self.layers, self.precision)  # type: ignore[attr-defined,no-any-return]
+        # only a model that can have copies is asked for one
+        return cast(DraftPart, cast(Any, model).draft_part(self.layers, self.precision))
 
 
 def early_exit(exit_layer: int, precision: DraftPrecision | None = None) -> SelfDraft:
@@ -86,7 +87,7 @@ def search(model: Model, precision: DraftPrecision | None, path: Path | None = N
     Args:
         path: of a file that keeps the result; None keeps nothing.
     """
-    if path is not None and (known := _read(path)) is not None:
+    if path is not None and (known := _read(path, model.config.num_hidden_layers)) is not None:
         return known
     with torch_beside(model):
         found = _Search(model, precision).run()
@@ -100,15 +101,14 @@ def search(model: Model, precision: DraftPrecision | None, path: Path | None = N
     return found
 
 
-def _read(path: Path) -> Found | None:
+def _read(path: Path, num_layers: int) -> Found | None:
     try:
         kept: Any = json.loads(path.read_text(encoding="utf-8"))
         if kept.pop("version") != _VERSION:
             return None
-        return Found(
-            skip_layers=tuple(int(layer) for layer in kept["skip_layers"]),
-            agreement=float(kept["agreement"]),
-        )
+        skip_layers = tuple(int(layer) for layer in kept["skip_layers"])
+        is_sound = set(skip_layers) < set(range(num_layers))
+        return Found(skip_layers=skip_layers, agreement=float(kept["agreement"])) if is_sound else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # absent or damaged
 
@@ -120,7 +120,7 @@ class _Search:
         self._depth = model.config.num_hidden_layers
         self._cache = model.new_cache(_NUM_TEXTS, min(_LENGTH, model.config.max_position_embeddings))
         self._ids_N = self._write()
-        everything = SelfDraft(source="layer-skip", layers=tuple(range(self._depth)))
+        everything = without((), self._depth)
         self._best_N = self._read(everything)
         self._pass_seconds = self._time(everything)
         self._step_seconds = self._time(without((), self._depth, precision))
