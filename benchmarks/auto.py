@@ -3,9 +3,11 @@
     python benchmarks/auto.py                                    # a quarter of an hour on two cores
     python benchmarks/auto.py --sets alpaca --temperatures 0 --batches 1,16
 
-Both engines live in this process and take turns on the same requests. A rate is tokens over seconds of the steps
-without any prompt; a ratio is the median of the repeats. Above temperature 0 the texts differ, as their drafts do, but
-not their lengths. The last line is one JSON object.
+Both engines live in this process and take turns on the same requests, step by step. There are twice as many requests
+as the batch holds: who has finished makes room for the next. A rate is tokens over seconds of the steps without any
+prompt, while the batch is full; "to the end" counts also those of the batch running empty, where the slowest of the
+texts is alone. A ratio is the median of the repeats. Above temperature 0 the texts differ, as their drafts do, but not
+their lengths. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,15 +19,24 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from statistics import mean, median
+from typing import NamedTuple
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.errors import HopskipError
 from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
 from hopskip.evaluate.prompts import PROMPT_SETS, load_prompts
+from hopskip.sequence import Sequence
 
 FLOOR = 0.97
-FEWEST_PROMPTS = 4  # also where one goes after the other
+FEWEST_PROMPTS = 4
+
+
+class Rate(NamedTuple):
+    """Tokens per second."""
+
+    full: float
+    to_the_end: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +46,20 @@ class Cell:
     batch: int
     temperature: float
     set: str
-    rates: dict[str, list[float]]
-    """Tokens per second of `none` and `auto`, by repeat."""
+    rates: dict[str, list[Rate]]
+    """Of `none` and `auto`, by repeat."""
 
     @property
     def ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.rates["auto"], self.rates["none"], strict=True)]
+        return [a.full / b.full for a, b in self._pairs]
+
+    @property
+    def ratio_to_the_end(self) -> float:
+        return median(a.to_the_end / b.to_the_end for a, b in self._pairs)
+
+    @property
+    def _pairs(self) -> list[tuple[Rate, Rate]]:
+        return list(zip(self.rates["auto"], self.rates["none"], strict=True))
 
     @property
     def ratio(self) -> float:
@@ -49,24 +68,40 @@ class Cell:
     def __str__(self) -> str:
         spread = f"({min(self.ratios):.2f} to {max(self.ratios):.2f})"
         where = f"batch {self.batch:3}  temperature {self.temperature:3g}  {self.set:10}"
-        return f"{where} {self.ratio:5.2f} x plain {spread}{'' if self.ratio >= FLOOR else '  MISSED'}"
+        missed = "" if self.ratio >= FLOOR else "  MISSED"
+        return f"{where} {self.ratio:5.2f} x plain {spread}, to the end {self.ratio_to_the_end:5.2f}{missed}"
 
 
-def rate(engine: Engine, prompts: Seq[list[int]], params: SamplingParams) -> float:
-    """Tokens per second of the steps without any prompt."""
-    sequences = [engine.add(prompt, params) for prompt in prompts]
-    num_tokens, seconds = 0, 0.0
-    while engine.has_work:
-        num_before = sum(len(s.tokens) for s in sequences)
-        num_prefilled = sum(s.is_prefilled for s in sequences)
+def rates(engines: dict[str, Engine], prompts: Seq[list[int]], params: SamplingParams) -> dict[str, Rate]:
+    """The engines take turns: whichever has written less is next, so that each meets the same machine at the same place
+    of the text."""
+    sequences = {draft: [engine.add(prompt, params) for prompt in prompts] for draft, engine in engines.items()}
+    steps: dict[str, list[tuple[bool, int, float]]] = {draft: [] for draft in engines}
+    while working := [draft for draft, engine in engines.items() if engine.has_work]:
+        draft = min(working, key=lambda draft: num_written(sequences[draft]))
+        engine, own = engines[draft], sequences[draft]
+        num_before, num_prefilled = num_written(own), sum(s.is_prefilled for s in own)
+        num_decoding = sum(s.is_prefilled for s in engine.running)
         started = time.perf_counter()
         engine.step()
-        elapsed = time.perf_counter() - started
-        is_prefilling = any(not s.is_prefilled for s in engine.running)
-        if not is_prefilling and sum(s.is_prefilled for s in sequences) == num_prefilled:
-            num_tokens += sum(len(s.tokens) for s in sequences) - num_before
-            seconds += elapsed
-    return num_tokens / seconds
+        seconds = time.perf_counter() - started
+        if num_decoding and sum(s.is_prefilled for s in own) == num_prefilled and is_decoding_only(engine):
+            is_full = num_decoding == engine.max_num_seqs
+            steps[draft].append((is_full, num_written(own) - num_before, seconds))
+    found = {}
+    for draft, own_steps in steps.items():
+        _, tokens, seconds_ = zip(*own_steps, strict=True)
+        _, full_tokens, full_seconds = zip(*(step for step in own_steps if step[0]), strict=True)
+        found[draft] = Rate(sum(full_tokens) / sum(full_seconds), sum(tokens) / sum(seconds_))
+    return found
+
+
+def is_decoding_only(engine: Engine) -> bool:
+    return all(s.is_prefilled for s in engine.running)
+
+
+def num_written(sequences: Seq[Sequence]) -> int:
+    return sum(len(sequence.tokens) for sequence in sequences)
 
 
 def main() -> int:
@@ -94,25 +129,25 @@ def main() -> int:
         bandwidth = measure_read_bandwidth(arguments.threads)
         for batch in batches:
             engines: dict[str, Engine] = {}
+            num_prompts = max(2 * batch, FEWEST_PROMPTS)
             for draft in ("none", "auto"):
                 llm = LLM(
                     dtype=arguments.dtype,
                     threads=arguments.threads,
                     max_num_seqs=batch,
-                    speculative=SpeculativeConfig(draft=draft),  # type: ignore[arg-type]
+                    speculative=SpeculativeConfig(draft=draft),
                 )
                 engines[draft] = llm.engine
             for temperature in temperatures:
                 params = SamplingParams(max_new_tokens=arguments.num_tokens, temperature=temperature, ignore_eos=True)
                 for name in sets:
-                    prompts = [p.encode(llm.tokenizer) for p in load_prompts(name, max(batch, FEWEST_PROMPTS))]
-                    rates: dict[str, list[float]] = {"none": [], "auto": []}
+                    prompts = [p.encode(llm.tokenizer) for p in load_prompts(name, num_prompts)]
+                    by_draft: dict[str, list[Rate]] = {"none": [], "auto": []}
                     for repeat in range(1 + arguments.repeats):
-                        for draft, engine in engines.items():
-                            value = rate(engine, prompts, params)
+                        for draft, value in rates(engines, prompts, params).items():
                             if repeat:  # the first warms up
-                                rates[draft].append(value)
-                    found.append(Cell(batch=batch, temperature=temperature, set=name, rates=rates))
+                                by_draft[draft].append(value)
+                    found.append(Cell(batch=batch, temperature=temperature, set=name, rates=by_draft))
                     print(found[-1], flush=True)
     except HopskipError as error:
         print(f"auto: error: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ from hopskip.trace import Round
 
 LOOKUP = "ngram"
 """The source that costs nothing but rows. All others are exits, whose drafts of all sequences share their steps."""
-PROBE_SHARE = 0.01
+PROBE_SHARE = 0.005
 """Most of the time that probes may lose."""
 MAX_SIGN = 16
 """Longer matches are counted with those of this length."""
@@ -44,8 +44,8 @@ _MEMORY, _REQUEST_MEMORY = 500, 24
 """Draft tokens of a kind that are remembered, over all requests and in one."""
 _FADING = 0.99
 """What a round leaves of a request's older counts, so that what did not pay once is not ruled out for ever."""
-_PRIOR_WEIGHT = 4.0
-"""Draft tokens that what was known before is worth."""
+_PRIOR_WEIGHT, _REQUEST_PRIOR_WEIGHT = 4.0, 8.0
+"""Draft tokens that what was known before is worth, over all requests and in one."""
 _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
 _UNKNOWN_LAYER_SKIP = 0.85
@@ -64,8 +64,8 @@ _CHECK_EVERY = 256
 _NOTHING = (0.0, 0.0)
 _BESIDE = "+"
 """After an exit's name: its runner-ups, whose sign is their rank."""
-_Key = tuple[str, int, bool]
-"""Source, sign, and whether all logits choose the tokens."""
+_Key = tuple[str, int, float]
+"""Source, sign, and temperature, rounded to tenths."""
 
 
 class Choice(NamedTuple):
@@ -165,9 +165,8 @@ class Controller:
         nothing = priced(prospects, [Choice(None, 0)] * num_rows, self.costs)
         if plan.rate < (_MARGIN + _MARGIN_OF_COMPANION * (num_rows - 1)) * nothing.rate:
             plan = nothing
-        choices = (self._probe(prospects, plan) or plan).choices
-        self._schedule({choice.source for choice in choices} - {None}, num_rows)
-        return choices
+        self._schedule({choice.source for choice in plan.choices} - {None}, num_rows)
+        return (self._probe(prospects, plan) or plan).choices
 
     def _schedule(self, used: set[str | None], num_sequences: int) -> None:
         """When to think of drafts, and of exits, again, after a plan that drafts from these sources."""
@@ -194,13 +193,13 @@ class Controller:
             accepted = [True] * (part.num_accepted_tokens - (part.runner_up is not None))
             if len(accepted) < min(num_chained, part.num_committed):
                 accepted.append(False)  # unless the text has ended within the draft
-            own = self._of(sequence)
-            own.record(part.source, own_signs, accepted, sequence.needs_logits)
+            own, temperature = self._of(sequence), _temperature(sequence)
+            own.record(part.source, own_signs, accepted, temperature)
             ranks = range(part.num_runner_ups)
             beside = [rank == part.runner_up for rank in ranks]
             if part.num_runner_ups:
                 self._last_use[part.source + _BESIDE] = self._num_rounds
-            own.record(part.source + _BESIDE, ranks, beside, sequence.needs_logits)
+            own.record(part.source + _BESIDE, ranks, beside, temperature)
         self.costs.learn(outcome, drafting)
         self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
         return self.costs.corrected() if self._num_rounds % _CHECK_EVERY == 0 else None
@@ -213,57 +212,65 @@ class Controller:
     def _prospect(
         self, sequence: Sequence, limit: int, lookup: Seq[int], num_unseen: Mapping[str, int], floor: float
     ) -> Prospect:
-        own, by_logits = self._of(sequence), sequence.needs_logits
+        own, temperature = self._of(sequence), _temperature(sequence)
         own.begin_round()
-        survival = {exit: own.survival(exit, range(limit), by_logits, floor) for exit in num_unseen}
-        survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], by_logits, floor)
+        survival = {exit: own.survival(exit, range(limit), temperature, floor) for exit in num_unseen}
+        survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], temperature, floor)
         runner_ups: dict[str, list[float]] = {}
         if self._max_runner_ups and allows_runner_ups(sequence):
-            runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, by_logits, floor) for exit in num_unseen}
+            runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, temperature, floor) for exit in num_unseen}
         return Prospect(
             survival=survival,
             runner_ups=runner_ups,
             num_unseen=num_unseen,
             num_rounds=min(max(1, sequence.num_tokens_left // 2), _FORESIGHT),
-            by_logits=by_logits,
+            by_logits=sequence.needs_logits,
         )
 
     def _probe(self, prospects: Seq[Prospect], plan: Plan) -> Plan | None:
-        """One token of what was used longest ago, if the credit covers the loss: of a source for whoever drafts
-        nothing, or beside the drafts of the exit that has the round."""
+        """One token of what was used longest ago, if the credit covers its whole price, as if it were rejected: of an
+        exit for all who draft nothing, as they share its step; of lookup for one of them; or one beside the drafts of
+        the exit that has the round."""
         used = {choice.source for choice in plan.choices}
         exit = next((source for source in self._exits if source in used), None)
         idle = {LOOKUP, *self._exits} - used if exit is None else {LOOKUP, exit + _BESIDE} - used
         if any(choice.num_runner_ups for choice in plan.choices) or not self._max_runner_ups:
             idle.discard(f"{exit}{_BESIDE}")
         for source in sorted(idle, key=self._last_use.__getitem__):
-            choices = [
-                _probing(prospect, choice, source) for prospect, choice in zip(prospects, plan.choices, strict=True)
-            ]
+            choices = _probing(prospects, plan.choices, source)
             if choices != plan.choices:
                 break
         else:
             return None
         # the next rounds may well not use what this one makes ready
         probe = priced([replace(prospect, num_rounds=1) for prospect in prospects], choices, self.costs)
-        loss = probe.seconds - probe.tokens / plan.rate
-        if loss > self._credit:
+        price = probe.seconds - plan.seconds
+        if price > self._credit:
             return None
-        self._credit -= max(0.0, loss)
+        self._credit -= max(0.0, price)
         return probe
 
 
 # -- the best plan -----------------------------------------------------------------------------------------------------
 
 
-def _probing(prospect: Prospect, choice: Choice, source: str) -> Choice:
-    """The choice with one token of the source added, if it can be."""
+def _probing(prospects: Seq[Prospect], choices: Seq[Choice], source: str) -> list[Choice]:
+    """The choices with a token of the source added, where it can be."""
+    if source == LOOKUP:
+        can = [i for i, c in enumerate(choices) if c.source is None and prospects[i].survival[source]]
+        likely = max(can, key=lambda i: prospects[i].survival[source][0], default=None)
+        return [Choice(source, 1) if i == likely else choice for i, choice in enumerate(choices)]
     if source.endswith(_BESIDE):
-        has_room = (
-            choice.source is not None and choice.source + _BESIDE == source and choice.source in prospect.runner_ups
-        )
-        return choice._replace(num_runner_ups=1) if has_room else choice
-    return Choice(source, 1) if choice.source is None and prospect.survival.get(source) else choice
+        return [
+            choice._replace(num_runner_ups=1)
+            if choice.source is not None and choice.source + _BESIDE == source and choice.source in prospect.runner_ups
+            else choice
+            for prospect, choice in zip(prospects, choices, strict=True)
+        ]
+    return [
+        Choice(source, 1) if choice.source is None and prospect.survival.get(source) else choice
+        for prospect, choice in zip(prospects, choices, strict=True)
+    ]
 
 
 class Plan(NamedTuple):
@@ -541,10 +548,14 @@ def _share(known: float) -> float:
 # -- acceptance --------------------------------------------------------------------------------------------------------
 
 
+def _temperature(sequence: Sequence) -> float:
+    return round(sequence.params.temperature, 1)
+
+
 class Acceptance:
     """How often draft tokens were accepted, over all requests.
 
-    Tokens are told apart by source, sign and way of choosing; accepted means: given that those before it were.
+    Tokens are told apart by source, sign and temperature; accepted means: given that those before it were.
     """
 
     def __init__(self, priors: Mapping[str, Seq[float]]) -> None:
@@ -567,7 +578,7 @@ class Acceptance:
         counts[1] = counts[1] * keep + 1
 
     def _prior(self, key: _Key) -> float:
-        source, sign, sampled = key
+        source, sign, temperature = key
         if source == LOOKUP:
             return 1 - 1 / (1 + 0.7 * sign)  # the longer the match, the surer
         if source.endswith(_BESIDE):
@@ -576,7 +587,7 @@ class Acceptance:
         if sign < len(known):
             return known[sign]
         if sign:
-            return self.rate((source, sign - 1, sampled))
+            return self.rate((source, sign - 1, temperature))
         return _UNKNOWN_LAYER_SKIP if source.startswith("layer-skip") else _UNKNOWN
 
 
@@ -592,7 +603,7 @@ class RequestAcceptance:
     def begin_round(self) -> None:
         self._round += 1
 
-    def survival(self, source: str, signs: Iterable[int], sampled: bool, floor: float) -> list[float]:
+    def survival(self, source: str, signs: Iterable[int], temperature: float, floor: float) -> list[float]:
         """The probabilities that the first 1, 2, .. tokens of a draft are all accepted, down to `floor`. The first is
         always there: it may be probed.
 
@@ -601,7 +612,7 @@ class RequestAcceptance:
         found: list[float] = []
         product, lift = 1.0, 1.0
         for sign in signs:
-            key = source, min(sign, MAX_SIGN), sampled
+            key = source, min(sign, MAX_SIGN), temperature
             usual = self._others.rate(key)
             rate = self._rate(key, min(usual * lift, 0.98))
             if source != LOOKUP:
@@ -612,12 +623,12 @@ class RequestAcceptance:
             found.append(product)
         return found
 
-    def runner_ups(self, exit: str, number: int, sampled: bool, floor: float) -> list[float]:
+    def runner_ups(self, exit: str, number: int, temperature: float, floor: float) -> list[float]:
         """The probabilities that the first, second, .. token beside a draft is accepted, falling, down to `floor`. The
         first is always there: it may be probed."""
         found: list[float] = []
         for rank in range(number):
-            key = exit + _BESIDE, rank, sampled
+            key = exit + _BESIDE, rank, temperature
             rate = min([self._rate(key, self._others.rate(key)), *found[-1:]])
             if rate < floor and found:
                 break
@@ -627,12 +638,12 @@ class RequestAcceptance:
     def _rate(self, key: _Key, prior: float) -> float:
         accepted, tried, last = self._counts.get(key, (0.0, 0.0, 0))
         fading = _FADING ** (self._round - last)
-        return (accepted * fading + _PRIOR_WEIGHT * prior) / (tried * fading + _PRIOR_WEIGHT)
+        return (accepted * fading + _REQUEST_PRIOR_WEIGHT * prior) / (tried * fading + _REQUEST_PRIOR_WEIGHT)
 
-    def record(self, source: str, signs: Seq[int], accepted: Seq[bool], sampled: bool) -> None:
+    def record(self, source: str, signs: Seq[int], accepted: Seq[bool], temperature: float) -> None:
         """Count the draft tokens that were looked at: those accepted, and the first that was not."""
         for sign, is_accepted in zip(signs, accepted, strict=False):
-            key = source, min(sign, MAX_SIGN), sampled
+            key = source, min(sign, MAX_SIGN), temperature
             self._others.record(key, is_accepted)
             counts = self._counts.setdefault(key, [0.0, 0.0, 0])
             keep = (1 - 1 / _REQUEST_MEMORY) * _FADING ** (self._round - counts[2])
