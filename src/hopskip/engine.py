@@ -478,18 +478,20 @@ class Engine:
         self, sequences: list[Sequence], drafts: list[Draft], verdicts: list[Verdict], states_NAD: Tensor | None
     ) -> None:
         """Put what a verify pass has left of accepted tokens in order, for the next pass and for the drafter."""
-        segments: list[Segment] = []
-        seen: list[int] = []
-        first = 0
-        for sequence, draft, verdict in zip(sequences, drafts, verdicts, strict=True):
-            branch = [0, *(index + 1 for index in verdict.branch)]
+        branches = [(0, *(index + 1 for index in verdict.branch)) for verdict in verdicts]
+        for sequence, draft, branch in zip(sequences, drafts, branches, strict=True):
             if draft.parents is not None:
                 self._cache_or_fail.keep_branch(sequence.slot, sequence.num_cached, branch)
-            segments.append(Segment(sequence.slot, sequence.num_cached, len(branch)))
-            seen += [first + row for row in branch]
-            first += len(draft.token_ids) + 1
-        if states_NAD is not None and len(seen) < len(states_NAD):
+        if states_NAD is None:
+            return
+        if len(states_NAD) > len(sequences):
+            seen: list[int] = []
+            first = 0
+            for draft, branch in zip(drafts, branches, strict=True):
+                seen += [first + row for row in branch]
+                first += len(draft.token_ids) + 1
             states_NAD = states_NAD[seen]
+        segments = [Segment(s.slot, s.num_cached, len(branch)) for s, branch in zip(sequences, branches, strict=True)]
         self._observe(segments, states_NAD)
 
     def _reuse_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:

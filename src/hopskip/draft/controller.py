@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -50,7 +51,7 @@ _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
 _UNKNOWN_LAYER_SKIP = 0.85
 """The same of a draft by nearly the whole model."""
-_MARGIN, _MARGIN_OF_COMPANION = 1.03, 0.02
+_MARGIN, _MARGIN_OF_COMPANION = 1.03, 0.015
 """By which drafts must promise to pay: estimates are no better, and drafting itself takes some time. Many sequences
 gain less, and the numbers of rows that are compared lie further apart."""
 _FORESIGHT = 32
@@ -123,6 +124,7 @@ class Controller:
         """Numbers of the rounds that drafts, and exits, are thought of again."""
         self._pause = 0
         """Rounds of the last pause."""
+        self._has_planned = False
 
     @property
     def pauses(self) -> bool:
@@ -163,14 +165,16 @@ class Controller:
         ]
         plan = best_plan(prospects, self.costs)
         nothing = priced(prospects, [Choice(None, 0)] * num_rows, self.costs)
-        if plan.rate < (_MARGIN + _MARGIN_OF_COMPANION * (num_rows - 1)) * nothing.rate:
+        promised = plan.tokens / (plan.seconds + self.costs.planning)
+        if promised < (_MARGIN + _MARGIN_OF_COMPANION * (num_rows - 1)) * nothing.rate:
             plan = nothing
+        self._has_planned = True
         self._schedule({choice.source for choice in plan.choices} - {None}, num_rows)
         return (self._probe(prospects, plan) or plan).choices
 
     def _schedule(self, used: set[str | None], num_sequences: int) -> None:
         """When to think of drafts, and of exits, again, after a plan that drafts from these sources."""
-        self._pause = 0 if used else min(2 * self._pause + 1, num_sequences - 1)
+        self._pause = 0 if used else min(2 * self._pause + 1, 2 * num_sequences - 2)
         self._due = self._num_rounds + 1 + self._pause
         has_thought_of_exits = self._num_rounds >= self._exits_due
         if has_thought_of_exits and (not used or (used == {LOOKUP} and num_sequences >= _LARGE_BATCH)):
@@ -201,6 +205,9 @@ class Controller:
                 self._last_use[part.source + _BESIDE] = self._num_rounds
             own.record(part.source + _BESIDE, ranks, beside, temperature)
         self.costs.learn(outcome, drafting)
+        if self._has_planned:
+            self.costs.learn_planning(outcome, drafting)
+            self._has_planned = False
         self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
         return self.costs.corrected() if self._num_rounds % _CHECK_EVERY == 0 else None
 
@@ -449,6 +456,8 @@ class LiveCosts:
         """Seconds to choose a token by all logits, beyond those of the head."""
         self._other = 0.0
         """Seconds of a round outside of draft and pass."""
+        self.planning = 0.0
+        """Seconds that a plan takes, with all that is looked up for it; a pause saves them."""
 
     def pass_seconds(self, num_rows: int, num_by_logits: int = 0) -> float:
         """A verify pass with the choice of tokens, and the rest of the round."""
@@ -481,8 +490,9 @@ class LiveCosts:
         expected = self.layers_seconds(rows)
         step = _step(outcome.pass_seconds / expected)
         self._speed *= step
-        for near in range(max(1, rows // 2), min(2 * rows, len(self._by_rows)) + 1):
-            self._by_rows[near - 1] *= step ** math.exp(-((math.log(near / rows) / _NEAR) ** 2))
+        for near, share in _spread(rows):
+            if near <= len(self._by_rows):
+                self._by_rows[near - 1] *= step**share
         if outcome.num_chosen_by_logits:
             beyond = max(0.0, outcome.choose_seconds - self._speed * self._head[rows - 1])
             self._logits_row += _share(self._logits_row) * (beyond / outcome.num_chosen_by_logits - self._logits_row)
@@ -496,6 +506,11 @@ class LiveCosts:
             is_known = key in self._by_exit or not draft.by_logits
             ratio = draft.seconds / max(expected, 1e-9)
             self._by_exit[key] = self._by_exit.get(key, 1.0) * (_step(ratio) if is_known else ratio)
+
+    def learn_planning(self, outcome: Round, drafting: Seq[Drafting]) -> None:
+        """Follow what a plan has taken, in a round that had one."""
+        seconds = outcome.draft_seconds - sum(draft.seconds for draft in drafting)
+        self.planning += _share(self.planning) * (seconds - self.planning)
 
     def corrected(self) -> Costs | None:
         """A better table, if the one at hand has turned out wrong by `_WRONG`; it is taken over then."""
@@ -538,6 +553,15 @@ class Drafting(NamedTuple):
 def _step(ratio: float) -> float:
     """How far a factor follows one round: a little, however far off the round was."""
     return math.exp(_PACE * min(max(math.log(max(ratio, 1e-9)), -0.5), 0.5))
+
+
+@cache
+def _spread(num_rows: int) -> list[tuple[int, float]]:
+    """The numbers of rows that are near this one, with their shares of its correction."""
+    return [
+        (near, math.exp(-((math.log(near / num_rows) / _NEAR) ** 2)))
+        for near in range(max(1, num_rows // 2), 2 * num_rows + 1)
+    ]
 
 
 def _share(known: float) -> float:

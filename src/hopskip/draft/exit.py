@@ -154,7 +154,7 @@ class ExitDrafter(Drafter):
         self._draft_chains: DraftChains | None = getattr(model, "draft_chains", None)
 
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
-        parts = torch.split(states_NAD, [segment.count for segment in rows.segments])
+        parts = states_NAD.split_with_sizes([segment.count for segment in rows.segments])
         for segment, own in zip(rows.segments, parts, strict=True):
             if segment.slot not in self._slots:
                 self._slots[segment.slot] = _Slot()
