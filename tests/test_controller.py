@@ -123,12 +123,16 @@ class World:
         self.matched = 0
         """Length of the match that lookup has; 0: none."""
         self.slowdown = {"pass": 1.0, "draft": 1.0}
+        self.planning = 0.0
+        """Seconds of each plan."""
+        self.plans: list[list[Choice]] = []
         self.dice = random.Random(seed)
         self.new_requests(num_sequences)
         self.seconds, self.tokens = 0.0, 0
 
-    def new_requests(self, count: int) -> None:
-        self.sequences = [Sequence([1], SamplingParams(), frozenset(), 10) for _ in range(count)]
+    def new_requests(self, count: int, temperature: float = 0.0) -> None:
+        params = SamplingParams(temperature=temperature)
+        self.sequences = [Sequence([1], params, frozenset(), 10) for _ in range(count)]
 
     def run(self, num_rounds: int) -> list[Choice]:
         """The first sequence's choices."""
@@ -138,6 +142,7 @@ class World:
             lookups = [list(range(self.matched, self.matched + 8)) if self.matched else []] * len(self.sequences)
             choices = self.controller.plan(self.sequences, [8] * len(self.sequences), lookups)
             chosen.append(choices[0])
+            self.plans.append(choices)
             self._finish(choices, lookups)
         return chosen
 
@@ -171,7 +176,7 @@ class World:
             seconds = self.truth.draft_seconds(exit, max(own), len(own)) * self.slowdown["draft"]
             drafting.append(Drafting(exit, max(own), len(own), len(own), False, seconds))
         outcome = Round(
-            draft_seconds=sum(draft.seconds for draft in drafting),
+            draft_seconds=self.planning + sum(draft.seconds for draft in drafting),
             pass_seconds=self.truth.pass_seconds(rows) * self.slowdown["pass"] - 0.002,
             choose_seconds=0.002,
             commit_seconds=0.0,
@@ -198,6 +203,45 @@ def test_reaches_no_draft_and_probes_for_little() -> None:
     assert world.tokens >= 1000
     # what probes may lose, and rows that a stale estimate still bets on
     assert world.seconds < plain * (1 + 2 * PROBE_SHARE)
+
+
+def test_a_probe_of_lookup_costs_one_row() -> None:
+    world = World(num_sequences=4)
+    world.matched = 1
+    world.run(400)
+    world.plans.clear()
+    world.run(400)
+    by_lookup = [
+        [choice.num_tokens for choice in plan if choice.source == LOOKUP]
+        for plan in world.plans
+        if any(choice.source == LOOKUP for choice in plan)
+    ]
+    assert by_lookup
+    assert all(lengths == [1] for lengths in by_lookup)
+
+
+def test_a_plan_must_pay_for_the_time_it_takes() -> None:
+    for num_sequences, usual in ((1, 1.0), (2, 0.1)):  # of a single one, every round is planned anyway
+        world = World(num_sequences=num_sequences)
+        world.acceptance = {"exit-branch": 0.7}
+        world.planning = 0.5 * world.truth.pass_seconds(num_sequences)
+        world.run(200)
+        assert share(world.run(300), "exit-branch") == pytest.approx(usual, abs=0.1)
+        world.planning = 0.0
+        world.run(100)
+        assert share(world.run(100), "exit-branch") > 0.9
+
+
+def test_acceptance_at_one_temperature_says_nothing_of_another() -> None:
+    world = World()
+    for _ in range(20):
+        for temperature, acceptance in ((1.5, 0.0), (0.5, 0.9)):
+            world.acceptance = {"exit-branch": acceptance}
+            world.new_requests(1, temperature)
+            found = world.run(20)
+        assert found[-1].num_tokens >= 3
+    world.new_requests(1, temperature=1.5)
+    assert world.run(1)[0].num_tokens <= 1  # a probe, perhaps
 
 
 def test_finds_the_best_source_and_length() -> None:
@@ -246,7 +290,7 @@ def test_costs_follow_the_rounds() -> None:
     usual = world.run(300)
     assert share(usual, "exit-branch") > 0.9
     world.slowdown["draft"] = 30.0
-    world.run(100)
+    world.run(200)
     assert share(world.run(100), "exit-branch") < 0.1
     # when everything is slow, nothing changes
     world = World()

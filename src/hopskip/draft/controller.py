@@ -45,8 +45,8 @@ _MEMORY, _REQUEST_MEMORY = 500, 24
 """Draft tokens of a kind that are remembered, over all requests and in one."""
 _FADING = 0.99
 """What a round leaves of a request's older counts, so that what did not pay once is not ruled out for ever."""
-_PRIOR_WEIGHT, _REQUEST_PRIOR_WEIGHT = 4.0, 8.0
-"""Draft tokens that what was known before is worth, over all requests and in one."""
+_PRIOR_WEIGHT = 4.0
+"""Draft tokens that what was known before is worth."""
 _UNKNOWN = 0.5
 """Acceptance of a source of which nothing is known: it will be tried."""
 _UNKNOWN_LAYER_SKIP = 0.85
@@ -165,7 +165,8 @@ class Controller:
         ]
         plan = best_plan(prospects, self.costs)
         nothing = priced(prospects, [Choice(None, 0)] * num_rows, self.costs)
-        promised = plan.tokens / (plan.seconds + self.costs.planning)
+        planning = self.costs.planning if num_rows > 1 else 0.0  # of a single one, every round is planned
+        promised = plan.tokens / (plan.seconds + planning)
         if promised < (_MARGIN + _MARGIN_OF_COMPANION * (num_rows - 1)) * nothing.rate:
             plan = nothing
         self._has_planned = True
@@ -662,7 +663,7 @@ class RequestAcceptance:
     def _rate(self, key: _Key, prior: float) -> float:
         accepted, tried, last = self._counts.get(key, (0.0, 0.0, 0))
         fading = _FADING ** (self._round - last)
-        return (accepted * fading + _REQUEST_PRIOR_WEIGHT * prior) / (tried * fading + _REQUEST_PRIOR_WEIGHT)
+        return (accepted * fading + _PRIOR_WEIGHT * prior) / (tried * fading + _PRIOR_WEIGHT)
 
     def record(self, source: str, signs: Seq[int], accepted: Seq[bool], temperature: float) -> None:
         """Count the draft tokens that were looked at: those accepted, and the first that was not."""
