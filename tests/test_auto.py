@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -39,13 +40,25 @@ class Whims(Controller):
     ) -> list[Choice]:
         choices = []
         for sequence, limit, lookup in zip(sequences, limits, lookups, strict=True):
-            whim = (sequence.token_ids[-1] * 7 + len(sequence.token_ids) * 3) % 12
+            whim = self.whim(sequence)
             source = (None, LOOKUP, "early-exit:1", "early-exit:2")[whim % 4]
             most = len(lookup) if source == LOOKUP else limit
             length = max(0, min(most, whim // 2))
             num_runner_ups = whim % 2 if source not in (None, LOOKUP) and length else 0
             choices.append(Choice(source if length else None, length if source else 0, num_runner_ups))
         return choices
+
+    def whim(self, sequence: Sequence) -> int:
+        return (sequence.token_ids[-1] * 7 + len(sequence.token_ids) * 3) % 12
+
+
+class Restless(Whims):
+    """Chooses otherwise each time, as the clock may make a controller do."""
+
+    dice = random.Random(0)
+
+    def whim(self, sequence: Sequence) -> int:
+        return self.dice.randrange(12)
 
 
 class FixedTimings(Timings):
@@ -56,7 +69,13 @@ class FixedTimings(Timings):
 def whimsical(model: Model, min_confidence: float = 0.0) -> AutoDrafter:
     exits = [1, 2]
     drafter = AutoDrafter(
-        model, exits, FixedTimings(model, exits), max_draft_tokens=6, rows_per_sequence=7, min_confidence=min_confidence
+        model,
+        exits,
+        FixedTimings(model, exits),
+        max_draft_tokens=6,
+        fixed_length=3,
+        rows_per_sequence=7,
+        min_confidence=min_confidence,
     )
     drafter.controller = Whims(TABLE, 6, 7)
     return drafter
@@ -104,6 +123,23 @@ def test_auto_as_it_comes_is_lossless(model: Model) -> None:
     mixed = [replace(GREEDY, temperature=0.8, seed=1), GREEDY, replace(GREEDY, repetition_penalty=1.3), GREEDY, GREEDY]
     sequences = run(engine, PROMPTS, mixed)
     assert [new_ids(sequences)[i] for i in (1, 3, 4)] == [expected[i] for i in (1, 3, 4)]
+
+
+def test_a_seed_gives_the_same_text_whatever_the_clock_and_the_companions_do(model: Model) -> None:
+    drawn = replace(GREEDY, temperature=0.9)
+    drafter = whimsical(model)
+    drafter.controller = Restless(TABLE, 6, 7)
+    engine = Engine(model, SpeculativeConfig(draft="auto"), max_num_seqs=4, drafter=drafter)
+    rounds: list[Round] = []
+    engine.on_round = rounds.append
+    seeded = replace(drawn, seed=5)
+    alone = run(engine, PROMPTS[:1], seeded)[0]
+    assert 0 < alone.stats.num_accepted_tokens < alone.stats.num_draft_tokens
+    assert {part.source for each in rounds for part in each.sequences} == {"ngram", "early-exit:1", None}
+    assert max(part.num_draft_tokens for each in rounds for part in each.sequences) == 3
+    for _ in range(3):
+        sequences = run(engine, [PROMPTS[0], *PROMPTS], [seeded, *(drawn for _ in PROMPTS)])
+        assert new_ids(sequences)[0] == new_ids([alone])[0]
 
 
 def test_requests_may_limit_drafts(model: Model) -> None:

@@ -141,6 +141,7 @@ class World:
         for _ in range(num_rounds):
             lookups = [list(range(self.matched, self.matched + 8)) if self.matched else []] * len(self.sequences)
             choices = self.controller.plan(self.sequences, [8] * len(self.sequences), lookups)
+            self.controller.costs.learn_planning(self.planning)
             chosen.append(choices[0])
             self.plans.append(choices)
             self._finish(choices, lookups)
@@ -176,7 +177,7 @@ class World:
             seconds = self.truth.draft_seconds(exit, max(own), len(own)) * self.slowdown["draft"]
             drafting.append(Drafting(exit, max(own), len(own), len(own), False, seconds))
         outcome = Round(
-            draft_seconds=self.planning + sum(draft.seconds for draft in drafting),
+            draft_seconds=sum(draft.seconds for draft in drafting),
             pass_seconds=self.truth.pass_seconds(rows) * self.slowdown["pass"] - 0.002,
             choose_seconds=0.002,
             commit_seconds=0.0,

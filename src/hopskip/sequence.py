@@ -76,6 +76,11 @@ class Sequence:
         self.counts = TokenCounts(prompt_ids, vocab_size) if params.has_penalties else None
 
     @property
+    def is_seeded(self) -> bool:
+        """Whether its drawn text must come the same another time."""
+        return self.params.seed is not None and not self.params.is_greedy
+
+    @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hopskip.branch import ExitBranch
 from hopskip.cache import Cache, Rows
-from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.base import Draft, Drafter, FirstOf
 from hopskip.draft.controller import LOOKUP, Controller, Drafting
 from hopskip.draft.costs import Exit, Timings, source_name
 from hopskip.draft.exit import ExitDrafter
@@ -22,9 +22,13 @@ from hopskip.trace import Round
 class AutoDrafter(Drafter):
     """Several sources and a controller that chooses among them.
 
+    Its choices go by the clock, and a drawn text hangs on what is drafted for it. So a sequence with a seed, whose text
+    must come the same another time, drafts by a fixed rule: lookup where its text has a match, else the first exit.
+
     Args:
         exits: to draft from.
         timings: of the model with these exits.
+        fixed_length: of the drafts by the fixed rule, at most.
         max_draft_tokens, max_runner_ups: of a round and sequence.
         rows_per_sequence: least rows of a verify pass per sequence.
         min_confidence: see `ExitDrafter`.
@@ -37,6 +41,7 @@ class AutoDrafter(Drafter):
         timings: Timings,
         *,
         max_draft_tokens: int,
+        fixed_length: int,
         max_runner_ups: int = 0,
         rows_per_sequence: int = 1,
         min_confidence: float = 0.0,
@@ -45,6 +50,8 @@ class AutoDrafter(Drafter):
         self.sources: dict[str, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
         self._exits = {source_name(exit): ExitDrafter(model, exit, min_confidence) for exit in exits}
         self.sources |= self._exits
+        self._fixed: Drafter = FirstOf(NgramDrafter(), *self._exits.values())
+        self._fixed_length = min(fixed_length, max_draft_tokens)
         self._timings = timings
         self.costs = costs = timings.get()
         """As they were measured."""
@@ -62,11 +69,27 @@ class AutoDrafter(Drafter):
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         self._drafting = []
-        if self.controller.pauses:
-            self._signs = [[] for _ in sequences]
-            return [Draft() for _ in sequences]
+        drafts = [Draft() for _ in sequences]
+        seeded = [i for i, sequence in enumerate(sequences) if sequence.is_seeded]
+        planned = [i for i, sequence in enumerate(sequences) if not sequence.is_seeded]
+        if seeded:
+            lengths = [min(limits[i], self._fixed_length) for i in seeded]
+            for i, draft in zip(
+                seeded, self._fixed.propose([sequences[i] for i in seeded], lengths, cache), strict=True
+            ):
+                drafts[i] = draft
+        if planned and not self.controller.pauses:
+            own, most = [sequences[i] for i in planned], [limits[i] for i in planned]
+            for i, draft in zip(planned, self._by_plan(own, most, cache), strict=True):
+                drafts[i] = draft
+        self._signs = [draft.signs for draft in drafts]
+        return drafts
+
+    def _by_plan(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        started = time.perf_counter()
         lookups = self.sources[LOOKUP].propose(sequences, limits, cache)
         choices = self.controller.plan(sequences, limits, [draft.signs for draft in lookups], self._num_unseen)
+        self.controller.costs.learn_planning(time.perf_counter() - started)
         drafts = [
             draft.cut(choice.num_tokens) if choice.source == LOOKUP else Draft()
             for draft, choice in zip(lookups, choices, strict=True)
@@ -84,7 +107,6 @@ class AutoDrafter(Drafter):
             depth = max(draft.num_chained for draft in found)
             by_logits = any(sequence.needs_logits for sequence in own)
             self._drafting.append(Drafting(exit, depth, len(own), num_entered, by_logits, seconds))
-        self._signs = [draft.signs for draft in drafts]
         return drafts
 
     def _num_unseen(self, exit: str, sequence: Sequence) -> int:

@@ -41,8 +41,9 @@ class SpeculativeConfig:
     nothing. `exit-branch`: the trained exit that is attached to the model. `early-exit`: the model's first layers.
     `layer-skip`: all its layers but some, or all in lower precision. `ngram`: copy from prompt and output. `both`:
     n-gram where the text has a match, else layer-skip if an option of it is given, else the branch if there is one,
-    else early exit. `none`: plain decoding. None: `both` with layer-skip or a branch, else early exit if an option of
-    it is given or the checkpoint's makers recommend it, else n-gram."""
+    else early exit. `none`: plain decoding. None: `both` with an option of layer-skip; `auto` with a branch (on the
+    torch backend, whose passes all have the same rows, `both`); early exit if an option of it is given or the
+    checkpoint's makers recommend it; else n-gram."""
     exit_branch: str | Path | None = None
     """Folder of the trained exit. None: the one that ships for the model, if any."""
     exit_layer: int | None = None
@@ -147,7 +148,7 @@ class SpeculativeConfig:
             branch: the trained exit that is attached to the model, if any.
             row_exact: of the model, see `Model`.
         """
-        draft = self.draft or self._default_draft(model, branch)
+        draft = self.draft or self._default_draft(model, branch, row_exact)
         if draft == "none":
             return replace(self, draft=draft, num_runner_ups=0)
         if draft == "exit-branch" and branch is None:
@@ -192,11 +193,13 @@ class SpeculativeConfig:
             verify=self.verify or "recompute",
         )
 
-    def _default_draft(self, model: ModelConfig, branch: ExitBranch | None) -> DraftSource:
+    def _default_draft(self, model: ModelConfig, branch: ExitBranch | None, row_exact: bool) -> DraftSource:
         if self.exit_layer is not None or self.verify == "reuse":
             return "early-exit"
-        if branch is not None or self._is_layer_skip:
-            return "both"  # lookup where the text repeats itself, the exit elsewhere
+        if branch is not None and not self._is_layer_skip:
+            return "auto" if row_exact else "both"  # to choose pays where a pass is as long as its drafts
+        if self._is_layer_skip:
+            return "both"  # lookup where the text repeats itself, the layers elsewhere
         wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
         return "early-exit" if wants_exit else "ngram"
 
@@ -218,6 +221,7 @@ class SpeculativeConfig:
                 exits,
                 Timings(model, exits, identity),
                 max_draft_tokens=self.num_draft_tokens,
+                fixed_length=self._usual_length(model),
                 max_runner_ups=self.num_runner_ups or 0,
                 rows_per_sequence=1 if model.row_exact else self.num_draft_tokens + 1 + (self.num_runner_ups or 0),
                 min_confidence=self.min_confidence,
@@ -231,6 +235,14 @@ class SpeculativeConfig:
         assert self.num_runner_ups is not None
         drafter = ExitDrafter(model, exit, self.min_confidence, self.num_runner_ups)
         return FirstOf(NgramDrafter(), drafter) if self.draft == "both" else drafter
+
+    def _usual_length(self, model: Model) -> int:
+        """Of a draft from the first of the exits that `auto` has."""
+        if self.skip_layers is not None:
+            return _USUAL_LENGTH_OF_LAYER_SKIP
+        if self.exit_layer is None and model.branch is not None:
+            return model.branch.num_draft_tokens
+        return model.config.recommended_num_draft_tokens or 6
 
     def exits(self, model: Model) -> list[Exit]:
         """What `auto` may draft from besides lookup: the exit that is asked for, else the branch, else the early exits

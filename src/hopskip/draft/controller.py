@@ -124,7 +124,6 @@ class Controller:
         """Numbers of the rounds that drafts, and exits, are thought of again."""
         self._pause = 0
         """Rounds of the last pause."""
-        self._has_planned = False
 
     @property
     def pauses(self) -> bool:
@@ -169,7 +168,6 @@ class Controller:
         promised = plan.tokens / (plan.seconds + planning)
         if promised < (_MARGIN + _MARGIN_OF_COMPANION * (num_rows - 1)) * nothing.rate:
             plan = nothing
-        self._has_planned = True
         self._schedule({choice.source for choice in plan.choices} - {None}, num_rows)
         return (self._probe(prospects, plan) or plan).choices
 
@@ -206,9 +204,6 @@ class Controller:
                 self._last_use[part.source + _BESIDE] = self._num_rounds
             own.record(part.source + _BESIDE, ranks, beside, temperature)
         self.costs.learn(outcome, drafting)
-        if self._has_planned:
-            self.costs.learn_planning(outcome, drafting)
-            self._has_planned = False
         self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
         return self.costs.corrected() if self._num_rounds % _CHECK_EVERY == 0 else None
 
@@ -508,9 +503,8 @@ class LiveCosts:
             ratio = draft.seconds / max(expected, 1e-9)
             self._by_exit[key] = self._by_exit.get(key, 1.0) * (_step(ratio) if is_known else ratio)
 
-    def learn_planning(self, outcome: Round, drafting: Seq[Drafting]) -> None:
-        """Follow what a plan has taken, in a round that had one."""
-        seconds = outcome.draft_seconds - sum(draft.seconds for draft in drafting)
+    def learn_planning(self, seconds: float) -> None:
+        """Follow what a plan has taken."""
         self.planning += _share(self.planning) * (seconds - self.planning)
 
     def corrected(self) -> Costs | None:
