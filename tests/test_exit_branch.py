@@ -351,6 +351,14 @@ def test_contradicting_settings_are_refused(settings: dict[str, object], match: 
         SpeculativeConfig(**settings)  # type: ignore[arg-type]
 
 
+def test_the_default_beside_a_branch_takes_what_pays(checkpoint: Checkpoint) -> None:
+    config, branch = checkpoint.config, own_branch(checkpoint)
+    assert SpeculativeConfig().resolve(config, branch).draft == "auto"
+    # where every pass has the same rows there is less to choose
+    assert SpeculativeConfig().resolve(config, branch, row_exact=False).draft == "both"
+    assert SpeculativeConfig().resolve(config).draft == "ngram"
+
+
 def test_a_branch_that_is_missing_is_named(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="no trained exit is given"):
         SpeculativeConfig(draft="exit-branch").resolve(checkpoint.config)

@@ -164,7 +164,7 @@ def _collect(load: LoadOptions) -> _Facts:
     config = checkpoint.config
     is_native = backend == "native"
     branch = find_exit(checkpoint, SpeculativeConfig())
-    default = SpeculativeConfig().resolve(config, branch)
+    default = SpeculativeConfig().resolve(config, branch, row_exact=is_native)
     exit_layer = None
     if config.num_hidden_layers > 1:
         exit_layer = SpeculativeConfig(draft="early-exit").resolve(config).exit_layer

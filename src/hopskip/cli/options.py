@@ -189,9 +189,8 @@ class DraftOptions:
         typer.Option(
             metavar="SOURCE",
             help="auto (what pays, round by round; the default beside a trained exit), exit-branch (a trained exit), "
-            "early-exit (the model's first "
-            "layers), layer-skip (all its layers but some), ngram (text seen before), both, or none; by default what "
-            "suits the model.",
+            "early-exit (the model's first layers), layer-skip (all its layers but some), ngram (text seen before), "
+            "both, or none; by default what suits the model.",
             rich_help_panel=_DRAFTING,
         ),
     ] = None
