@@ -196,10 +196,10 @@ class SpeculativeConfig:
     def _default_draft(self, model: ModelConfig, branch: ExitBranch | None, row_exact: bool) -> DraftSource:
         if self.exit_layer is not None or self.verify == "reuse":
             return "early-exit"
-        if branch is not None and not self._is_layer_skip:
-            return "auto" if row_exact else "both"  # to choose pays where a pass is as long as its drafts
         if self._is_layer_skip:
             return "both"  # lookup where the text repeats itself, the layers elsewhere
+        if branch is not None:
+            return "auto" if row_exact else "both"  # where all passes have the same rows, there is less to choose
         wants_exit = self.min_confidence > 0 or model.recommended_exit_layer is not None
         return "early-exit" if wants_exit else "ngram"
 
