@@ -339,7 +339,7 @@ def test_a_text_that_ends_within_a_draft_rejects_nothing() -> None:
         controller.learn([sequence], [[0, 1, 2, 3]], outcome, [])
         prospect = controller._prospect(sequence, 3, [], {"exit-branch": 1}, floor=0.0)
         found[committed] = prospect.survival["exit-branch"][2]
-    assert found[3] < 0.8 * found[2]
+    assert found[3] < 0.95 * found[2]
 
 
 # -- batches, and older tokens -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -231,6 +232,9 @@ threads: 1
     branch.check_base(checkpoint.fingerprint)
     branch.check(checkpoint.config)
     assert len(branch.vocabulary) <= 40
+    shares = branch.notes["held_out_acceptance"]
+    assert len(shares) == branch.num_draft_tokens
+    assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
     assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
     assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
     generated = CliRunner().invoke(

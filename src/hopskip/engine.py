@@ -360,7 +360,7 @@ class Engine:
             for i in s.token_ids[segment.start : segment.start + segment.count]
         ]
         h_ND, states_NAD = self._run(ids, rows)
-        self._observe(rows.segments, states_NAD)
+        self._observe(rows, states_NAD)
         is_complete = [seg.start + seg.count == s.num_prompt_tokens for s, seg in zip(chunk, segments, strict=True)]
         last_rows = [last for last, complete in zip(_last_rows(segments), is_complete, strict=True) if complete]
         completed = [s for s, complete in zip(chunk, is_complete, strict=True) if complete]
@@ -382,10 +382,10 @@ class Engine:
         started = time.perf_counter()
         drafts = self._draft(sequences)
         drafted = time.perf_counter()
-        h_ND, states_NAD = self._verify_pass(sequences, drafts)
+        h_ND, states_NAD, rows = self._verify_pass(sequences, drafts)
         passed = time.perf_counter()
         choices = self._choose(sequences, drafts, h_ND)
-        self._keep(sequences, drafts, [verdict for verdict, _ in choices], states_NAD)
+        self._keep(sequences, drafts, [verdict for verdict, _ in choices], states_NAD, rows)
         now = time.perf_counter()
         parts: list[RoundOfSequence] = []
         for sequence, draft, (verdict, tokens) in zip(sequences, drafts, choices, strict=True):
@@ -453,10 +453,12 @@ class Engine:
                 drafts[index] = _cut(sequences[index], draft)
         return drafts
 
-    def _verify_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> tuple[Tensor, Tensor | None]:
-        """What `_run` gives for each sequence's last token and draft tokens, N = sum of (draft length + 1)."""
+    def _verify_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> tuple[Tensor, Tensor | None, Rows]:
+        """What `_run` gives for each sequence's last token and draft tokens, N = sum of (draft length + 1), and the
+        rows of the pass."""
         if self.speculative.verify == "reuse":
-            return self._reuse_pass(sequences, drafts), None
+            h_ND, rows = self._reuse_pass(sequences, drafts)
+            return h_ND, None, rows
         segments: list[Segment] = []
         ids: list[int] = []
         kept: list[int] = []
@@ -469,32 +471,40 @@ class Engine:
             if draft.parents is not None:
                 parents = (-1, *(parent + 1 for parent in draft.parents), *([0] * num_padding))
             segments.append(Segment(sequence.slot, sequence.num_cached, len(own) + num_padding, parents))
-        h_ND, states_NAD = self._run(ids, Rows(segments))
+        rows = Rows(segments)
+        h_ND, states_NAD = self._run(ids, rows)
         if len(kept) == len(ids):
-            return h_ND, states_NAD
-        return h_ND[kept], None if states_NAD is None else states_NAD[kept]
+            return h_ND, states_NAD, rows
+        return h_ND[kept], None if states_NAD is None else states_NAD[kept], rows
 
     def _keep(
-        self, sequences: list[Sequence], drafts: list[Draft], verdicts: list[Verdict], states_NAD: Tensor | None
+        self,
+        sequences: list[Sequence],
+        drafts: list[Draft],
+        verdicts: list[Verdict],
+        states_NAD: Tensor | None,
+        rows: Rows,
     ) -> None:
         """Put what a verify pass has left of accepted tokens in order, for the next pass and for the drafter."""
+        if len(rows) == len(sequences):  # no drafts
+            self._observe(rows, states_NAD)
+            return
         branches = [(0, *(index + 1 for index in verdict.branch)) for verdict in verdicts]
         for sequence, draft, branch in zip(sequences, drafts, branches, strict=True):
             if draft.parents is not None:
                 self._cache_or_fail.keep_branch(sequence.slot, sequence.num_cached, branch)
         if states_NAD is None:
             return
-        if len(states_NAD) > len(sequences):
-            seen: list[int] = []
-            first = 0
-            for draft, branch in zip(drafts, branches, strict=True):
-                seen += [first + row for row in branch]
-                first += len(draft.token_ids) + 1
-            states_NAD = states_NAD[seen]
-        segments = [Segment(s.slot, s.num_cached, len(branch)) for s, branch in zip(sequences, branches, strict=True)]
-        self._observe(segments, states_NAD)
+        seen: list[int] = []
+        first = 0
+        for draft, branch in zip(drafts, branches, strict=True):
+            seen += [first + row for row in branch]
+            first += len(draft.token_ids) + 1
+        states_NAD = states_NAD[seen]
+        accepted = [Segment(s.slot, s.num_cached, len(branch)) for s, branch in zip(sequences, branches, strict=True)]
+        self._observe(Rows(accepted), states_NAD)
 
-    def _reuse_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> Tensor:
+    def _reuse_pass(self, sequences: list[Sequence], drafts: list[Draft]) -> tuple[Tensor, Rows]:
         """Verify from the exit layer on: rows that the draft has already taken there go on from its hidden states."""
         exit_layer = self.speculative.exit_layer or 0
         cache = self._cache_or_fail
@@ -512,7 +522,8 @@ class Engine:
         for draft, rest in zip(drafts, computed, strict=True):
             parts.extend([torch.stack(draft.exit_states), rest] if draft.exit_states else [rest])
         rows = Rows(Segment(s.slot, s.num_cached, len(d.token_ids) + 1) for s, d in zip(sequences, drafts, strict=True))
-        return self.model.run_layers(torch.cat(parts), exit_layer, self.model.config.num_hidden_layers, rows, cache)
+        h_ND = self.model.run_layers(torch.cat(parts), exit_layer, self.model.config.num_hidden_layers, rows, cache)
+        return h_ND, rows
 
     def _run(self, ids: list[int], rows: Rows) -> tuple[Tensor, Tensor | None]:
         """All layers on these tokens: final hidden states [N, D], and those that the drafter wants to see [N, A, D]."""
@@ -522,9 +533,9 @@ class Engine:
             return self.model.run_layers(h_ND, 0, depth, rows, self._cache_or_fail), None
         return run_tapped(self.model, h_ND, self._taps, rows, self._cache_or_fail)
 
-    def _observe(self, segments: Seq[Segment], states_NAD: Tensor | None) -> None:
+    def _observe(self, rows: Rows, states_NAD: Tensor | None) -> None:
         if self._drafter is not None and states_NAD is not None:
-            self._drafter.observe(Rows(segments), states_NAD)
+            self._drafter.observe(rows, states_NAD)
 
     # -- choosing tokens -----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,16 +77,14 @@ def record(
     with loading(load.model, quiet=False) as progress:
         llm = load.load(SpeculativeConfig(draft="auto"), progress=progress)
     proposals: list[Proposals] = []
-    costs = record_texts(
+    known = record_texts(
         llm.model,
         (prompt.encode(llm.tokenizer) for prompt in chosen),
         max_new_tokens=max_new_tokens,
         eos_token_ids=llm.tokenizer.eos_token_ids,
         on_proposals=proposals.append,
     )
-    with TraceWriter(
-        file, {"prompts": prompts, **load.arguments(), "model": load.model, "costs": asdict(costs)}
-    ) as out:
+    with TraceWriter(file, {"prompts": prompts, **load.arguments(), "model": load.model, **known}) as out:
         for each in proposals:
             out(each)
 

@@ -55,8 +55,13 @@ class AutoDrafter(Drafter):
         self._timings = timings
         self.costs = costs = timings.get()
         """As they were measured."""
-        priors = {source_name(e): e.notes.get("held_out_acceptance", ()) for e in exits if isinstance(e, ExitBranch)}
-        self.controller = Controller(costs, max_draft_tokens, rows_per_sequence, priors, max_runner_ups)
+        self.priors = {
+            source_name(exit): exit.notes["held_out_acceptance"]
+            for exit in exits
+            if isinstance(exit, ExitBranch) and "held_out_acceptance" in exit.notes
+        }
+        """By exit, what its training has shown of its acceptance."""
+        self.controller = Controller(costs, max_draft_tokens, rows_per_sequence, self.priors, max_runner_ups)
         # of the sources only a branch with layers of its own wants to see what the model computes
         self._watching = next((drafter for drafter in self.sources.values() if drafter.taps is not None), None)
         self.taps = self._watching.taps if self._watching else None

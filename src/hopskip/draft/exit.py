@@ -12,6 +12,7 @@ Shape letters: N rows, A taps, D hidden size, V vocabulary, n draft vocabulary.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
@@ -50,6 +51,8 @@ class DraftChains(Protocol):
 
 
 _MAX_RUNNER_UPS_OF_A_STEP = 4
+_MOST_PASSES = 32
+"""That are kept as they are, before their states are sorted by slot."""
 
 
 class _Slot:
@@ -89,6 +92,14 @@ class _Slot:
         if len(self._parts_NAD) > 1:
             self._parts_NAD = [torch.cat(self._parts_NAD)]
         return self._parts_NAD[0]
+
+
+def _follows(after: Rows, before: Rows) -> bool:
+    """Whether two passes have the same slots in the same order, and each one token, the next."""
+    return len(after.segments) == len(before.segments) and all(
+        b.slot == a.slot and b.start == a.start + 1 and a.count == b.count == 1
+        for a, b in zip(before.segments, after.segments, strict=True)
+    )
 
 
 @dataclass
@@ -147,23 +158,39 @@ class ExitDrafter(Drafter):
             self._branch = BranchConfig(start=len(self._self.layers), num_layers=0)
             self._part = self._self.part_of(model)
         self._feature_columns = [self._branch.taps.index(feature) for feature in self._branch.features]
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, _Slot] = defaultdict(_Slot)
+        self._passes: list[tuple[Rows, Tensor]] = []
+        """What the slots have yet to be told of: one pass, or several that follow each other. To tell of each by itself
+        would take longer, and many may go by without a draft."""
         # without layers of its own a branch has no cache to keep up to date
         self.taps = self._branch.taps if self._branch.num_layers else None
         # a model may do without: the steps below give the same drafts
         self._draft_chains: DraftChains | None = getattr(model, "draft_chains", None)
 
     def observe(self, rows: Rows, states_NAD: Tensor) -> None:
-        parts = states_NAD.split_with_sizes([segment.count for segment in rows.segments])
-        for segment, own in zip(rows.segments, parts, strict=True):
-            if segment.slot not in self._slots:
-                self._slots[segment.slot] = _Slot()
-            self._slots[segment.slot].observe(segment.start, segment.count, own)
+        if self._passes and (len(self._passes) == _MOST_PASSES or not _follows(rows, self._passes[-1][0])):
+            self._catch_up()
+        self._passes.append((rows, states_NAD))
+
+    def _catch_up(self) -> None:
+        """Tell the slots of the passes so far."""
+        if not self._passes:
+            return
+        segments = self._passes[0][0].segments
+        all_states = [states_NAD for _, states_NAD in self._passes]
+        self._passes = []
+        if len(all_states) == 1:
+            parts = all_states[0].split_with_sizes([segment.count for segment in segments])
+        else:
+            parts = torch.stack(all_states, dim=1).unbind()
+        for segment, own in zip(segments, parts, strict=True):
+            self._slots[segment.slot].observe(segment.start, len(own), own)
 
     def num_unseen(self, sequence: Sequence) -> int:
         """Tokens that a draft begins with: the sequence's last, and those before it that the branch has yet to see."""
         if self.taps is None:
             return 1
+        self._catch_up()
         return sequence.num_cached + 1 - min(self._slots[sequence.slot].num_cached, sequence.num_cached)
 
     def propose(
@@ -277,6 +304,7 @@ class ExitDrafter(Drafter):
         if self.taps is None:
             rows = Rows(Segment(s.slot, s.num_cached, 1) for s in sequences)
             return _Entry([s.token_ids[-1] for s in sequences], rows)
+        self._catch_up()
         segments: list[Segment] = []
         token_ids: list[int] = []
         features: list[Tensor] = []

@@ -73,14 +73,14 @@ def record(
     eos_token_ids: Seq[int] | None = None,
     identity: Mapping[str, object] | None = None,
     on_proposals: Callable[[Proposals], None],
-) -> Costs:
+) -> dict[str, Any]:
     """Generate for each prompt in turn, greedily and plainly, and tell of what every source would have drafted.
 
     Args:
         identity: of the model's weights and precision, see `Timings`.
 
     Returns:
-        The costs of the model here.
+        What replays need to know of the model here, for the trace's header: `costs`, and `priors` of acceptance.
     """
     config = SpeculativeConfig(draft="auto").resolve(model.config, model.branch, row_exact=model.row_exact)
     auto = config.make_drafter(model, identity)
@@ -93,7 +93,7 @@ def record(
             engine.step()
         for proposals in onlooker.proposals(sequence):
             on_proposals(proposals)
-    return auto.costs
+    return {"costs": asdict(auto.costs), "priors": auto.priors}
 
 
 def _num_equal(a: Seq[int], b: Seq[int]) -> int:
@@ -168,7 +168,7 @@ def replay(trace: Trace, max_draft_tokens: int = 16) -> Replay:
             _walk(trace, costs, f"{source}, {length}", _fixed(source, length, tuple(costs.drafts)))
             for length in range(1, max_draft_tokens + 1)
         ]
-    controller = _Controlled(costs, max_draft_tokens)
+    controller = _Controlled(Controller(costs, max_draft_tokens, priors=trace.header.get("priors")))
     auto = _walk(trace, costs, "auto", controller.choose, controller.learn)
     return Replay(auto=auto, fixed=sorted(outcomes, key=lambda outcome: outcome.seconds))
 
@@ -204,8 +204,8 @@ def _fixed(source: str, length: int, exits: Seq[str]) -> Choose:
 class _Controlled:
     """The controller as a setting: it learns from each round as it would in the engine."""
 
-    def __init__(self, costs: Costs, max_draft_tokens: int) -> None:
-        self._controller = Controller(costs, max_draft_tokens)
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
         self._request = -1
         self._sequence = Sequence([0], SamplingParams(), frozenset(), 1)
 

@@ -25,6 +25,7 @@ from hopskip.llm import LLM
 from hopskip.native import NativeModel
 from hopskip.sampling import SamplingParams
 from hopskip.tokenizer import Tokenizer
+from hopskip.trace import Round
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
 from hopskip.train.exit.distill import BranchTrainer
 from hopskip.train.exit.fit import fit
@@ -215,6 +216,8 @@ def _measure(
     for length, num_runner_ups in product(search.num_draft_tokens, search.num_runner_ups):
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=length, num_runner_ups=num_runner_ups)
         drafting = Engine(model, setting, eos_token_ids=eos)
+        counted = _Acceptance(length)
+        drafting.on_round = counted
         ratios, tokens_per_pass = [], 0.0
         for _ in range(search.repeats):
             slow, _ = _decode(plain, prompts, search)
@@ -224,9 +227,28 @@ def _measure(
             "base_model": checkpoint.path.name,
             "stages": [vars(stage) for stage in recipe.stages],
             "held_out_tokens_per_pass": round(tokens_per_pass, 3),
+            "held_out_acceptance": [round(share, 4) for share in counted.shares],
         }
         found = trainer.exit_branch(checkpoint.fingerprint, length, notes)
         yield statistics.median(ratios), replace(found, num_runner_ups=num_runner_ups)
+
+
+class _Acceptance:
+    """Shares of drafts whose first 1, 2, .. tokens were all accepted, without runner-ups: where draft `auto` starts."""
+
+    def __init__(self, num_draft_tokens: int) -> None:
+        self._num_drafts = 0
+        self._num_accepted = [0] * num_draft_tokens
+
+    def __call__(self, outcome: Round) -> None:
+        for part in outcome.sequences:
+            self._num_drafts += part.source is not None
+            for place in range(part.num_accepted_tokens - (part.runner_up is not None)):
+                self._num_accepted[place] += 1
+
+    @property
+    def shares(self) -> list[float]:
+        return [number / max(1, self._num_drafts) for number in self._num_accepted]
 
 
 def _decode(engine: Engine, prompts: Seq[Seq[int]], search: SearchRecipe) -> tuple[float, float]:
