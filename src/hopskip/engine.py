@@ -500,7 +500,8 @@ class Engine:
         for draft, branch in zip(drafts, branches, strict=True):
             seen += [first + row for row in branch]
             first += len(draft.token_ids) + 1
-        states_NAD = states_NAD[seen]
+        is_prefix = seen[-1] == len(seen) - 1  # of a sequence alone: no copy
+        states_NAD = states_NAD[: len(seen)] if is_prefix else states_NAD[seen]
         accepted = [Segment(s.slot, s.num_cached, len(branch)) for s, branch in zip(sequences, branches, strict=True)]
         self._observe(Rows(accepted), states_NAD)
 

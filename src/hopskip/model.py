@@ -53,7 +53,7 @@ class Model(Protocol):
         ...
 
     def greedy(self, h_ND: Tensor) -> Tensor:
-        """The best token of each row after final norm and head, int64 [N]; of equals, the lowest id."""
+        """The best token of each row after final norm and head, integers [N]; of equals, the lowest id."""
         ...
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -270,7 +270,7 @@ class NativeModel:
         self._extend_rope(cache.length)
         self._engine.run_layers(
             h_ND, out_ND, 0, self.config.num_hidden_layers, rows.slots, rows.positions, back=rows.back,
-            taps=torch.tensor(taps, dtype=torch.int32), tapped=tapped_NAD, **_cache_arguments(cache),
+            taps=_int32_of(tuple(taps)), tapped=tapped_NAD, **_cache_arguments(cache),
         )  # fmt: skip
         return out_ND, tapped_NAD
 
@@ -282,7 +282,7 @@ class NativeModel:
     def greedy(self, h_ND: Tensor) -> Tensor:
         out_N = torch.empty(len(h_ND), dtype=torch.int32)
         self._engine.greedy(h_ND, out_N)
-        return out_N.long()
+        return out_N
 
     def topk(self, h_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best logits of each row and their tokens, best first: float32 [N, k] and int64 [N, k]."""
@@ -422,6 +422,11 @@ def _cache_arguments(cache: Cache) -> dict[str, Tensor | None]:
 
 def _matrix(packed: Packed) -> object:
     return _native.Matrix(int(packed.format), packed.rows, packed.cols, packed.data)
+
+
+@lru_cache
+def _int32_of(numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def _int32(x: Tensor) -> Tensor:

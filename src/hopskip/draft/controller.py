@@ -58,6 +58,8 @@ _FORESIGHT = 32
 """Most rounds that the reading of older tokens is spread over; the text may end sooner than it could."""
 _EXITS_EVERY = 8
 """Rounds before exits are thought of again that were not worth it."""
+_ALONE_EVERY = 4
+"""Rounds for which the plan by exits of a sequence alone holds; what lookup has for it is thought of in each."""
 _LARGE_BATCH = 8
 """Sequences, of which some always have something to look up."""
 _CHECK_EVERY = 256
@@ -147,8 +149,10 @@ class Controller:
             num_unseen: of an exit and a sequence, the tokens that a draft begins with.
         """
         num_rows = len(sequences)
+        alone = self._of(sequences[0]) if num_rows == 1 else None
+        by_exits = alone.exit_plan(limits[0]) if alone else None
         # what exits are worth changes slowly, and thinking it through takes a while in which nobody computes
-        exits = self._exits if self._num_rounds >= self._exits_due else ()
+        exits = self._exits if by_exits is None and self._num_rounds >= self._exits_due else ()
         # a row far less likely to count than what rows cost now is not worth the thought
         price = self.costs.marginal_row(num_rows) * num_rows / self.costs.pass_seconds(num_rows)
         floor = max(_MIN_SURVIVAL, 0.8 * price if self.costs.rows_per_sequence == 1 else 0.0)
@@ -162,7 +166,13 @@ class Controller:
             )
             for sequence, limit, signs in zip(sequences, limits, lookups, strict=True)
         ]
-        plan = best_plan(prospects, self.costs)
+        plan = best_by_lookup(prospects, self.costs)
+        if exits:
+            by_exits = best_by_exits(prospects, self.costs, plan.rate)
+            if alone:
+                alone.keep(by_exits)
+        if by_exits and by_exits.rate > plan.rate:
+            plan = by_exits
         nothing = priced(prospects, [Choice(None, 0)] * num_rows, self.costs)
         planning = self.costs.planning if num_rows > 1 else 0.0  # of a single one, every round is planned
         promised = plan.tokens / (plan.seconds + planning)
@@ -289,24 +299,37 @@ class Plan(NamedTuple):
 
 
 def best_plan(prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
-    """The plan of most expected tokens per second. At most one exit drafts in a round.
+    """The plan of most expected tokens per second. At most one exit drafts in a round."""
+    by_lookup = best_by_lookup(prospects, costs)
+    by_exits = best_by_exits(prospects, costs, by_lookup.rate)
+    return by_exits if by_exits and by_exits.rate > by_lookup.rate else by_lookup
+
+
+def best_by_lookup(prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
+    """The best plan without exits.
 
     Rows are handed out by what they are expected to bring. As survival never rises along a draft, taking rows in
     falling order of it takes each draft from its beginning; the best plan is the best point on the way.
     """
-    best = by_lookup = _hand_out(prospects, [LOOKUP] * len(prospects), costs, None)
+    return _hand_out(prospects, [LOOKUP] * len(prospects), costs, None)
+
+
+def best_by_exits(prospects: Seq[Prospect], costs: LiveCosts, rate: float) -> Plan | None:
+    """The best plan with an exit, where time is worth `rate`: of many sequences, some may do better by lookup. None if
+    there is no exit to draft from."""
+    best: Plan | None = None
     exits = dict.fromkeys(source for prospect in prospects for source in prospect.survival if source != LOOKUP)
     for exit in exits:
-        sources = [exit]  # alone, a sequence has just tried lookup
+        sources = [exit]
         if len(prospects) > 1:
-            sources = [_better(prospect, exit, costs, by_lookup.rate, len(prospects)) for prospect in prospects]
+            sources = [_better(prospect, exit, costs, rate, len(prospects)) for prospect in prospects]
         deepest = max((len(p.survival[exit]) for p, s in zip(prospects, sources, strict=True) if s == exit), default=0)
         # of one sequence all depths lie on the way; of many a shallow draft for all may beat a deep one for some
         for depth in range(1, deepest + 1) if len(prospects) > 1 else [deepest][:deepest]:
             found = _with_runner_ups(_hand_out(prospects, sources, costs, depth), prospects, costs)
-            if found.rate > best.rate:
-                best = found
-            elif depth > 2:
+            is_better = best is None or found.rate > best.rate
+            best = found if is_better else best
+            if depth > 2 and not (is_better and found.rate > rate):
                 break
     return best
 
@@ -621,9 +644,20 @@ class RequestAcceptance:
         self._counts: dict[_Key, list[float]] = {}
         """Accepted, all, and the round of the last."""
         self._round = 0
+        self._exit_plan: Plan | None = None
+        self._exit_plan_until = 0
 
     def begin_round(self) -> None:
         self._round += 1
+
+    def keep(self, plan: Plan | None) -> None:
+        """Remember the best plan by exits for this request alone."""
+        self._exit_plan, self._exit_plan_until = plan, self._round + _ALONE_EVERY
+
+    def exit_plan(self, limit: int) -> Plan | None:
+        """What is remembered, while it holds and drafts no more than `limit` tokens."""
+        plan = self._exit_plan if self._round < self._exit_plan_until else None
+        return plan if plan and plan.choices[0].num_tokens <= limit else None
 
     def survival(self, source: str, signs: Iterable[int], temperature: float, floor: float) -> list[float]:
         """The probabilities that the first 1, 2, .. tokens of a draft are all accepted, down to `floor`. The first is

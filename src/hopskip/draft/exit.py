@@ -315,13 +315,17 @@ class ExitDrafter(Drafter):
             segments.append(Segment(sequence.slot, start, last + 1 - start))
             token_ids += sequence.token_ids[start:]
             features.append(slot.take(start - 1, last))
-            own = slot.take(start, last)
-            states += [own, own.new_zeros((1, *own.shape[1:]))]
+            if self._branch.start:
+                own = slot.take(start, last)
+                states += [own, own.new_zeros((1, *own.shape[1:]))]
             slot.num_cached = last + 1
             slot.forget(last)
         entry = _Entry(token_ids, Rows(segments))
         if self._feature_columns:
-            entry.features_NAD = torch.cat(features)[:, self._feature_columns].contiguous()
+            features_NAD = torch.cat(features) if len(features) > 1 else features[0]
+            if len(self._feature_columns) < len(self.taps):
+                features_NAD = features_NAD[:, self._feature_columns]
+            entry.features_NAD = features_NAD.contiguous()
         if self._branch.start:
             entry.token_states_ND = torch.cat(states)[:, self.taps.index(self._branch.start)].contiguous()
         return entry
