@@ -257,6 +257,39 @@ def test_finds_the_best_source_and_length() -> None:
         assert abs(lengths[len(lengths) // 2] - expected) <= 1
 
 
+def test_alone_the_plan_by_exits_holds_for_some_rounds_but_not_against_lookup_or_the_texts_end() -> None:
+    world = World()
+    world.acceptance = {"exit-branch": 0.9}
+    length = world.run(200)[-1].num_tokens
+    assert length > 2
+    sequence, planned = world.sequences[0], []
+    for limit, lookup in ((8, []), (8, []), (2, []), (0, []), (8, list(range(16, 24))), (8, [])):
+        planned.append(world.controller.plan([sequence], [limit], [lookup])[0])
+    assert [choice.source for choice in planned] == [*["exit-branch"] * 3, None, LOOKUP, "exit-branch"]
+    assert planned[0] == planned[1] == planned[-1]
+    assert planned[2].num_tokens == 2
+
+
+def test_what_was_measured_greedily_counts_for_less_in_sampling() -> None:
+    estimates = []
+    for temperature in (0.0, 0.7):
+        controller = Controller(STEEP, 8, priors={"exit-branch": [0.02, 0.0]})  # none of few is not never
+        acceptance = controller._of(Sequence([1], SamplingParams(), frozenset(), 10))
+        for _ in range(3):
+            acceptance.record("exit-branch", [0, 1], [True, False], temperature)
+        estimates.append(acceptance.survival("exit-branch", range(8), temperature, 0.0))
+    assert estimates[0][0] < 0.7 * estimates[1][0]
+
+
+def test_the_end_of_a_text_does_not_put_off_exits_in_the_next() -> None:
+    world = World()
+    world.acceptance = {"exit-branch": 0.9}
+    world.run(50)
+    world.controller.plan(world.sequences, [0], [[]])
+    world.new_requests(1)
+    assert world.run(1)[0].source == "exit-branch"
+
+
 def test_comes_back_when_a_source_starts_to_pay() -> None:
     world = World()
     world.run(400)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from hopskip import SamplingParams, SpeculativeConfig
 from hopskip.branch import BranchConfig, ExitBranch
 from hopskip.cache import Cache
+from hopskip.draft import exit as exit_module
 from hopskip.draft.base import Draft
 from hopskip.draft.exit import ExitDrafter
 from hopskip.engine import Engine
@@ -218,6 +221,41 @@ def test_a_slot_that_is_used_again_drafts_as_a_fresh_one(
         found.append([drafts_of(monkeypatch, engine, [turn]) for turn in turns])
     with_reuse, without = ([[d.token_ids for _, d in turn] for turn in turns] for turns in found)
     assert with_reuse == without
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_drafts_after_rounds_without_one_are_those_of_a_branch_told_of_each(
+    checkpoint: Checkpoint, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, branch = random_branch(checkpoint, CONFIGS[0])
+    original, found = ExitDrafter.propose, []
+    for most_passes in (1, 5):  # told of each pass, or of several at once
+        model = load(checkpoint, backend)
+        model.attach(branch)
+        drafts: list[list[int]] = []
+        num_rounds = itertools.count(1)
+
+        def propose(
+            self: ExitDrafter,
+            sequences: list[Sequence],
+            limits: list[int],
+            cache: Cache,
+            drafts: list[list[int]] = drafts,
+            num_rounds: Iterator[int] = num_rounds,
+        ) -> list[Draft]:
+            if next(num_rounds) % 8:
+                return [Draft() for _ in sequences]
+            proposed = original(self, sequences, limits, cache)
+            drafts += [draft.token_ids for draft in proposed]
+            return proposed
+
+        monkeypatch.setattr(ExitDrafter, "propose", propose)
+        monkeypatch.setattr(exit_module, "_MOST_PASSES", most_passes)
+        engine = Engine(model, SpeculativeConfig(draft="exit-branch", num_draft_tokens=3), max_num_seqs=2)
+        run(engine, PROMPTS, PARAMS)
+        found.append(drafts)
+    assert found[0] == found[1]
+    assert sum(map(bool, found[0])) >= 5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -178,7 +178,8 @@ class Controller:
         promised = plan.tokens / (plan.seconds + planning)
         if promised < (_MARGIN + _MARGIN_OF_COMPANION * (num_rows - 1)) * nothing.rate:
             plan = nothing
-        self._schedule({choice.source for choice in plan.choices} - {None}, num_rows)
+        if any(limit > 0 for limit in limits):  # the end of a text says nothing of the next
+            self._schedule({choice.source for choice in plan.choices} - {None}, num_rows)
         return (self._probe(prospects, plan) or plan).choices
 
     def _schedule(self, used: set[str | None], num_sequences: int) -> None:
@@ -604,7 +605,10 @@ class Acceptance:
         self._counts: dict[_Key, list[float]] = {}
         """Accepted, and all."""
         self._priors = {
-            source: [now / before for now, before in zip(shares, (1.0, *shares), strict=False) if before]
+            # of few drafts none may have been accepted, which does not say never
+            source: [
+                max(now / before, _MIN_SURVIVAL) for now, before in zip(shares, (1.0, *shares), strict=False) if before
+            ]
             for source, shares in priors.items()
         }
 
