@@ -1,6 +1,6 @@
 """A server at capacity for a long time, with clients that cancel and vanish.
 
-    python benchmarks/soak.py --minutes 20 [--model FOLDER]
+    python -m benchmarks.soak --minutes 20 [--model FOLDER]
 
 Fails if a greedy answer is not that of a quiet server, if rows are left over at the end, or if memory grows by more
 than 5 % after the first fifth of the time.
