@@ -15,8 +15,10 @@ from hopskip.draft.controller import (
     Controller,
     Drafting,
     LiveCosts,
+    Plan,
     Prospect,
-    best_plan,
+    best_by_exits,
+    best_by_lookup,
     priced,
 )
 from hopskip.draft.costs import Costs, DraftCost
@@ -33,6 +35,12 @@ STEEP = Costs(
     head={1: 0.002, 17: 0.004},
     drafts={"exit-branch": DraftCost(begin=0.0005, step=0.0005), "early-exit:8": DraftCost(begin=0, step=0.004)},
 )
+
+
+def best_plan(prospects: list[Prospect], costs: LiveCosts) -> Plan:
+    by_lookup = best_by_lookup(prospects, costs)
+    by_exits = best_by_exits(prospects, costs, by_lookup.rate)
+    return by_exits if by_exits and by_exits.rate > by_lookup.rate else by_lookup
 
 
 def geometric(acceptance: float, length: int = 16) -> list[float]:

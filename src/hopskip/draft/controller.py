@@ -299,13 +299,6 @@ class Plan(NamedTuple):
         return self.tokens / self.seconds
 
 
-def best_plan(prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
-    """The plan of most expected tokens per second. At most one exit drafts in a round."""
-    by_lookup = best_by_lookup(prospects, costs)
-    by_exits = best_by_exits(prospects, costs, by_lookup.rate)
-    return by_exits if by_exits and by_exits.rate > by_lookup.rate else by_lookup
-
-
 def best_by_lookup(prospects: Seq[Prospect], costs: LiveCosts) -> Plan:
     """The best plan without exits.
 
