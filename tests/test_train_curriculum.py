@@ -90,6 +90,25 @@ def test_gradual_does_not_depend_on_steps_seen() -> None:
     assert gradual(25, 80, 4) == [False, True, True, True]
 
 
+def test_chosen_exits() -> None:
+    """Exit E is the output of layer E - 1; the curriculum goes on as if it knew of no choice."""
+    everywhere = LayerSkipConfig(curriculum="all", e_scale=0.2, exits=(2, 4))
+    assert everywhere.exits_on(0, 10, 5) == [False, True, False, True, True]
+    assert everywhere.exit_weights(0, 10, 5) == pytest.approx([0.0, 0.030303, 0.0, 0.181818, 0.787879], abs=1e-6)
+    rotating = LayerSkipConfig(rotation=3, exits=(2, 4))
+    assert [rotating.exits_on(step, 10, 5)[:-1] for step in range(3)] == [
+        [False, False, False, True],
+        [False, True, False, False],
+        [False, False, False, False],
+    ]
+    assert LayerSkipConfig(curriculum="gradual", exits=(2,)).exits_on(9, 10, 5) == [False, True, False, False, True]
+
+
+def test_an_exit_that_the_model_lacks() -> None:
+    with pytest.raises(ConfigError, match="exits name 5; in a model of 5 layers they end at 4"):
+        LayerSkipConfig(exits=(2, 5)).exits_on(0, 10, 5)
+
+
 @pytest.mark.parametrize("curriculum", ["rotational", "gradual", "all"])
 def test_weights_add_up_to_one(curriculum: Any) -> None:
     config = LayerSkipConfig(curriculum=curriculum, e_scale=1.0)
@@ -107,6 +126,8 @@ def test_weights_add_up_to_one(curriculum: Any) -> None:
         ({"curriculum": "rotation"}, "curriculum is 'rotation'; choose one of rotational"),
         ({"curriculum": "gradual", "rotation": 8}, "rotation=8 has no effect"),
         ({"rotation": 0}, "rotation is 0"),
+        ({"exits": ()}, r"exits are \[\]; name at least one"),
+        ({"exits": (1, 4)}, r"exits are \[1, 4\]; name at least one, each 2 or more"),
         ({"ce_weight": 0.0}, "ce_weight and kl_weight are both 0"),
     ],
 )

@@ -35,6 +35,8 @@ class LayerSkipConfig:
     layer down, all of them by half the run), `all`. The last layer is always on."""
     rotation: int | None = None
     """R of the rotational curriculum; None is 8, or all layers where there are fewer."""
+    exits: tuple[int, ...] | None = None
+    """Exits (numbers of layers run) that may be on, where the draft will leave; None is every layer."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy of the early exits. The last layer's is always 1."""
     kl_weight: float = 0.0
@@ -61,6 +63,11 @@ class LayerSkipConfig:
             raise ConfigError(
                 f"rotation={self.rotation} has no effect with curriculum {self.curriculum!r}; leave it out"
             )
+        if self.exits is not None and (not self.exits or min(self.exits) < 2):
+            raise ConfigError(
+                f"exits are {list(self.exits)}; name at least one, each 2 or more (the first layer's output weighs "
+                "nothing), or leave it out"
+            )
         if self.e_scale > 0 and self.ce_weight == self.kl_weight == 0:
             raise ConfigError("ce_weight and kl_weight are both 0, so the exits would learn nothing; use e_scale=0")
 
@@ -74,12 +81,23 @@ class LayerSkipConfig:
         return normalized_weights(self.exits_on(step, num_steps, num_layers), self.e_scale)
 
     def exits_on(self, step: int, num_steps: int, num_layers: int) -> list[bool]:
-        """C(t, l) of each layer."""
+        """C(t, l) of each layer.
+
+        Raises:
+            ConfigError: `exits` names one that the model does not have.
+        """
+        if self.exits is not None and max(self.exits) >= num_layers:
+            raise ConfigError(
+                f"exits name {max(self.exits)}; in a model of {num_layers} layers they end at {num_layers - 1}"
+            )
         if self.curriculum == "rotational":
-            return rotational(step, num_layers, self.rotation or min(8, num_layers))
-        if self.curriculum == "gradual":
-            return gradual(step, num_steps, num_layers)
-        return [True] * num_layers
+            is_on = rotational(step, num_layers, self.rotation or min(8, num_layers))
+        elif self.curriculum == "gradual":
+            is_on = gradual(step, num_steps, num_layers)
+        else:
+            is_on = [True] * num_layers
+        exits = range(1, num_layers) if self.exits is None else self.exits
+        return [on and layer + 1 in exits for layer, on in enumerate(is_on[:-1])] + [True]
 
 
 def depth_scale(layer: int, num_layers: int) -> float:

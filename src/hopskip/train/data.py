@@ -138,10 +138,11 @@ def _row(documents: Sequence[Document], packed: bool = False) -> Row:
 
 
 def collate(rows: Sequence[Row]) -> Row:
-    """Rows of different lengths, padded on the right, as [B, T].
+    """Rows of different lengths, padded on the right, as [B, T]; without a mask, since attention is causal: no token
+    sees the padding behind it.
 
-    Packed rows carry positions that start anew with each document, by which transformers keeps the documents apart, and
-    no mask; their padding is a document of its own.
+    Packed rows carry positions that start anew with each document, by which transformers keeps the documents apart;
+    their padding is a document of its own.
     """
     length = max(len(row["input_ids"]) for row in rows)
 
@@ -153,8 +154,6 @@ def collate(rows: Sequence[Row]) -> Row:
         for row, positions in zip(rows, batch["position_ids"], strict=True):
             num_padding = length - len(row["input_ids"])
             positions[length - num_padding :] = torch.arange(num_padding)
-    else:
-        batch["attention_mask"] = torch.stack([pad(torch.ones_like(row["input_ids"]), 0) for row in rows])
     return batch
 
 

@@ -60,6 +60,7 @@ class LayerSkipTrainer(Trainer):  # type: ignore[misc]
             args.ddp_find_unused_parameters = False  # a layer without samples still takes part, see LayerTaps
         super().__init__(model=model, args=args, **kwargs)
         self.num_layers: int = self.causal_lm.config.num_hidden_layers
+        self.layerskip.exits_on(0, 1, self.num_layers)  # refuses exits that this model lacks
         self._taps = LayerTaps(self.causal_lm.model.layers)
         self.causal_lm.loss_function = self._loss_function
         self._terms: list[ExitTerm] = []

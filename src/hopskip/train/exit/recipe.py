@@ -59,7 +59,7 @@ class ExitRecipe:
     """A whole run: prompts, collection, training of every candidate branch, and the choice of the fastest.
 
     Raises:
-        ConfigError: it names no branch or no stage.
+        ConfigError: it names no branch, or no stage though a branch has layers to train.
     """
 
     output: str
@@ -83,7 +83,7 @@ class ExitRecipe:
     def __post_init__(self) -> None:
         if not self.branches:
             raise ConfigError("a recipe needs at least one entry in `branches`, such as {start: 0, num_layers: 1}")
-        if not self.stages:
+        if not self.stages and any(branch.num_layers for branch in self.branches):
             raise ConfigError("a recipe needs at least one entry in `stages`, such as {num_tokens: 1000000}")
         if self.held_out_every < 2:
             raise ConfigError(f"held_out_every is {self.held_out_every}; it must be at least 2")

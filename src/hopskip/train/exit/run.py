@@ -177,10 +177,10 @@ def _train(
     folder: Path,
     report: Report,
 ) -> BranchTrainer:
+    if not branch.num_layers:  # a plain exit has nothing to train
+        return BranchTrainer(checkpoint, branch, vocabulary)
     torch.manual_seed(recipe.stages[0].seed)
     trainer = BranchTrainer(checkpoint, branch, vocabulary)
-    if not branch.num_layers:  # a plain exit has nothing to train
-        return trainer
     trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
     own = folder / name_of(branch)
