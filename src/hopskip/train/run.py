@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,9 +31,6 @@ _MAY_CHANGE = (
 """Settings that may differ when a run is resumed: they do not change what is computed."""
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-
-
 def run(recipe: Recipe) -> Path:
     """Train as the recipe says; returns the folder of the finished model, `output`/model.
 
@@ -50,8 +45,6 @@ def run(recipe: Recipe) -> Path:
     output = Path(recipe.output)
     arguments = training_arguments(recipe)
     _quieten()
-    if arguments.device.type == "cpu" and sys.platform == "linux":
-        _keep_freed_memory()
     if arguments.process_index == 0:
         _prepare(output, recipe)
     with arguments.main_process_first(desc="looking for an earlier run"):
@@ -195,15 +188,6 @@ def _recommendation(
     exit_layer = chosen.exit_layer or (best and best[0])
     length = chosen.num_draft_tokens or (best and best[1])
     return {"exit_layer": exit_layer, "num_draft_tokens": length} if exit_layer and length else {}
-
-
-def _keep_freed_memory() -> None:
-    """Without this, glibc returns the memory of every large tensor to the kernel, which has to clear it anew for the
-    next one: up to a quarter of a training step's time. C libraries without `mallopt` are left as they are."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _drop_printer(trainer: LayerSkipTrainer) -> None:
