@@ -4,8 +4,8 @@
 
 Trains by recipes/gsm8k-finetune.yaml (overrides go to both trainings), then measures on both models: the accuracy of
 greedy answers to the held-out problems (every 15th of the data), and acceptance and speed on the gsm8k prompts that
-come with hopskip, drafting from the exit that the recipe trains. `hopskip train exit` finds which tokens that exit
-should draft, and how many. Prints one JSON object. Run again after an interruption: it goes on where it was.
+come with hopskip. Which tokens the recipe's exit should draft, and how many, `hopskip train exit` finds. Prints one
+JSON object. Run again after an interruption: it goes on where it was.
 
 A line of FILE is {"prompt": ..., "response": ...}, the response ending in its number ("The answer is 72", "#### 72").
 """
@@ -35,7 +35,6 @@ from hopskip.train.recipe import Recipe, load_recipe
 from hopskip.train.run import run
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "gsm8k-finetune.yaml"
-EXIT_LAYER = 4  # the one that the recipe trains
 VARIANTS = {"with-recipe": [], "without-recipe": ["layerskip={p_max: 0, e_scale: 0}"]}
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -62,7 +61,9 @@ def main() -> None:
             print(f"training: {name}", file=sys.stderr)
             run(recipe)
         print(f"measuring: {name}", file=sys.stderr)
-        exit_branch = plain_exit(model, recipe, arguments.output / name / "exit", arguments.threads)
+        exit_branch = None
+        if recipe.layerskip.e_scale > 0:
+            exit_branch = plain_exit(model, recipe, arguments.output / name / "exit", arguments.threads)
         report[name] = {
             **accuracy(model, recipe, arguments.num_problems, arguments.threads),
             **speed(model, exit_branch, arguments.num_prompts, arguments.threads),
@@ -101,7 +102,7 @@ def final_number(text: str) -> float | None:
 
 
 def plain_exit(model: Path, recipe: Recipe, folder: Path, threads: int) -> Path:
-    """Layers 0..E-1 of the model, and the head over the tokens that it uses most: nothing is trained for it here."""
+    """The model's first layers, and its head over the tokens that it uses most: nothing is trained for it here."""
     if (folder / "exit").exists():
         return folder / "exit"
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ def plain_exit(model: Path, recipe: Recipe, folder: Path, threads: int) -> Path:
             output=str(folder),
             base=str(model),
             prompts=PromptsRecipe(files=(str(folder / "problems.jsonl"),)),
-            branches=(BranchConfig(start=EXIT_LAYER, num_layers=0),),
+            branches=tuple(BranchConfig(start=exit, num_layers=0) for exit in recipe.layerskip.exits or (2, 4, 6, 8)),
             vocabulary=2048,
             held_out_every=16,
             threads=threads,
@@ -122,15 +123,21 @@ def plain_exit(model: Path, recipe: Recipe, folder: Path, threads: int) -> Path:
     )
 
 
-def speed(model: Path, exit_branch: Path, num_prompts: int, threads: int) -> dict[str, Any]:
-    """Greedy decoding in bfloat16, plain, from the exit, and as `auto` chooses: in turn, the median of three each."""
-    branch = ExitBranch.load(exit_branch)
+def speed(model: Path, exit_branch: Path | None, num_prompts: int, threads: int) -> dict[str, Any]:
+    """Greedy decoding in bfloat16, plain, by lookup, from the exit, and as `auto` chooses among the two: in turn, the
+    median of three each."""
     prompts = load_prompts("gsm8k", num_prompts)
-    settings = {
-        "plain": SpeculativeConfig(draft="none"),
-        "exit": SpeculativeConfig(draft="exit-branch", exit_branch=exit_branch),
-        "auto": SpeculativeConfig(draft="auto", exit_branch=exit_branch),
-    }
+    settings = {"plain": SpeculativeConfig(draft="none"), "lookup": SpeculativeConfig(draft="ngram")}
+    described = {}
+    if exit_branch is not None:
+        settings["exit"] = SpeculativeConfig(draft="exit-branch", exit_branch=exit_branch)
+        settings["auto"] = SpeculativeConfig(draft="auto", exit_branch=exit_branch)
+        branch = ExitBranch.load(exit_branch)
+        described = {
+            "exit_layer": branch.config.start,
+            "num_draft_tokens": branch.num_draft_tokens,
+            "num_runner_ups": branch.num_runner_ups,
+        }
     engines = {name: LLM(model, speculative=s, threads=threads, max_num_seqs=1) for name, s in settings.items()}
     params = SamplingParams(max_new_tokens=128)
     rates: dict[str, list[float]] = {name: [] for name in settings}
@@ -148,7 +155,7 @@ def speed(model: Path, exit_branch: Path, num_prompts: int, threads: int) -> dic
             lengths[name] = 1 + accepted / drafts if drafts else 1.0
     measured = {name: statistics.median(values) for name, values in rates.items()}
     return {
-        "draft": f"exit {branch.config.start}, {branch.num_draft_tokens} tokens and {branch.num_runner_ups} runner-ups",
+        **described,
         "tokens_per_second": measured,
         "mean_acceptance_length": lengths,
         "speedup": {name: value / measured["plain"] for name, value in measured.items()},

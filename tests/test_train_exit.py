@@ -245,3 +245,8 @@ threads: 1
     wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "stages=[]"])
     assert wrong.exit_code == 2
     assert "stages" in wrong.output
+    # nothing to train: no stage is needed
+    overrides = [f"output={tmp_path / 'plain'}", "stages=[]", "branches=[{start: 1, num_layers: 0}]"]
+    plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])
+    assert plain.exit_code == 0, plain.output
+    assert ExitBranch.load(tmp_path / "plain" / "exit").layers == []
