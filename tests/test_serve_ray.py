@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +91,27 @@ def ray_serve(folder: Path, **arguments: Any) -> Iterator[tuple[str, Callable[[]
     }
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(folder / "ray.yaml")]
 
-    def replicas() -> set[int]:
+    def marked(title: bytes) -> set[int]:
         found = set()
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has just ended
                 is_ours = mark.encode() in (process / "environ").read_bytes()
-                if is_ours and b"ServeReplica:" in (process / "cmdline").read_bytes():
+                if is_ours and title in (process / "cmdline").read_bytes():
                     found.add(int(process.name))
         return found
 
     with (folder / "log").open("wb") as log:
         running = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        yield f"http://127.0.0.1:{port}", replicas
+        yield f"http://127.0.0.1:{port}", partial(marked, b"ServeReplica:")
     finally:
         running.send_signal(signal.SIGINT)
-        try:
-            running.wait(60)
-        finally:
-            running.kill()
+        with suppress(subprocess.TimeoutExpired):  # Ray may miss the signal, and how it ends is not under test
+            running.wait(30)
+        for process in marked(b""):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        running.wait()
 
 
 def answers(url: str) -> bool:
