@@ -20,6 +20,7 @@ import os
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.branch import BranchConfig, ExitBranch
-from hopskip.evaluate.prompts import load_prompts
+from hopskip.evaluate.prompts import Prompt, load_prompts
 from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe
 from hopskip.train.exit.run import run as train_exit
 from hopskip.train.read import read_split
@@ -63,10 +64,14 @@ def main() -> None:
         print(f"measuring: {name}", file=sys.stderr)
         exit_branch = None
         if recipe.layerskip.e_scale > 0:
-            exit_branch = plain_exit(model, recipe, arguments.output / name / "exit", arguments.threads)
+            problems = itertools.islice(read_split(recipe.data, held_out=False), 256)
+            texts = [problem[recipe.data.prompt_field] for problem in problems]
+            exits = recipe.layerskip.exits or (2, 4, 6, 8)
+            exit_branch = plain_exit(model, texts, exits, 2048, arguments.output / name / "exit", arguments.threads)
+        prompts = load_prompts("gsm8k", arguments.num_prompts)
         report[name] = {
             **accuracy(model, recipe, arguments.num_problems, arguments.threads),
-            **speed(model, exit_branch, arguments.num_prompts, arguments.threads),
+            **speed(model, exit_branch, prompts, arguments.threads),
         }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     print(json.dumps(report, indent=2))
@@ -101,21 +106,23 @@ def final_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-def plain_exit(model: Path, recipe: Recipe, folder: Path, threads: int) -> Path:
-    """The model's first layers, and its head over the tokens that it uses most: nothing is trained for it here."""
+def plain_exit(
+    model: Path, prompts: Sequence[str], exits: Sequence[int], vocabulary: int, folder: Path, threads: int
+) -> Path:
+    """The fastest of the model's plain `exits`, over the `vocabulary` tokens that it answers `prompts` with most: the
+    folder of an exit branch without layers of its own. Nothing is trained for it here."""
     if (folder / "exit").exists():
         return folder / "exit"
     folder.mkdir(parents=True, exist_ok=True)
-    problems = itertools.islice(read_split(recipe.data, held_out=False), 256)
-    prompts = [json.dumps({"prompt": problem[recipe.data.prompt_field]}) + "\n" for problem in problems]
-    (folder / "problems.jsonl").write_text("".join(prompts), encoding="utf-8")
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+    (folder / "given.jsonl").write_text("".join(lines), encoding="utf-8")
     return train_exit(
         ExitRecipe(
             output=str(folder),
             base=str(model),
-            prompts=PromptsRecipe(files=(str(folder / "problems.jsonl"),)),
-            branches=tuple(BranchConfig(start=exit, num_layers=0) for exit in recipe.layerskip.exits or (2, 4, 6, 8)),
-            vocabulary=2048,
+            prompts=PromptsRecipe(files=(str(folder / "given.jsonl"),)),
+            branches=tuple(BranchConfig(start=exit, num_layers=0) for exit in exits),
+            vocabulary=vocabulary,
             held_out_every=16,
             threads=threads,
         ),
@@ -123,15 +130,15 @@ def plain_exit(model: Path, recipe: Recipe, folder: Path, threads: int) -> Path:
     )
 
 
-def speed(model: Path, exit_branch: Path | None, num_prompts: int, threads: int) -> dict[str, Any]:
+def speed(model: Path | None, exit_branch: Path | None, prompts: Sequence[Prompt], threads: int) -> dict[str, Any]:
     """Greedy decoding in bfloat16, plain, by lookup, from the exit, and as `auto` chooses among the two: in turn, the
-    median of three each."""
-    prompts = load_prompts("gsm8k", num_prompts)
+    median of three each. Without a `model` it is the default one, with the exit that comes with it."""
     settings = {"plain": SpeculativeConfig(draft="none"), "lookup": SpeculativeConfig(draft="ngram")}
-    described = {}
-    if exit_branch is not None:
+    if exit_branch is not None or model is None:
         settings["exit"] = SpeculativeConfig(draft="exit-branch", exit_branch=exit_branch)
         settings["auto"] = SpeculativeConfig(draft="auto", exit_branch=exit_branch)
+    described = {}
+    if exit_branch is not None:
         branch = ExitBranch.load(exit_branch)
         described = {
             "exit_layer": branch.config.start,
