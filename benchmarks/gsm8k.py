@@ -145,7 +145,10 @@ def speed(model: Path | None, exit_branch: Path | None, prompts: Sequence[Prompt
             "num_draft_tokens": branch.num_draft_tokens,
             "num_runner_ups": branch.num_runner_ups,
         }
-    engines = {name: LLM(model, speculative=s, threads=threads, max_num_seqs=1) for name, s in settings.items()}
+    engines = {
+        name: LLM(model, speculative=s, dtype="bfloat16", threads=threads, max_num_seqs=1)
+        for name, s in settings.items()
+    }
     params = SamplingParams(max_new_tokens=128)
     rates: dict[str, list[float]] = {name: [] for name in settings}
     lengths: dict[str, float] = {}

@@ -39,8 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, default=Path("runs/lora"))
-    parser.add_argument("--num-answers", type=int, default=2400, help="to train on")
-    parser.add_argument("--num-prompts", type=int, default=5, help="of each set, to measure speed on")
+    parser.add_argument(
+        "--num-answers",
+        type=int,
+        default=1000,
+        help="prompts to have answered and to train on; fewer remain without those that repeat or never end",
+    )
+    parser.add_argument("--num-prompts", type=int, default=3, help="of each set, to measure speed on")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
