@@ -23,8 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.gsm8k import plain_exit, speed
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.evaluate.perplexity import cut_windows, difference, negative_log_likelihoods, perplexity, read_text
-from hopskip.evaluate.prompts import load_prompts
+from hopskip.evaluate.perplexity import cut_windows, difference, negative_log_likelihoods, perplexity
+from hopskip.evaluate.prompts import load_prompts, whole_prompts
 from hopskip.train.exit.prompts import self_prompts
 from hopskip.train.exit.recipe import ExitRecipe
 from hopskip.train.recipe import load_recipe, read_recipe
@@ -43,7 +43,7 @@ def main() -> None:
         "--num-answers",
         type=int,
         default=1000,
-        help="prompts to have answered and to train on; fewer remain without those that repeat or never end",
+        help="prompts to have answered, to train on; those that the model writes twice or does not finish are left out",
     )
     parser.add_argument("--num-prompts", type=int, default=3, help="of each set, to measure speed on")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -92,11 +92,11 @@ def answer(prompts: Path, chats: Path, number: int, threads: int) -> None:
 
 
 def damage(trained: Path, threads: int) -> dict[str, float]:
-    """Perplexity of the default model's last layer and of the trained one's, on hopskip's documentation."""
+    """Perplexity of the default model's last layer and of the trained one's, on the text of `hopskip perplexity`."""
     found = []
     for model in (None, trained):
         llm = LLM(model, speculative=SpeculativeConfig(draft="none"), dtype="float32", threads=threads)
-        windows = cut_windows(llm.tokenizer, [read_text(ROOT / "docs" / "notes.md")], 1024, 8000)
+        windows = cut_windows(llm.tokenizer, whole_prompts(), max_tokens=8000)
         depth = llm.model.config.num_hidden_layers
         found.append(negative_log_likelihoods(llm.model, windows, [depth])[depth])
     gap = difference(found[1], found[0])
