@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def main() -> None:
         report[prompt_set] = {
             "frozen": speed(None, None, prompts, arguments.threads),
             "lora": speed(model, lora_exit, prompts, arguments.threads),
+        }
+    for name in ("frozen", "lora"):
+        report[f"{name}_exit_mean"] = {
+            figure: statistics.mean(report[prompt_set][name][figure]["exit"] for prompt_set in SETS)
+            for figure in ("mean_acceptance_length", "speedup")
         }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     print(json.dumps(report, indent=2))
