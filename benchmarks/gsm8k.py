@@ -1,6 +1,6 @@
 """The paper's fine-tuning experiment in small: SmolLM2-135M on grade-school arithmetic, with and without the recipe.
 
-    python benchmarks/gsm8k.py --data FILE.jsonl [--where src=gsm8k] [--output runs/gsm8k] [SECTION.KEY=VALUE ...]
+    python -m benchmarks.gsm8k --data FILE.jsonl [--where src=gsm8k] [--output runs/gsm8k] [SECTION.KEY=VALUE ...]
 
 Trains by recipes/gsm8k-finetune.yaml (overrides go to both trainings), then measures on both models: the accuracy of
 greedy answers to the held-out problems (every 15th of the data), and acceptance and speed on the gsm8k prompts that
@@ -18,13 +18,14 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from benchmarks.in_turn import decode_in_turn
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.branch import BranchConfig, ExitBranch
@@ -149,27 +150,8 @@ def speed(model: Path | None, exit_branch: Path | None, prompts: Sequence[Prompt
         name: LLM(model, speculative=s, dtype="bfloat16", threads=threads, max_num_seqs=1)
         for name, s in settings.items()
     }
-    params = SamplingParams(max_new_tokens=128)
-    rates: dict[str, list[float]] = {name: [] for name in settings}
-    lengths: dict[str, float] = {}
-    texts: dict[str, list[str]] = {}
-    for _ in range(3):
-        for name, llm in engines.items():
-            results = [llm.generate([llm_prompt(prompt.content)], params)[0] for prompt in prompts]
-            texts[name] = [result.text for result in results]
-            assert texts[name] == texts["plain"], f"{name} wrote other text than plain decoding"
-            stats = [result.stats for result in results]
-            tokens, seconds = sum(s.num_tokens - 1 for s in stats), sum(s.decode_seconds for s in stats)
-            drafts, accepted = sum(s.num_drafts for s in stats), sum(s.num_accepted_tokens for s in stats)
-            rates[name].append(tokens / seconds)
-            lengths[name] = 1 + accepted / drafts if drafts else 1.0
-    measured = {name: statistics.median(values) for name, values in rates.items()}
-    return {
-        **described,
-        "tokens_per_second": measured,
-        "mean_acceptance_length": lengths,
-        "speedup": {name: value / measured["plain"] for name, value in measured.items()},
-    }
+    chats = [llm_prompt(prompt.content) for prompt in prompts]
+    return {**described, **decode_in_turn(engines, chats, SamplingParams(max_new_tokens=128), repeats=3)}
 
 
 def llm_prompt(content: Any) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """The LayerSkip paper in small: one model from scratch with the recipe and one without, on two CPU cores.
 
-    python benchmarks/paper_in_small.py --text FILE [--text FILE ...] [--output runs/paper-in-small]
+    python -m benchmarks.paper_in_small --text FILE [--text FILE ...] [--output runs/paper-in-small]
 
 Trains a tokenizer and two models of 12 layers, which start from the same weights, on the text (.txt, .jsonl with `text`
 or `prompt` and `response`, .parquet). Then compares the perplexity of every exit on held-out text, and the speed of
@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from benchmarks.in_turn import decode_in_turn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -185,27 +185,9 @@ def decode(model: Path, sources: DataConfig, threads: int) -> dict[str, Any]:
             )
     params = SamplingParams(max_new_tokens=128, ignore_eos=True)
     engines = {name: LLM(model, speculative=s, threads=threads, max_num_seqs=1) for name, s in settings.items()}
-    rates: dict[str, list[float]] = {name: [] for name in settings}
-    lengths: dict[str, float] = {}
-    plain_ids: list[list[int]] = []
-    for _ in range(5):
-        for name, llm in engines.items():
-            results = [llm.generate(row, params)[0] for row in rows]
-            ids = [result.token_ids for result in results]
-            plain_ids = plain_ids or ids
-            assert ids == plain_ids, f"{name} wrote other text than plain decoding"
-            stats = [result.stats for result in results]
-            rates[name].append(sum(s.num_tokens - 1 for s in stats) / sum(s.decode_seconds for s in stats))
-            drafts, accepted = sum(s.num_drafts for s in stats), sum(s.num_accepted_tokens for s in stats)
-            lengths[name] = 1 + accepted / drafts if drafts else 1.0
-    measured = {name: statistics.median(values) for name, values in rates.items()}
-    best = max(measured, key=lambda name: measured[name])
-    return {
-        "tokens_per_second": measured,
-        "mean_acceptance_length": lengths,
-        "best": best,
-        "speedup": measured[best] / measured["plain"],
-    }
+    measured = decode_in_turn(engines, rows, params, repeats=5)
+    best = max(settings, key=lambda name: measured["speedup"][name])
+    return {**measured, "best": best, "best_speedup": measured["speedup"][best]}
 
 
 def draw(exits: dict[str, dict[int, float]], path: Path) -> None:
