@@ -18,7 +18,7 @@ from hopskip.cli import app
 from hopskip.errors import ConfigError
 from hopskip.model import Transformer
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
-from hopskip.train.exit.distill import BranchTrainer, acceptance, attend_unrolled
+from hopskip.train.exit.distill import BranchTrainer, acceptance, attend_unrolled, distillation_loss
 from hopskip.train.exit.fit import FitConfig, batches_from, fit
 from hopskip.weights import Checkpoint, load_weights, open_checkpoint
 from tests.tiny import write_checkpoint
@@ -68,13 +68,25 @@ def test_collected_states_are_the_models_own(checkpoint: Checkpoint, conversatio
 
 
 def test_a_shard_that_is_there_is_not_made_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    gather(checkpoint, tmp_path)
+    gather(checkpoint, tmp_path, taps=(2,))
     (path,) = tmp_path.iterdir()
     before = path.stat().st_mtime_ns
-    gather(checkpoint, tmp_path)
+    gather(checkpoint, tmp_path, taps=(2,))
     assert path.stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="use another folder"):
-        gather(checkpoint, tmp_path, taps=(1,))
+        gather(checkpoint, tmp_path, taps=(1, 2))
+
+
+def test_a_collection_goes_on_with_the_layers_that_it_began_with(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hopskip.train.exit.collect.SHARD_PROMPTS", 6)
+    gather(checkpoint, tmp_path)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    gather(checkpoint, tmp_path, taps=(2,))
+    metadata, conversations = read_conversations(tmp_path)
+    assert json.loads(metadata["taps"]) == [1, 2, 3]
+    assert {c.states_TAD.shape[1] for c in conversations} == {3}
 
 
 @pytest.mark.parametrize("taps", [(2, 1), (0,), (3,)])
@@ -111,6 +123,20 @@ def test_unrolled_attention_sees_verified_tokens_then_its_own_chain() -> None:
             torch.testing.assert_close(out[:, :, position : position + 1], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_loss_is_a_mean_over_kept_positions_of_both_cross_entropies() -> None:
+    logits, targets = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0)).unbind()
+    logits.requires_grad_()
+    own, keep = torch.tensor([3, -1, 0, 8, 2, -1]), torch.tensor([1, 1, 0, 1, 1, 0]).bool()
+    loss = distillation_loss(logits, targets.softmax(-1), own, keep, hard_weight=0.3)
+    soft = F.cross_entropy(logits[keep], targets[keep].softmax(-1))
+    hard = F.cross_entropy(logits[[0, 3, 4]], own[[0, 3, 4]])
+    torch.testing.assert_close(loss, 0.7 * soft + 0.3 * hard)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[~keep] == 0).all()
+    unknown = distillation_loss(logits, targets.softmax(-1), torch.full((6,), -1), keep, hard_weight=0.3)
+    torch.testing.assert_close(unknown, soft)
+
+
 def test_acceptance_counts_drafts_that_are_right_from_their_first_token() -> None:
     # two conversations of 4 and 2 positions; a draft that starts at p has its second token read at p + 1
     correct = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]]).bool()
@@ -127,9 +153,15 @@ SETTINGS = FitConfig(num_tokens=600, batch_tokens=60, learning_rate=2e-3, unroll
 BRANCH = BranchConfig(start=0, num_layers=1, features=(2, 3))
 
 
-def train(checkpoint: Checkpoint, conversations: list[Conversation], folder: Path, config: FitConfig) -> BranchTrainer:
+def train(
+    checkpoint: Checkpoint,
+    conversations: list[Conversation],
+    folder: Path,
+    config: FitConfig,
+    dtype: torch.dtype = torch.float32,
+) -> BranchTrainer:
     torch.manual_seed(0)
-    trainer = BranchTrainer(checkpoint, BRANCH, VOCABULARY)
+    trainer = BranchTrainer(checkpoint, BRANCH, VOCABULARY, dtype)
     trainer.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
     fit(trainer, conversations[3:], conversations[:3], [1, 2, 3], embedding, config, folder)
@@ -161,12 +193,14 @@ def test_interrupted_training_goes_on_as_if_it_had_not_been(
     assert logs[0][-1]["acceptance"] == logs[1][-1]["acceptance"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_lowers_the_loss_and_leaves_the_model_alone(
-    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
+    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     before = checkpoint.tensor("model.layers.2.mlp.up_proj.weight").clone()
     config = FitConfig(num_tokens=4000, batch_tokens=60, learning_rate=2e-3, unroll_steps=2, eval_every=500)
-    train(checkpoint, conversations, tmp_path, config)
+    trainer = train(checkpoint, conversations, tmp_path, config, dtype)
+    assert {p.dtype for p in trainer.parameters()} == {torch.float32}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
     assert torch.equal(before, checkpoint.tensor("model.layers.2.mlp.up_proj.weight"))
@@ -235,6 +269,10 @@ threads: 1
     shares = branch.notes["held_out_acceptance"]
     assert len(shares) == branch.num_draft_tokens
     assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
+    candidates = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert len(candidates) == 2 * 2 * 2  # branches, draft lengths, runner-ups
+    fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
+    assert (fastest["start"], fastest["num_draft_tokens"]) == (branch.config.start, branch.num_draft_tokens)
     assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
     assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
     generated = CliRunner().invoke(
@@ -250,3 +288,37 @@ threads: 1
     plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])
     assert plain.exit_code == 0, plain.output
     assert ExitBranch.load(tmp_path / "plain" / "exit").layers == []
+
+
+def test_a_run_can_start_from_another_models_exit(
+    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    trained = train(checkpoint, conversations, tmp_path / "trained", SETTINGS).exit_branch("of another model", 2)
+    trained.save(tmp_path / "initial")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(6)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+output: {tmp_path / "run"}
+base: {checkpoint.path}
+prompts: {{files: [{tmp_path / "prompts.jsonl"}]}}
+collect: {{precision: float32, max_new_tokens: 12}}
+branches: [{{start: 0, num_layers: 1, features: [2, 3]}}]
+initial: {tmp_path / "initial"}
+stages: [{{num_tokens: 1, learning_rate: 1.0, eval_every: 1, unroll_steps: 1}}]  # its one step has a rate of zero
+precision: bfloat16
+held_out_every: 3
+search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1], num_runner_ups: [0], repeats: 1}}
+threads: 1
+"""
+    )
+    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
+    assert result.exit_code == 0, result.output
+    found = ExitBranch.load(tmp_path / "run" / "exit")
+    found.check_base(checkpoint.fingerprint)
+    for name, tensor in ExitBranch.load(tmp_path / "initial").tensors().items():
+        assert torch.equal(found.tensors()[name], tensor), name
+    wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "branches=[{start: 1, num_layers: 1}]"])
+    assert wrong.exit_code == 2
+    assert "add it to branches" in wrong.output

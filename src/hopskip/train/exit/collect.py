@@ -79,7 +79,8 @@ def collect(
 
     Args:
         fingerprint: of the model's weights; noted, so that no exit is trained on another model's states.
-        taps: layers after which hidden states are kept, rising; those after the last layer always are.
+        taps: layers after which hidden states are kept, rising; those after the last layer always are. A folder that
+            has more goes on with its own.
         progress: told the prompts done and the tokens collected so far.
 
     Raises:
@@ -89,6 +90,9 @@ def collect(
     if list(taps) != sorted(set(taps)) or not all(0 < tap < depth for tap in taps):
         raise ConfigError(f"taps are {list(taps)}; they must be rising layers from 1 to {depth - 1}")
     folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("shard-*.safetensors"))[:1]:
+        collected = json.loads(_metadata(path)["taps"])[:-1]
+        taps = collected if set(taps) <= set(collected) else taps
     metadata = {"fingerprint": fingerprint, "taps": json.dumps([*taps, depth])}
     longest = max(map(len, prompts)) + max_new_tokens
     tapped = _Tapped(model, taps, max_num_seqs, longest + 2)
@@ -104,7 +108,8 @@ def collect(
         path = folder / f"shard-{first // SHARD_PROMPTS:05}.safetensors"
         batch = prompts[first : first + SHARD_PROMPTS]
         if path.exists():
-            _check(path, metadata)
+            if (found := _metadata(path)) != metadata:
+                raise ConfigError(f"{path} was collected with {found}, not {metadata}; use another folder")
             continue
         waiting = [engine.add(prompt, params) for prompt in batch]
         done: list[Conversation] = []
@@ -143,11 +148,10 @@ def read_conversations(folder: Path) -> tuple[dict[str, str], list[Conversation]
     return metadata, conversations
 
 
-def _check(path: Path, metadata: dict[str, str]) -> None:
+def _metadata(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
-        found = file.metadata()
-    if found != metadata:
-        raise ConfigError(f"{path} was collected with {found}, not {metadata}; use another folder")
+        metadata: dict[str, str] = file.metadata()
+    return metadata
 
 
 def _write(path: Path, conversations: list[Conversation], metadata: dict[str, str]) -> None:

@@ -48,13 +48,20 @@ class Batch:
 
 
 class BranchTrainer(nn.Module):
-    """The trainable half of a branch, with the frozen norm and head rows that it shares with the model."""
+    """The trainable half of a branch, with the frozen norm and head rows that it shares with the model.
 
-    def __init__(self, checkpoint: Checkpoint, branch: BranchConfig, vocabulary: Tensor) -> None:
+    Args:
+        dtype: of the matrix products; weights, norms, attention and losses are float32 in any case.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, branch: BranchConfig, vocabulary: Tensor, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         config = self.config = checkpoint.config
         self.branch = branch
         self.vocabulary = vocabulary
+        self._dtype = dtype
         size, depth = config.hidden_size, config.num_hidden_layers
 
         def parameter(name: str) -> nn.Parameter:
@@ -77,7 +84,7 @@ class BranchTrainer(nn.Module):
             assert isinstance(tensor, nn.Parameter)
             self.register_parameter(name.replace(".", "_"), tensor)
         head = checkpoint.tensor("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
-        self._head = head[vocabulary].float()
+        self._head = head[vocabulary].to(dtype)
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32).clone()
         cos, sin = config.rope.tables(config.max_position_embeddings)
         self._rope = (cos[:, None, :], sin[:, None, :])
@@ -106,15 +113,27 @@ class BranchTrainer(nn.Module):
             self.mixing["fuse"][:, -size:] = torch.eye(size) * rms
             nn.init.orthogonal_(self.mixing["mix"][:, :size], gain=rms / 10)
 
+    def start_from(self, branch: ExitBranch) -> None:
+        """Take the weights of a branch of the same shape, whatever model and vocabulary it was trained for."""
+        own = self.exit_branch("", 1).tensors()
+        with torch.no_grad():
+            for name, tensor in branch.tensors().items():
+                own[name].copy_(tensor)
+
     def forward(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
         """Logits [P, n] of every unroll step in turn."""
         eps = self.config.rms_norm_eps
-        mixing = Mixing(self.exit_branch("", 1), eps, torch.float32, torch.device("cpu"))
-        past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+        mixing = Mixing(self.exit_branch("", 1), eps, self._dtype, torch.device("cpu"))
+        # once for all steps
+        layers = [
+            {name: weight.to(self._dtype) if weight.ndim > 1 else weight for name, weight in layer.items()}
+            for layer in self.layers
+        ]
+        past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
         f_BTD = mixing.fuse(batch.features_BTAD) if self.mixing else None
         for _ in range(num_steps):
             h_BTD = batch.x_BTD if f_BTD is None else mixing.mix(batch.x_BTD, f_BTD)
-            for layer, own_past in zip(self.layers, past, strict=True):
+            for layer, own_past in zip(layers, past, strict=True):
                 h_BTD = self._layer(h_BTD, layer, own_past)
             yield self._unembed(h_BTD.flatten(0, 1)[batch.places_P])
             if f_BTD is None:
@@ -123,11 +142,11 @@ class BranchTrainer(nn.Module):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
-        """The model's own logits over the draft vocabulary, [P, n]."""
-        return self._unembed(batch.final_PD)
+        """The model's own probabilities over the draft vocabulary, [P, n]."""
+        return self._unembed(batch.final_PD).softmax(dim=-1)
 
     def _unembed(self, h_PD: Tensor) -> Tensor:
-        return F.linear(rms_norm(h_PD, self._norm, self.config.rms_norm_eps), self._head)
+        return _linear(rms_norm(h_PD, self._norm, self.config.rms_norm_eps), self._head)
 
     def _layer(self, h_BTD: Tensor, layer: Mapping[str, Tensor], past: list[tuple[Tensor, Tensor]]) -> Tensor:
         config = self.config
@@ -135,7 +154,7 @@ class BranchTrainer(nn.Module):
         cos, sin = (table[: x.shape[1]] for table in self._rope)
         shape = (*x.shape[:2], -1, config.head_dim)
         q, k, v = (
-            F.linear(x, layer[f"self_attn.{part}_proj.weight"], layer.get(f"self_attn.{part}_proj.bias")).view(shape)
+            _linear(x, layer[f"self_attn.{part}_proj.weight"], layer.get(f"self_attn.{part}_proj.bias")).view(shape)
             for part in "qkv"
         )
         if config.qk_norm:
@@ -143,10 +162,16 @@ class BranchTrainer(nn.Module):
             k = rms_norm(k, layer["self_attn.k_norm.weight"], config.rms_norm_eps)
         past.append((rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)))
         out = attend_unrolled(rotate(q, cos, sin).transpose(1, 2), past).transpose(1, 2).flatten(2)
-        h_BTD = h_BTD + F.linear(out, layer["self_attn.o_proj.weight"])
+        h_BTD = h_BTD + _linear(out, layer["self_attn.o_proj.weight"])
         x = rms_norm(h_BTD, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
-        x = F.silu(F.linear(x, layer["mlp.gate_proj.weight"])) * F.linear(x, layer["mlp.up_proj.weight"])
-        return h_BTD + F.linear(x, layer["mlp.down_proj.weight"])
+        x = F.silu(_linear(x, layer["mlp.gate_proj.weight"])) * _linear(x, layer["mlp.up_proj.weight"])
+        return h_BTD + _linear(x, layer["mlp.down_proj.weight"])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product in the weight's precision; the rest goes on in float32."""
+    out = F.linear(x.to(weight.dtype), weight).float()
+    return out if bias is None else out + bias
 
 
 def attend_unrolled(q_BHTE: Tensor, past: Seq[tuple[Tensor, Tensor]]) -> Tensor:
@@ -176,16 +201,23 @@ def attend_unrolled(q_BHTE: Tensor, past: Seq[tuple[Tensor, Tensor]]) -> Tensor:
     return out
 
 
-def distillation_loss(logits_Pn: Tensor, targets_Pn: Tensor, next_P: Tensor, hard_weight: float) -> Tensor:
-    """Mean over positions of the cross-entropy to the model's distribution, and to its own next token where the draft
-    vocabulary has it, the latter weighted."""
-    log_probs = logits_Pn.log_softmax(dim=-1)
-    soft = -(targets_Pn.softmax(dim=-1) * log_probs).sum(-1).mean()
-    known = next_P >= 0
-    if hard_weight == 0 or not known.any():
-        return soft
-    hard = F.nll_loss(log_probs[known], next_P[known])
-    return (1 - hard_weight) * soft + hard_weight * hard
+def distillation_loss(
+    logits_Pn: Tensor, targets_Pn: Tensor, next_P: Tensor, keep_P: Tensor, hard_weight: float
+) -> Tensor:
+    """Mean over kept positions of the cross-entropy to the model's distribution, and to its own next token where the
+    draft vocabulary has it, the latter weighted.
+
+    Args:
+        targets_Pn: the model's probabilities.
+        next_P: index of its own token, -1 where the vocabulary does not have it.
+    """
+    (known,) = torch.where(keep_P & (next_P >= 0))
+    if not len(known):
+        hard_weight = 0.0
+    # both in one target: logits are large, and every pass over them costs as much as a layer
+    targets_Pn = targets_Pn * (keep_P * ((1 - hard_weight) / keep_P.sum()))[:, None]
+    targets_Pn[known, next_P[known]] += hard_weight / max(1, len(known))
+    return F.cross_entropy(logits_Pn, targets_Pn, reduction="sum")
 
 
 def make_batch(

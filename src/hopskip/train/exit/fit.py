@@ -106,8 +106,7 @@ def fit(
         loss = torch.zeros(())
         for step, logits in enumerate(trainer(batch, config.unroll_steps)):
             # a draft's j-th token exists from the j-th predicted position on
-            keep = batch.first_P >= step
-            part = distillation_loss(logits[keep], targets[keep], batch.next_P[keep], config.hard_weight)
+            part = distillation_loss(logits, targets, batch.next_P, batch.first_P >= step, config.hard_weight)
             loss = loss + config.step_discount**step * part
         if not math.isfinite(loss.item()):
             raise ConfigError(f"the loss is {loss.item()} after {progress['num_tokens']} tokens; lower learning_rate")

@@ -72,8 +72,14 @@ class ExitRecipe:
     """Candidates."""
     vocabulary: int = 8192
     """Size of the draft vocabulary: so many of the tokens that the model uses most."""
+    initial: str | None = None
+    """The folder of an exit whose weights the candidates of its shape start from, such as one that was trained for the
+    model that this one was fine-tuned from; `default` is the one that ships for the default model."""
     stages: tuple[FitConfig, ...] = ()
     """Trainings of each candidate, one after the other."""
+    precision: str = "float32"
+    """Of the matrix products in training: float32, or bfloat16, which is faster where the CPU multiplies it. Weights
+    and optimizer are float32 in any case."""
     held_out_every: int = 40
     """Every so manieth conversation is kept from training, for evaluation."""
     search: SearchRecipe = field(default_factory=SearchRecipe)
@@ -85,6 +91,8 @@ class ExitRecipe:
             raise ConfigError("a recipe needs at least one entry in `branches`, such as {start: 0, num_layers: 1}")
         if not self.stages and any(branch.num_layers for branch in self.branches):
             raise ConfigError("a recipe needs at least one entry in `stages`, such as {num_tokens: 1000000}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision is {self.precision}; it must be float32 or bfloat16")
         if self.held_out_every < 2:
             raise ConfigError(f"held_out_every is {self.held_out_every}; it must be at least 2")
         if self.vocabulary < 1:

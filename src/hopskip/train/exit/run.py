@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hopskip.branch import BranchConfig, ExitBranch
 from hopskip.draft.config import SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.hub import find_model
+from hopskip.hub import DEFAULT_EXIT, find_model
 from hopskip.llm import LLM
 from hopskip.native import NativeModel
 from hopskip.sampling import SamplingParams
@@ -51,6 +51,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     depth = checkpoint.config.num_hidden_layers
     if any(tap > depth for tap in recipe.taps):
         raise ConfigError(f"a branch wants to see layer {max(recipe.taps)}, but the model has {depth}")
+    initial = _initial(recipe, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -79,7 +80,14 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
 
     found: list[tuple[float, ExitBranch]] = []
     for branch in recipe.branches:
-        trainer = _train(recipe, checkpoint, branch, vocabulary, training, held_out, metadata, folder, report)
+        trainer = BranchTrainer(checkpoint, branch, vocabulary, getattr(torch, recipe.precision))
+        if initial is not None and initial.config == branch:
+            trainer.start_from(initial)
+        elif recipe.stages:
+            torch.manual_seed(recipe.stages[0].seed)
+            trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
+        if branch.num_layers:  # a plain exit has nothing to train
+            _train(recipe, checkpoint, trainer, training, held_out, metadata, folder / name_of(branch), report)
         for speed, exit_branch in _measure(recipe, checkpoint, tokenizer, trainer, held_out):
             report(
                 f"{name_of(branch)}, {_shape(exit_branch)}: {speed:.2f} x plain decoding, "
@@ -87,6 +95,8 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
             )
             found.append((speed, exit_branch))
     speed, best = max(found, key=lambda pair: pair[0])
+    candidates = [_describe(*pair) for pair in found]
+    (folder / "search.json").write_text(json.dumps(candidates, indent=1) + "\n", encoding="utf-8")
     best.save(folder / "exit")
     report(f"the fastest is {name_of(best.config)} with {_shape(best)} ({speed:.2f} x)")
     return folder / "exit"
@@ -103,6 +113,16 @@ def name_of(branch: BranchConfig) -> str:
     """`s0-b1-f15.27.30`."""
     features = f"-f{'.'.join(map(str, branch.features))}" if branch.features else ""
     return f"s{branch.start}-b{branch.num_layers}{features}"
+
+
+def _describe(speed: float, branch: ExitBranch) -> dict[str, Any]:
+    return {
+        **asdict(branch.config),
+        "num_draft_tokens": branch.num_draft_tokens,
+        "num_runner_ups": branch.num_runner_ups,
+        "over_plain_decoding": round(speed, 3),
+        **{name: branch.notes[name] for name in ("held_out_tokens_per_pass", "held_out_acceptance")},
+    }
 
 
 def _shape(branch: ExitBranch) -> str:
@@ -166,36 +186,41 @@ def _texts(source: str, settings: PromptsRecipe) -> Iterator[str]:
             )
 
 
+def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> ExitBranch | None:
+    if recipe.initial is None:
+        return None
+    initial = ExitBranch.load(DEFAULT_EXIT if recipe.initial == "default" else Path(recipe.initial))
+    initial.check(checkpoint.config)
+    if initial.config not in recipe.branches:
+        raise ConfigError(
+            f"initial is {recipe.initial}, of shape {vars(initial.config)}, which no candidate has; add it to branches"
+        )
+    return initial
+
+
 def _train(
     recipe: ExitRecipe,
     checkpoint: Checkpoint,
-    branch: BranchConfig,
-    vocabulary: Tensor,
+    trainer: BranchTrainer,
     training: Seq[Conversation],
     held_out: Seq[Conversation],
     metadata: Mapping[str, str],
     folder: Path,
     report: Report,
-) -> BranchTrainer:
-    if not branch.num_layers:  # a plain exit has nothing to train
-        return BranchTrainer(checkpoint, branch, vocabulary)
-    torch.manual_seed(recipe.stages[0].seed)
-    trainer = BranchTrainer(checkpoint, branch, vocabulary)
-    trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
+) -> None:
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
-    own = folder / name_of(branch)
 
     def tell(entry: Mapping[str, Any]) -> None:
         shares = ", ".join(f"{share:.1%}" for share in entry["acceptance"])
         report(
-            f"{name_of(branch)}: {entry['num_tokens']:,} tokens, loss {entry['loss']:.3f}, accepted {shares}, "
+            f"{folder.name}: {entry['num_tokens']:,} tokens, loss {entry['loss']:.3f}, accepted {shares}, "
             f"{entry['tokens_per_second']:.0f} tokens/s"
         )
 
+    taps = json.loads(metadata["taps"])
     for number, stage in enumerate(recipe.stages):
-        fit(trainer, training, held_out, json.loads(metadata["taps"]), embedding, stage, own / f"stage-{number}", tell)
-    write_plot(own, own / "acceptance.png")
-    return trainer
+        fit(trainer, training, held_out, taps, embedding, stage, folder / f"stage-{number}", tell)
+    write_plot(folder, folder / "acceptance.png")
 
 
 def _measure(
