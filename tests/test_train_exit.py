@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from hopskip.branch import BranchConfig, ExitBranch
@@ -18,7 +20,14 @@ from hopskip.cli import app
 from hopskip.errors import ConfigError
 from hopskip.model import Transformer
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
-from hopskip.train.exit.distill import BranchTrainer, acceptance, attend_unrolled, distillation_loss
+from hopskip.train.exit.distill import (
+    Batch,
+    BranchTrainer,
+    acceptance,
+    attend_unrolled,
+    distillation_loss,
+    make_batch,
+)
 from hopskip.train.exit.fit import FitConfig, batches_from, fit
 from hopskip.weights import Checkpoint, load_weights, open_checkpoint
 from tests.tiny import write_checkpoint
@@ -206,6 +215,26 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(
     assert torch.equal(before, checkpoint.tensor("model.layers.2.mlp.up_proj.weight"))
 
 
+def test_a_step_keeps_to_the_trainers_device(checkpoint: Checkpoint, conversations: list[Conversation]) -> None:
+    """On a stand-in for an accelerator: tensors without data, which cannot be mixed with those of the CPU."""
+    trainer = BranchTrainer(checkpoint, BRANCH, VOCABULARY, torch.bfloat16)
+    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    batch = make_batch(conversations[:4], [1, 2, 3], BRANCH, VOCABULARY, embedding)
+    with FakeTensorMode() as mode:
+        for name, tensor in [*trainer.named_parameters(), *trainer.named_buffers()]:
+            moved = mode.from_tensor(tensor).detach().to("meta")
+            setattr(trainer, name, nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved)
+        parts = {part.name: mode.from_tensor(getattr(batch, part.name)) for part in fields(batch)}
+        moved_batch = Batch(**parts).to(trainer.device)
+        targets = trainer.targets(moved_batch)
+        for logits in trainer(moved_batch, 3):
+            loss = distillation_loss(logits, targets, moved_batch.next_P, moved_batch.first_P >= 1, 0.3)
+            assert loss.device == trainer.device
+            torch.autograd.backward(loss, retain_graph=True)
+        with pytest.raises(RuntimeError, match="same device"):
+            trainer.targets(Batch(**parts))
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
     checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
 ) -> None:
@@ -256,7 +285,7 @@ branches: [{{start: 0, num_layers: 1, features: [2, 3]}}, {{start: 1, num_layers
 vocabulary: 40
 stages: [{{num_tokens: 200, batch_tokens: 60, eval_every: 100, unroll_steps: 2}}]
 held_out_every: 3
-search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], repeats: 1}}
+search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], vocabulary: [8], repeats: 1}}
 threads: 1
 """
     )
@@ -270,9 +299,13 @@ threads: 1
     assert len(shares) == branch.num_draft_tokens
     assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
     candidates = json.loads((tmp_path / "run" / "search.json").read_text())
-    assert len(candidates) == 2 * 2 * 2  # branches, draft lengths, runner-ups
+    assert len(candidates) == 2 * 2 * 2 * 2  # branches, vocabularies, draft lengths, runner-ups
     fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
+    assert fastest["vocabulary"] == len(branch.vocabulary)
     assert (fastest["start"], fastest["num_draft_tokens"]) == (branch.config.start, branch.num_draft_tokens)
+    coverage = {found["vocabulary"]: found["held_out_coverage"] for found in candidates}
+    assert len(coverage) == 2
+    assert coverage[8] < coverage[max(coverage)]
     assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
     assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
     generated = CliRunner().invoke(
@@ -280,9 +313,10 @@ threads: 1
         ["generate", "-m", str(checkpoint.path), "--exit-branch", str(tmp_path / "run" / "exit"), "-n", "4", "number"],
     )
     assert generated.exit_code == 0, generated.output
-    wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "stages=[]"])
-    assert wrong.exit_code == 2
-    assert "stages" in wrong.output
+    for setting in ("stages=[]", "search.vocabulary=[40]"):
+        wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), setting])
+        assert wrong.exit_code == 2
+        assert setting.split("=")[0] in wrong.output
     # nothing to train: no stage is needed
     overrides = [f"output={tmp_path / 'plain'}", "stages=[]", "branches=[{start: 1, num_layers: 0}]"]
     plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])

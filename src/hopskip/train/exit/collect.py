@@ -58,7 +58,7 @@ class _Tapped:
         slots, positions = rows.slots.long(), rows.positions.long()
         for index, tap in enumerate(self._taps):
             h_ND = self._model.run_layers(h_ND, start, tap, rows, cache)
-            self.states_STAD[slots, positions, index] = h_ND.to(torch.bfloat16)
+            self.states_STAD[slots, positions, index] = h_ND.to("cpu", torch.bfloat16)
             start = tap
         return h_ND
 

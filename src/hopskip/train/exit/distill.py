@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,9 +42,8 @@ class Batch:
     first_P: Tensor
     """For each predicted position, how many predicted positions of its conversation come before it."""
 
-    @property
-    def num_tokens(self) -> int:
-        return self.x_BTD.shape[0] * self.x_BTD.shape[1]
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))
 
 
 class BranchTrainer(nn.Module):
@@ -53,6 +52,11 @@ class BranchTrainer(nn.Module):
     Args:
         dtype: of the matrix products; weights, norms, attention and losses are float32 in any case.
     """
+
+    head: Tensor
+    norm: Tensor
+    cos: Tensor
+    sin: Tensor
 
     def __init__(
         self, checkpoint: Checkpoint, branch: BranchConfig, vocabulary: Tensor, dtype: torch.dtype = torch.float32
@@ -64,38 +68,49 @@ class BranchTrainer(nn.Module):
         self._dtype = dtype
         size, depth = config.hidden_size, config.num_hidden_layers
 
-        def parameter(name: str) -> nn.Parameter:
-            return nn.Parameter(checkpoint.tensor(name, torch.float32).clone())
-
         # the model's last layers are the nearest thing to what the branch must become
-        self.layers = [
-            {name: parameter(f"model.layers.{index}.{name}") for name in config.layer_tensors()}
-            for index in range(depth - branch.num_layers, depth)
-        ]
-        self.mixing: dict[str, nn.Parameter] = {}
+        for index in range(branch.num_layers):
+            for name in config.layer_tensors():
+                tensor = checkpoint.tensor(f"model.layers.{depth - branch.num_layers + index}.{name}", torch.float32)
+                self.register_parameter(_registered(index, name), nn.Parameter(tensor.clone()))
         if branch.features:
-            self.mixing = {
-                "fuse": nn.Parameter(torch.zeros(size, len(branch.features) * size)),
-                "mix": nn.Parameter(torch.zeros(size, 2 * size)),
-                "token_norm": nn.Parameter(torch.ones(size)),
-                "feature_norm": nn.Parameter(torch.ones(size)),
-            }
-        for name, tensor in self.exit_branch("", 1).tensors().items():
-            assert isinstance(tensor, nn.Parameter)
-            self.register_parameter(name.replace(".", "_"), tensor)
+            self.fuse = nn.Parameter(torch.zeros(size, len(branch.features) * size))
+            self.mix = nn.Parameter(torch.zeros(size, 2 * size))
+            self.token_norm = nn.Parameter(torch.ones(size))
+            self.feature_norm = nn.Parameter(torch.ones(size))
         head = checkpoint.tensor("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
-        self._head = head[vocabulary].to(dtype)
-        self._norm = checkpoint.tensor("model.norm.weight", torch.float32).clone()
         cos, sin = config.rope.tables(config.max_position_embeddings)
-        self._rope = (cos[:, None, :], sin[:, None, :])
+        for name, tensor in {
+            "head": head[vocabulary].to(dtype),
+            "norm": checkpoint.tensor("model.norm.weight", torch.float32).clone(),
+            "cos": cos[:, None, :],
+            "sin": sin[:, None, :],
+        }.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def layers(self) -> list[dict[str, Tensor]]:
+        names = self.config.layer_tensors()
+        return [
+            {name: self.get_parameter(_registered(index, name)) for name in names}
+            for index in range(self.branch.num_layers)
+        ]
+
+    @property
+    def mixing(self) -> dict[str, Tensor]:
+        names = ("fuse", "mix", "token_norm", "feature_norm") if self.branch.features else ()
+        return {name: self.get_parameter(name) for name in names}
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
 
     def exit_branch(
         self, fingerprint: str, num_draft_tokens: int, notes: Mapping[str, Any] | None = None
     ) -> ExitBranch:
         """What has been trained, sharing its memory."""
-        layers: list[dict[str, Tensor]] = [dict(layer) for layer in self.layers]
         return ExitBranch(
-            self.branch, self.vocabulary, layers, dict(self.mixing), fingerprint, num_draft_tokens, notes or {}
+            self.branch, self.vocabulary, self.layers, self.mixing, fingerprint, num_draft_tokens, notes or {}
         )
 
     def scale_to(self, states_NAD: Tensor) -> None:
@@ -105,13 +120,13 @@ class BranchTrainer(nn.Module):
         Args:
             states_NAD: outputs of the tapped layers at some tokens, those of the last layer at the end.
         """
-        if not self.mixing:
+        if not self.branch.features:
             return
         size = self.config.hidden_size
         rms = float(states_NAD[:, -1].float().square().mean(-1).sqrt().median())
         with torch.no_grad():
-            self.mixing["fuse"][:, -size:] = torch.eye(size) * rms
-            nn.init.orthogonal_(self.mixing["mix"][:, :size], gain=rms / 10)
+            self.fuse[:, -size:] = torch.eye(size) * rms
+            nn.init.orthogonal_(self.mix[:, :size], gain=rms / 10)
 
     def start_from(self, branch: ExitBranch) -> None:
         """Take the weights of a branch of the same shape, whatever model and vocabulary it was trained for."""
@@ -123,14 +138,14 @@ class BranchTrainer(nn.Module):
     def forward(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
         """Logits [P, n] of every unroll step in turn."""
         eps = self.config.rms_norm_eps
-        mixing = Mixing(self.exit_branch("", 1), eps, self._dtype, torch.device("cpu"))
+        mixing = Mixing(self.exit_branch("", 1), eps, self._dtype, self.device)
         # once for all steps
         layers = [
             {name: weight.to(self._dtype) if weight.ndim > 1 else weight for name, weight in layer.items()}
             for layer in self.layers
         ]
         past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
-        f_BTD = mixing.fuse(batch.features_BTAD) if self.mixing else None
+        f_BTD = mixing.fuse(batch.features_BTAD) if self.branch.features else None
         for _ in range(num_steps):
             h_BTD = batch.x_BTD if f_BTD is None else mixing.mix(batch.x_BTD, f_BTD)
             for layer, own_past in zip(layers, past, strict=True):
@@ -146,12 +161,12 @@ class BranchTrainer(nn.Module):
         return self._unembed(batch.final_PD).softmax(dim=-1)
 
     def _unembed(self, h_PD: Tensor) -> Tensor:
-        return _linear(rms_norm(h_PD, self._norm, self.config.rms_norm_eps), self._head)
+        return _linear(rms_norm(h_PD, self.norm, self.config.rms_norm_eps), self.head)
 
     def _layer(self, h_BTD: Tensor, layer: Mapping[str, Tensor], past: list[tuple[Tensor, Tensor]]) -> Tensor:
         config = self.config
         x = rms_norm(h_BTD, layer["input_layernorm.weight"], config.rms_norm_eps)
-        cos, sin = (table[: x.shape[1]] for table in self._rope)
+        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         shape = (*x.shape[:2], -1, config.head_dim)
         q, k, v = (
             _linear(x, layer[f"self_attn.{part}_proj.weight"], layer.get(f"self_attn.{part}_proj.bias")).view(shape)
@@ -166,6 +181,11 @@ class BranchTrainer(nn.Module):
         x = rms_norm(h_BTD, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
         x = F.silu(_linear(x, layer["mlp.gate_proj.weight"])) * _linear(x, layer["mlp.up_proj.weight"])
         return h_BTD + _linear(x, layer["mlp.down_proj.weight"])
+
+
+def _registered(index: int, name: str) -> str:
+    """A layer's tensor as a parameter of the module, whose names have no dots."""
+    return f"layers_{index}_{name.replace('.', '_')}"
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -185,7 +205,7 @@ def attend_unrolled(q_BHTE: Tensor, past: Seq[tuple[Tensor, Tensor]]) -> Tensor:
     groups = q_BHTE.shape[1] // past[0][0].shape[1]
     k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in past[0])
     scores = (q_BHTE @ k.transpose(-1, -2)) * q_BHTE.shape[-1] ** -0.5
-    is_hidden = torch.ones(length, length, dtype=torch.bool).triu(2 - step)
+    is_hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(2 - step)
     parts = [scores.masked_fill(is_hidden, float("-inf"))]
     values = []
     for m in range(2, step + 1):
@@ -211,12 +231,11 @@ def distillation_loss(
         targets_Pn: the model's probabilities.
         next_P: index of its own token, -1 where the vocabulary does not have it.
     """
-    (known,) = torch.where(keep_P & (next_P >= 0))
-    if not len(known):
-        hard_weight = 0.0
+    known_P = keep_P & (next_P >= 0)
+    soft, hard = 1 - hard_weight * known_P.any(), hard_weight / known_P.sum().clamp(min=1)
     # both in one target: logits are large, and every pass over them costs as much as a layer
-    targets_Pn = targets_Pn * (keep_P * ((1 - hard_weight) / keep_P.sum()))[:, None]
-    targets_Pn[known, next_P[known]] += hard_weight / max(1, len(known))
+    targets_Pn = targets_Pn * (keep_P * (soft / keep_P.sum()))[:, None]
+    targets_Pn.scatter_add_(1, next_P.clamp(min=0)[:, None], (known_P * hard)[:, None])
     return F.cross_entropy(logits_Pn, targets_Pn, reduction="sum")
 
 

@@ -90,7 +90,7 @@ def fit(
     progress = {"num_tokens": 0, "step": 0}
     state_path = folder / "state.pt"
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
         trainer.load_state_dict(state["trainer"])
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
@@ -99,11 +99,11 @@ def fit(
     started, started_tokens = time.perf_counter(), progress["num_tokens"]
     batches = batches_from(training, config, progress["step"])
     while progress["num_tokens"] < config.num_tokens:
-        batch = make_batch(next(batches), taps, trainer.branch, index_V, embedding)
+        batch = make_batch(next(batches), taps, trainer.branch, index_V, embedding).to(trainer.device)
         for group in optimizer.param_groups:
             group["lr"] = config.rate(progress["num_tokens"])
         targets = trainer.targets(batch)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=trainer.device)
         for step, logits in enumerate(trainer(batch, config.unroll_steps)):
             # a draft's j-th token exists from the j-th predicted position on
             part = distillation_loss(logits, targets, batch.next_P, batch.first_P >= step, config.hard_weight)
@@ -187,6 +187,7 @@ def evaluate(
     firsts: list[Tensor] = []
     for start in range(0, len(conversations), 8):
         batch = make_batch(conversations[start : start + 8], taps, trainer.branch, index_V, embedding)
+        batch = batch.to(trainer.device)
         right = [logits.argmax(dim=-1) == batch.next_P for logits in trainer(batch, config.unroll_steps)]
         correct.append(torch.stack(right * (config.unroll_steps // len(right))))
         firsts.append(batch.first_P)

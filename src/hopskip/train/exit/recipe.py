@@ -39,6 +39,7 @@ class CollectRecipe:
     """How the model answers."""
 
     precision: str = "bfloat16"
+    """As `dtype` of `LLM`; on the native CPU engine also q8 or q4."""
     max_new_tokens: int = 256
     max_num_seqs: int = 64
 
@@ -51,6 +52,9 @@ class SearchRecipe:
     max_new_tokens: int = 128
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4)
     num_runner_ups: tuple[int, ...] = (0, 2)
+    vocabulary: tuple[int, ...] = ()
+    """Smaller draft vocabularies to try besides the one that was trained over: a draft step reads less, and misses
+    more."""
     repeats: int = 3
 
 
@@ -83,6 +87,8 @@ class ExitRecipe:
     held_out_every: int = 40
     """Every so manieth conversation is kept from training, for evaluation."""
     search: SearchRecipe = field(default_factory=SearchRecipe)
+    device: str = "auto"
+    """Where to collect, train and measure; `auto` takes a CUDA device where there is one, else the CPU."""
     threads: int | None = None
     """CPU threads; by default as many as there are cores."""
 
@@ -97,6 +103,10 @@ class ExitRecipe:
             raise ConfigError(f"held_out_every is {self.held_out_every}; it must be at least 2")
         if self.vocabulary < 1:
             raise ConfigError(f"vocabulary is {self.vocabulary}; it must be at least 1")
+        if not all(0 < size < self.vocabulary for size in self.search.vocabulary):
+            raise ConfigError(
+                f"search.vocabulary is {list(self.search.vocabulary)}; give sizes from 1 to {self.vocabulary - 1}"
+            )
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from hopskip.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.hub import DEFAULT_EXIT, find_model
 from hopskip.llm import LLM
-from hopskip.native import NativeModel
+from hopskip.load import Quantize, load_model, resolve_backend
 from hopskip.sampling import SamplingParams
 from hopskip.tokenizer import Tokenizer
 from hopskip.trace import Round
@@ -51,13 +51,14 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     depth = checkpoint.config.num_hidden_layers
     if any(tap > depth for tap in recipe.taps):
         raise ConfigError(f"a branch wants to see layer {max(recipe.taps)}, but the model has {depth}")
+    _, device = resolve_backend(**_how_to_load(recipe))
     initial = _initial(recipe, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
 
     prompts = _prompts(recipe, base, tokenizer, folder / "prompts.jsonl", report)
-    model = NativeModel.load(checkpoint, recipe.collect.precision, recipe.threads)
+    model = load_model(checkpoint, **_how_to_load(recipe))
     collect(
         model,
         prompts,
@@ -76,24 +77,28 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     answered = [c for c in conversations if len(c.ids_T) > c.num_prompt_tokens + 1]
     held_out = answered[:: recipe.held_out_every]
     training = [c for i, c in enumerate(answered) if i % recipe.held_out_every]
-    vocabulary = draft_vocabulary(training, recipe.vocabulary)
+    vocabularies = [draft_vocabulary(training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)]
 
     found: list[tuple[float, ExitBranch]] = []
     for branch in recipe.branches:
-        trainer = BranchTrainer(checkpoint, branch, vocabulary, getattr(torch, recipe.precision))
+        trainer = BranchTrainer(checkpoint, branch, vocabularies[0], getattr(torch, recipe.precision))
         if initial is not None and initial.config == branch:
             trainer.start_from(initial)
         elif recipe.stages:
             torch.manual_seed(recipe.stages[0].seed)
             trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
         if branch.num_layers:  # a plain exit has nothing to train
+            trainer.to(device)
             _train(recipe, checkpoint, trainer, training, held_out, metadata, folder / name_of(branch), report)
-        for speed, exit_branch in _measure(recipe, checkpoint, tokenizer, trainer, held_out):
-            report(
-                f"{name_of(branch)}, {_shape(exit_branch)}: {speed:.2f} x plain decoding, "
-                f"{exit_branch.notes['held_out_tokens_per_pass']:.2f} tokens a pass"
-            )
-            found.append((speed, exit_branch))
+        trained = trainer.cpu().exit_branch(checkpoint.fingerprint, 1)
+        for vocabulary in vocabularies:
+            candidate = replace(trained, vocabulary=vocabulary)
+            for speed, exit_branch in _measure(recipe, checkpoint, tokenizer, candidate, held_out):
+                report(
+                    f"{name_of(branch)}, {_shape(exit_branch)}: {speed:.2f} x plain decoding, "
+                    f"{exit_branch.notes['held_out_tokens_per_pass']:.2f} tokens a pass"
+                )
+                found.append((speed, exit_branch))
     speed, best = max(found, key=lambda pair: pair[0])
     candidates = [_describe(*pair) for pair in found]
     (folder / "search.json").write_text(json.dumps(candidates, indent=1) + "\n", encoding="utf-8")
@@ -118,15 +123,19 @@ def name_of(branch: BranchConfig) -> str:
 def _describe(speed: float, branch: ExitBranch) -> dict[str, Any]:
     return {
         **asdict(branch.config),
+        "vocabulary": len(branch.vocabulary),
         "num_draft_tokens": branch.num_draft_tokens,
         "num_runner_ups": branch.num_runner_ups,
         "over_plain_decoding": round(speed, 3),
-        **{name: branch.notes[name] for name in ("held_out_tokens_per_pass", "held_out_acceptance")},
+        **{
+            name: branch.notes[name]
+            for name in ("held_out_coverage", "held_out_tokens_per_pass", "held_out_acceptance")
+        },
     }
 
 
 def _shape(branch: ExitBranch) -> str:
-    return f"{branch.num_draft_tokens} draft tokens and {branch.num_runner_ups} runner-ups"
+    return f"{branch.num_draft_tokens} draft tokens of {len(branch.vocabulary)} and {branch.num_runner_ups} runner-ups"
 
 
 def _prompts(recipe: ExitRecipe, base: str | None, tokenizer: Tokenizer, path: Path, report: Report) -> list[list[int]]:
@@ -142,9 +151,8 @@ def _prompts(recipe: ExitRecipe, base: str | None, tokenizer: Tokenizer, path: P
             llm = LLM(
                 base,
                 speculative=SpeculativeConfig(draft="none"),
-                dtype="bfloat16",
-                threads=recipe.threads,
                 max_num_seqs=recipe.collect.max_num_seqs,
+                **_how_to_load(recipe),
             )
             for number, text in enumerate(
                 self_prompts(llm, settings.self_written, openings=settings.openings, seed=settings.seed), start=1
@@ -184,6 +192,13 @@ def _texts(source: str, settings: PromptsRecipe) -> Iterator[str]:
             raise ConfigError(
                 f"a row of {source} has none of {settings.prompt_field}, turns, {settings.messages_field}: {dict(row)}"
             )
+
+
+def _how_to_load(recipe: ExitRecipe) -> dict[str, Any]:
+    """Options of `load_model`."""
+    precision = recipe.collect.precision
+    kind = "quantize" if precision in get_args(Quantize) else "dtype"
+    return {kind: precision, "device": recipe.device, "threads": recipe.threads}
 
 
 def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> ExitBranch | None:
@@ -227,16 +242,17 @@ def _measure(
     recipe: ExitRecipe,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    trainer: BranchTrainer,
+    trained: ExitBranch,
     held_out: Seq[Conversation],
 ) -> Iterator[tuple[float, ExitBranch]]:
     """Decoding speed over plain decoding for every shape of draft, on held-out prompts, the two taking turns."""
     search = recipe.search
     prompts = [c.ids_T[: c.num_prompt_tokens].tolist() for c in held_out[: search.num_prompts]]
     eos = sorted(tokenizer.eos_token_ids)
-    model = NativeModel.load(checkpoint, recipe.collect.precision, recipe.threads)
-    branch = trainer.exit_branch(checkpoint.fingerprint, 1)
-    model.attach(branch)
+    model = load_model(checkpoint, **_how_to_load(recipe))
+    model.attach(trained)
+    answers = torch.cat([c.ids_T[c.num_prompt_tokens :] for c in held_out])
+    coverage = float(torch.isin(answers, trained.vocabulary).float().mean())
     plain = Engine(model, SpeculativeConfig(draft="none"), eos_token_ids=eos)
     for length, num_runner_ups in product(search.num_draft_tokens, search.num_runner_ups):
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=length, num_runner_ups=num_runner_ups)
@@ -251,11 +267,12 @@ def _measure(
         notes = {
             "base_model": checkpoint.path.name,
             "stages": [vars(stage) for stage in recipe.stages],
+            "held_out_coverage": round(coverage, 4),
             "held_out_tokens_per_pass": round(tokens_per_pass, 3),
             "held_out_acceptance": [round(share, 4) for share in counted.shares],
         }
-        found = trainer.exit_branch(checkpoint.fingerprint, length, notes)
-        yield statistics.median(ratios), replace(found, num_runner_ups=num_runner_ups)
+        found = replace(trained, num_draft_tokens=length, num_runner_ups=num_runner_ups, notes=notes)
+        yield statistics.median(ratios), found
 
 
 class _Acceptance:
