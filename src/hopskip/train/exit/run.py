@@ -24,6 +24,7 @@ from hopskip.hub import DEFAULT_EXIT, find_model
 from hopskip.llm import LLM
 from hopskip.load import Quantize, load_model, resolve_backend
 from hopskip.sampling import SamplingParams
+from hopskip.sequence import Sequence
 from hopskip.tokenizer import Tokenizer
 from hopskip.trace import Round
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
@@ -259,16 +260,22 @@ def _measure(
         drafting = Engine(model, setting, eos_token_ids=eos)
         counted = _Acceptance(length)
         drafting.on_round = counted
-        ratios, tokens_per_pass = [], 0.0
+        ratios: list[float] = []
+        num_tokens = num_passes = 0
         for _ in range(search.repeats):
-            slow, _ = _decode(plain, prompts, search)
-            fast, tokens_per_pass = _decode(drafting, prompts, search)
+            slow = fast = 0.0
+            for prompt in prompts:  # in turn for each, as a machine's speed changes within seconds
+                slow += _decode(plain, prompt, search)[0]
+                seconds, done = _decode(drafting, prompt, search)
+                fast += seconds
+                num_tokens += len(done.tokens) - 1
+                num_passes += done.stats.num_target_passes
             ratios.append(slow / fast)
         notes = {
             "base_model": checkpoint.path.name,
             "stages": [vars(stage) for stage in recipe.stages],
             "held_out_coverage": round(coverage, 4),
-            "held_out_tokens_per_pass": round(tokens_per_pass, 3),
+            "held_out_tokens_per_pass": round(num_tokens / max(1, num_passes), 3),
             "held_out_acceptance": [round(share, 4) for share in counted.shares],
         }
         found = replace(trained, num_draft_tokens=length, num_runner_ups=num_runner_ups, notes=notes)
@@ -293,21 +300,15 @@ class _Acceptance:
         return [number / max(1, self._num_drafts) for number in self._num_accepted]
 
 
-def _decode(engine: Engine, prompts: Seq[Seq[int]], search: SearchRecipe) -> tuple[float, float]:
-    """Seconds of decoding for all prompts, one after the other, and tokens per pass."""
-    seconds = 0.0
-    num_tokens = num_passes = 0
-    for prompt in prompts:
-        sequence = engine.add(prompt, SamplingParams(max_new_tokens=search.max_new_tokens))
-        while not sequence.is_prefilled:
-            engine.step()
-        started = time.perf_counter()
-        while not sequence.is_finished:
-            engine.step()
-        seconds += time.perf_counter() - started
-        num_tokens += len(sequence.tokens) - 1
-        num_passes += sequence.stats.num_target_passes
-    return seconds, num_tokens / max(1, num_passes)
+def _decode(engine: Engine, prompt: Seq[int], search: SearchRecipe) -> tuple[float, Sequence]:
+    """Seconds of decoding, without the prompt's pass, and what came of it."""
+    sequence = engine.add(prompt, SamplingParams(max_new_tokens=search.max_new_tokens))
+    while not sequence.is_prefilled:
+        engine.step()
+    started = time.perf_counter()
+    while not sequence.is_finished:
+        engine.step()
+    return time.perf_counter() - started, sequence
 
 
 def write_plot(folder: Path, path: Path) -> None:
