@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -168,29 +169,26 @@ def train(
     folder: Path,
     config: FitConfig,
     dtype: torch.dtype = torch.float32,
+    report: Callable[[dict[str, float | list[float]]], None] = lambda _: None,
 ) -> BranchTrainer:
     torch.manual_seed(0)
     trainer = BranchTrainer(checkpoint, BRANCH, VOCABULARY, dtype)
     trainer.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
-    fit(trainer, conversations[3:], conversations[:3], [1, 2, 3], embedding, config, folder)
+    fit(trainer, conversations[3:], conversations[:3], [1, 2, 3], embedding, config, folder, report)
     return trainer
 
 
+def interrupt(entry: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_interrupted_training_goes_on_as_if_it_had_not_been(
-    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
 ) -> None:
     whole = train(checkpoint, conversations, tmp_path / "whole", SETTINGS)
-
-    def interrupt(entry: dict[str, object]) -> None:
-        raise KeyboardInterrupt
-
-    torch.manual_seed(0)
-    stopped = BranchTrainer(checkpoint, BRANCH, VOCABULARY)
-    stopped.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
-    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
     with pytest.raises(KeyboardInterrupt):
-        fit(stopped, conversations[3:], conversations[:3], [1, 2, 3], embedding, SETTINGS, tmp_path / "two", interrupt)
+        train(checkpoint, conversations, tmp_path / "two", SETTINGS, report=interrupt)
     resumed = train(checkpoint, conversations, tmp_path / "two", SETTINGS)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -238,11 +236,14 @@ def test_a_step_keeps_to_the_trainers_device(checkpoint: Checkpoint, conversatio
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
     checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
 ) -> None:
-    train(checkpoint, conversations, tmp_path, SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint, conversations, tmp_path, SETTINGS, report=interrupt)
     saved = (tmp_path / "state.pt").read_bytes()
     broken = [Conversation(c.ids_T, c.num_prompt_tokens, c.states_TAD * float("nan")) for c in conversations]
     with pytest.raises(ConfigError, match=r"the loss is nan after .*; lower learning_rate"):
-        train(checkpoint, broken, tmp_path, FitConfig(num_tokens=9000, batch_tokens=60))
+        train(checkpoint, broken, tmp_path, SETTINGS)
+    with pytest.raises(ConfigError, match="use another folder"):
+        train(checkpoint, conversations, tmp_path, replace(SETTINGS, num_tokens=9000))
     assert (tmp_path / "state.pt").read_bytes() == saved
 
 

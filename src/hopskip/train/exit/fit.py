@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def fit(
     Writes `log.jsonl` (an entry per evaluation) and `state.pt` to `folder`. Every file is whole at any time.
 
     Raises:
-        ConfigError: the loss is not finite, or no conversation is there.
+        ConfigError: the loss is not finite, no conversation is there, or the checkpoint is of another `config`.
     """
     if not training or not held_out:
         raise ConfigError(f"{len(training)} conversations to train on, {len(held_out)} held out; collect more text")
@@ -91,6 +91,8 @@ def fit(
     state_path = folder / "state.pt"
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
+        if state["config"] != asdict(config):
+            raise ConfigError(f"{folder} was trained with {state['config']}, not {asdict(config)}; use another folder")
         trainer.load_state_dict(state["trainer"])
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
@@ -128,7 +130,12 @@ def fit(
                 "tokens_per_second": (progress["num_tokens"] - started_tokens) / (time.perf_counter() - started),
             }
             recent = []
-            state = {"trainer": trainer.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
+            state = {
+                "config": asdict(config),
+                "trainer": trainer.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "progress": progress,
+            }
             torch.save(state, state_path.with_suffix(".partial"))
             state_path.with_suffix(".partial").replace(state_path)
             with (folder / "log.jsonl").open("a") as log:
