@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from hopskip.branch import BranchConfig, ExitBranch
 from hopskip.cache import Rows, Segment
 from hopskip.cli import app
-from hopskip.errors import ConfigError
+from hopskip.errors import ConfigError, TrainingError
 from hopskip.model import Transformer
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
 from hopskip.train.exit.distill import (
@@ -245,6 +246,28 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(
     with pytest.raises(ConfigError, match="use another folder"):
         train(checkpoint, conversations, tmp_path, replace(SETTINGS, num_tokens=9000))
     assert (tmp_path / "state.pt").read_bytes() == saved
+
+
+def test_a_full_disk_keeps_the_last_state(
+    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    """Files may not grow beyond a limit, as they cannot on a full disk."""
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint, conversations, tmp_path / "fit", SETTINGS, report=interrupt)
+    saved = (tmp_path / "fit" / "state.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"state\.pt cannot be written .*: make room"):
+            train(checkpoint, conversations, tmp_path / "fit", SETTINGS)
+        with pytest.raises(TrainingError, match=r"shard-00000\.safetensors cannot be written .*: make room"):
+            gather(checkpoint, tmp_path / "data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "fit" / "state.pt").read_bytes() == saved
+    assert list((tmp_path / "data").iterdir()) == []
+    gather(checkpoint, tmp_path / "data")
+    assert len(read_conversations(tmp_path / "data")[1]) == len(PROMPTS)
 
 
 def test_every_epoch_has_every_conversation_once(conversations: list[Conversation]) -> None:

@@ -1,4 +1,4 @@
-"""Folders that are either complete or not there: written beside their place, flushed to disk, then renamed."""
+"""Folders and files that are complete or not there: written beside their place, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,20 @@ def replacing(folder: Path) -> Iterator[Path]:
         publish(partial, folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _cannot_write(folder, error) from error
+        raise _cannot_write(folder, error, last_checkpoint(folder.parent) or "the start") from error
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """As `replacing`, for one file."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise _cannot_write(path, error, "what is there") from error
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -74,13 +87,11 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(folder: Path, error: Exception) -> HopskipError:
+def _cannot_write(place: Path, error: Exception, start: Path | str) -> HopskipError:
     if isinstance(error, HopskipError):
         return error
-    free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
-    last = last_checkpoint(folder.parent)
+    free = shutil.disk_usage(next(p for p in place.absolute().parents if p.exists())).free
     return TrainingError(
-        f"{folder} cannot be written ({str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-        f"{free / 1e9:.2f} GB free there): make room, then run the same command again to go on from "
-        f"{last or 'the start'}"
+        f"{place} cannot be written ({str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+        f"{free / 1e9:.2f} GB free there): make room, then run the same command again to go on from {start}"
     )

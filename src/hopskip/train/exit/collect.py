@@ -26,6 +26,7 @@ from hopskip.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.model import Model
 from hopskip.sampling import SamplingParams
+from hopskip.train.checkpoint import replacing_file
 
 SHARD_PROMPTS = 256
 
@@ -85,6 +86,7 @@ def collect(
 
     Raises:
         ConfigError: `taps` are not rising layers of the model, or `folder` holds data that was collected otherwise.
+        TrainingError: a shard cannot be written (a full disk, say); those before it stay.
     """
     depth = model.config.num_hidden_layers
     if list(taps) != sorted(set(taps)) or not all(0 < tap < depth for tap in taps):
@@ -163,6 +165,5 @@ def _write(path: Path, conversations: list[Conversation], metadata: dict[str, st
         "prompts": torch.tensor([c.num_prompt_tokens for c in conversations]),
         "states": torch.cat(states),
     }
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)
+    with replacing_file(path) as partial:
+        save_file(tensors, partial, metadata)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hopskip.errors import ConfigError
+from hopskip.train.checkpoint import replacing_file
 from hopskip.train.exit.collect import Conversation
 from hopskip.train.exit.distill import BranchTrainer, acceptance, distillation_loss, make_batch
 
@@ -73,6 +74,7 @@ def fit(
 
     Raises:
         ConfigError: the loss is not finite, no conversation is there, or the checkpoint is of another `config`.
+        TrainingError: a checkpoint cannot be written; the last one stays.
     """
     if not training or not held_out:
         raise ConfigError(f"{len(training)} conversations to train on, {len(held_out)} held out; collect more text")
@@ -136,8 +138,8 @@ def fit(
                 "optimizer": optimizer.state_dict(),
                 "progress": progress,
             }
-            torch.save(state, state_path.with_suffix(".partial"))
-            state_path.with_suffix(".partial").replace(state_path)
+            with replacing_file(state_path) as partial:
+                torch.save(state, partial)
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(entry) + "\n")
             report(entry)

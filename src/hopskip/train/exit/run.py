@@ -27,6 +27,7 @@ from hopskip.sampling import SamplingParams
 from hopskip.sequence import Sequence
 from hopskip.tokenizer import Tokenizer
 from hopskip.trace import Round
+from hopskip.train.checkpoint import replacing, replacing_file
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
 from hopskip.train.exit.distill import BranchTrainer
 from hopskip.train.exit.fit import fit
@@ -44,6 +45,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     Raises:
         ConfigError: a setting cannot work with this model, or what was collected before does not fit the recipe.
         CheckpointError: the model cannot be read.
+        TrainingError: something cannot be written (a full disk, say); what is complete stays.
     """
     folder = Path(recipe.output)
     base = None if recipe.base == "default" else recipe.base
@@ -102,8 +104,10 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
                 found.append((speed, exit_branch))
     speed, best = max(found, key=lambda pair: pair[0])
     candidates = [_describe(*pair) for pair in found]
-    (folder / "search.json").write_text(json.dumps(candidates, indent=1) + "\n", encoding="utf-8")
-    best.save(folder / "exit")
+    with replacing_file(folder / "search.json") as partial:
+        partial.write_text(json.dumps(candidates, indent=1) + "\n", encoding="utf-8")
+    with replacing(folder / "exit") as partial:
+        best.save(partial)
     report(f"the fastest is {name_of(best.config)} with {_shape(best)} ({speed:.2f} x)")
     return folder / "exit"
 
@@ -163,9 +167,8 @@ def _prompts(recipe: ExitRecipe, base: str | None, tokenizer: Tokenizer, path: P
                     report(f"the model has written {number} prompts")
         texts = [text for text in dict.fromkeys(texts) if text.strip() and text.strip() not in excluded]
         rng.shuffle(texts)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
-        partial.replace(path)
+        with replacing_file(path) as partial:
+            partial.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
     encoded = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}])
