@@ -24,19 +24,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-
-from hopskip.config import ModelConfig
-from hopskip.draft.config import SpeculativeConfig
-from hopskip.errors import HopskipError
-from hopskip.evaluate.bench import Result, is_quoted, measure, ratio
-from hopskip.evaluate.contenders import Contender, Hopskip, LlamaCpp, Precision, Transformers
-from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
-from hopskip.evaluate.prompts import Prompt, load_prompts, whole_prompts
 from hopskip.evaluate.requantize import requantize
-from hopskip.hub import find_model
-from hopskip.rope import RopeConfig
-from hopskip.tokenizer import Tokenizer
-from hopskip.weights import expected_tensors, open_checkpoint
+
+from hopskip.bench.contenders import Contender, Hopskip, LlamaCpp, Precision, Transformers
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.bench.measure import Result, is_quoted, measure, ratio
+from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.hub import find_model
+from hopskip.checkpoint.rope import RopeConfig
+from hopskip.errors import HopskipError
+from hopskip.prompts import Prompt, load_prompts, whole_prompts
+from hopskip.speculative import SpeculativeConfig
+from hopskip.text.tokenizer import Tokenizer
 
 DECODE, PREFILL = "decode_tokens_per_second", "prefill_tokens_per_second"
 PLAIN = SpeculativeConfig(draft="none")

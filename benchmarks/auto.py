@@ -23,12 +23,12 @@ from statistics import mean, median
 from typing import NamedTuple, get_args
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.draft.config import DraftSource
-from hopskip.engine import Engine
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.engine.engine import Engine
 from hopskip.errors import HopskipError
-from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
-from hopskip.evaluate.prompts import PROMPT_SETS, load_prompts
+from hopskip.prompts import PROMPT_SETS, load_prompts
 from hopskip.sequence import Sequence
+from hopskip.speculative import DraftChoice
 
 FLOOR = 0.97  # against no draft
 FEWEST_PROMPTS = 4
@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", help="auto: as the checkpoint comes")
     parser.add_argument("--quantize", choices=["q8", "q4"])
-    parser.add_argument("--against", default="none", choices=[d for d in get_args(DraftSource) if d != "auto"])
+    parser.add_argument("--against", default="none", choices=[d for d in get_args(DraftChoice) if d != "auto"])
     parser.add_argument("--sets", default="alpaca,gsm8k,humaneval,mt_bench")
     parser.add_argument("--temperatures", default="0,0.7,1.2")
     parser.add_argument("--batches", default="1,4,16")

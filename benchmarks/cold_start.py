@@ -14,7 +14,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from hopskip.hub import find_model
+from hopskip.checkpoint.hub import find_model
 
 PROMPT = "Why is the sky blue?"
 TRANSFORMERS = f"""

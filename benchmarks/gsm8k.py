@@ -28,8 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.in_turn import decode_in_turn
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.branch import BranchConfig, ExitBranch
-from hopskip.evaluate.prompts import Prompt, load_prompts
+from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
+from hopskip.prompts import Prompt, load_prompts
 from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe
 from hopskip.train.exit.run import run as train_exit
 from hopskip.train.read import read_split
@@ -122,7 +122,7 @@ def plain_exit(
             output=str(folder),
             base=str(model),
             prompts=PromptsRecipe(files=(str(folder / "given.jsonl"),)),
-            branches=tuple(BranchConfig(start=exit, num_layers=0) for exit in exits),
+            branches=tuple(ExitConfig(start=exit, num_layers=0) for exit in exits),
             vocabulary=vocabulary,
             held_out_every=16,
             threads=threads,
@@ -140,7 +140,7 @@ def speed(model: Path | None, exit_branch: Path | None, prompts: Sequence[Prompt
         settings["auto"] = SpeculativeConfig(draft="auto", exit_branch=exit_branch)
     described = {}
     if exit_branch is not None:
-        branch = ExitBranch.load(exit_branch)
+        branch = TrainedExit.load(exit_branch)
         described = {
             "exit_layer": branch.config.start,
             "num_draft_tokens": branch.num_draft_tokens,

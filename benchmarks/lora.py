@@ -24,8 +24,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.gsm8k import plain_exit, speed
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.evaluate.perplexity import cut_windows, difference, negative_log_likelihoods, perplexity
-from hopskip.evaluate.prompts import load_prompts, whole_prompts
+from hopskip.bench.perplexity import cut_windows, difference, negative_log_likelihoods, perplexity
+from hopskip.prompts import load_prompts, whole_prompts
 from hopskip.train.exit.prompts import self_prompts
 from hopskip.train.exit.recipe import ExitRecipe
 from hopskip.train.recipe import load_recipe, read_recipe
@@ -103,8 +103,8 @@ def damage(trained: Path, threads: int) -> dict[str, float]:
     for model in (None, trained):
         llm = LLM(model, speculative=SpeculativeConfig(draft="none"), dtype="float32", threads=threads)
         windows = cut_windows(llm.tokenizer, whole_prompts(), max_tokens=8000)
-        depth = llm.model.config.num_hidden_layers
-        found.append(negative_log_likelihoods(llm.model, windows, [depth])[depth])
+        depth = llm.backend.config.num_hidden_layers
+        found.append(negative_log_likelihoods(llm.backend, windows, [depth])[depth])
     gap = difference(found[1], found[0])
     return {
         "perplexity_before": perplexity(found[0]),

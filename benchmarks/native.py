@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopskip.cache import Cache, Rows, Segment
-from hopskip.config import ModelConfig
-from hopskip.native import NativeModel
-from hopskip.packed import PackedWeights
-from hopskip.quantize import Packed, pack, quantize_q4, quantize_q8
-from hopskip.rope import RopeConfig
-from hopskip.weights import expected_tensors, open_checkpoint
+from hopskip.backends.base import Cache
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.native.packed import PackedWeights
+from hopskip.backends.native.quantize import Packed, pack, quantize_q4, quantize_q8
+from hopskip.backends.rows import Rows, Segment
+from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.rope import RopeConfig
 
 SHAPES = {
     # hidden, intermediate, layers, heads, kv heads, head dim, vocabulary
@@ -82,7 +83,7 @@ def in_one_piece(weights: PackedWeights) -> tuple[PackedWeights, Tensor]:
     return PackedWeights(weights.config, matrices, weights.vectors), whole.view(torch.int64)
 
 
-def passes(model: NativeModel, cache: Cache) -> dict[str, Callable[[], object]]:
+def passes(model: NativeBackend, cache: Cache) -> dict[str, Callable[[], object]]:
     """Name -> one pass: all layers, and the head for the rows that would need it."""
     layers = model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +136,7 @@ def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, li
     return times
 
 
-def report_on(model: NativeModel, weights: PackedWeights, whole: Tensor, repeats: int) -> dict[str, object]:
+def report_on(model: NativeBackend, weights: PackedWeights, whole: Tensor, repeats: int) -> dict[str, object]:
     cache = model.new_cache(16, CONTEXT)
     for tensor in cache.tensors:  # what a long context would have left there
         for part in (tensor[:, 0], tensor[:, 1:, :, : SHORT + 1]):
@@ -197,7 +198,7 @@ def main() -> None:
         else:
             weights = random_weights(shape_config(arguments.shape), precision)
         weights, whole = in_one_piece(weights)
-        model = NativeModel(weights.config, weights, arguments.threads, kv_dtype)
+        model = NativeBackend(weights.config, weights, arguments.threads, kv_dtype)
         found = report_on(model, weights, whole, arguments.repeats)
         report[precision] = found
         if not arguments.json:

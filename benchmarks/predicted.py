@@ -18,12 +18,12 @@ from statistics import median
 from typing import get_args
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.draft.costs import measure
+from hopskip.bench.expected import measured_speedup
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.draft.timing import measure
 from hopskip.errors import HopskipError
-from hopskip.evaluate.costs import measured_speedup
-from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
-from hopskip.evaluate.prompts import load_prompts
-from hopskip.load import DType
+from hopskip.loading import DType
+from hopskip.prompts import load_prompts
 
 SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench")
 

@@ -31,12 +31,12 @@ from typing import Any, Protocol
 import httpx
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.checkpoint.checkpoint import open_checkpoint
+from hopskip.checkpoint.hub import find_model
 from hopskip.errors import HopskipError
-from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
-from hopskip.evaluate.prompts import load_prompts
-from hopskip.hub import find_model
-from hopskip.tokenizer import Tokenizer
-from hopskip.weights import open_checkpoint
+from hopskip.prompts import load_prompts
+from hopskip.text.tokenizer import Tokenizer
 
 PLAIN = SpeculativeConfig(draft="none")
 SERVED = SpeculativeConfig(draft="auto")
@@ -163,7 +163,7 @@ class TransformersBatch:
     def __init__(self, setup: Setup, dtype: str) -> None:
         import torch
 
-        from hopskip.evaluate.hf_reference import load_in_transformers
+        from hopskip.prove.hf_reference import load_in_transformers
 
         torch.set_num_threads(setup.threads)
         self._model = load_in_transformers(setup.model, getattr(torch, dtype))

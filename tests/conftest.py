@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from hopskip.hub import DEFAULT_MODEL_PACKAGE, find_model
+from hopskip.checkpoint.hub import DEFAULT_MODEL_PACKAGE, find_model
 
 # A test that is slow on a busy machine has not failed. (In CI hypothesis has a profile of its own that says so.)
 settings.register_profile("unhurried", deadline=None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hopskip.cache import Cache, Rows
-from hopskip.config import ModelConfig
-from hopskip.model import LayerWeights, Transformer, Weights
-from hopskip.rope import RopeConfig
+from hopskip.backends.base import Cache
+from hopskip.backends.rows import Rows
+from hopskip.backends.torch.backend import TorchBackend, Weights
+from hopskip.backends.torch.layer import LayerWeights
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.rope import RopeConfig
 
 
 def tiny_config(**changes: object) -> ModelConfig:
@@ -29,7 +31,7 @@ def tiny_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Transformer:
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> TorchBackend:
     """A random decoder whose early exits agree with its last layer now and then: later layers change little."""
     config = tiny_config(**changes)
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +54,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: obj
     ]
     embed_tokens = random(config.vocab_size, hidden, scale=1.0)
     lm_head = random(config.vocab_size, hidden, scale=0.2)
-    return Transformer(config, Weights(embed_tokens=embed_tokens, layers=layers, norm=ones, lm_head=lm_head))
+    return TorchBackend(config, Weights(embed_tokens=embed_tokens, layers=layers, norm=ones, lm_head=lm_head))
 
 
 class MarkovModel:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopskip.evaluate.contenders import AbsentError, Contender, Footprint, Measurement, Runner
+from hopskip.bench.contenders import AbsentError, Contender, Footprint, Measurement, Runner
 
 
 @dataclass(frozen=True, kw_only=True)

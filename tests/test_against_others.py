@@ -12,11 +12,11 @@ import torch
 from benchmarks import against_others
 from benchmarks.against_others import LLAMA_1B, Row, compare, show, write_random_q8_0
 
-from hopskip.cache import Rows, Segment
-from hopskip.evaluate.bench import PromptResult, Result
-from hopskip.evaluate.contenders import gguf_bytes_per_token
-from hopskip.load import load_model
-from hopskip.weights import expected_tensors, open_checkpoint
+from hopskip.backends.rows import Rows, Segment
+from hopskip.bench.contenders import gguf_bytes_per_token
+from hopskip.bench.measure import PromptResult, Result
+from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
+from hopskip.loading import load_model
 from tests.tiny import byte_level_tokenizer, make_model, write_gguf
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from hopskip import ConfigError, SpeculativeConfig
+from hopskip.backends.base import Model
 from hopskip.draft import costs as costs_module
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.controller import LOOKUP, Choice, Controller
-from hopskip.draft.costs import Costs, Timings, interpolated, measure
-from hopskip.draft.self_draft import early_exit, without
-from hopskip.engine import Engine
-from hopskip.model import Model
+from hopskip.draft.costs import Costs, interpolated
+from hopskip.draft.sources import early_exit, without
+from hopskip.draft.timing import Timings, measure
+from hopskip.engine.engine import Engine
 from hopskip.sequence import Sequence
 from hopskip.trace import Round
 from tests.models import tiny_model

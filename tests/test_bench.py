@@ -9,15 +9,14 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from hopskip.evaluate import bench
+from hopskip.evaluate.requantize import requantize
 from typer.testing import CliRunner
 from typer.testing import Result as ClickResult
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.cli import app
-from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
-from hopskip.evaluate import bench
-from hopskip.evaluate.bench import Result, measure, ratio, report
-from hopskip.evaluate.contenders import (
+from hopskip.backends.torch.weights import load_weights
+from hopskip.bench.contenders import (
     AbsentError,
     Contender,
     Footprint,
@@ -27,11 +26,13 @@ from hopskip.evaluate.contenders import (
     Transformers,
     gguf_bytes_per_token,
 )
-from hopskip.evaluate.lineup import lineup, parse_setting
-from hopskip.evaluate.machine import measure_read_bandwidth, versions
-from hopskip.evaluate.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, spread
-from hopskip.evaluate.requantize import requantize
-from hopskip.weights import load_weights, open_checkpoint
+from hopskip.bench.lineup import lineup, parse_setting
+from hopskip.bench.machine import measure_read_bandwidth, versions
+from hopskip.bench.measure import Result, measure, ratio, report
+from hopskip.checkpoint.checkpoint import open_checkpoint
+from hopskip.cli import app
+from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
+from hopskip.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, spread
 from tests.scripted import Scripted
 from tests.tiny import make_model, write_checkpoint, write_gguf
 

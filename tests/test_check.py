@@ -9,28 +9,30 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import hopskip.evaluate.sampled
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
 import hopskip.engine
-import hopskip.evaluate.sampled
-from hopskip.cache import Cache, Rows, Segment
+from hopskip.backends.base import Cache
+from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.torch.backend import TorchBackend
+from hopskip.backends.torch.layer import LayerWeights
 from hopskip.cli import app
 from hopskip.cli.precisions import parse_precisions
 from hopskip.draft.exit import ExitDrafter
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
+from hopskip.engine.verify import Verdict, verify_greedy, verify_sampled
 from hopskip.errors import ConfigError
-from hopskip.evaluate.context import context_proofs
-from hopskip.evaluate.greedy import PLAIN, compare_with_ties, exits_to_try, greedy_proofs, settings_to_try
-from hopskip.evaluate.hf_reference import tokenizer_proof, transformers_proof
-from hopskip.evaluate.proof import Proof, Tie, all_hold
-from hopskip.evaluate.recorder import run, same_bits
-from hopskip.evaluate.sampled import chi_squared_p_value, sampling_proofs
-from hopskip.model import LayerWeights, Transformer
+from hopskip.prove.context import context_proofs
+from hopskip.prove.greedy import PLAIN, compare_with_ties, exits_to_try, greedy_proofs, settings_to_try
+from hopskip.prove.hf_reference import tokenizer_proof, transformers_proof
+from hopskip.prove.proof import Proof, Tie, all_hold
+from hopskip.prove.recorder import run, same_bits
+from hopskip.prove.sampled import chi_squared_p_value, sampling_proofs
 from hopskip.sampling import SamplingParams
-from hopskip.verify import Verdict, verify_greedy, verify_sampled
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint
 
@@ -39,7 +41,7 @@ PROMPTS = torch.randint(VOCAB, (3, 48), generator=torch.Generator().manual_seed(
 NUM_TOKENS = 12
 
 
-class RowByRow(Transformer):
+class RowByRow(TorchBackend):
     """The torch decoder, one row after the other: slow, and row-exact as the native engine is."""
 
     row_exact = True
@@ -55,7 +57,7 @@ class RowByRow(Transformer):
             own = copy.copy(cache)
             own.k_LSHTD, own.v_LSHTD = cache.k_LSHTD.clone(), cache.v_LSHTD.clone()
             branch = [place - segment.start for place in segment.places_to(row)]
-            Cache.keep_branch(own, segment.slot, segment.start, branch)
+            Cache.keep_path(own, segment.slot, segment.start, branch)
         out_1D = super().run_layers(h_1D, start, stop, Rows([Segment(segment.slot, position, 1)]), own)
         for tensor, changed in zip(cache.tensors, own.tensors, strict=True):
             tensor[start:stop, segment.slot, :, segment.start + row] = changed[start:stop, segment.slot, :, position]
@@ -73,7 +75,7 @@ class TouchedByCompanions(RowByRow):
         return out_ND * (1 + 1e-6) if 1 < len(rows) <= 7 and stop == self.config.num_hidden_layers else out_ND
 
 
-def small_model(dtype: torch.dtype = torch.float32) -> Transformer:
+def small_model(dtype: torch.dtype = torch.float32) -> TorchBackend:
     return tiny_model(dtype, vocab_size=VOCAB)
 
 
@@ -82,7 +84,7 @@ def row_exact_model(kind: type[RowByRow] = RowByRow) -> RowByRow:
     return kind(model.config, model.weights)
 
 
-def greedy(model: Transformer) -> list[Proof]:
+def greedy(model: TorchBackend) -> list[Proof]:
     return list(greedy_proofs(model, PROMPTS, NUM_TOKENS))
 
 
@@ -129,7 +131,7 @@ def test_hidden_states_are_held_against_each_other_not_only_tokens() -> None:
 
 
 def test_a_verify_pass_that_misreads_positions_is_found_out() -> None:
-    class Shifted(Transformer):
+    class Shifted(TorchBackend):
         def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
             out_ND = super().run_layers(h_ND, start, stop, rows, cache)
             is_verify = stop == self.config.num_hidden_layers and len(rows) == 2 * len(rows.segments)
@@ -142,7 +144,7 @@ def test_a_verify_pass_that_misreads_positions_is_found_out() -> None:
 def test_a_draft_that_always_agrees_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     original = ExitDrafter.__init__
 
-    def peek(self: ExitDrafter, model: Transformer, exit: int, *rest: float) -> None:
+    def peek(self: ExitDrafter, model: TorchBackend, exit: int, *rest: float) -> None:
         original(self, model, exit, *rest)
         self._part = self._part._replace(layers=tuple(range(model.config.num_hidden_layers)))
 
@@ -161,7 +163,7 @@ def test_an_exit_that_truly_agrees_everywhere_is_no_failure() -> None:
         return replace(layer, o_proj=torch.zeros_like(layer.o_proj), down_proj=torch.zeros_like(layer.down_proj))
 
     layers = [model.weights.layers[0], *map(silent, model.weights.layers[1:])]
-    proofs = greedy(Transformer(model.config, replace(model.weights, layers=layers)))
+    proofs = greedy(TorchBackend(model.config, replace(model.weights, layers=layers)))
     early = [p for p in proofs if p.setting.startswith("early-exit")]
     chains = [p for p in early if "runner-ups" not in p.setting]  # of second choices all must be wrong
     assert len(chains) == len(early) - 1
@@ -185,11 +187,11 @@ def test_exits_to_try() -> None:
     assert exits_to_try(replace(config, num_hidden_layers=1)) == []
 
 
-def with_twin(model: Transformer, token: int, twin: int) -> Transformer:
+def with_twin(model: TorchBackend, token: int, twin: int) -> TorchBackend:
     """A model in which two tokens are the same in everything: each is a tie with the other."""
     embed_tokens, lm_head = model.weights.embed_tokens.clone(), model.weights.lm_head.clone()
     embed_tokens[twin], lm_head[twin] = embed_tokens[token], lm_head[token]
-    return Transformer(model.config, replace(model.weights, embed_tokens=embed_tokens, lm_head=lm_head))
+    return TorchBackend(model.config, replace(model.weights, embed_tokens=embed_tokens, lm_head=lm_head))
 
 
 def test_only_a_tie_excuses_a_difference() -> None:
@@ -327,7 +329,7 @@ def test_against_transformers(tmp_path: Path) -> None:
     theirs = write_checkpoint(tmp_path, tokenizer=True)
     llm = LLM(tmp_path, backend="torch", dtype="float32")
     params = SamplingParams(max_new_tokens=16, ignore_eos=True)
-    ours = [r.token_ids for r in run(llm.model, PROMPTS, PLAIN, params, max_num_seqs=3)]
+    ours = [r.token_ids for r in run(llm.backend, PROMPTS, PLAIN, params, max_num_seqs=3)]
     proof = transformers_proof(theirs, PROMPTS, ours, "plain")
     assert proof.status == "passed"
     assert proof.counts["num_tokens"] == 48

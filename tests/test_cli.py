@@ -340,7 +340,7 @@ def test_ctrl_c_keeps_text_and_statistics(model: Path) -> None:
 
 def test_help_names_all_choices() -> None:
     text = run("generate", "--help", COLUMNS="300").stdout
-    for choices in (load.DType, load.Quantize, load.Backend, draft_config.DraftSource, draft_config.VerifyMode):
+    for choices in (load.DType, load.Quantize, load.Backend, draft_config.DraftChoice, draft_config.VerifyMode):
         for choice in get_args(choices):
             assert choice in text
 

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from hopskip import SamplingParams
+from hopskip.bench.expected import best_num_draft_tokens
 from hopskip.draft.controller import (
     LOOKUP,
     PROBE_SHARE,
@@ -22,7 +23,6 @@ from hopskip.draft.controller import (
     priced,
 )
 from hopskip.draft.costs import Costs, DraftCost
-from hopskip.evaluate.costs import best_num_draft_tokens
 from hopskip.sequence import Sequence
 from hopskip.trace import Round, RoundOfSequence
 

@@ -9,14 +9,15 @@ from typing import Any
 import gguf
 import pytest
 import torch
-
-from hopskip import native
-from hopskip.cache import Cache
-from hopskip.config import ModelConfig
 from hopskip.evaluate import costs
-from hopskip.evaluate.costs import best_num_draft_tokens, expected_speedup, expected_tokens, model_costs
-from hopskip.stored import BLOCK_TYPES, StoredTensor
-from hopskip.weights import Checkpoint, expected_tensors, load_weights, open_checkpoint
+
+from hopskip.backends.base import Cache
+from hopskip.backends.native import backend as native
+from hopskip.backends.torch.weights import load_weights
+from hopskip.bench.expected import best_num_draft_tokens, expected_speedup, expected_tokens, model_costs
+from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor
 from tests.models import tiny_config
 from tests.tiny import make_model, write_checkpoint, write_gguf
 
@@ -119,7 +120,7 @@ def test_native_bytes_are_those_loaded(tmp_path: Path, stored: str, precision: s
     kind = gguf.GGMLQuantizationType[stored]
     write_gguf(path, make_model("llama2-mha"), types=kind)
     checkpoint = open_checkpoint(path)
-    model = native.NativeModel.load(checkpoint, precision=precision)
+    model = native.NativeBackend.load(checkpoint, precision=precision)
     found = model_costs(checkpoint, "native", precision)
     # the packing pads what is not a multiple of a strip, which the arithmetic leaves out
     assert found.bytes_per_pass == pytest.approx(model.weight_bytes, rel=0.05)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import hopskip.engine
 from hopskip import SamplingParams, SpeculativeConfig
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
+from hopskip.engine.verify import Verdict, verify_sampled
 from hopskip.sampling import draw
-from hopskip.verify import Verdict, verify_sampled
 from tests.models import MarkovModel
 from tests.oracle import exact_joint
 from tests.test_auto import whimsical

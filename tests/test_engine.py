@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hopskip import ConfigError, PromptError, SamplingParams, SpeculativeConfig
-from hopskip.cache import Cache, Rows
-from hopskip.engine import Engine
-from hopskip.model import Model
+from hopskip.backends.base import Cache, Model
+from hopskip.backends.rows import Rows
+from hopskip.engine.engine import Engine
 from hopskip.sequence import Sequence
 from tests.models import MarkovModel, tiny_model
 

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopskip.evaluate import recorder
 from torch import Tensor
 
 from hopskip import SamplingParams, SpeculativeConfig
-from hopskip.branch import BranchConfig, ExitBranch
-from hopskip.cache import Cache
+from hopskip.backends.base import BranchedModel, Cache
+from hopskip.backends.native.backend import NativeBackend, available
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.draft import exit as exit_module
 from hopskip.draft.base import Draft
 from hopskip.draft.exit import ExitDrafter
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.errors import CheckpointError, ConfigError
-from hopskip.evaluate import recorder
-from hopskip.model import BranchedModel
-from hopskip.native import NativeModel, available
 from hopskip.sequence import Sequence
 from hopskip.train.exit.collect import Conversation
-from hopskip.train.exit.distill import BranchTrainer, make_batch
-from hopskip.weights import Checkpoint, load_weights, open_checkpoint
+from hopskip.train.exit.distill import ExitTrainer, make_batch
 from tests.models import tiny_model
 from tests.test_engine import PLAIN, new_ids, run
 from tests.tiny import write_checkpoint
@@ -47,15 +47,15 @@ def load(checkpoint: Checkpoint, backend: str) -> BranchedModel:
     if backend == "native":
         if obstacle := available():
             pytest.skip(obstacle)
-        return NativeModel.load(checkpoint, "float32", threads=1)
-    from hopskip.model import Transformer
+        return NativeBackend.load(checkpoint, "float32", threads=1)
+    from hopskip.backends.torch.backend import TorchBackend
 
-    return Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    return TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
 
 
-def random_branch(checkpoint: Checkpoint, config: BranchConfig, seed: int = 0) -> tuple[BranchTrainer, ExitBranch]:
+def random_branch(checkpoint: Checkpoint, config: ExitConfig, seed: int = 0) -> tuple[ExitTrainer, TrainedExit]:
     torch.manual_seed(seed)
-    trainer = BranchTrainer(checkpoint, config, VOCABULARY)
+    trainer = ExitTrainer(checkpoint, config, VOCABULARY)
     for tensor in trainer.mixing.values():
         torch.nn.init.normal_(tensor, std=0.2 if tensor.ndim == 2 else 1.0)
     # as a file would hold it
@@ -65,20 +65,20 @@ def random_branch(checkpoint: Checkpoint, config: BranchConfig, seed: int = 0) -
     return trainer, branch
 
 
-def own_branch(checkpoint: Checkpoint) -> ExitBranch:
+def own_branch(checkpoint: Checkpoint) -> TrainedExit:
     """The model's own last layer as a branch over the whole vocabulary: it drafts what the model will say, always."""
     depth, vocabulary = checkpoint.config.num_hidden_layers, torch.arange(checkpoint.config.vocab_size)
-    trainer = BranchTrainer(checkpoint, BranchConfig(start=depth - 1, num_layers=1), vocabulary)
+    trainer = ExitTrainer(checkpoint, ExitConfig(start=depth - 1, num_layers=1), vocabulary)
     return trainer.exit_branch(checkpoint.fingerprint, 4)
 
 
 CONFIGS = [
-    BranchConfig(start=0, num_layers=1, features=(1, 3)),
-    BranchConfig(start=0, num_layers=2, features=(3,)),
-    BranchConfig(start=1, num_layers=1, features=(2, 3)),
-    BranchConfig(start=2, num_layers=1),
-    BranchConfig(start=2, num_layers=0),
-    BranchConfig(start=0, num_layers=1),
+    ExitConfig(start=0, num_layers=1, features=(1, 3)),
+    ExitConfig(start=0, num_layers=2, features=(3,)),
+    ExitConfig(start=1, num_layers=1, features=(2, 3)),
+    ExitConfig(start=2, num_layers=1),
+    ExitConfig(start=2, num_layers=0),
+    ExitConfig(start=0, num_layers=1),
 ]
 IDS = ["features", "two-layers", "start-and-features", "adapter", "plain-exit", "embedding"]
 
@@ -98,7 +98,7 @@ def test_the_models_own_layers_as_a_branch_are_always_right(checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_proofs_see_the_hidden_states_of_every_pass(checkpoint: Checkpoint, config: BranchConfig) -> None:
+def test_proofs_see_the_hidden_states_of_every_pass(checkpoint: Checkpoint, config: ExitConfig) -> None:
     """Whatever layers a branch wants to see on the way: `hopskip check` compares the states bit for bit."""
     model = load(checkpoint, "native")
     expected = recorder.run(model, PROMPTS, PLAIN, PARAMS, max_num_seqs=2)
@@ -112,7 +112,7 @@ def test_proofs_see_the_hidden_states_of_every_pass(checkpoint: Checkpoint, conf
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 @pytest.mark.parametrize("num_runner_ups", [0, 4])
 def test_text_does_not_depend_on_the_branch(
-    checkpoint: Checkpoint, backend: str, config: BranchConfig, num_runner_ups: int
+    checkpoint: Checkpoint, backend: str, config: ExitConfig, num_runner_ups: int
 ) -> None:
     model = load(checkpoint, backend)
     _, branch = random_branch(checkpoint, config)
@@ -145,7 +145,7 @@ def drafts_of(
 
 def outputs(model: BranchedModel, ids: list[int]) -> Tensor:
     """Outputs of every layer at every token, [T, L, D]."""
-    from hopskip.cache import Rows, Segment
+    from hopskip.backends.rows import Rows, Segment
 
     cache, depth = model.new_cache(1, len(ids)), model.config.num_hidden_layers
     h_ND, rows, found = model.embed(torch.tensor(ids)), Rows([Segment(0, 0, len(ids))]), []
@@ -158,7 +158,7 @@ def outputs(model: BranchedModel, ids: list[int]) -> Tensor:
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_drafts_are_those_that_training_unrolls(
-    checkpoint: Checkpoint, backend: str, config: BranchConfig, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, backend: str, config: ExitConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training and drafting must mean the same by "the j-th draft token", after prompts, rejections, acceptances."""
     model = load(checkpoint, backend)
@@ -188,7 +188,7 @@ def test_drafts_are_those_that_training_unrolls(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_one_call_drafts_what_steps_draft(
-    checkpoint: Checkpoint, config: BranchConfig, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, config: ExitConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafts = []
     for hides in (False, True):
@@ -278,7 +278,7 @@ def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution(num_r
     torch.manual_seed(0)
     model = tiny_model(vocab_size=6, num_hidden_layers=2)
     vocabulary = torch.tensor([0, 2, 3])
-    branch = ExitBranch(BranchConfig(start=1, num_layers=0), vocabulary, [], {}, "", 2)
+    branch = TrainedExit(ExitConfig(start=1, num_layers=0), vocabulary, [], {}, "", 2)
     params = SamplingParams(max_new_tokens=3, temperature=1.3)
     counts = []
     for speculative in (
@@ -310,7 +310,7 @@ def test_what_is_saved_is_what_is_loaded(checkpoint: Checkpoint, tmp_path: Path)
     _, branch = random_branch(checkpoint, CONFIGS[0])
     branch = replace(branch, num_runner_ups=2)
     branch.save(tmp_path / "exit")
-    loaded = ExitBranch.load(tmp_path / "exit")
+    loaded = TrainedExit.load(tmp_path / "exit")
     assert loaded.config == branch.config
     assert loaded.num_draft_tokens == branch.num_draft_tokens
     assert loaded.num_runner_ups == branch.num_runner_ups == 2
@@ -350,13 +350,13 @@ def test_damaged_files_are_refused(
     path = tmp_path / "exit.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((CheckpointError, ConfigError), match=match):
-        ExitBranch.load(tmp_path)
+        TrainedExit.load(tmp_path)
     with pytest.raises(CheckpointError, match="is not an exit"):
-        ExitBranch.load(tmp_path / "nowhere")
+        TrainedExit.load(tmp_path / "nowhere")
     branch.save(tmp_path)
     (tmp_path / "exit.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        ExitBranch.load(tmp_path)
+        TrainedExit.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_damaged_files_are_refused(
 )
 def test_impossible_branches_are_refused(settings: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        BranchConfig(**settings)  # type: ignore[arg-type]
+        ExitConfig(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hopskip.cache import Rows, Segment
-from hopskip.model import Transformer
-from hopskip.weights import load_weights, open_checkpoint
+from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.torch.backend import TorchBackend
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import open_checkpoint
 from tests.tiny import FAMILIES, VOCAB_SIZE, make_model, write_checkpoint
 
 NUM_TOKENS = 256
@@ -37,12 +38,12 @@ def reference_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+def load(path: Path, dtype: torch.dtype = torch.float32) -> TorchBackend:
     checkpoint = open_checkpoint(path)
-    return Transformer(checkpoint.config, load_weights(checkpoint, dtype))
+    return TorchBackend(checkpoint.config, load_weights(checkpoint, dtype))
 
 
-def logits_in_chunks(model: Transformer, ids: Tensor, chunks: Iterable[int]) -> Tensor:
+def logits_in_chunks(model: TorchBackend, ids: Tensor, chunks: Iterable[int]) -> Tensor:
     """Logits of all positions, the ids fed a chunk at a time."""
     cache = model.new_cache(1, len(ids))
     logits, start = [], 0

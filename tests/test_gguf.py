@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
+from hopskip.checkpoint.gguf import GGUFFile, hf_name
+from hopskip.checkpoint.stored import BLOCK_TYPES, dequantize, unpermute_rows
 from hopskip.errors import CheckpointError
-from hopskip.gguf import GGUFFile, hf_name
-from hopskip.stored import BLOCK_TYPES, dequantize, unpermute_rows
-from hopskip.tokenizer import Tokenizer
-from hopskip.weights import expected_tensors, load_weights, open_checkpoint
+from hopskip.text.tokenizer import Tokenizer
 from tests.test_families import load, logits_in_chunks, reference_logits
 from tests.tiny import FAMILIES, VOCAB_SIZE, byte_level_tokenizer, gguf_name, make_model, permute, write_gguf
 

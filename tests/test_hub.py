@@ -16,8 +16,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
+from hopskip.checkpoint.hub import DEFAULT_MODEL, find_model
 from hopskip.errors import CheckpointError
-from hopskip.hub import DEFAULT_MODEL, find_model
 
 
 @pytest.fixture(autouse=True)

@@ -16,15 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hopskip import native
-from hopskip.cache import Cache, Rows, Segment
-from hopskip.config import ModelConfig
+from hopskip.backends.base import Cache, Model
+from hopskip.backends.native import backend as native
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.native.packed import PackedWeights, format_of, quantized_to
+from hopskip.backends.native.quantize import from_gguf_blocks
+from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.torch.backend import TorchBackend
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError, ConfigError
-from hopskip.model import Model, Transformer
-from hopskip.native import NativeModel
-from hopskip.packed import PackedWeights, format_of, quantized_to
-from hopskip.quantize import from_gguf_blocks
-from hopskip.weights import Checkpoint, expected_tensors, load_weights, open_checkpoint
 
 from .models import tiny_config
 from .test_gguf import random_blocks
@@ -75,9 +77,9 @@ class Dequantized:
         out.copy_(value)
 
 
-def reference(checkpoint: Checkpoint, precision: str) -> Transformer:
+def reference(checkpoint: Checkpoint, precision: str) -> TorchBackend:
     weights = load_weights(Dequantized(checkpoint, precision), torch.float32)  # type: ignore[arg-type]
-    return Transformer(checkpoint.config, weights)
+    return TorchBackend(checkpoint.config, weights)
 
 
 def random_packed_weights(config: ModelConfig, precision: str, given: dict[str, Tensor]) -> PackedWeights:
@@ -125,7 +127,7 @@ def test_logits_are_those_of_pytorch(
     checkpoints: dict[str, Checkpoint], family: str, precision: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOPSKIP_ISA", isa)
-    model = NativeModel.load(checkpoints[family], precision, threads=2)
+    model = NativeBackend.load(checkpoints[family], precision, threads=2)
     assert model.isa == isa
     torch_model = reference(checkpoints[family], precision)
     ids = tokens(model, 70)
@@ -154,7 +156,7 @@ def test_products_are_exact_given_the_rounded_activations(
     h[:4] = h[:4].sign()
     weight[0], h[0] = 1, 1
     weights = random_packed_weights(config, precision, {"model.embed_tokens.weight": weight})
-    model = NativeModel(config, weights, threads=1)
+    model = NativeBackend(config, weights, threads=1)
     x = h.double() * torch.rsqrt(h.double().square().mean(-1, keepdim=True) + config.rms_norm_eps)
     if precision in ("q8", "q4"):
         x_blocks = F.pad(x, (0, -cols % 32)).reshape(9, -1, 32)
@@ -177,7 +179,7 @@ def test_every_number_of_rows(
 ) -> None:
     """1 to 17 rows, and 140 (two passes inside), give the bits of one row at a time."""
     monkeypatch.setenv("HOPSKIP_ISA", isa)
-    model = NativeModel.load(checkpoints["smollm2"], precision, threads=2)
+    model = NativeBackend.load(checkpoints["smollm2"], precision, threads=2)
     ids, cache = tokens(model, 140), garbage_cache(model, 2, 160)
     one_by_one = torch.cat([run(model, ids[i : i + 1], [Segment(0, i, 1)], cache) for i in range(140)])
     logits = model.unembed(one_by_one)
@@ -191,7 +193,7 @@ def test_every_number_of_rows(
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_long_contexts_split_over_threads(checkpoints: dict[str, Checkpoint], precision: str) -> None:
     """Chunks of 256 positions go to several threads, and merge as if one had done them all."""
-    models = [NativeModel.load(checkpoints["llama3-gqa"], precision, threads) for threads in (1, 2, 3)]
+    models = [NativeBackend.load(checkpoints["llama3-gqa"], precision, threads) for threads in (1, 2, 3)]
     torch_model = reference(checkpoints["llama3-gqa"], precision)
     ids = tokens(torch_model, 900)
     expected = run(torch_model, ids, [Segment(0, 0, 900)], torch_model.new_cache(1, 900))[880:]
@@ -218,11 +220,11 @@ def batches(draw: st.DrawFn) -> list[Segment]:
 
 
 @pytest.fixture(scope="module")
-def prefilled(checkpoints: dict[str, Checkpoint]) -> list[tuple[list[NativeModel], Cache, Tensor]]:
+def prefilled(checkpoints: dict[str, Checkpoint]) -> list[tuple[list[NativeBackend], Cache, Tensor]]:
     """Per precision: models of 1, 2 and 3 threads, a cache with five sequences of 300 tokens, their hidden states."""
     made = []
     for precision in PRECISIONS:
-        models = [NativeModel.load(checkpoints["mistral-window"], precision, threads) for threads in (1, 2, 3)]
+        models = [NativeBackend.load(checkpoints["mistral-window"], precision, threads) for threads in (1, 2, 3)]
         cache = garbage_cache(models[0], 5, 300)
         states = [run(models[0], tokens(models[0], 300, slot), [Segment(slot, 0, 300)], cache) for slot in range(5)]
         made.append((models, cache, torch.stack(states)))
@@ -232,7 +234,7 @@ def prefilled(checkpoints: dict[str, Checkpoint]) -> list[tuple[list[NativeModel
 @settings(max_examples=60, deadline=None)
 @given(segments=batches(), threads=st.sampled_from([0, 1, 2]), precision=st.integers(0, 3))
 def test_rows_are_bit_identical_in_any_company(
-    prefilled: list[tuple[list[NativeModel], Cache, Tensor]], segments: list[Segment], threads: int, precision: int
+    prefilled: list[tuple[list[NativeBackend], Cache, Tensor]], segments: list[Segment], threads: int, precision: int
 ) -> None:
     models, cache, states = prefilled[precision]
     ids = torch.cat([tokens(models[0], 300, s.slot)[s.start : s.start + s.count] for s in segments])
@@ -241,7 +243,7 @@ def test_rows_are_bit_identical_in_any_company(
 
 
 def test_ranges_of_layers_compose(checkpoints: dict[str, Checkpoint]) -> None:
-    model = NativeModel.load(checkpoints["qwen3"], "q8")
+    model = NativeBackend.load(checkpoints["qwen3"], "q8")
     ids, cache = tokens(model, 9), garbage_cache(model, 1, 32)
     whole = run(model, ids, [Segment(0, 0, 9)], cache)
     h, rows = model.embed(ids), Rows([Segment(0, 0, 9)])
@@ -253,7 +255,7 @@ def test_ranges_of_layers_compose(checkpoints: dict[str, Checkpoint]) -> None:
 
 @pytest.mark.parametrize("count", [3, 150])  # one pass, and more rows than go in one
 def test_states_on_the_way(checkpoints: dict[str, Checkpoint], count: int) -> None:
-    model = NativeModel.load(checkpoints["qwen3"], "q8")
+    model = NativeBackend.load(checkpoints["qwen3"], "q8")
     depth = model.config.num_hidden_layers
     ids, rows = tokens(model, count), Rows([Segment(0, 0, count)])
     cache = model.new_cache(1, count)
@@ -273,7 +275,7 @@ def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
         model.lm_head.weight[40:] = model.lm_head.weight[39]  # ties of the last 281 tokens
         model.lm_head.weight[:39] = -model.lm_head.weight[39]
     model.save_pretrained(tmp_path)
-    found = NativeModel.load(open_checkpoint(tmp_path), threads=3)
+    found = NativeBackend.load(open_checkpoint(tmp_path), threads=3)
     h = torch.randn((40, found.config.hidden_size), generator=torch.Generator().manual_seed(0))
     logits = found.unembed(h)
     assert torch.equal(found.greedy(h), logits.argmax(-1))
@@ -282,7 +284,7 @@ def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
 
 def test_head_subsets(checkpoints: dict[str, Checkpoint]) -> None:
     for precision in PRECISIONS:
-        model = NativeModel.load(checkpoints["smollm2"], precision)
+        model = NativeBackend.load(checkpoints["smollm2"], precision)
         h = torch.randn((7, model.config.hidden_size), generator=torch.Generator().manual_seed(1))
         subset = model.head_subset(torch.tensor([300, 5, 17, 18, 250, 0, 99]))
         expected = model.unembed(h)[:, subset.ids]
@@ -298,7 +300,7 @@ def test_head_subsets(checkpoints: dict[str, Checkpoint]) -> None:
 
 @pytest.mark.parametrize("is_subset", [False, True])
 def test_drawn_drafts_are_drawn_from_what_they_say(checkpoints: dict[str, Checkpoint], is_subset: bool) -> None:
-    model = NativeModel.load(checkpoints["llama3-gqa"], "float32", threads=2)
+    model = NativeBackend.load(checkpoints["llama3-gqa"], "float32", threads=2)
     ids = torch.arange(1, model.config.vocab_size, 2) if is_subset else torch.arange(model.config.vocab_size)
     head = model.head_subset(ids) if is_subset else None
     cache = garbage_cache(model, 3, 16)
@@ -338,7 +340,7 @@ def test_drawn_drafts_are_drawn_from_what_they_say(checkpoints: dict[str, Checkp
 @pytest.mark.parametrize("is_subset", [False, True])
 @pytest.mark.parametrize("min_confidence", [0.0, 0.1])
 def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confidence: float, is_subset: bool) -> None:
-    model = NativeModel.load(checkpoints["llama2-mha"], "q4", threads=2)
+    model = NativeBackend.load(checkpoints["llama2-mha"], "q4", threads=2)
     ids = torch.arange(1, model.config.vocab_size, 2) if is_subset else torch.arange(model.config.vocab_size)
     subset = model.head_subset(ids) if is_subset else None
     cache = garbage_cache(model, 4, 40)
@@ -385,14 +387,14 @@ def test_precision_auto_keeps_what_the_file_has(tmp_path: Path) -> None:
     import gguf
 
     model = write_checkpoint(tmp_path / "bf16", "llama2-mha", dtype=torch.bfloat16)
-    loaded = NativeModel.load(open_checkpoint(tmp_path / "bf16"))
+    loaded = NativeBackend.load(open_checkpoint(tmp_path / "bf16"))
     assert {m.format.name for m in loaded._weights.matrices.values()} == {"BF16"}
     kinds = gguf.GGMLQuantizationType
     types = {"token_embd.weight": kinds.Q8_0, "blk.0.attn_q.weight": kinds.Q4_0}
     types |= {f"blk.{i}.ffn_up.weight": kinds.Q4_1 for i in range(3)} | {"blk.1.ffn_down.weight": kinds.F16}
     write_gguf(tmp_path / "mixed.gguf", model.float(), types=types)
     checkpoint = open_checkpoint(tmp_path / "mixed.gguf")
-    mixed = NativeModel.load(checkpoint)
+    mixed = NativeBackend.load(checkpoint)
     formats = {name.removeprefix("model."): m.format.name for name, m in mixed._weights.matrices.items()}
     assert formats["embed_tokens.weight"] == "Q8"
     assert formats["layers.0.self_attn.q_proj.weight"] == "Q4"
@@ -408,7 +410,7 @@ def test_precision_auto_keeps_what_the_file_has(tmp_path: Path) -> None:
     assert exact is not None
     assert torch.equal(exact.dequantize(), checkpoint.tensor("model.layers.0.self_attn.q_proj.weight", torch.float32))
     # mixed formats share one input: q in q4, k and v in float32
-    torch_model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    torch_model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
     ids, segments = tokens(mixed, 20), [Segment(0, 0, 20)]
     expected = torch_model.unembed(run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
     found = mixed.unembed(run(mixed, ids, segments, garbage_cache(mixed, 1, 32)))
@@ -431,7 +433,7 @@ def test_kv_dtype(
 ) -> None:
     """Rows one by one, together and split over threads: the same bits, and close to PyTorch in float32."""
     monkeypatch.setenv("HOPSKIP_ISA", isa)
-    model = NativeModel.load(checkpoints[family], "float32", threads=1, kv_dtype=kv_dtype)
+    model = NativeBackend.load(checkpoints[family], "float32", threads=1, kv_dtype=kv_dtype)
     assert model.new_cache(1, 8).k_LSHTD.dtype == kv_dtype
     torch_model = reference(checkpoints[family], "float32")
     ids = tokens(model, 300)
@@ -441,7 +443,7 @@ def test_kv_dtype(
     loss = error(found, expected)
     assert loss < KV_TOLERANCES[kv_dtype]
     assert (loss < 1e-5) == (kv_dtype == torch.float32)
-    threaded = NativeModel.load(checkpoints[family], "float32", threads=3, kv_dtype=kv_dtype)
+    threaded = NativeBackend.load(checkpoints[family], "float32", threads=3, kv_dtype=kv_dtype)
     for each in (model, threaded):
         one_by_one = [run(each, ids[i : i + 1], [Segment(1, i, 1)], cache) for i in range(290, 300)]
         assert torch.equal(torch.cat(one_by_one), found[290:])
@@ -452,13 +454,14 @@ def test_kv_dtype(
 
 def test_other_kv_dtypes_are_refused(checkpoints: dict[str, Checkpoint]) -> None:
     with pytest.raises(ConfigError, match=r"kv_dtype is torch\.float16; .* float32, bfloat16 or int8"):
-        NativeModel.load(checkpoints["smollm2"], kv_dtype=torch.float16)
+        NativeBackend.load(checkpoints["smollm2"], kv_dtype=torch.float16)
 
 
 def test_an_int8_cache_at_8k_positions(checkpoints: dict[str, Checkpoint]) -> None:
     """After 8,128 random positions, whose int8 form is made here, 64 rows."""
     models = [
-        NativeModel.load(checkpoints["llama3-gqa"], "q8", threads=2, kv_dtype=kv) for kv in (torch.float32, torch.int8)
+        NativeBackend.load(checkpoints["llama3-gqa"], "q8", threads=2, kv_dtype=kv)
+        for kv in (torch.float32, torch.int8)
     ]
     exact, rounded = caches = [model.new_cache(1, 8192) for model in models]
     generator = torch.Generator().manual_seed(0)
@@ -477,21 +480,21 @@ def test_an_int8_cache_at_8k_positions(checkpoints: dict[str, Checkpoint]) -> No
 
 def test_bad_options(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="precision is 'q5'"):
-        NativeModel.load(checkpoints["smollm2"], "q5")
+        NativeBackend.load(checkpoints["smollm2"], "q5")
     monkeypatch.setenv("HOPSKIP_ISA", "sse9")
     with pytest.raises(ConfigError, match="HOPSKIP_ISA is 'sse9'"):
-        NativeModel.load(checkpoints["smollm2"])
+        NativeBackend.load(checkpoints["smollm2"])
     for isa in set(native.ISAS) - set(runnable_isas()):
         monkeypatch.setenv("HOPSKIP_ISA", isa)
         with pytest.raises(ConfigError, match="cannot run"):
-            NativeModel.load(checkpoints["smollm2"])
+            NativeBackend.load(checkpoints["smollm2"])
 
 
 def test_without_the_extension(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_native", None)
     assert "not built" in (native.available() or "")
     with pytest.raises(ConfigError, match="not built"):
-        NativeModel.load(checkpoints["smollm2"])
+        NativeBackend.load(checkpoints["smollm2"])
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
@@ -508,12 +511,12 @@ def test_gguf_blocks_without_a_counterpart_become_q8(tmp_path: Path, kind: str) 
     path = tmp_path / "k.gguf"
     write_gguf(path, LlamaForCausalLM(LlamaConfig(**shape)), types=dict.fromkeys(matrices, type_), raw_blocks=blocks)
     checkpoint = open_checkpoint(path)
-    model = NativeModel.load(checkpoint, threads=1)
+    model = NativeBackend.load(checkpoint, threads=1)
     formats = {name: matrix.format.name for name, matrix in model._weights.matrices.items()}
     changed = {"model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight"}
     assert {name for name, found in formats.items() if found == "Q8"} == changed
     assert set(formats.values()) == {"Q8", "F32"}
-    torch_model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    torch_model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
     ids, segments = tokens(model, 20), [Segment(0, 0, 20)]
     expected = torch_model.unembed(run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
     found = model.unembed(run(model, ids, segments, garbage_cache(model, 1, 32)))
@@ -526,7 +529,7 @@ def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        NativeModel.load(open_checkpoint(tmp_path), "q8")
+        NativeBackend.load(open_checkpoint(tmp_path), "q8")
 
 
 PARENTS = (-1, 0, 1, 2, 0, 1, 4, 6, 3)
@@ -542,7 +545,7 @@ def test_rows_of_a_tree_have_the_bits_of_its_branches(
     chain that was never anything else."""
     monkeypatch.setenv("HOPSKIP_ISA", isa)
     checkpoint = checkpoints["mistral-window" if start == 60 else "llama3-gqa"]
-    model = NativeModel.load(checkpoint, "bfloat16", threads=2, kv_dtype=kv_dtype)
+    model = NativeBackend.load(checkpoint, "bfloat16", threads=2, kv_dtype=kv_dtype)
     depth = model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(start)
     ids = torch.randint(0, model.config.vocab_size, (start + len(PARENTS),), generator=generator)
@@ -560,7 +563,7 @@ def test_rows_of_a_tree_have_the_bits_of_its_branches(
         model.run_layers(x_ND[:start], 0, depth, Rows([Segment(0, 0, start)]), chain)
         own_ND = model.run_layers(x_ND[start:][branch], 0, depth, Rows([Segment(0, start, len(branch))]), chain)
         assert torch.equal(own_ND[-1], out_ND[row])
-    cache.keep_branch(1, start, branch)
+    cache.keep_path(1, start, branch)
     for tensor, expected in zip(cache.tensors, chain.tensors, strict=True):
         assert torch.equal(tensor[:, 1, :, : start + len(branch)], expected[:, 0])
 
@@ -614,7 +617,7 @@ def bad_calls() -> Iterator[Any]:
 def test_bad_arrays_are_refused_before_anything_runs(
     checkpoints: dict[str, Checkpoint], change: dict[str, object]
 ) -> None:
-    model = NativeModel.load(checkpoints["llama3-gqa"], "float32")
+    model = NativeBackend.load(checkpoints["llama3-gqa"], "float32")
     assert model.config.head_dim == 16
     cache = garbage_cache(model, 2, 16)
     model._extend_rope(16)
@@ -647,7 +650,7 @@ def test_bad_arrays_are_refused_before_anything_runs(
 def test_fuzzed_rows_run_or_are_refused(
     checkpoints: dict[str, Checkpoint], slots: list[int], positions: list[int], rows: int, start: int, stop: int
 ) -> None:
-    model = NativeModel.load(checkpoints["llama3-gqa"], "float32", threads=1)
+    model = NativeBackend.load(checkpoints["llama3-gqa"], "float32", threads=1)
     cache = model.new_cache(2, 16)
     model._extend_rope(16)
     out = torch.empty(rows, 64)
@@ -675,7 +678,7 @@ def test_fuzzed_rows_run_or_are_refused(
 
 
 def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) -> None:
-    model = NativeModel.load(checkpoints["llama3-gqa"], "float32")
+    model = NativeBackend.load(checkpoints["llama3-gqa"], "float32")
     for bad in (-1, model.config.vocab_size):
         with pytest.raises(ValueError, match="token id"):
             model.embed(torch.tensor([bad]))
@@ -705,7 +708,7 @@ def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) ->
 
 
 def test_no_rows(checkpoints: dict[str, Checkpoint]) -> None:
-    model = NativeModel.load(checkpoints["smollm2"], "q8")
+    model = NativeBackend.load(checkpoints["smollm2"], "q8")
     nothing = run(model, tokens(model, 0), [], model.new_cache(1, 8))
     assert nothing.shape == (0, 64)
     assert model.unembed(nothing).shape == (0, model.config.vocab_size)
@@ -713,7 +716,7 @@ def test_no_rows(checkpoints: dict[str, Checkpoint]) -> None:
 
 
 def test_a_forked_child_computes_the_same(checkpoints: dict[str, Checkpoint]) -> None:
-    model = NativeModel.load(checkpoints["smollm2"], "q8", threads=3)
+    model = NativeBackend.load(checkpoints["smollm2"], "q8", threads=3)
     ids, cache = tokens(model, 5), model.new_cache(1, 8)
     expected = run(model, ids, [Segment(0, 0, 5)], cache)
     with warnings.catch_warnings():
@@ -727,7 +730,7 @@ def test_a_forked_child_computes_the_same(checkpoints: dict[str, Checkpoint]) ->
 
 
 def test_two_models_and_many_callers(checkpoints: dict[str, Checkpoint]) -> None:
-    models = [NativeModel.load(checkpoints["smollm2"], precision, threads=2) for precision in ("q8", "bfloat16")]
+    models = [NativeBackend.load(checkpoints["smollm2"], precision, threads=2) for precision in ("q8", "bfloat16")]
     caches = [garbage_cache(model, 4, 32) for model in models]
     ids = tokens(models[0], 12)
     expected = [run(model, ids, [Segment(0, 0, 12)], garbage_cache(model, 1, 32)) for model in models]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from hopskip import SamplingParams, SpeculativeConfig
-from hopskip.cache import Rows, Segment
-from hopskip.draft.config import DraftSource, VerifyMode
+from hopskip.backends.native.backend import NativeBackend, available
+from hopskip.backends.rows import Rows, Segment
+from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.draft.exit import ExitDrafter
-from hopskip.engine import Engine
-from hopskip.native import NativeModel, available
+from hopskip.engine.engine import Engine
 from hopskip.sequence import Sequence
-from hopskip.weights import open_checkpoint
+from hopskip.speculative import DraftChoice, VerifyMode
 from tests.test_engine import PLAIN, RecordingModel, new_ids, run
 from tests.tiny import write_checkpoint
 
@@ -27,10 +27,10 @@ PARAMS = SamplingParams(max_new_tokens=40)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "q8", "q4"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeModel:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeBackend:
     folder: Path = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder)
-    return NativeModel.load(open_checkpoint(folder), precision=request.param, threads=1)
+    return NativeBackend.load(open_checkpoint(folder), precision=request.param, threads=1)
 
 
 @pytest.mark.parametrize("verify", ["recompute", "reuse"])
@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ("draft", "num_draft_tokens"), [("early-exit", 1), ("early-exit", 6), ("ngram", 3), ("both", 4)]
 )
 def test_hidden_states_equal_plain_decodings(
-    model: NativeModel, draft: DraftSource, num_draft_tokens: int, verify: VerifyMode
+    model: NativeBackend, draft: DraftChoice, num_draft_tokens: int, verify: VerifyMode
 ) -> None:
     num_accepted = num_drafted = 0
     for prompt in PROMPTS:
@@ -54,7 +54,7 @@ def test_hidden_states_equal_plain_decodings(
     assert num_accepted < num_drafted, "without a rejected draft this proves nothing"
 
 
-def test_a_tree_leaves_the_cache_of_plain_decoding(model: NativeModel) -> None:
+def test_a_tree_leaves_the_cache_of_plain_decoding(model: NativeBackend) -> None:
     """Keys and values of every layer, whichever branch was kept."""
     num_beside = 0
     for prompt in PROMPTS:
@@ -73,7 +73,7 @@ def test_a_tree_leaves_the_cache_of_plain_decoding(model: NativeModel) -> None:
     assert num_beside > 0, "no runner-up was ever accepted, so nothing is proved"
 
 
-def test_a_batch_changes_nothing(model: NativeModel) -> None:
+def test_a_batch_changes_nothing(model: NativeBackend) -> None:
     config = SpeculativeConfig(draft="both", num_draft_tokens=4, num_runner_ups=2)
     alone = [new_ids(run(Engine(model, config), [prompt], PARAMS))[0] for prompt in PROMPTS]
     assert new_ids(run(Engine(model, config), PROMPTS, PARAMS)) == alone
@@ -82,7 +82,7 @@ def test_a_batch_changes_nothing(model: NativeModel) -> None:
 class Counting:
     """Passes everything on, counts the calls of `draft_chains`, and can hide that there is such a thing."""
 
-    def __init__(self, model: NativeModel, *, has_draft_chains: bool) -> None:
+    def __init__(self, model: NativeBackend, *, has_draft_chains: bool) -> None:
         self._model = model
         self._has_draft_chains = has_draft_chains
         self.num_calls = 0
@@ -105,7 +105,7 @@ class Counting:
     [((5, 5, 5, 5, 5), 1), ((3, 6, 1, 4, 6), 1), ((0, 4, 0, 0, 2), 1), ((0, 0, 0, 5, 5), 0)],
 )
 def test_a_draft_in_one_call_is_the_draft_of_its_steps(
-    model: NativeModel, limits: tuple[int, ...], num_calls: int, min_confidence: float
+    model: NativeBackend, limits: tuple[int, ...], num_calls: int, min_confidence: float
 ) -> None:
     params = [SamplingParams()] * 3
     params += [SamplingParams(repetition_penalty=1.5), SamplingParams(temperature=1.0, top_k=50, seed=1)]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopskip.kept import cache_folder
 
-from hopskip.packed import PackedWeights, cache_folder
-from hopskip.weights import Checkpoint, open_checkpoint
+from hopskip.backends.native.packed import PackedWeights
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 from .tiny import write_checkpoint
 

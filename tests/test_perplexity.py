@@ -10,11 +10,11 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
+from hopskip.evaluate.requantize import requantize
 from typer.testing import CliRunner, Result
 
-from hopskip.cli import app
-from hopskip.errors import CheckpointError, ConfigError, PromptError
-from hopskip.evaluate.perplexity import (
+from hopskip.backends.native.backend import available
+from hopskip.bench.perplexity import (
     cut_windows,
     difference,
     negative_log_likelihoods,
@@ -22,12 +22,12 @@ from hopskip.evaluate.perplexity import (
     places_to_read,
     read_text,
 )
-from hopskip.evaluate.prompts import whole_prompts
-from hopskip.evaluate.requantize import requantize
-from hopskip.load import load_model
-from hopskip.native import available
-from hopskip.tokenizer import Tokenizer
-from hopskip.weights import open_checkpoint
+from hopskip.checkpoint.checkpoint import open_checkpoint
+from hopskip.cli import app
+from hopskip.errors import CheckpointError, ConfigError, PromptError
+from hopskip.loading import load_model
+from hopskip.prompts import whole_prompts
+from hopskip.text.tokenizer import Tokenizer
 from tests.tiny import byte_level_tokenizer, make_model, write_checkpoint, write_gguf
 
 WINDOWS = [[(7 * i * i + n) % 320 for i in range(n)] for n in (2, 40, 300)]  # the last has more rows than one head pass

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from hopskip.backends.native.quantize import (
+    Format,
+    from_gguf_blocks,
+    pack,
+    quantize_q4,
+    quantize_q8,
+    rows_in_q8,
+    select_rows,
+)
 from hopskip.errors import CheckpointError
-from hopskip.quantize import Format, from_gguf_blocks, pack, quantize_q4, quantize_q8, rows_in_q8, select_rows
 
 
 def random_weight(rows: int = 37, cols: int = 96, seed: int = 0) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from hopskip.checkpoint.rope import RopeConfig
 from hopskip.errors import CheckpointError
-from hopskip.rope import RopeConfig
 
 HEAD_DIM = 64
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.cache import Cache, Rows, Segment
+from hopskip.backends.base import Cache, run_by_number
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.torch.backend import TorchBackend
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.draft import self_draft
-from hopskip.draft.config import layer_list
-from hopskip.draft.self_draft import early_exit, search, without
-from hopskip.engine import Engine
+from hopskip.draft.skip_search import search
+from hopskip.draft.sources import early_exit, without
+from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.evaluate.greedy import greedy_proofs
-from hopskip.evaluate.proof import all_hold
-from hopskip.load import attach_drafts, load_model
-from hopskip.model import Transformer, run_by_number
-from hopskip.native import NativeModel
-from hopskip.weights import Checkpoint, open_checkpoint
+from hopskip.loading import attach_drafts, load_model
+from hopskip.prove.greedy import greedy_proofs
+from hopskip.prove.proof import all_hold
+from hopskip.speculative import layer_list
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint
 
@@ -37,14 +39,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def native_model(checkpoint: Checkpoint, precision: str, *copies: Any) -> NativeModel:
-    model = NativeModel.load(checkpoint, precision, threads=2)
+def native_model(checkpoint: Checkpoint, precision: str, *copies: Any) -> NativeBackend:
+    model = NativeBackend.load(checkpoint, precision, threads=2)
     for copy in copies:
         attach_drafts(model, checkpoint, None, copy)
     return model
 
 
-def generate(model: Transformer | NativeModel, config: SpeculativeConfig, params: SamplingParams = PARAMS) -> Any:
+def generate(model: TorchBackend | NativeBackend, config: SpeculativeConfig, params: SamplingParams = PARAMS) -> Any:
     engine = Engine(model, config)
     rounds: list[Any] = []
     engine.on_round = rounds.append
@@ -74,7 +76,7 @@ def test_a_copy_drafts_what_the_model_is_likely_to_say(checkpoint: Checkpoint, p
 
 def test_a_copy_uses_the_cache_of_its_original(checkpoint: Checkpoint) -> None:
     """What a copy computes for a row is what a model loaded in its precision computes on the same keys and values."""
-    model, low = native_model(checkpoint, "float32", "q8"), NativeModel.load(checkpoint, "q8", kv_dtype=torch.float32)
+    model, low = native_model(checkpoint, "float32", "q8"), NativeBackend.load(checkpoint, "q8", kv_dtype=torch.float32)
     assert model.new_cache(1, 8).k_LSHTD.shape == low.new_cache(1, 8).k_LSHTD.shape
     ids = torch.tensor([3, 1, 4, 1, 5, 9], dtype=torch.int32)
     cache = model.new_cache(1, 8)
@@ -95,7 +97,7 @@ def test_a_copy_uses_the_cache_of_its_original(checkpoint: Checkpoint) -> None:
     assert torch.equal(part.unembed(found_ND), low.unembed(expected_ND))
 
 
-def idle_layers(model: Transformer, *indices: int) -> Transformer:
+def idle_layers(model: TorchBackend, *indices: int) -> TorchBackend:
     """Layers that add nothing."""
     for index in indices:
         model.weights.layers[index].o_proj.zero_()
@@ -185,8 +187,8 @@ def test_defaults_follow_the_options() -> None:
     assert SpeculativeConfig(draft="both", skip_layers=(2,)).resolve(config).exit_layer is None
     assert SpeculativeConfig(skip_layers=(2,)).resolve(config).num_draft_tokens == 3
     assert SpeculativeConfig(exit_layer=2, draft_precision="q8").resolve(config).draft == "early-exit"
-    assert not SpeculativeConfig(draft_precision="q8").may_use_branch
-    assert SpeculativeConfig(draft="auto", draft_precision="q8").may_use_branch
+    assert not SpeculativeConfig(draft_precision="q8").may_use_trained_exit
+    assert SpeculativeConfig(draft="auto", draft_precision="q8").may_use_trained_exit
 
 
 def test_from_the_outside(checkpoint: Checkpoint) -> None:

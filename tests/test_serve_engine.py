@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.sequence import Sequence
 from hopskip.serve.engine_thread import EngineThread, Generation, Job, Piece
 from hopskip.serve.grammar import GrammarCompiler
 from hopskip.serve.settings import Limits
-from hopskip.text import TextStream
-from hopskip.tokenizer import Detokenizer
+from hopskip.text.stream import TextStream
+from hopskip.text.tokenizer import Detokenizer
 from tests.models import MarkovModel, tiny_model
 from tests.serving import tiny_llm
 
@@ -43,7 +43,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 @pytest.fixture(scope="module")
 def compiler(llm: LLM) -> GrammarCompiler:
-    return GrammarCompiler(llm.tokenizer, llm.model.config.vocab_size, Limits())
+    return GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size, Limits())
 
 
 # -- random schedules --------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_every_row_of_any_schedule_equals_its_own_run_alone(
     """Joins, leaves and aborts at any step, prompts longer than a chunk; greedy ones equal plain decoding."""
     exit_layer = None if draft == "ngram" else 2
     config = SpeculativeConfig(draft=draft, exit_layer=exit_layer, num_draft_tokens=3, verify=verify)  # type: ignore[arg-type]
-    engine = Engine(llm.model, config, eos_token_ids=[1], max_num_seqs=max_num_seqs, prefix_caching=prefix_caching)
+    engine = Engine(llm.backend, config, eos_token_ids=[1], max_num_seqs=max_num_seqs, prefix_caching=prefix_caching)
     sequences: dict[int, Sequence] = {}
     for step in range(20):
         for index, request in enumerate(schedule):
@@ -129,7 +129,7 @@ def test_every_row_of_any_schedule_equals_its_own_run_alone(
         if is_sampled:  # the same seed gives the same text with the same drafts only
             key = (*key, draft, verify, request.max_draft_tokens)
         if key not in _references:
-            alone = Engine(llm.model, config if is_sampled else PLAIN, eos_token_ids=[1], max_num_seqs=1)
+            alone = Engine(llm.backend, config if is_sampled else PLAIN, eos_token_ids=[1], max_num_seqs=1)
             reference = request.add_to(alone, llm, compiler, drafting=is_sampled)
             finish(alone)
             _references[key] = new_ids(reference)
@@ -419,7 +419,7 @@ def test_what_nobody_streams_comes_in_one_piece(llm: LLM) -> None:
     observer = Counting()
 
     async def generate() -> list[list[list[Piece]]]:
-        engine = Engine(llm.model, PLAIN)
+        engine = Engine(llm.backend, PLAIN)
         thread = EngineThread(engine, lambda: Detokenizer(llm.tokenizer), max_queue=4, observer=observer)
         thread.start()
         params = SamplingParams(max_new_tokens=9, ignore_eos=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hopskip.bench.load_test import Sample, percentiles, summary
 from hopskip.cli import app
-from hopskip.evaluate.load_test import Sample, percentiles, summary
 from tests.serving import MODEL, Live, live_server, tiny_llm
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hopskip.text import TextStream
+from hopskip.text.stream import TextStream
 
 
 class Pieces:

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hopskip.config import ModelConfig
+from hopskip.checkpoint.checkpoint import open_checkpoint
+from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError, PromptError
-from hopskip.tokenizer import _SPLITS, Detokenizer, Tokenizer
-from hopskip.weights import open_checkpoint
+from hopskip.text.tokenizer import _SPLITS, Detokenizer, Tokenizer
 from tests.models import tiny_config
 from tests.test_families import load, logits_in_chunks, reference_logits
 from tests.tiny import (

@@ -13,12 +13,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from hopskip import ConfigError, SamplingParams, SpeculativeConfig
+from hopskip.backends.base import Model
+from hopskip.bench.expected import best_measured, expected_speedup, measured_speedup
+from hopskip.bench.replay import record, replay
 from hopskip.cli import app
 from hopskip.draft.costs import Costs, DraftCost
-from hopskip.engine import Engine
-from hopskip.evaluate.costs import best_measured, expected_speedup, measured_speedup
-from hopskip.evaluate.replay import record, replay
-from hopskip.model import Model
+from hopskip.engine.engine import Engine
 from hopskip.trace import Proposals, Round, Trace, TraceWriter, read_trace
 from tests.models import tiny_model
 from tests.test_engine import PROMPTS

@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
-from hopskip.branch import BranchConfig, ExitBranch
-from hopskip.cache import Rows, Segment
+from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.torch.backend import TorchBackend
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.cli import app
 from hopskip.errors import ConfigError, TrainingError
-from hopskip.model import Transformer
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
 from hopskip.train.exit.distill import (
     Batch,
-    BranchTrainer,
+    ExitTrainer,
     acceptance,
     attend_unrolled,
     distillation_loss,
     make_batch,
 )
 from hopskip.train.exit.fit import FitConfig, batches_from, fit
-from hopskip.weights import Checkpoint, load_weights, open_checkpoint
 from tests.tiny import write_checkpoint
 
 PROMPTS = [[2 + i, 5, 7 * i + 3, 9] for i in range(12)]
@@ -53,7 +54,7 @@ def conversations(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
 
 
 def gather(checkpoint: Checkpoint, folder: Path, taps: tuple[int, ...] = (1, 2)) -> None:
-    model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
     collect(
         model, PROMPTS, folder, fingerprint=checkpoint.fingerprint, taps=taps, max_new_tokens=20, eos_token_ids=[1],
         max_num_seqs=5,
@@ -64,7 +65,7 @@ def gather(checkpoint: Checkpoint, folder: Path, taps: tuple[int, ...] = (1, 2))
 
 
 def test_collected_states_are_the_models_own(checkpoint: Checkpoint, conversations: list[Conversation]) -> None:
-    model = Transformer(checkpoint.config, load_weights(checkpoint, torch.float32))
+    model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
     assert sorted(c.ids_T[: c.num_prompt_tokens].tolist() for c in conversations) == sorted(PROMPTS)
     for conversation in conversations:
         ids = conversation.ids_T[:-1]
@@ -161,7 +162,7 @@ def test_acceptance_counts_drafts_that_are_right_from_their_first_token() -> Non
 # -- training ---------------------------------------------------------------------------------------------------------
 
 SETTINGS = FitConfig(num_tokens=600, batch_tokens=60, learning_rate=2e-3, unroll_steps=2, eval_every=200)
-BRANCH = BranchConfig(start=0, num_layers=1, features=(2, 3))
+BRANCH = ExitConfig(start=0, num_layers=1, features=(2, 3))
 
 
 def train(
@@ -171,9 +172,9 @@ def train(
     config: FitConfig,
     dtype: torch.dtype = torch.float32,
     report: Callable[[dict[str, float | list[float]]], None] = lambda _: None,
-) -> BranchTrainer:
+) -> ExitTrainer:
     torch.manual_seed(0)
-    trainer = BranchTrainer(checkpoint, BRANCH, VOCABULARY, dtype)
+    trainer = ExitTrainer(checkpoint, BRANCH, VOCABULARY, dtype)
     trainer.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
     fit(trainer, conversations[3:], conversations[:3], [1, 2, 3], embedding, config, folder, report)
@@ -216,7 +217,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(
 
 def test_a_step_keeps_to_the_trainers_device(checkpoint: Checkpoint, conversations: list[Conversation]) -> None:
     """On a stand-in for an accelerator: tensors without data, which cannot be mixed with those of the CPU."""
-    trainer = BranchTrainer(checkpoint, BRANCH, VOCABULARY, torch.bfloat16)
+    trainer = ExitTrainer(checkpoint, BRANCH, VOCABULARY, torch.bfloat16)
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
     batch = make_batch(conversations[:4], [1, 2, 3], BRANCH, VOCABULARY, embedding)
     with FakeTensorMode() as mode:
@@ -315,7 +316,7 @@ threads: 1
     )
     result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
     assert result.exit_code == 0, result.output
-    branch = ExitBranch.load(tmp_path / "run" / "exit")
+    branch = TrainedExit.load(tmp_path / "run" / "exit")
     branch.check_base(checkpoint.fingerprint)
     branch.check(checkpoint.config)
     assert len(branch.vocabulary) <= 40
@@ -345,7 +346,7 @@ threads: 1
     overrides = [f"output={tmp_path / 'plain'}", "stages=[]", "branches=[{start: 1, num_layers: 0}]"]
     plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])
     assert plain.exit_code == 0, plain.output
-    assert ExitBranch.load(tmp_path / "plain" / "exit").layers == []
+    assert TrainedExit.load(tmp_path / "plain" / "exit").layers == []
 
 
 def test_a_run_can_start_from_another_models_exit(
@@ -373,9 +374,9 @@ threads: 1
     )
     result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
     assert result.exit_code == 0, result.output
-    found = ExitBranch.load(tmp_path / "run" / "exit")
+    found = TrainedExit.load(tmp_path / "run" / "exit")
     found.check_base(checkpoint.fingerprint)
-    for name, tensor in ExitBranch.load(tmp_path / "initial").tensors().items():
+    for name, tensor in TrainedExit.load(tmp_path / "initial").tensors().items():
         assert torch.equal(found.tensors()[name], tensor), name
     wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "branches=[{start: 1, num_layers: 1}]"])
     assert wrong.exit_code == 2

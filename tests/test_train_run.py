@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hopskip import LLM, SamplingParams
-from hopskip.cache import Rows, Segment
+from hopskip.backends.rows import Rows, Segment
+from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.cli import app
 from hopskip.errors import CheckpointError, ConfigError, HopskipError, TrainingError
 from hopskip.train.base import load_tokenizer, to_transformers
@@ -28,7 +29,6 @@ from hopskip.train.recipe import Recipe, load_recipe
 from hopskip.train.report import measured_exits, read_log, recommend
 from hopskip.train.run import run
 from hopskip.train.trainer import LayerSkipTrainer, exit_metrics
-from hopskip.weights import open_checkpoint
 from tests.tiny import CORPUS, FAMILIES, byte_level_tokenizer, make_model, write_checkpoint, write_gguf
 
 yaml = pytest.importorskip("yaml")
@@ -121,8 +121,8 @@ def test_the_finished_model_loads_everywhere(finished: Path) -> None:
     assert llm.tokenizer.encode("hello, world") == AutoTokenizer.from_pretrained(folder)("hello, world")["input_ids"]
     rows = Rows([Segment(slot=0, start=0, count=9)])
     with torch.inference_mode():
-        h_ND = llm.model.run_layers(llm.model.embed(ids), 0, 3, rows, llm.model.new_cache(1, 16))
-        logits_NV = llm.model.unembed(h_ND)
+        h_ND = llm.backend.run_layers(llm.backend.embed(ids), 0, 3, rows, llm.backend.new_cache(1, 16))
+        logits_NV = llm.backend.unembed(h_ND)
         torch.testing.assert_close(logits_NV, theirs(input_ids=ids[None]).logits[0], rtol=1e-4, atol=1e-4)
     config = json.loads((folder / "config.json").read_text())
     assert config["use_cache"] is True
@@ -335,7 +335,7 @@ def test_any_checkpoint_in_transformers(family: str, tmp_path: Path) -> None:
 def test_llama3_scaling_of_gguf_files_gets_its_name_back() -> None:
     from dataclasses import replace
 
-    from hopskip.rope import RopeConfig
+    from hopskip.checkpoint.rope import RopeConfig
     from hopskip.train.base import _rope
 
     named = RopeConfig(

@@ -15,11 +15,12 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
-from hopskip import SpeculativeConfig
 from hopskip.static.decoder import StaticDecoder
-from hopskip.static.kernels import TorchKernels
-from hopskip.static.matrix import Matrix, Precision
-from hopskip.static.triton_kernels import Tiling, TritonKernels, candidate_tilings, default_tiling
+
+from hopskip import SpeculativeConfig
+from hopskip.backends.cuda.kernels import TorchKernels
+from hopskip.backends.cuda.matrix import Matrix, Precision
+from hopskip.backends.cuda.triton_kernels import Tiling, TritonKernels, candidate_tilings, default_tiling
 from tests.models import tiny_config, tiny_model
 
 pytestmark = [

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from hopskip.verify import verify_greedy, verify_sampled
+from hopskip.engine.verify import verify_greedy, verify_sampled
 
 tokens = st.integers(0, 3)
 

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hopskip.config import ModelConfig
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import LAYERSKIP_RECOMMENDED, expected_tensors, open_checkpoint
+from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError
-from hopskip.weights import LAYERSKIP_RECOMMENDED, expected_tensors, load_weights, open_checkpoint
 from tests.tiny import FAMILIES, write_checkpoint
 
 
@@ -320,7 +321,8 @@ def test_every_published_layerskip_checkpoint_is_listed() -> None:
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from hopskip.weights import load_weights, open_checkpoint
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import open_checkpoint
 
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))

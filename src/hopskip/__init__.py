@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hopskip.draft.config import SpeculativeConfig
     from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
     from hopskip.llm import LLM, GenerationResult, StreamPiece
     from hopskip.sampling import SamplingParams
     from hopskip.sequence import Token
+    from hopskip.speculative import SpeculativeConfig
     from hopskip.stats import SpeculativeStats
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _HOMES = {
     "HopskipError": "errors",
     "PromptError": "errors",
     "SamplingParams": "sampling",
-    "SpeculativeConfig": "draft.config",
+    "SpeculativeConfig": "speculative",
     "SpeculativeStats": "stats",
     "StreamPiece": "llm",
     "Token": "sequence",

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from hopskip.branch import ExitBranch
-from hopskip.draft.config import SpeculativeConfig
-from hopskip.engine import Engine
+from hopskip.engine import make_engine
 from hopskip.errors import ConfigError, PromptError
-from hopskip.hub import find_model, shipped_exit
-from hopskip.load import Backend, DType, KVDType, Quantize, attach_drafts, load_model
+from hopskip.loading import LoadConfig, LoadOptions, Progress, open_model
 from hopskip.sampling import SamplingParams
-from hopskip.sequence import FinishReason, Sequence, Token
+from hopskip.sequence import FinishReason, Request, Sequence, Token
+from hopskip.speculative import SpeculativeConfig
 from hopskip.stats import SpeculativeStats
-from hopskip.text import TextStream
-from hopskip.tokenizer import Detokenizer, Tokenizer
-from hopskip.weights import Checkpoint, open_checkpoint
+from hopskip.text.stream import TextStream
+from hopskip.text.tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Message = Mapping[str, str]
 """One turn of a chat: `{"role": "user", "content": "..."}`."""
@@ -69,12 +69,14 @@ class LLM:
     >>> llm = LLM()                                             # doctest: +SKIP
     >>> llm.generate("The capital of France is")[0].text        # doctest: +SKIP
 
-    Not safe for use from several threads at once. See `load_model` for `dtype`, `quantize`, `device`, `backend`,
-    `threads`, `kv_dtype` and `progress`, `Engine` for the rest.
+    Not safe for use from several threads at once.
 
     Args:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
         speculative: how to draft and verify; None leaves everything to the model's recommendation.
+        max_model_len, max_num_seqs, prefix_caching: see `Engine`.
+        progress: told the share of the weights loaded so far, up to 1.
+        options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
 
     Raises:
         CheckpointError: the model cannot be found or read.
@@ -86,42 +88,23 @@ class LLM:
         model: str | Path | None = None,
         *,
         speculative: SpeculativeConfig | None = None,
-        dtype: DType = "auto",
-        quantize: Quantize | None = None,
-        device: str = "auto",
-        backend: Backend = "auto",
-        threads: int | None = None,
-        kv_dtype: KVDType = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
-        progress: Callable[[float], None] | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[LoadOptions],
     ) -> None:
-        checkpoint = open_checkpoint(find_model(model))
-        self.tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
-        # a wrong option must not cost the time of loading the weights
-        speculative = speculative or SpeculativeConfig()
-        branch = find_exit(checkpoint, speculative)
-        speculative.resolve(checkpoint.config, branch)
-        self.model = load_model(
-            checkpoint,
-            dtype=dtype,
-            quantize=quantize,
-            device=device,
-            backend=backend,
-            threads=threads,
-            kv_dtype=kv_dtype,
-            progress=progress,
-        )
-        attach_drafts(self.model, checkpoint, branch, speculative.draft_precision)
-        self.engine = Engine(
-            self.model,
+        opened = open_model(LoadConfig(model=model, **options), speculative, progress)
+        self.tokenizer = opened.tokenizer
+        self.backend = opened.backend
+        self.engine = make_engine(
+            opened.backend,
             speculative,
-            eos_token_ids=self.tokenizer.eos_token_ids,
+            identity=opened.identity,
+            eos_token_ids=opened.tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
-            identity={"weights": checkpoint.fingerprint, "precision": quantize or dtype, "kv_dtype": kv_dtype},
         )
 
     def generate(
@@ -185,24 +168,7 @@ class LLM:
 
     def _add(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Sequence, TextStream]:
         text = TextStream(Detokenizer(self.tokenizer), params.stop)
-        return self.engine.add(prompt_ids, params, is_stop=text.push), text
-
-
-def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> ExitBranch | None:
-    """The trained exit to draft with: the one that is asked for, else the one that ships for the model, if any.
-
-    Raises:
-        CheckpointError: the exit cannot be read.
-        ConfigError: it was trained for other weights.
-    """
-    folder = speculative.exit_branch
-    if folder is None and speculative.may_use_branch:
-        folder = shipped_exit(checkpoint.fingerprint)
-    if folder is None:
-        return None
-    branch = ExitBranch.load(Path(folder))
-    branch.check_base(checkpoint.fingerprint)
-    return branch
+        return self.engine.add(Request(prompt_ids, params, text.push)), text
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

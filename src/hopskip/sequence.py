@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from hopskip.sampling import Constraint, SamplingParams, TokenCounts
 from hopskip.stats import SpeculativeStats
 
-DraftOrigin = Literal["early-exit", "exit-branch", "layer-skip", "ngram"]
-Origin = DraftOrigin | Literal["target", "bonus"]
+DraftKind = Literal["early-exit", "exit-branch", "layer-skip", "ngram"]
+Origin = DraftKind | Literal["target", "bonus"]
 """Who came up with a token: an accepted draft's source; or the target, alone (plain decoding, or a *recovered* token in
 place of a rejected draft), or as the *bonus* after a draft accepted whole."""
 
@@ -30,40 +31,43 @@ class Token:
     top_logprobs: dict[int, float] | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the engine: one prompt, one text."""
+
+    prompt_ids: Seq[int]
+    """At least one token id."""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    is_stop: Callable[[int], bool] | None = None
+    """Called with every committed token in order; returning True makes that token the last."""
+    constraint: Constraint | None = None
+    """Which tokens may come; its own state, not shared with other requests."""
+    max_draft_tokens: int | None = None
+    """At most this many tokens are drafted in a round, 0 for none; None: as many as the engine's configuration says."""
+    exit_layer: int | None = None
+    """Its early-exit drafts run this many layers; None: as many as the engine's configuration says."""
+
+
 class Sequence:
     """The state of one request. The engine alone changes it; everybody may read it.
 
     While decoding, `num_cached == len(token_ids) - 1`: the last token is chosen but has not been through the model yet.
     """
 
-    def __init__(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        eos_token_ids: frozenset[int],
-        vocab_size: int,
-        is_stop: Callable[[int], bool] | None = None,
-        *,
-        constraint: Constraint | None = None,
-        max_draft_tokens: int | None = None,
-        exit_layer: int | None = None,
-    ) -> None:
-        self.token_ids = list(prompt_ids)
-        self.num_prompt_tokens = len(prompt_ids)
+    def __init__(self, request: Request, eos_token_ids: frozenset[int], vocab_size: int, number: int = -1) -> None:
+        params = request.params
+        self.request = request
         self.params = params
+        self.constraint = request.constraint
+        self.number = number
+        """Counts the requests of an engine, from 0."""
+        self.token_ids = list(request.prompt_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
-        self.is_stop = is_stop
-        self.constraint = constraint
-        self.max_draft_tokens = max_draft_tokens
-        """At most this many tokens are drafted in a round; None: as many as the engine's configuration says."""
-        self.exit_layer = exit_layer
-        """Its early-exit drafts run this many layers; None: as many as the engine's configuration says."""
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
-        self.stats = SpeculativeStats(num_prompt_tokens=len(prompt_ids))
-        self.number = -1
-        """Counts the requests of an engine, from 0."""
+        self.stats = SpeculativeStats(num_prompt_tokens=self.num_prompt_tokens)
         self.slot = -1
         self.num_cached = 0
         self.prefill_started = 0.0
@@ -73,7 +77,7 @@ class Sequence:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
-        self.counts = TokenCounts(prompt_ids, vocab_size) if params.has_penalties else None
+        self.counts = TokenCounts(self.token_ids, vocab_size) if params.has_penalties else None
 
     @property
     def is_seeded(self) -> bool:
@@ -119,7 +123,7 @@ class Sequence:
 
     def _ends_with(self, token: int) -> bool:
         try:
-            if token in self.stop_token_ids or (self.is_stop is not None and self.is_stop(token)):
+            if token in self.stop_token_ids or (self.request.is_stop is not None and self.request.is_stop(token)):
                 return True
             if self.constraint is not None:
                 self.constraint.accept(token)

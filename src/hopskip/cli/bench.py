@@ -13,9 +13,9 @@ from hopskip.cli.options import DraftOptions, LoadOptions, max_new_tokens_option
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hopskip.evaluate.bench import Result
-    from hopskip.evaluate.contenders import Contender
-    from hopskip.evaluate.prompts import Prompt
+    from hopskip.bench.contenders import Contender
+    from hopskip.bench.measure import Result
+    from hopskip.prompts import Prompt
 
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
@@ -77,9 +77,9 @@ def bench(
     if load.device not in ("auto", "cpu"):
         raise ConfigError(f"device is {load.device!r}; this benchmark runs on a CPU, so leave it out")
     with loading(load.model, quiet=as_json):
+        from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+        from hopskip.bench.plot import require_matplotlib, write_plot
         from hopskip.evaluate import bench as measuring
-        from hopskip.evaluate.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
-        from hopskip.evaluate.plot import require_matplotlib, write_plot
 
         if plot is not None:
             require_matplotlib()
@@ -136,14 +136,14 @@ def _prepare(
     llama_cpp_models: list[Path] | None,
 ) -> tuple[list[Contender], list[tuple[Prompt, list[int]]]]:
     """The contenders, and the prompts with their token ids; whatever is wrong with the options is found here."""
+    from hopskip.bench.contenders import Hopskip, Precision
+    from hopskip.bench.lineup import lineup
+    from hopskip.checkpoint.checkpoint import open_checkpoint
+    from hopskip.checkpoint.hub import find_model
     from hopskip.errors import PromptError
-    from hopskip.evaluate.contenders import Hopskip, Precision
-    from hopskip.evaluate.lineup import lineup
-    from hopskip.evaluate.prompts import load_prompts
-    from hopskip.hub import find_model
-    from hopskip.load import resolve_backend
-    from hopskip.tokenizer import Tokenizer
-    from hopskip.weights import open_checkpoint
+    from hopskip.loading import resolve_backend
+    from hopskip.prompts import load_prompts
+    from hopskip.text.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
     tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
@@ -197,7 +197,7 @@ def _measure(
     from rich.console import Console
     from rich.progress import Progress
 
-    from hopskip.evaluate.bench import measure
+    from hopskip.bench.measure import measure
 
     console = Console(stderr=True)
     num_steps = len(contenders) * (1 + repeats * len(prompts))

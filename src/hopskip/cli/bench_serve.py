@@ -53,9 +53,9 @@ def bench_serve(
     _require_httpx()
     import asyncio
 
-    from hopskip.evaluate.load_test import Target, run_load, write_load_plot
-    from hopskip.evaluate.plot import require_matplotlib
-    from hopskip.evaluate.prompts import load_prompts
+    from hopskip.bench.load_test import Target, run_load, write_load_plot
+    from hopskip.bench.plot import require_matplotlib
+    from hopskip.prompts import load_prompts
 
     if plot is not None:
         require_matplotlib()

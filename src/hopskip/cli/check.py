@@ -15,10 +15,10 @@ from hopskip.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hopskip.evaluate.prompts import Prompt
-    from hopskip.evaluate.proof import Proof
-    from hopskip.tokenizer import Tokenizer
-    from hopskip.weights import Checkpoint
+    from hopskip.checkpoint.checkpoint import Checkpoint
+    from hopskip.prompts import Prompt
+    from hopskip.prove.proof import Proof
+    from hopskip.text.tokenizer import Tokenizer
 
 _NUM_PROMPTS, _MAX_NEW_TOKENS = 20, 32
 _NUM_PROMPTS_AGAINST, _MAX_NEW_TOKENS_AGAINST = 80, 64
@@ -52,7 +52,7 @@ def check(
     Greedy ids (and hidden states) against plain decoding for every draft source, length and verify mode; sampled
     tokens against the exact distribution; texts alone against texts in a batch and after a cached prefix.
     """
-    from hopskip.evaluate.proof import all_hold
+    from hopskip.prove.proof import all_hold
 
     load = load.at(place)
     precisions = choose_precisions(load, precision if against is None else precision or "float32")
@@ -85,10 +85,10 @@ def _proofs(
     quiet: bool,
 ) -> Iterator[tuple[str, Proof]]:
     """Every proof, with the precision it was made in."""
-    from hopskip.evaluate.prompts import load_prompts, mixed_prompts
-    from hopskip.hub import find_model
-    from hopskip.tokenizer import Tokenizer
-    from hopskip.weights import open_checkpoint
+    from hopskip.checkpoint.checkpoint import open_checkpoint
+    from hopskip.checkpoint.hub import find_model
+    from hopskip.prompts import load_prompts, mixed_prompts
+    from hopskip.text.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
     tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
@@ -104,9 +104,9 @@ def _proofs(
             quiet,
         )
         return
-    from hopskip.evaluate.context import context_proofs
-    from hopskip.evaluate.greedy import greedy_proofs
-    from hopskip.evaluate.sampled import sampling_proofs
+    from hopskip.prove.context import context_proofs
+    from hopskip.prove.greedy import greedy_proofs
+    from hopskip.prove.sampled import sampling_proofs
 
     prompts = mixed_prompts(_NUM_PROMPTS if num_prompts is None else num_prompts)
     ids = [prompt.encode(tokenizer) for prompt in prompts]
@@ -132,15 +132,15 @@ def _against_transformers(
 ) -> Iterator[tuple[str, Proof]]:
     import torch
 
-    from hopskip.evaluate.greedy import PLAIN
-    from hopskip.evaluate.hf_reference import (
+    from hopskip.prove.greedy import PLAIN
+    from hopskip.prove.hf_reference import (
         encode_in_transformers,
         load_in_transformers,
         load_tokenizer_in_transformers,
         tokenizer_proof,
         transformers_proof,
     )
-    from hopskip.evaluate.recorder import run
+    from hopskip.prove.recorder import run
     from hopskip.sampling import SamplingParams
 
     if precisions != ["float32"]:

@@ -150,26 +150,26 @@ def _with_template(llm: LLM, text: str, raw: bool, system: str | None) -> Prompt
 
 
 def _describe_model(llm: LLM, load: LoadOptions) -> dict[str, Any]:
-    from hopskip.hub import DEFAULT_MODEL
+    from hopskip.checkpoint.hub import DEFAULT_MODEL
 
-    config = llm.model.config
+    config = llm.backend.config
     return {
         "name": load.model or DEFAULT_MODEL,
         "model_type": config.model_type,
         "num_hidden_layers": config.num_hidden_layers,
         "num_parameters": config.num_parameters,
         "max_model_len": llm.engine.max_model_len,
-        "device": str(llm.model.device),
+        "device": str(llm.backend.device),
     }
 
 
 def _settings(llm: LLM, load: LoadOptions, params: SamplingParams) -> dict[str, Any]:
     """Everything needed to run the same again: options with the values that were chosen for those left out."""
-    from hopskip.native import NativeModel
+    from hopskip.backends.native.backend import NativeBackend
 
     return {
         "sampling": asdict(params),
         "speculative": asdict(llm.engine.speculative),
         **load.arguments(),
-        "backend": "native" if isinstance(llm.model, NativeModel) else "torch",
+        "backend": "native" if isinstance(llm.backend, NativeBackend) else "torch",
     }

@@ -13,10 +13,10 @@ from hopskip.cli.options import LoadOptions, ModelArgument, with_options
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hopskip.branch import ExitBranch
-    from hopskip.config import ModelConfig
+    from hopskip.bench.expected import ModelCosts
+    from hopskip.checkpoint.config import ModelConfig
+    from hopskip.checkpoint.trained_exit import TrainedExit
     from hopskip.draft.costs import Costs
-    from hopskip.evaluate.costs import ModelCosts
 
 _ACCEPTANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MAX_EXITS = 8  # rows of the table
@@ -60,7 +60,7 @@ class _Facts:
     threads: int
     costs: ModelCosts
     default_draft: str
-    branch: ExitBranch | None
+    branch: TrainedExit | None
     """The trained exit that ships for the model."""
     exit_layer: int | None
     """None for a model of one layer, which has no early exit."""
@@ -136,7 +136,7 @@ class _Facts:
 
 
 def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
-    from hopskip.evaluate.costs import best_num_draft_tokens, expected_speedup
+    from hopskip.bench.expected import best_num_draft_tokens, expected_speedup
 
     best = best_num_draft_tokens(acceptance, step_cost)
     return {
@@ -149,14 +149,13 @@ def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
 def _collect(load: LoadOptions) -> _Facts:
     import torch
 
-    from hopskip import native
-    from hopskip.draft.config import SpeculativeConfig
-    from hopskip.draft.self_draft import DraftPrecision
-    from hopskip.evaluate.costs import model_costs
-    from hopskip.hub import find_model
+    from hopskip.backends.native import backend as native
+    from hopskip.bench.expected import model_costs
+    from hopskip.checkpoint.checkpoint import open_checkpoint
+    from hopskip.checkpoint.hub import find_model
     from hopskip.llm import find_exit
-    from hopskip.load import resolve_backend
-    from hopskip.weights import open_checkpoint
+    from hopskip.loading import resolve_backend
+    from hopskip.speculative import DraftPrecision, SpeculativeConfig
 
     arguments = load.arguments()
     backend, device = resolve_backend(**arguments)
@@ -275,8 +274,8 @@ def _gains(facts: _Facts) -> Any:
 def _measure(facts: _Facts, load: LoadOptions) -> Costs:
     """Time the trained exit, if there is one, and the early exits of the table."""
     from hopskip.cli.console import loading
-    from hopskip.draft.config import SpeculativeConfig
-    from hopskip.draft.costs import measure
+    from hopskip.draft.timing import measure
+    from hopskip.speculative import SpeculativeConfig
 
     with loading(load.model, quiet=False) as progress:
         model = load.load(SpeculativeConfig(draft="exit-branch" if facts.branch else "none"), progress=progress).model
@@ -286,7 +285,7 @@ def _measure(facts: _Facts, load: LoadOptions) -> Costs:
 
 def _measured(costs: Costs) -> dict[str, Any]:
     """JSON-ready: the table, and for each source and acceptance the best length and its expected speed-up."""
-    from hopskip.evaluate.costs import best_measured
+    from hopskip.bench.expected import best_measured
 
     sources: list[str | None] = [None, *costs.drafts]
     best = {
@@ -303,7 +302,7 @@ def _print_measured(costs: Costs, facts: _Facts) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hopskip.evaluate.costs import best_measured
+    from hopskip.bench.expected import best_measured
 
     console = Console(highlight=False)
     style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}

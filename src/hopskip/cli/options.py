@@ -18,11 +18,10 @@ from hopskip.errors import ConfigError
 if TYPE_CHECKING:
     from typing import TypedDict
 
-    from hopskip.draft.config import DraftSource, SpeculativeConfig, VerifyMode
-    from hopskip.draft.self_draft import DraftPrecision
     from hopskip.llm import LLM
-    from hopskip.load import Backend, DType, KVDType, Quantize
+    from hopskip.loading import Backend, DType, KVDType, Quantize
     from hopskip.sampling import SamplingParams
+    from hopskip.speculative import DraftChoice, DraftPrecision, SpeculativeConfig, VerifyMode
 
     class BackendArguments(TypedDict):
         dtype: DType
@@ -254,10 +253,10 @@ class DraftOptions:
         Raises:
             ConfigError: a value is out of range, or would have no effect.
         """
-        from hopskip.draft.config import SpeculativeConfig, layer_list
+        from hopskip.speculative import SpeculativeConfig, layer_list
 
         return SpeculativeConfig(
-            draft=cast("DraftSource | None", self.draft),
+            draft=cast("DraftChoice | None", self.draft),
             exit_branch=self.exit_branch,
             exit_layer=self.exit_layer,
             num_draft_tokens=self.num_draft_tokens,

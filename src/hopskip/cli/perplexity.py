@@ -14,8 +14,8 @@ from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hopskip.model import Model
-    from hopskip.weights import Checkpoint
+    from hopskip.backends.base import Model
+    from hopskip.checkpoint.checkpoint import Checkpoint
 
 
 @with_options
@@ -67,12 +67,12 @@ def perplexity(
     """
     load = load.at(place)
     precisions = choose_precisions(load, precision)
-    from hopskip.evaluate.machine import versions
-    from hopskip.evaluate.perplexity import MAX_CONTEXT, cut_windows, places_to_read, read_text
-    from hopskip.evaluate.prompts import whole_prompts
-    from hopskip.hub import find_model
-    from hopskip.tokenizer import Tokenizer
-    from hopskip.weights import open_checkpoint
+    from hopskip.bench.machine import versions
+    from hopskip.bench.perplexity import MAX_CONTEXT, cut_windows, places_to_read, read_text
+    from hopskip.checkpoint.checkpoint import open_checkpoint
+    from hopskip.checkpoint.hub import find_model
+    from hopskip.prompts import whole_prompts
+    from hopskip.text.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
     stops = places_to_read(checkpoint.config.num_hidden_layers, _numbers(exit_layers))
@@ -107,7 +107,7 @@ def perplexity(
 
 
 def _open_other(file: Path, checkpoint: Checkpoint) -> Checkpoint:
-    from hopskip.weights import open_checkpoint
+    from hopskip.checkpoint.checkpoint import open_checkpoint
 
     other = open_checkpoint(file)
     for what in ("vocab_size", "num_hidden_layers"):
@@ -133,7 +133,7 @@ def _models(
     checkpoint: Checkpoint,
     others: list[tuple[str, Checkpoint]],
 ) -> Iterator[tuple[str, Model]]:
-    from hopskip.load import load_model
+    from hopskip.loading import load_model
 
     # quiet: a terminal shows one progress bar at a time, and `_measure` has it
     yield from load_each(load, precisions, checkpoint, quiet=True)
@@ -154,9 +154,9 @@ def _measure(
     from rich.progress import Progress
     from torch import Tensor
 
-    from hopskip.evaluate.contenders import weight_bytes
-    from hopskip.evaluate.perplexity import difference, negative_log_likelihoods
-    from hopskip.evaluate.perplexity import perplexity as perplexity_of
+    from hopskip.bench.contenders import weight_bytes
+    from hopskip.bench.perplexity import difference, negative_log_likelihoods
+    from hopskip.bench.perplexity import perplexity as perplexity_of
 
     console = Console(stderr=True)
     first: dict[int, Tensor] = {}

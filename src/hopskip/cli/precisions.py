@@ -13,9 +13,9 @@ from hopskip.cli.options import LoadOptions
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hopskip.draft.self_draft import DraftPrecision
-    from hopskip.model import Model
-    from hopskip.weights import Checkpoint
+    from hopskip.backends.base import Model
+    from hopskip.checkpoint.checkpoint import Checkpoint
+    from hopskip.speculative import DraftPrecision
 
 _NAMES = {
     "auto": "auto",
@@ -58,7 +58,7 @@ def choose_precisions(load: LoadOptions, text: str | None) -> list[str]:
     Raises:
         ConfigError: one is unknown or given twice; or the options name a single one as well, without effect.
     """
-    from hopskip.load import resolve_backend
+    from hopskip.loading import resolve_backend
 
     if load.dtype != "auto" or load.quantize is not None:
         given = f"--quantize {load.quantize}" if load.quantize is not None else f"--dtype {load.dtype}"
@@ -73,9 +73,9 @@ def load_each(
     load: LoadOptions, precisions: list[str], checkpoint: Checkpoint, *, quiet: bool
 ) -> Iterator[tuple[str, Model]]:
     """The model in one precision after the other, with the trained exit that ships for it, if any."""
-    from hopskip.draft.config import SpeculativeConfig
     from hopskip.llm import find_exit
-    from hopskip.load import attach_drafts, load_model
+    from hopskip.loading import attach_drafts, load_model
+    from hopskip.speculative import SpeculativeConfig
 
     branch = find_exit(checkpoint, SpeculativeConfig())
 
@@ -89,10 +89,10 @@ def load_each(
 
 def _draft_precision(model: Model, checkpoint: Checkpoint) -> DraftPrecision | None:
     """That of a copy to draft with: the lowest, where that is lower than the model's own."""
-    from hopskip.native import NativeModel
-    from hopskip.packed import PackedWeights
+    from hopskip.backends.native.backend import NativeBackend
+    from hopskip.backends.native.packed import PackedWeights
 
-    if not isinstance(model, NativeModel):
+    if not isinstance(model, NativeBackend):
         return None
     gains = PackedWeights.load(checkpoint, "q4").bytes_per_pass < model.weight_bytes
     return "q4" if gains else None

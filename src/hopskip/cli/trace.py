@@ -38,7 +38,7 @@ def show(
     if not rounds:
         raise ConfigError(f"{file} holds no rounds to show; a record for replays is read by trace replay")
     if plot is not None:
-        from hopskip.evaluate.plot import require_matplotlib, write_trace_plot
+        from hopskip.bench.plot import require_matplotlib, write_trace_plot
 
         require_matplotlib()
         write_trace_plot(rounds, plot)
@@ -65,10 +65,10 @@ def record(
 
     Decodes plainly and drafts by every source at each token, so it takes a few times as long as generating the texts.
     """
-    from hopskip.draft.config import SpeculativeConfig
+    from hopskip.bench.replay import record as record_texts
     from hopskip.errors import ConfigError
-    from hopskip.evaluate.prompts import load_prompts
-    from hopskip.evaluate.replay import record as record_texts
+    from hopskip.prompts import load_prompts
+    from hopskip.speculative import SpeculativeConfig
     from hopskip.trace import Proposals, TraceWriter
 
     if max_new_tokens < 2:
@@ -78,7 +78,7 @@ def record(
         llm = load.load(SpeculativeConfig(draft="auto"), progress=progress)
     proposals: list[Proposals] = []
     known = record_texts(
-        llm.model,
+        llm.backend,
         (prompt.encode(llm.tokenizer) for prompt in chosen),
         max_new_tokens=max_new_tokens,
         eos_token_ids=llm.tokenizer.eos_token_ids,
@@ -95,7 +95,7 @@ def replay(file: FileArgument, as_json: JsonOption = False) -> None:
 
     Prints the regret of draft auto: its time over that of the setting which was best in hindsight.
     """
-    from hopskip.evaluate.replay import replay as replay_texts
+    from hopskip.bench.replay import replay as replay_texts
     from hopskip.trace import read_trace
 
     found = replay_texts(read_trace(file))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from torch import Tensor
-
-from hopskip.branch import ExitBranch
-from hopskip.cache import Cache, Rows
+from hopskip.backends.base import Array, Backend, Cache
+from hopskip.backends.rows import Rows
+from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.draft.base import Draft, Drafter, FirstOf
-from hopskip.draft.controller import LOOKUP, Controller, Drafting
-from hopskip.draft.costs import Exit, Timings, source_name
+from hopskip.draft.controller import Controller
+from hopskip.draft.costs import Costs
 from hopskip.draft.exit import ExitDrafter
+from hopskip.draft.live_costs import DraftTiming
 from hopskip.draft.ngram import NgramDrafter
-from hopskip.model import Model
+from hopskip.draft.sources import LOOKUP, Exit, Source, source_of
 from hopskip.sequence import Sequence
 from hopskip.trace import Round
 
@@ -27,7 +28,8 @@ class AutoDrafter(Drafter):
 
     Args:
         exits: to draft from.
-        timings: of the model with these exits.
+        costs: of the model with these exits, as they were measured.
+        keep_costs: told of a better table, where that has turned out wrong.
         fixed_length: of the drafts by the fixed rule, at most.
         max_draft_tokens, max_runner_ups: of a round and sequence.
         rows_per_sequence: least rows of a verify pass per sequence.
@@ -36,10 +38,11 @@ class AutoDrafter(Drafter):
 
     def __init__(
         self,
-        model: Model,
+        backend: Backend,
         exits: Seq[Exit],
-        timings: Timings,
+        costs: Costs,
         *,
+        keep_costs: Callable[[Costs], None] = lambda costs: None,
         max_draft_tokens: int,
         fixed_length: int,
         max_runner_ups: int = 0,
@@ -47,33 +50,32 @@ class AutoDrafter(Drafter):
         min_confidence: float = 0.0,
     ) -> None:
         # a match of one token says little, but may be worth a row; the controller finds out
-        self.sources: dict[str, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
-        self._exits = {source_name(exit): ExitDrafter(model, exit, min_confidence) for exit in exits}
+        self.sources: dict[Source, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
+        self._exits = {source_of(exit): ExitDrafter(backend, exit, min_confidence) for exit in exits}
         self.sources |= self._exits
         self._fixed: Drafter = FirstOf(NgramDrafter(), *self._exits.values())
         self._fixed_length = min(fixed_length, max_draft_tokens)
-        self._timings = timings
-        self.costs = costs = timings.get()
-        """As they were measured."""
+        self.costs = costs
+        self._keep_costs = keep_costs
         self.priors = {
-            source_name(exit): exit.notes["held_out_acceptance"]
+            source_of(exit): exit.notes["held_out_acceptance"]
             for exit in exits
-            if isinstance(exit, ExitBranch) and "held_out_acceptance" in exit.notes
+            if isinstance(exit, TrainedExit) and "held_out_acceptance" in exit.notes
         }
         """By exit, what its training has shown of its acceptance."""
         self.controller = Controller(costs, max_draft_tokens, rows_per_sequence, self.priors, max_runner_ups)
-        # of the sources only a branch with layers of its own wants to see what the model computes
+        # of the sources only a trained exit with layers of its own wants to see what the model computes
         self._watching = next((drafter for drafter in self.sources.values() if drafter.taps is not None), None)
         self.taps = self._watching.taps if self._watching else None
-        self._signs: list[list[int]] = []
-        self._drafting: list[Drafting] = []
+        self._buckets: list[list[int]] = []
+        self._draft_timings: list[DraftTiming] = []
 
-    def observe(self, rows: Rows, states_NAD: Tensor) -> None:
+    def observe(self, rows: Rows, features_NAD: Array) -> None:
         assert self._watching is not None
-        self._watching.observe(rows, states_NAD)
+        self._watching.observe(rows, features_NAD)
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
-        self._drafting = []
+        self._draft_timings = []
         drafts = [Draft() for _ in sequences]
         seeded = [i for i, sequence in enumerate(sequences) if sequence.is_seeded]
         planned = [i for i, sequence in enumerate(sequences) if not sequence.is_seeded]
@@ -87,13 +89,13 @@ class AutoDrafter(Drafter):
             own, most = [sequences[i] for i in planned], [limits[i] for i in planned]
             for i, draft in zip(planned, self._by_plan(own, most, cache), strict=True):
                 drafts[i] = draft
-        self._signs = [draft.signs for draft in drafts]
+        self._buckets = [draft.buckets for draft in drafts]
         return drafts
 
     def _by_plan(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         started = time.perf_counter()
         lookups = self.sources[LOOKUP].propose(sequences, limits, cache)
-        choices = self.controller.plan(sequences, limits, [draft.signs for draft in lookups], self._num_unseen)
+        choices = self.controller.plan(sequences, limits, [draft.buckets for draft in lookups], self._num_unseen)
         self.controller.costs.learn_planning(time.perf_counter() - started)
         drafts = [
             draft.cut(choice.num_tokens) if choice.source == LOOKUP else Draft()
@@ -111,13 +113,13 @@ class AutoDrafter(Drafter):
                 drafts[i] = draft
             depth = max(draft.num_chained for draft in found)
             by_logits = any(sequence.needs_logits for sequence in own)
-            self._drafting.append(Drafting(exit, depth, len(own), num_entered, by_logits, seconds))
+            self._draft_timings.append(DraftTiming(exit, depth, len(own), num_entered, by_logits, seconds))
         return drafts
 
-    def _num_unseen(self, exit: str, sequence: Sequence) -> int:
+    def _num_unseen(self, exit: Source, sequence: Sequence) -> int:
         return self._exits[exit].num_unseen(sequence)
 
     def learn(self, sequences: Seq[Sequence], outcome: Round) -> None:
-        corrected = self.controller.learn(sequences, self._signs, outcome, self._drafting)
+        corrected = self.controller.learn(sequences, self._buckets, outcome, self._draft_timings)
         if corrected is not None:
-            self._timings.put(corrected)
+            self._keep_costs(corrected)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from weakref import WeakKeyDictionary
 
-from hopskip.cache import Cache
+from hopskip.backends.base import Cache
 from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.sources import LOOKUP
 from hopskip.sequence import Sequence
 
 MAX_MATCH = 16
@@ -77,7 +78,7 @@ class NgramDrafter(Drafter):
         if start is None:
             return Draft()
         matched = match_length(text, start)
-        return Draft("ngram", index.copy(text, start, limit), signs=list(range(matched, matched + limit)))
+        return Draft(LOOKUP, index.copy(text, start, limit), buckets=list(range(matched, matched + limit)))
 
     def _index(self, sequence: Sequence) -> NgramIndex:
         if sequence not in self._indexes:

@@ -232,13 +232,13 @@ class _Choice:
         if token.origin == "ngram":
             return None
         if token.origin in ("target", "bonus"):
-            return self._llm.model.config.num_hidden_layers
-        branch = self._llm.model.branch
+            return self._llm.backend.config.num_hidden_layers
+        branch = self._llm.backend.branch
         if token.origin == "exit-branch":
             return branch.config.start if branch is not None else None
         speculative = self._llm.engine.speculative
         if token.origin == "layer-skip":
-            return self._llm.model.config.num_hidden_layers - len(speculative.skip_layers or ())
+            return self._llm.backend.config.num_hidden_layers - len(speculative.skip_layers or ())
         job = self._answer.generations[self._index].job
         return job.exit_layer or speculative.exit_layer
 

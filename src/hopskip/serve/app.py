@@ -26,7 +26,7 @@ from hopskip.serve.guard import Guard, error_body
 from hopskip.serve.jobs import Plan, Planner
 from hopskip.serve.metrics import Metrics
 from hopskip.serve.settings import ServeSettings
-from hopskip.tokenizer import Detokenizer
+from hopskip.text.tokenizer import Detokenizer
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class Server:
             raise HTTPException(404, f"the model {name[:200]!r} is not served here; {self.settings.model_name!r} is")
 
     def model_card(self) -> dict[str, Any]:
-        engine, config = self.llm.engine, self.llm.model.config
+        engine, config = self.llm.engine, self.llm.backend.config
         speculative = engine.speculative
         return {
             "id": self.settings.model_name,

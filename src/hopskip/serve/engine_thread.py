@@ -16,11 +16,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError, HopskipError
 from hopskip.sampling import Constraint, SamplingParams
 from hopskip.sequence import FinishReason, Sequence, Token
-from hopskip.text import IncrementalDecoder, TextStream
+from hopskip.text.stream import IncrementalDecoder, TextStream
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hopskip.errors import ConfigError
 from hopskip.serve.settings import Limits
-from hopskip.tokenizer import Tokenizer
+from hopskip.text.tokenizer import Tokenizer
 
 Kind = Literal["json_schema", "regex", "lark"]
 

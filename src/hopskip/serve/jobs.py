@@ -41,7 +41,7 @@ class Planner:
         self._llm = llm
         self._limits = limits
         self._tokenizer = llm.tokenizer
-        self._grammars = GrammarCompiler(llm.tokenizer, llm.model.config.vocab_size, limits)
+        self._grammars = GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size, limits)
 
     async def completion(self, request: schema.CompletionRequest) -> Plan:
         if request.suffix is not None:

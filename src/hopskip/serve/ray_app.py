@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hopskip.draft.config import DraftSource, SpeculativeConfig, VerifyMode
-from hopskip.draft.self_draft import DraftPrecision
 from hopskip.errors import ConfigError
-from hopskip.load import Backend, DType, KVDType, Quantize
+from hopskip.loading import Backend, DType, KVDType, Quantize
 from hopskip.serve.memory import free_memory, parse_size
 from hopskip.serve.settings import LOOPBACK, ServeSettings, model_name, read_api_keys
+from hopskip.speculative import DraftChoice, DraftPrecision, SpeculativeConfig, VerifyMode
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -59,7 +58,7 @@ class RayOptions(BaseModel):
     quantize: Quantize | None = None
     backend: Backend = "auto"
     kv_dtype: KVDType = "auto"
-    draft: DraftSource | None = None
+    draft: DraftChoice | None = None
     exit_branch: str | None = None
     exit_layer: int | None = None
     num_draft_tokens: int | None = None

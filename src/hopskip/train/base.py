@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from hopskip.config import ModelConfig
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.hub import find_model
+from hopskip.checkpoint.rope import RopeConfig
 from hopskip.errors import CheckpointError, ConfigError
-from hopskip.hub import find_model
-from hopskip.rope import RopeConfig
-from hopskip.tokenizer import Tokenizer
+from hopskip.text.tokenizer import Tokenizer
 from hopskip.train.recipe import LoraRecipe, ModelRecipe
-from hopskip.weights import Checkpoint, open_checkpoint
 
 _LLAMA3_FACTORS = (8.0, 32.0)
 """Of Llama 3.1 and 3.2: their GGUF files hold the frequencies' divisors in place of these settings."""

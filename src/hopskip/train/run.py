@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hopskip.config import ModelConfig
+from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import ConfigError, TrainingError
 from hopskip.train.base import add_lora, load_base
 from hopskip.train.checkpoint import clean, last_checkpoint, replacing

@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hopskip.cache import Cache, Rows
-from hopskip.draft.config import SpeculativeConfig
-from hopskip.engine import Engine
+from hopskip.backends.base import Cache, Model
+from hopskip.backends.rows import Rows
+from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.model import Model
 from hopskip.sampling import SamplingParams
+from hopskip.speculative import SpeculativeConfig
 from hopskip.train.checkpoint import replacing_file
 
 SHARD_PROMPTS = 256

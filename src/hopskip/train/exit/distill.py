@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopskip.branch import BranchConfig, ExitBranch, Mixing
-from hopskip.model import rms_norm, rotate
+from hopskip.backends.torch.layer import rms_norm, rotate
+from hopskip.checkpoint.checkpoint import Checkpoint
+from hopskip.checkpoint.trained_exit import ExitConfig, Mixing, TrainedExit
 from hopskip.train.exit.collect import Conversation
-from hopskip.weights import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Batch:
         return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))
 
 
-class BranchTrainer(nn.Module):
+class ExitTrainer(nn.Module):
     """The trainable half of a branch, with the frozen norm and head rows that it shares with the model.
 
     Args:
@@ -59,7 +59,7 @@ class BranchTrainer(nn.Module):
     sin: Tensor
 
     def __init__(
-        self, checkpoint: Checkpoint, branch: BranchConfig, vocabulary: Tensor, dtype: torch.dtype = torch.float32
+        self, checkpoint: Checkpoint, branch: ExitConfig, vocabulary: Tensor, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         config = self.config = checkpoint.config
@@ -107,9 +107,9 @@ class BranchTrainer(nn.Module):
 
     def exit_branch(
         self, fingerprint: str, num_draft_tokens: int, notes: Mapping[str, Any] | None = None
-    ) -> ExitBranch:
+    ) -> TrainedExit:
         """What has been trained, sharing its memory."""
-        return ExitBranch(
+        return TrainedExit(
             self.branch, self.vocabulary, self.layers, self.mixing, fingerprint, num_draft_tokens, notes or {}
         )
 
@@ -128,7 +128,7 @@ class BranchTrainer(nn.Module):
             self.fuse[:, -size:] = torch.eye(size) * rms
             nn.init.orthogonal_(self.mix[:, :size], gain=rms / 10)
 
-    def start_from(self, branch: ExitBranch) -> None:
+    def start_from(self, branch: TrainedExit) -> None:
         """Take the weights of a branch of the same shape, whatever model and vocabulary it was trained for."""
         own = self.exit_branch("", 1).tensors()
         with torch.no_grad():
@@ -240,7 +240,7 @@ def distillation_loss(
 
 
 def make_batch(
-    conversations: Seq[Conversation], taps: Seq[int], branch: BranchConfig, index_V: Tensor, embedding: Tensor
+    conversations: Seq[Conversation], taps: Seq[int], branch: ExitConfig, index_V: Tensor, embedding: Tensor
 ) -> Batch:
     """Pad conversations to one batch.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from hopskip.errors import ConfigError
 from hopskip.train.checkpoint import replacing_file
 from hopskip.train.exit.collect import Conversation
-from hopskip.train.exit.distill import BranchTrainer, acceptance, distillation_loss, make_batch
+from hopskip.train.exit.distill import ExitTrainer, acceptance, distillation_loss, make_batch
 
 _WINDOW = 64  # batches: conversations are sorted by length within this many, so that little is padding
 
@@ -59,7 +59,7 @@ class FitConfig:
 
 
 def fit(
-    trainer: BranchTrainer,
+    trainer: ExitTrainer,
     training: Seq[Conversation],
     held_out: Seq[Conversation],
     taps: Seq[int],
@@ -184,7 +184,7 @@ def _epoch(
 
 @torch.no_grad()
 def evaluate(
-    trainer: BranchTrainer,
+    trainer: ExitTrainer,
     conversations: Seq[Conversation],
     taps: Seq[int],
     index_V: Tensor,

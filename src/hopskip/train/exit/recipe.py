@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hopskip.branch import BranchConfig
+from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError
 from hopskip.train.exit.fit import FitConfig
 
@@ -72,7 +72,7 @@ class ExitRecipe:
     """A folder, a GGUF file or a Hub id; `default` is hopskip's default model."""
     prompts: PromptsRecipe
     collect: CollectRecipe = field(default_factory=CollectRecipe)
-    branches: tuple[BranchConfig, ...] = ()
+    branches: tuple[ExitConfig, ...] = ()
     """Candidates."""
     vocabulary: int = 8192
     """Size of the draft vocabulary: so many of the tokens that the model uses most."""

@@ -16,25 +16,25 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from hopskip.branch import BranchConfig, ExitBranch
-from hopskip.draft.config import SpeculativeConfig
-from hopskip.engine import Engine
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from hopskip.checkpoint.hub import DEFAULT_EXIT, find_model
+from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
+from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.hub import DEFAULT_EXIT, find_model
 from hopskip.llm import LLM
-from hopskip.load import Quantize, load_model, resolve_backend
+from hopskip.loading import Quantize, load_model, resolve_backend
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import Sequence
-from hopskip.tokenizer import Tokenizer
+from hopskip.speculative import SpeculativeConfig
+from hopskip.text.tokenizer import Tokenizer
 from hopskip.trace import Round
 from hopskip.train.checkpoint import replacing, replacing_file
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
-from hopskip.train.exit.distill import BranchTrainer
+from hopskip.train.exit.distill import ExitTrainer
 from hopskip.train.exit.fit import fit
 from hopskip.train.exit.prompts import self_prompts
 from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe, SearchRecipe
 from hopskip.train.read import DataConfig, read
-from hopskip.weights import Checkpoint, open_checkpoint
 
 Report = Callable[[str], None]
 
@@ -82,9 +82,9 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     training = [c for i, c in enumerate(answered) if i % recipe.held_out_every]
     vocabularies = [draft_vocabulary(training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)]
 
-    found: list[tuple[float, ExitBranch]] = []
+    found: list[tuple[float, TrainedExit]] = []
     for branch in recipe.branches:
-        trainer = BranchTrainer(checkpoint, branch, vocabularies[0], getattr(torch, recipe.precision))
+        trainer = ExitTrainer(checkpoint, branch, vocabularies[0], getattr(torch, recipe.precision))
         if initial is not None and initial.config == branch:
             trainer.start_from(initial)
         elif recipe.stages:
@@ -119,13 +119,13 @@ def draft_vocabulary(conversations: Seq[Conversation], size: int) -> Tensor:
     return counts.argsort(descending=True, stable=True)[: min(size, int((counts > 0).sum()))].sort().values
 
 
-def name_of(branch: BranchConfig) -> str:
+def name_of(branch: ExitConfig) -> str:
     """`s0-b1-f15.27.30`."""
     features = f"-f{'.'.join(map(str, branch.features))}" if branch.features else ""
     return f"s{branch.start}-b{branch.num_layers}{features}"
 
 
-def _describe(speed: float, branch: ExitBranch) -> dict[str, Any]:
+def _describe(speed: float, branch: TrainedExit) -> dict[str, Any]:
     return {
         **asdict(branch.config),
         "vocabulary": len(branch.vocabulary),
@@ -139,7 +139,7 @@ def _describe(speed: float, branch: ExitBranch) -> dict[str, Any]:
     }
 
 
-def _shape(branch: ExitBranch) -> str:
+def _shape(branch: TrainedExit) -> str:
     return f"{branch.num_draft_tokens} draft tokens of {len(branch.vocabulary)} and {branch.num_runner_ups} runner-ups"
 
 
@@ -205,10 +205,10 @@ def _how_to_load(recipe: ExitRecipe) -> dict[str, Any]:
     return {kind: precision, "device": recipe.device, "threads": recipe.threads}
 
 
-def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> ExitBranch | None:
+def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> TrainedExit | None:
     if recipe.initial is None:
         return None
-    initial = ExitBranch.load(DEFAULT_EXIT if recipe.initial == "default" else Path(recipe.initial))
+    initial = TrainedExit.load(DEFAULT_EXIT if recipe.initial == "default" else Path(recipe.initial))
     initial.check(checkpoint.config)
     if initial.config not in recipe.branches:
         raise ConfigError(
@@ -220,7 +220,7 @@ def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> ExitBranch | None:
 def _train(
     recipe: ExitRecipe,
     checkpoint: Checkpoint,
-    trainer: BranchTrainer,
+    trainer: ExitTrainer,
     training: Seq[Conversation],
     held_out: Seq[Conversation],
     metadata: Mapping[str, str],
@@ -246,9 +246,9 @@ def _measure(
     recipe: ExitRecipe,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    trained: ExitBranch,
+    trained: TrainedExit,
     held_out: Seq[Conversation],
-) -> Iterator[tuple[float, ExitBranch]]:
+) -> Iterator[tuple[float, TrainedExit]]:
     """Decoding speed over plain decoding for every shape of draft, on held-out prompts, the two taking turns."""
     search = recipe.search
     prompts = [c.ids_T[: c.num_prompt_tokens].tolist() for c in held_out[: search.num_prompts]]

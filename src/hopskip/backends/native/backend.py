@@ -1,0 +1,274 @@
+"""The decoder on the C++ engine: packed weights, any number of rows near the price of one, bit-identical rows.
+
+Shape letters: N rows, D hidden size, V vocabulary, A features, B sequences, k draft tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import array_api_compat.numpy
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hopskip.backends.base import Backend, Cache, Chains, DraftTask, Head, Pass, Traits
+from hopskip.backends.native.isa import extension, obstacle
+from hopskip.backends.native.load import add_copy, add_exit, make_engine
+from hopskip.backends.native.packed import PackedWeights
+from hopskip.backends.rows import Rows
+from hopskip.backends.tensor_cache import TensorCache
+from hopskip.checkpoint.checkpoint import Checkpoint
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.trained_exit import Mixing, TrainedExit
+from hopskip.errors import ConfigError
+from hopskip.machine import num_usable_cores
+from hopskip.speculative import DraftPrecision
+
+PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+_LOWER: tuple[DraftPrecision, ...] = ("q4", "q8")
+
+Array = NDArray[np.float32]
+
+
+class NativeBackend(Backend):
+    """A Llama-family decoder on packed weights.
+
+    Hidden states are float32 [N, D] on the CPU in every precision. Arrays of the wrong shape, type or layout, and
+    slots, positions or token ids out of range raise ValueError before anything is computed.
+    """
+
+    xp = array_api_compat.numpy
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: PackedWeights,
+        threads: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        if reason := obstacle():
+            raise ConfigError(f"the native backend cannot be used: {reason}")
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise ConfigError(
+                f"kv_dtype is {kv_dtype}; the native engine keeps keys and values in float32, bfloat16 or int8"
+            )
+        self.config = config
+        self.kv_dtype = kv_dtype or weights.kv_dtype
+        self._weights = weights
+        self._engine = make_engine(config, weights, num_usable_cores() if threads is None else threads)
+        self._num_layers = config.num_hidden_layers
+        self._first_layer_of_copy: dict[DraftPrecision, int] = {}
+        self._packed_exit: Any = None
+        self._heads: dict[Head, Any] = {"full": None}
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        precision: str = "auto",
+        threads: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> NativeBackend:
+        """Pack the weights of a checkpoint, or map them from the cache of packed weights (see `packed.py`).
+
+        Args:
+            precision: `auto` keeps the checkpoint's own, tensor by tensor: float32 and bfloat16 as they are, float16
+                as bfloat16, GGUF's Q8_0 as q8, Q4_0 and Q4_1 as q4 without a change to their values, its other block
+                types as q8. `float32`, `bfloat16`, `q8`, `q4` ask for one; blocks that are so already stay as they are.
+            threads: None uses as many as the process may run on.
+            kv_dtype: of the cache, float32, bfloat16 or int8; None takes float32 beside float32 weights, else bfloat16.
+            progress: told the share packed so far, up to 1.
+
+        Raises:
+            ConfigError: an unknown precision or kv_dtype, or HOPSKIP_ISA names an instruction set that cannot run.
+            CheckpointError: a weight is not finite.
+        """
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        return cls(checkpoint.config, PackedWeights.load(checkpoint, precision, progress), threads, kv_dtype)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            name="native",
+            device="cpu",
+            row_exact=True,
+            threads=int(self._engine.threads),
+            instruction_set=str(self._engine.isa),
+            dtype="float32",
+            bytes_per_pass=self._weights.bytes_per_pass,
+        )
+
+    # -- what is attached ----------------------------------------------------------------------------------------------
+
+    def attach_exit(self, trained_exit: TrainedExit) -> None:
+        if self.trained_exit is not None or self.copies:
+            raise ConfigError("an exit or a copy is attached to this model already; load the model anew for another")
+        trained_exit.check(self.config)
+        self._packed_exit, self._heads["exit"] = add_exit(self._engine, self.config, self._weights, trained_exit)
+        self._num_layers += len(trained_exit.layers)
+        self.trained_exit = trained_exit
+
+    def attach_copy(self, checkpoint: Checkpoint, precision: DraftPrecision) -> None:
+        if precision in self.copies:
+            raise ConfigError(f"a copy in {precision} is attached to this model already")
+        weights, own = PackedWeights.load(checkpoint, precision), self._weights.bytes_per_pass
+        if weights.bytes_per_pass >= own:
+            raise ConfigError(
+                f"draft_precision={precision} gains nothing: a pass of the model itself reads {own / 1e6:.1f} MB, one "
+                f"in {precision} {weights.bytes_per_pass / 1e6:.1f} MB; leave it out"
+            )
+        self._first_layer_of_copy[precision] = self._num_layers + len(self.copies) * self.config.num_hidden_layers
+        self._heads[precision] = add_copy(self._engine, self.config, weights)
+        self.copies = (*self.copies, precision)
+
+    def useful_copies(self, checkpoint: Checkpoint) -> tuple[DraftPrecision, ...]:
+        own = self._weights.bytes_per_pass
+        return tuple(p for p in _LOWER if PackedWeights.load(checkpoint, p).bytes_per_pass < own)
+
+    def layer_numbers(self, layers: Seq[int], precision: DraftPrecision | None) -> tuple[int, ...]:
+        first = 0 if precision is None else self._first_layer_of_copy[precision]
+        return tuple(first + layer for layer in layers)
+
+    @cached_property
+    def mixing(self) -> Mixing | None:
+        if self.trained_exit is None or not self.trained_exit.mixing:
+            return None
+        weights = {name: tensor.float().numpy() for name, tensor in self.trained_exit.mixing.items()}
+        return Mixing(weights, self.config.rms_norm_eps)
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def new_cache(self, num_slots: int, length: int) -> Cache:
+        return TensorCache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
+
+    def embed(self, token_ids: Seq[int]) -> Array:
+        out_ND = np.empty((len(token_ids), self.config.hidden_size), dtype=np.float32)
+        self._engine.embed(np.array(token_ids, dtype=np.int32), out_ND)
+        return out_ND
+
+    def run_layers(
+        self, hidden_ND: Array, start: int, stop: int, rows: Rows, cache: Cache, taps: Seq[int] = ()
+    ) -> Pass:
+        out_ND = np.empty_like(hidden_ND)
+        tapped_NAD = np.empty((len(hidden_ND), len(taps), hidden_ND.shape[1]), dtype=np.float32) if taps else None
+        self._extend_rope(cache.length)
+        self._engine.run_layers(
+            hidden_ND, out_ND, start, stop, rows.slots, rows.positions, back=rows.parent_offsets,
+            taps=_int32(tuple(taps)) if taps else None, tapped=tapped_NAD, **_cache_arguments(cache),
+        )  # fmt: skip
+        return Pass(out_ND, tapped_NAD)
+
+    def logits(self, hidden_ND: Array, head: Head = "full") -> Array:
+        out_Nn = np.empty((len(hidden_ND), self._num_tokens(head)), dtype=np.float32)
+        self._engine.logits(hidden_ND, out_Nn, self._heads[head])
+        return out_Nn
+
+    def greedy(self, hidden_ND: Array, head: Head = "full") -> list[int]:
+        out_N = np.empty(len(hidden_ND), dtype=np.int32)
+        self._engine.greedy(hidden_ND, out_N, self._heads[head])
+        best: list[int] = out_N.tolist()
+        if head != "exit":
+            return best
+        assert self.trained_exit is not None
+        return [self.trained_exit.vocabulary_list[index] for index in best]
+
+    def draft(self, task: DraftTask, cache: Cache) -> Chains:
+        if task.choose is not None:
+            return super().draft(task, cache)  # its tokens are chosen in Python
+        head: Head = "exit" if task.layers is None else "full"
+        packed_exit = self._packed_exit if task.layers is None else self._own_layers(task.layers, task.precision)
+        size, k, t = len(task.limits), max(task.limits), task.num_runner_ups
+        tokens_Bk = np.zeros((size, k), dtype=np.int32)
+        counts_B = np.zeros(size, dtype=np.int32)
+        states_BkD = np.zeros((size, k, self.config.hidden_size), dtype=np.float32)
+        runner_ups_Bkt = np.zeros((size, k, t), dtype=np.int32) if t else None
+        probs_Bkt = np.zeros((size, k, 1 + t), dtype=np.float32) if t else None
+        distributions_Bkn = temperatures_B = uniforms_Bk = None
+        if task.temperatures is not None:
+            num_tokens = self._num_tokens(head)
+            distributions_Bkn = np.empty((size, k, num_tokens), dtype=np.float32)
+            temperatures_B = np.array(task.temperatures, dtype=np.float32)
+            uniforms_Bk = np.zeros((size, k), dtype=np.float64)
+            for row, own in zip(uniforms_Bk, task.uniforms or (), strict=True):
+                row[: len(own)] = own
+        self._extend_rope(cache.length)
+        self._engine.draft(
+            packed_exit, np.array(task.token_ids, dtype=np.int32), task.rows.slots, task.rows.positions,
+            _contiguous(task.features_NAD), _contiguous(task.token_states_ND), k, np.array(task.limits, dtype=np.int32), task.min_confidence,
+            **_cache_arguments(cache), tokens=tokens_Bk, counts=counts_B, states=states_BkD,
+            probabilities=probs_Bkt, runner_ups=runner_ups_Bkt,
+            temperatures=temperatures_B, uniforms=uniforms_Bk, distributions=distributions_Bkn,
+        )  # fmt: skip
+        counts: list[int] = counts_B.tolist()
+        return Chains(
+            _cut(tokens_Bk, counts),
+            [states_kD[:count] for states_kD, count in zip(states_BkD, counts, strict=True)],
+            None if runner_ups_Bkt is None else _cut(runner_ups_Bkt, counts),
+            None if probs_Bkt is None else _cut(probs_Bkt, counts),
+            None if distributions_Bkn is None else list(distributions_Bkn),
+        )
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """PyTorch on one thread: even indexing a small tensor wakes its threads, and they go on spinning for a while on
+        cores that the engine's threads need. A round of speculation on two cores then takes a third longer."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _num_tokens(self, head: Head) -> int:
+        if head != "exit":
+            return self.config.vocab_size
+        assert self.trained_exit is not None
+        return len(self.trained_exit.vocabulary_list)
+
+    def _own_layers(self, layers: tuple[int, ...], precision: DraftPrecision | None) -> Any:
+        """An exit that is nothing but some of the model's layers and a head over the whole vocabulary."""
+        return extension.Branch(
+            entry=_int32(self.layer_numbers(layers, precision)),
+            first_layer=self.config.num_hidden_layers,
+            num_layers=0,
+            head=self._heads[precision or "full"],
+            vocabulary=None,
+        )
+
+    def _extend_rope(self, length: int) -> None:
+        if self._engine.rope_length < length:
+            cos, sin = self.config.rope.tables(length)
+            self._engine.set_rope(cos.contiguous(), sin.contiguous())
+
+
+def _cut(values: NDArray[Any], counts: list[int]) -> list[Any]:
+    """The steps that were taken, as plain numbers."""
+    return [own[:count] for own, count in zip(values.tolist(), counts, strict=True)]
+
+
+def _contiguous(array: Array | None) -> Array | None:
+    return None if array is None else np.ascontiguousarray(array)
+
+
+def _cache_arguments(cache: Cache) -> dict[str, Any]:
+    assert isinstance(cache, TensorCache)
+    return {
+        "k": cache.k_LSHTD,
+        "v": cache.v_LSHTD,
+        "k_scales": cache.k_scales_LSHT,
+        "v_scales": cache.v_scales_LSHT,
+    }
+
+
+@lru_cache
+def _int32(numbers: tuple[int, ...]) -> NDArray[np.int32]:
+    return np.array(numbers, dtype=np.int32)

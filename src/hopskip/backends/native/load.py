@@ -1,0 +1,110 @@
+"""From packed weights to the compiled engine: the model itself, and what is attached to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from hopskip.backends.native.isa import choose_isa, extension
+from hopskip.backends.native.packed import PackedWeights
+from hopskip.backends.native.quantize import Packed, pack, quantize_q8, rows_in_q8
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.trained_exit import TrainedExit
+
+T = TypeVar("T")
+
+
+def make_engine(config: ModelConfig, weights: PackedWeights, threads: int) -> Any:
+    """The engine of a model: embedding, layers, norm and head, without a copy of the weights.
+
+    Raises:
+        ConfigError: see `choose_isa`.
+    """
+    engine = extension.Engine(
+        choose_isa(),
+        threads,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_window=config.sliding_window or 0,
+    )
+    for index in range(config.num_hidden_layers):
+        engine.add_layer(**_layer_of(config, weights, index))
+    engine.set_edges(
+        _matrix(weights.matrices["model.embed_tokens.weight"]),
+        _matrix(weights.head),
+        weights.vectors["model.norm.weight"],
+    )
+    return engine
+
+
+def add_exit(engine: Any, config: ModelConfig, weights: PackedWeights, trained_exit: TrainedExit) -> tuple[Any, Any]:
+    """Put a trained exit's layers behind the engine's; the exit as `Engine.draft` takes it, and its head. Both are packed to 8 bits at most, whatever the model's precision: what they draft is verified, so that costs a little
+    acceptance and never exactness."""
+    for layer in trained_exit.layers:
+        matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
+        vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
+        engine.add_layer(**_layer_arguments(config, matrices, vectors))
+    mixing: dict[str, object] = {}
+    if trained_exit.mixing:
+        mixing = {name: _matrix(_pack_q8(trained_exit.mixing[name])) for name in ("fuse", "mix")}
+        mixing |= {name: trained_exit.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
+    head = _matrix(rows_in_q8(weights.head, trained_exit.vocabulary))
+    packed = extension.Branch(
+        entry=np.arange(trained_exit.config.start, dtype=np.int32),
+        first_layer=config.num_hidden_layers,
+        num_layers=trained_exit.config.num_layers,
+        head=head,
+        vocabulary=trained_exit.vocabulary.int(),
+        num_features=len(trained_exit.config.features),
+        **mixing,
+    )
+    return packed, head
+
+
+def add_copy(engine: Any, config: ModelConfig, weights: PackedWeights) -> Any:
+    """Put all layers of a model in another precision behind the engine's, whose caches they share; the copy's head."""
+    for index in range(config.num_hidden_layers):
+        engine.add_layer(**_layer_of(config, weights, index), cache_layer=index)
+    return _matrix(weights.head)
+
+
+def _layer_of(config: ModelConfig, weights: PackedWeights, index: int) -> dict[str, object]:
+    prefix = f"model.layers.{index}."
+    return _layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
+
+
+def _layer_arguments(
+    config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]
+) -> dict[str, object]:
+    """Arguments of `Engine.add_layer`, from the tensors of a layer by their names in it."""
+    arguments: dict[str, object] = {
+        part: _matrix(matrices[f"{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
+        for part in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+    arguments["input_norm"] = vectors["input_layernorm.weight"]
+    arguments["post_norm"] = vectors["post_attention_layernorm.weight"]
+    if config.qkv_bias:
+        arguments |= {f"{x}_bias": vectors[f"self_attn.{x}_proj.bias"] for x in "qkv"}
+    if config.qk_norm:
+        arguments |= {f"{x}_norm": vectors[f"self_attn.{x}_norm.weight"] for x in "qk"}
+    return arguments
+
+
+def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _pack_q8(weight_OI: Tensor) -> Packed:
+    return pack(quantize_q8(weight_OI.float()), weight_OI.shape[1])
+
+
+def _matrix(packed: Packed) -> Any:
+    return extension.Matrix(int(packed.format), packed.rows, packed.cols, packed.data)

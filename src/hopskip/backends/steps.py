@@ -1,0 +1,164 @@
+"""Drafts step by step, from the calls that every backend has: the readable version of what an engine does in one call.
+
+One loop covers every exit: the state of the latest token where the exit begins, the exit's own layers if it has any,
+final norm, head, a token.
+
+Shape letters: N rows, B sequences that go on, D hidden size, n tokens of the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hopskip.backends.base import Array, Backend, Cache, Chains, DraftTask, Head, run_by_number
+from hopskip.backends.rows import Rows, Segment
+
+
+def draft_step_by_step(backend: Backend, task: DraftTask, cache: Cache) -> Chains:
+    """As `Backend.draft`."""
+    steps = _Steps(backend, task, cache)
+    xp = backend.xp
+    num_sequences = len(task.limits)
+    chosen = [_Chosen() for _ in range(num_sequences)]
+    active = list(range(num_sequences))
+    hidden_BD = steps.enter()
+    while True:
+        logits_Bn = backend.logits(hidden_BD, steps.head)
+        goes_on = []
+        for row, index in enumerate(active):
+            chosen[index].states.append(hidden_BD[row])
+            is_sure = steps.choose(index, logits_Bn[row], chosen[index])
+            goes_on.append(is_sure and len(chosen[index].token_ids) < task.limits[index])
+        kept = [row for row, goes in enumerate(goes_on) if goes]
+        active = [active[row] for row in kept]
+        if not active:
+            return _chains(task, chosen, xp)
+        hidden_BD = steps.advance(active, chosen, hidden_BD[kept])
+
+
+class _Chosen:
+    """What has been drafted for one sequence."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.states: list[Array] = []
+        self.runner_ups: list[list[int]] = []
+        self.probabilities: list[list[float]] = []
+        self.distributions: list[Array] = []
+
+
+class _Steps:
+    def __init__(self, backend: Backend, task: DraftTask, cache: Cache) -> None:
+        self._backend, self._task, self._cache = backend, task, cache
+        self._own_layers: tuple[int, ...] = ()
+        self._mixing = None
+        self._vocabulary: list[int] | None = None
+        self.head: Head = task.precision or "full"
+        if task.layers is not None:
+            self._first_layers = backend.layer_numbers(task.layers, task.precision)
+            return
+        trained = backend.trained_exit
+        assert trained is not None, "no exit is attached"
+        depth = backend.config.num_hidden_layers
+        self._first_layers = tuple(range(trained.config.start))
+        self._own_layers = tuple(range(depth, depth + trained.config.num_layers))
+        self._vocabulary = trained.vocabulary_list
+        self.head = "exit"
+        self._mixing = backend.mixing
+
+    def enter(self) -> Array:
+        """Take the exit through the tokens that it has yet to see: the states of each sequence's last one, [B, D]."""
+        task, last = self._task, self._task.rows.last_rows
+        if not self._own_layers:
+            return self._token_states([task.token_ids[row] for row in last], self._last_segments())
+        if self._first_layers:
+            assert task.token_states_ND is not None
+            states_ND = self._backend.xp.asarray(task.token_states_ND, copy=True)
+            states_ND[last] = self._token_states([task.token_ids[row] for row in last], self._last_segments())
+        else:
+            states_ND = self._backend.embed(task.token_ids)
+        if self._mixing is not None:
+            states_ND = self._mixing.mix(states_ND, self._mixing.fuse(task.features_NAD))
+        return self._through_own_layers(states_ND, task.rows)[last]
+
+    def advance(self, active: list[int], chosen: list[_Chosen], hidden_BD: Array) -> Array:
+        """The states of the tokens just chosen, of the sequences that go on."""
+        segments = self._task.rows.segments
+        rows = Rows(
+            Segment(s.slot, s.start + s.count - 1 + len(chosen[index].token_ids), 1)
+            for index, s in ((index, segments[index]) for index in active)
+        )
+        states_BD = self._token_states([chosen[index].token_ids[-1] for index in active], rows)
+        if self._mixing is not None:
+            states_BD = self._mixing.mix(states_BD, hidden_BD)
+        return self._through_own_layers(states_BD, rows)
+
+    def choose(self, index: int, logits_n: Array, to: _Chosen) -> bool:
+        """Add one token; whether it is sure enough to go on after."""
+        task, xp = self._task, self._backend.xp
+        if task.choose is not None:
+            token, probability = task.choose(index, logits_n)
+            to.token_ids.append(token)
+            return probability >= task.min_confidence
+        temperature = task.temperatures[index] if task.temperatures is not None else 0.0
+        probs_n = _softmax(logits_n / temperature if temperature else logits_n, xp)
+        if temperature:
+            assert task.uniforms is not None
+            best = _drawn(probs_n, task.uniforms[index][len(to.token_ids)], xp)
+            to.distributions.append(probs_n)
+        else:
+            best = int(xp.argmax(logits_n))
+        to.token_ids.append(self._token(best))
+        probability = float(probs_n[best])
+        if task.num_runner_ups:
+            rest_n = xp.asarray(logits_n, copy=True)
+            rest_n[best] = float("-inf")
+            next_best = []
+            for _ in range(task.num_runner_ups):
+                next_best.append(int(xp.argmax(rest_n)))
+                rest_n[next_best[-1]] = float("-inf")
+            to.runner_ups.append([self._token(i) for i in next_best])
+            to.probabilities.append([probability, *(float(probs_n[i]) for i in next_best)])
+        return probability >= task.min_confidence
+
+    def _last_segments(self) -> Rows:
+        return Rows(Segment(s.slot, s.start + s.count - 1, 1) for s in self._task.rows.segments)
+
+    def _token_states(self, token_ids: list[int], rows: Rows) -> Array:
+        """Of tokens, where the exit begins: embeddings, or outputs of the model's first layers."""
+        states_ND = self._backend.embed(token_ids)
+        return run_by_number(self._backend, states_ND, self._first_layers, rows, self._cache)
+
+    def _through_own_layers(self, states_ND: Array, rows: Rows) -> Array:
+        if not self._own_layers:
+            return states_ND
+        first, last = self._own_layers[0], self._own_layers[-1]
+        return self._backend.run_layers(states_ND, first, last + 1, rows, self._cache).hidden_ND
+
+    def _token(self, index: int) -> int:
+        return index if self._vocabulary is None else self._vocabulary[index]
+
+
+def _chains(task: DraftTask, chosen: list[_Chosen], xp: Any) -> Chains:
+    return Chains(
+        [part.token_ids for part in chosen],
+        [xp.stack(part.states) for part in chosen],
+        [part.runner_ups for part in chosen] if task.num_runner_ups else None,
+        [part.probabilities for part in chosen] if task.num_runner_ups else None,
+        [xp.stack(part.distributions) if part.distributions else None for part in chosen]
+        if task.temperatures
+        else None,
+    )
+
+
+def _softmax(logits_n: Array, xp: Any) -> Array:
+    weights_n = xp.exp(logits_n - xp.max(logits_n))
+    return weights_n / xp.sum(weights_n)
+
+
+def _drawn(probs_n: Array, uniform: float, xp: Any) -> int:
+    """The token at a point of the cumulative sum, in float64."""
+    cumulative = xp.cumulative_sum(xp.astype(probs_n, xp.float64))
+    index = int(xp.sum(xp.astype(cumulative <= uniform * cumulative[-1], xp.int64)))
+    # the product can round up to the total itself; the last token with any probability is then the right one
+    return min(index, int(xp.max(xp.nonzero(probs_n)[0])))

@@ -1,0 +1,1 @@
+"""Measurements: contenders side by side, load tests, perplexity, replays of traces."""

@@ -1,0 +1,152 @@
+"""What drafting costs and may gain: by arithmetic on a checkpoint's header, or by measured costs.
+
+Decoding one sequence is bound by memory bandwidth, so a pass costs the bytes of the weights that it reads, however few
+rows it has. The model of arXiv 2404.16710 and of its successors: a round of k drafted tokens costs 1 + k c full passes
+and yields tau tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Literal
+
+from hopskip.backends.native.packed import format_of
+from hopskip.backends.native.quantize import BLOCK
+from hopskip.checkpoint.checkpoint import Checkpoint
+from hopskip.draft.costs import Costs
+
+MAX_DRAFT_TOKENS = 16
+"""Longest draft that is considered: above it, rows stop being nearly free."""
+
+_BLOCK_BYTES = {"q8": BLOCK + 2, "q4": BLOCK // 2 + 4}  # values and float16 scales, see `quantize.Q8` and `Q4`
+_PLAIN_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NATIVE_FORMATS = {"F32": "float32", "F16": "bfloat16", "BF16": "bfloat16", "Q4_0": "q4", "Q4_1": "q4"}
+"""What the native backend's precision `auto` makes of a stored type; any other becomes q8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCosts:
+    """Bytes of a model in the formats that it runs in. Norms and biases are left out: far below one per mille."""
+
+    layer_bytes: tuple[int, ...]
+    """Matrices of each layer."""
+    head_bytes: int
+    embedding_bytes: int
+    """0 where embedding and head are one matrix."""
+    kv_bytes_per_token: int
+    bytes_by_format: dict[str, int]
+    """Bytes of weights by format (`float32`, `bfloat16`, `float16`, `q8`, `q4`), the largest first."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all weights."""
+        return self.bytes_per_pass + self.embedding_bytes
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """What one full pass reads: all layers and the head. Of the embedding it reads single rows."""
+        return sum(self.layer_bytes) + self.head_bytes
+
+    @property
+    def head_in_layers(self) -> float:
+        """The size of the head in units of a layer, h."""
+        return self.head_bytes * len(self.layer_bytes) / sum(self.layer_bytes)
+
+    def draft_step_cost(self, exit_layer: int) -> float:
+        """One draft step over one full pass: c = (E + h) / (L + h)."""
+        return (sum(self.layer_bytes[:exit_layer]) + self.head_bytes) / self.bytes_per_pass
+
+
+def model_costs(
+    checkpoint: Checkpoint, backend: Literal["native", "torch"], precision: str, kv_dtype: str = "auto"
+) -> ModelCosts:
+    """The costs of a checkpoint as `load_model` would load it.
+
+    Args:
+        precision: `auto`, `float32`, `bfloat16`, `float16`, `q8` or `q4`, of which each backend has its own.
+        kv_dtype: `auto`, `float32`, `bfloat16` or `int8`.
+    """
+    config = checkpoint.config
+    if backend == "torch" and precision == "auto":
+        precision = str(checkpoint.dtype).removeprefix("torch.")
+    layer_bytes = [0] * config.num_hidden_layers
+    edges: Counter[str] = Counter()
+    by_format: Counter[str] = Counter()
+    for name in checkpoint.names():
+        if name.endswith(("norm.weight", ".bias")):
+            continue
+        stored = checkpoint.stored(name)
+        own = _NATIVE_FORMATS.get(stored.type.name, "q8")
+        # blocks of 4 bits stay what they are when 4 bits are asked for
+        own_format = own if precision in ("auto", own) else format_of(name, precision)
+        num_bytes = _matrix_bytes(stored.shape, own_format)
+        by_format[own_format] += num_bytes
+        if name.startswith("model.layers."):
+            layer_bytes[int(name.split(".")[2])] += num_bytes
+        else:
+            edges[name] += num_bytes
+    if kv_dtype == "auto":  # the native backend keeps keys and values in float32 beside float32 weights only
+        kv_dtype = "float32" if set(by_format) == {"float32"} else "bfloat16"
+    # an int8 vector has a float32 scale
+    vector_bytes = config.head_dim + 4 if kv_dtype == "int8" else config.head_dim * _PLAIN_BYTES[kv_dtype]
+    embedding_bytes = edges["model.embed_tokens.weight"]
+    return ModelCosts(
+        layer_bytes=tuple(layer_bytes),
+        head_bytes=embedding_bytes if config.tie_word_embeddings else edges["lm_head.weight"],
+        embedding_bytes=0 if config.tie_word_embeddings else embedding_bytes,
+        kv_bytes_per_token=2 * config.num_hidden_layers * config.num_key_value_heads * vector_bytes,
+        bytes_by_format=dict(by_format.most_common()),
+    )
+
+
+def expected_tokens(acceptance: float, num_draft_tokens: int) -> float:
+    """Tokens that a round yields, tau, if each draft token is accepted with this probability; the last one counted.
+
+    >>> expected_tokens(0.5, 2)
+    1.75
+    """
+    return sum(acceptance**i for i in range(num_draft_tokens + 1))
+
+
+def expected_speedup(acceptance: float, num_draft_tokens: int, step_cost: float) -> float:
+    """Decoding speed over plain decoding, S = tau / (1 + k c); 1 for no draft."""
+    return expected_tokens(acceptance, num_draft_tokens) / (1 + num_draft_tokens * step_cost)
+
+
+def best_num_draft_tokens(acceptance: float, step_cost: float) -> int:
+    """The k of the largest expected speed-up, 0 to `MAX_DRAFT_TOKENS`; of equals the smallest.
+
+    >>> best_num_draft_tokens(0.2, 0.4), best_num_draft_tokens(0.8, 0.2)
+    (0, 4)
+    """
+    return max(range(MAX_DRAFT_TOKENS + 1), key=lambda k: expected_speedup(acceptance, k, step_cost))
+
+
+def measured_speedup(costs: Costs, source: str | None, acceptance: float, num_draft_tokens: int) -> float:
+    """Expected decoding speed over plain decoding, by measured costs, if each draft token is accepted with this
+    probability.
+
+    Args:
+        source: an exit of the cost table; None drafts at no cost, as lookup does.
+    """
+    seconds = costs.pass_seconds(num_draft_tokens + 1)
+    if source is not None and num_draft_tokens:
+        cost = costs.drafts[source]
+        seconds += cost.begin + num_draft_tokens * cost.step
+    return expected_tokens(acceptance, num_draft_tokens) * costs.pass_seconds(1) / seconds
+
+
+def best_measured(costs: Costs, source: str | None, acceptance: float) -> tuple[int, float]:
+    """The k of the largest speed-up by measured costs, 0 to `MAX_DRAFT_TOKENS`, and that speed-up."""
+    speedups = [measured_speedup(costs, source, acceptance, k) for k in range(MAX_DRAFT_TOKENS + 1)]
+    best = max(range(len(speedups)), key=speedups.__getitem__)
+    return best, speedups[best]
+
+
+def _matrix_bytes(shape: Seq[int], own_format: str) -> int:
+    rows, columns = shape
+    if own_format in _PLAIN_BYTES:
+        return rows * columns * _PLAIN_BYTES[own_format]
+    return rows * -(-columns // BLOCK) * _BLOCK_BYTES[own_format]

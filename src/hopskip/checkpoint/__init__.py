@@ -1,0 +1,1 @@
+"""Models on disk: finding them, their configuration, their tensors, trained exits."""

@@ -1,0 +1,185 @@
+"""Timing draft steps and verify passes: once per machine, model, precision and threads, then remembered.
+
+The timings are of whole rounds, drafts and passes in turn as they are in use: each finds the processor's caches as the
+other left them, which timings of one alone do not show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Rows, Segment
+from hopskip.checkpoint.trained_exit import TrainedExit
+from hopskip.draft.costs import Costs, DraftCost
+from hopskip.draft.exit import ExitDrafter
+from hopskip.draft.sources import Exit, Source, source_of
+from hopskip.machine import cpu_name, kept_path, num_usable_cores, replacing_file
+from hopskip.sampling import SamplingParams
+from hopskip.sequence import Sequence
+
+VERSION = 2
+"""Raised whenever timings of before would mislead: files of other versions are not looked at."""
+MAX_ROWS = 17
+"""Of one sequence: a draft of 16 tokens, and the token before it."""
+_MOST_ROWS = 40
+"""That are timed. Beyond, costs follow the line of the last two, which lie apart enough for that."""
+_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, MAX_ROWS, 24, _MOST_ROWS)
+_FEW_ROWS = (1, 4, 8, MAX_ROWS, _MOST_ROWS)
+"""For models so large that all would take too long."""
+_SHORT, _LONG = 1, 4
+"""Drafts of so many tokens are timed: two points of a line."""
+_SECONDS = 1.5
+"""Time to spend; what it does not suffice for is timed once."""
+_CONTEXT = 128
+"""Positions before the timed rows."""
+
+
+Progress = Callable[[float], None]
+"""Told the share of the time that has gone by."""
+
+
+def measure(backend: Backend, exits: Seq[Exit], seconds: float = _SECONDS, progress: Progress | None = None) -> Costs:
+    """Time rounds on a cache of their own: every number of rows in turn, and drafts by every exit.
+
+    Each figure is the least of its repeats: whatever else the machine does only adds to it.
+    """
+    lanes = {source_of(exit): _Lane(backend, exit) for exit in exits}
+    any_lane = next(iter(lanes.values()), None) or _Lane(backend, None)
+    with backend.stepping():
+        return _measure(lanes, any_lane, seconds, progress)
+
+
+def _measure(lanes: Mapping[Source, _Lane], any_lane: _Lane, seconds: float, progress: Progress | None) -> Costs:
+    layers: dict[int, float] = {}
+    head: dict[int, float] = {}
+    drafts: dict[tuple[Source, int], float] = {}
+    for lane in (any_lane, *lanes.values()):
+        lane.run(_SHORT, _MOST_ROWS)  # the first time, memory is mapped and an exit reads the tokens before
+    started = time.perf_counter()
+    all_rows = _ROWS if len(_ROWS) * sum(any_lane.run(0, _MOST_ROWS)) < seconds else _FEW_ROWS
+    is_first = True
+    while is_first or time.perf_counter() - started < seconds:
+        is_first = False
+        if progress is not None:
+            progress(min(1.0, (time.perf_counter() - started) / seconds))
+        for num_rows in all_rows:
+            _, layer_seconds, head_seconds = any_lane.run(0, num_rows)
+            layers[num_rows] = min(layer_seconds, layers.get(num_rows, layer_seconds))
+            head[num_rows] = min(head_seconds, head.get(num_rows, head_seconds))
+        for (source, lane), num_tokens in itertools.product(lanes.items(), (_SHORT, _LONG)):
+            draft_seconds, _, _ = lane.run(num_tokens, num_tokens + 1)
+            drafts[source, num_tokens] = min(draft_seconds, drafts.get((source, num_tokens), draft_seconds))
+    costs = {}
+    for source in lanes:
+        short, long = drafts[source, _SHORT], drafts[source, _LONG]
+        step = max(0.0, (long - short) / (_LONG - _SHORT))
+        costs[source] = DraftCost(begin=max(0.0, short - _SHORT * step), step=step)
+    return Costs(layers=_rising(layers), head=_rising(head), drafts=costs)
+
+
+def _rising(table: Mapping[int, float]) -> dict[int, float]:
+    """Fewer rows never cost more: where it looks so, something has disturbed them."""
+    return {rows: min(seconds for more, seconds in table.items() if more >= rows) for rows in table}
+
+
+class Timings:
+    """The costs of one model here: from the cache folder, or timed and put there.
+
+    Args:
+        exits: the model's exits to draft from.
+        identity: what distinguishes the model's weights and precision, JSON-ready; None keeps nothing.
+    """
+
+    def __init__(self, backend: Backend, exits: Seq[Exit], identity: Mapping[str, object] | None = None) -> None:
+        self._backend = backend
+        self._exits = exits
+        traits = backend.traits
+        self._key = {
+            "version": VERSION,
+            "cpu": cpu_name(),
+            "cpus": num_usable_cores(),
+            "threads": traits.threads,
+            "isa": traits.instruction_set,
+            "device": traits.device,
+            "exits": [_describe(exit) if isinstance(exit, TrainedExit) else str(source_of(exit)) for exit in exits],
+            **(identity or {}),
+        }
+        self._path = None if identity is None else kept_path(self._key, "costs")
+
+    def get(self, progress: Progress | None = None) -> Costs:
+        """The costs of before, else new ones."""
+        return self._read() or self.renew(progress)
+
+    def renew(self, progress: Progress | None = None) -> Costs:
+        """Time anew, which takes a second or two, and remember that."""
+        costs = measure(self._backend, self._exits, progress=progress)
+        self.put(costs)
+        return costs
+
+    def put(self, costs: Costs) -> None:
+        """Remember these for the next start."""
+        if self._path is not None:
+            text = json.dumps({"key": self._key, "costs": costs.as_json()}, indent=1)
+            # losing the file costs a second at the next start, so no word of it
+            with contextlib.suppress(OSError), replacing_file(self._path) as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
+
+    def _read(self) -> Costs | None:
+        if self._path is None:
+            return None
+        try:
+            found = Costs.from_json(json.loads(self._path.read_text(encoding="utf-8"))["costs"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # absent or damaged: timed anew
+        is_whole = found.layers.keys() == found.head.keys() >= set(_FEW_ROWS)
+        is_whole = is_whole and found.drafts.keys() == {source_of(exit) for exit in self._exits}
+        return found if is_whole and all(seconds > 0 for seconds in found.layers.values()) else None
+
+
+def _describe(trained: TrainedExit) -> list[object]:
+    config = trained.config
+    return [config.start, config.num_layers, list(config.features), len(trained.vocabulary_list)]
+
+
+class _Lane:
+    """Rounds of one sequence that never gets anywhere: each drafts and verifies at the same positions."""
+
+    def __init__(self, backend: Backend, exit: Exit | None) -> None:
+        self._backend = backend
+        self._drafter = None if exit is None else ExitDrafter(backend, exit)
+        self._taps = (self._drafter.taps if self._drafter else None) or ()
+        self._cache = backend.new_cache(1, _CONTEXT + _MOST_ROWS)
+        self._cache.clear()
+        self._sequence = Sequence([0] * (_CONTEXT + 1), SamplingParams(), frozenset(), backend.config.vocab_size)
+        self._sequence.slot, self._sequence.num_cached = 0, _CONTEXT
+        self._show(0, _CONTEXT)
+
+    def run(self, num_tokens: int, num_rows: int) -> tuple[float, float, float]:
+        """Seconds of a draft of so many tokens, of all layers on so many rows, and of the head."""
+        if num_tokens:
+            self._show(_CONTEXT - 1, 1)
+        started = time.perf_counter()
+        if self._drafter is not None and num_tokens:
+            self._drafter.propose([self._sequence], [num_tokens], self._cache)
+        self._backend.synchronize()
+        drafted = time.perf_counter()
+        rows = Rows([Segment(0, _CONTEXT, num_rows)])
+        hidden_ND = self._backend.forward([0] * num_rows, rows, self._cache, self._taps).hidden_ND
+        self._backend.synchronize()
+        passed = time.perf_counter()
+        self._backend.greedy(hidden_ND)
+        return drafted - started, passed - drafted, time.perf_counter() - passed
+
+    def _show(self, start: int, count: int) -> None:
+        """A trained exit with layers wants to have seen the tokens before the last."""
+        if self._drafter is not None and self._drafter.taps is not None:
+            some_ND = self._backend.embed([0] * count)
+            self._drafter.observe(
+                Rows([Segment(0, start, count)]), self._backend.xp.stack([some_ND] * len(self._taps), axis=1)
+            )

@@ -1,0 +1,312 @@
+"""The engine: admits requests, and steps them together. A step is a prefill pass or a round: draft, verify, commit.
+
+It speaks token ids only; text, templates and stop strings live at the edge (`llm.py`). One cache serves draft and
+target. Lengths belong to the sequences, so rejecting a draft is no work at all: the next pass overwrites its positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Rows, Segment
+from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.make import Identity, make_drafter, prepare, resolve
+from hopskip.engine.choose import choose
+from hopskip.engine.round import Rounds
+from hopskip.engine.slots import Slots
+from hopskip.errors import ConfigError, PromptError
+from hopskip.sequence import Request, Sequence
+from hopskip.speculative import SpeculativeConfig
+from hopskip.trace import Round
+
+_PREFILL_ROWS = 512
+"""Most prompt tokens in one pass: enough to keep the arithmetic units busy, few enough to bound activations."""
+_PREFILL_ROWS_BESIDE_DECODING = 128
+"""The same while other sequences decode: they wait for this pass in every step."""
+
+
+class Engine:
+    """Generates for many sequences at once, each with its own length, sampling parameters and acceptance.
+
+    Args:
+        speculative, drafter: as `hopskip.draft.make.prepare` gives them; see `make_engine`.
+        eos_token_ids: end a text; None: those of the model's config.
+        max_model_len: longest sequence, prompt and output; None for the model's own context.
+        max_num_seqs: sequences that are stepped together; further ones wait.
+        prefix_caching: start a prompt from the cached keys and values of an earlier request that shares its beginning.
+            None: where the backend is `row_exact`, since only there a cached prefix has the very bits of a computed one.
+        rows_per_sequence: pad every decoding pass to this many rows per sequence. With draft `none` this is the
+            *reference path at the verify shape*, to which `recompute` is bit-identical. None: as the speculation needs.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        speculative: SpeculativeConfig,
+        drafter: Drafter | None,
+        *,
+        eos_token_ids: Seq[int] | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        prefix_caching: bool | None = None,
+        rows_per_sequence: int | None = None,
+    ) -> None:
+        context = backend.config.max_position_embeddings
+        if max_model_len is not None and not 1 < max_model_len <= context:
+            raise ConfigError(f"max_model_len is {max_model_len}; the model's context allows 2 to {context}")
+        if max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
+        self.backend = backend
+        self.speculative = speculative
+        self.max_model_len = max_model_len or context
+        self.max_num_seqs = max_num_seqs
+        self.on_round: Callable[[Round], None] | None = None
+        """Told of every round, once its tokens are committed."""
+        self._eos_token_ids = frozenset(backend.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._num_requests = 0
+        self._drafters_by_exit: dict[int, Drafter] = {}
+        """Those of requests that ask for an exit layer of their own."""
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        row_exact = backend.traits.row_exact
+        rows_per_sequence = rows_per_sequence or _verify_rows(speculative, row_exact)
+        self._slots = Slots(
+            backend,
+            # a padded verify pass may reach past the last token, and so may the leaves of a tree
+            num_spare=rows_per_sequence + (speculative.num_runner_ups or 0),
+            shares_prefixes=row_exact if prefix_caching is None else prefix_caching,
+            needs_features=drafter is not None and drafter.taps is not None,
+        )
+        self._rounds = Rounds(
+            backend,
+            speculative,
+            drafter,
+            self._slots,
+            drafter_at=self._drafter_at,
+            rows_per_sequence=rows_per_sequence,
+        )
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            PromptError: the prompt is empty, holds an unknown id, or does not fit the context with `max_new_tokens`.
+            ConfigError: a value is out of range, or would have no effect.
+        """
+        self._check_drafting(request)
+        self._check_text(request)
+        vocab_size = self.backend.config.vocab_size
+        sequence = Sequence(request, self._eos_token_ids, vocab_size, number=self._num_requests)
+        self._num_requests += 1
+        self._waiting.append(sequence)
+        return sequence
+
+    def _check_text(self, request: Request) -> None:
+        params, num_prompt_tokens = request.params, len(request.prompt_ids)
+        vocab_size = self.backend.config.vocab_size
+        if request.constraint is not None and params.ignore_eos:
+            raise ConfigError("ignore_eos contradicts a grammar, which says itself where the text ends; leave it out")
+        if not num_prompt_tokens:
+            raise PromptError("the prompt is empty; give at least one token")
+        for ids, name in (request.prompt_ids, "prompt"), (params.logit_bias, "logit_bias"):
+            unknown = next((i for i in ids if not 0 <= i < vocab_size), None)
+            if unknown is not None:
+                raise PromptError(f"{name} has token id {unknown}; the model's ids are 0 to {vocab_size - 1}")
+        if params.logprobs is not None and params.logprobs > vocab_size:
+            raise ConfigError(f"logprobs is {params.logprobs}; the vocabulary has only {vocab_size} tokens")
+        room = self.max_model_len - num_prompt_tokens
+        if params.max_new_tokens > room:
+            remedy = f"use max_new_tokens <= {room} or a shorter prompt" if room > 0 else "shorten the prompt"
+            raise PromptError(
+                f"the prompt has {num_prompt_tokens} tokens and max_new_tokens is {params.max_new_tokens}: "
+                f"more than the context of {self.max_model_len}; {remedy}"
+            )
+
+    def _check_drafting(self, request: Request) -> None:
+        """Whether this engine can draft as a request asks for."""
+        speculative, max_draft_tokens, exit_layer = self.speculative, request.max_draft_tokens, request.exit_layer
+        if max_draft_tokens is not None and not 0 <= max_draft_tokens <= (speculative.num_draft_tokens or 0):
+            raise ConfigError(
+                f"the request asks for {max_draft_tokens} draft tokens; this engine drafts at most "
+                f"{speculative.num_draft_tokens or 0} (its num_draft_tokens), and 0 turns drafting off"
+            )
+        if exit_layer is None or exit_layer == speculative.exit_layer:
+            return
+        if speculative.exit_layer is None or speculative.draft not in ("early-exit", "both"):
+            raise ConfigError(f"exit_layer={exit_layer} has no effect: this engine drafts by {speculative.draft!r}")
+        if speculative.verify == "reuse":
+            raise ConfigError(
+                f"exit_layer={exit_layer}: with verify 'reuse' all requests share the engine's exit layer, "
+                f"{speculative.exit_layer}; leave it out"
+            )
+        self._drafter_at(exit_layer)
+
+    def _drafter_at(self, exit_layer: int) -> Drafter:
+        if exit_layer not in self._drafters_by_exit:
+            config = resolve(replace(self.speculative, exit_layer=exit_layer), self.backend.config)
+            drafter = make_drafter(config, self.backend)
+            assert drafter is not None
+            self._drafters_by_exit[exit_layer] = drafter
+        return self._drafters_by_exit[exit_layer]
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a request now; its slot is free for the next step. Aborting a finished request does nothing."""
+        if not sequence.is_finished:
+            sequence.finish_reason = "abort"
+            self._waiting = deque(s for s in self._waiting if s is not sequence)
+            self._retire()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The requests that have a slot."""
+        return tuple(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache's positions that running requests hold."""
+        return self._slots.usage(self._running)
+
+    def reserve(self, kv_memory: int, *, shrink: bool = False) -> None:
+        """Allocate the whole cache now, so that it never grows: `max_num_seqs` slots of `max_model_len` positions.
+
+        Args:
+            kv_memory: bytes that it may take.
+            shrink: lower `max_model_len` to what fits, instead of refusing.
+
+        Raises:
+            ConfigError: it does not fit; the message names the numbers.
+        """
+        assert not self.has_work
+        self.max_model_len = self._slots.reserve(kv_memory, self.max_num_seqs, self.max_model_len, shrink=shrink)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, only: Seq[Sequence] | None = None) -> None:
+        """Advance: one round for every sequence that decodes, then one pass over prompts if any are unfinished.
+
+        So a long prompt holds the others up for one of its chunks at a time. New tokens appear in the sequences'
+        `tokens`. If a pass raises, no sequence has gained or lost a token by it.
+
+        Args:
+            only: leave all running sequences but these as they are, and admit none: to find out which of them it is
+                that makes a pass raise.
+        """
+        if only is None:
+            self._admit()
+        moving = [s for s in self._running if only is None or s in only]
+        decoding = [s for s in moving if s.is_prefilled]
+        prefilling = [s for s in moving if not s.is_prefilled]
+        try:
+            with self.backend.stepping():
+                if decoding:
+                    self._round(decoding)
+                if prefilling:
+                    self._prefill(prefilling, _PREFILL_ROWS_BESIDE_DECODING if decoding else _PREFILL_ROWS)
+        finally:
+            self._retire()
+
+    def _admit(self) -> None:
+        num_admitted = min(len(self._waiting), self.max_num_seqs - len(self._running))
+        if not num_admitted:
+            return
+        newcomers = [self._waiting[i] for i in range(num_admitted)]
+        self._slots.make_room(self._running + newcomers)
+        for sequence in newcomers:
+            self._slots.take(sequence, self._running)
+            # in this order, so that an interrupt between the two loses no request
+            self._running.append(sequence)
+            self._waiting.popleft()
+
+    def _retire(self) -> None:
+        for sequence in [s for s in self._running if s.is_finished]:
+            self._running.remove(sequence)
+            self._slots.give_back(sequence)
+
+    def _round(self, sequences: list[Sequence]) -> None:
+        record = self._rounds.run(sequences, wants_record=self.on_round is not None)
+        if self.on_round is not None and record is not None:
+            self.on_round(record)
+
+    def _prefill(self, sequences: list[Sequence], budget: int) -> None:
+        """One pass over the next `budget` rows of these prompts; those that reach their end get their first token.
+
+        Each gets an equal share, and what short prompts leave of theirs goes to the longer: none waits for another.
+        """
+        now = time.perf_counter()
+        segments: list[Segment] = []
+        chunk: list[Sequence] = []
+        by_rest = sorted(sequences, key=lambda s: s.num_prompt_tokens - s.num_cached)
+        for index, sequence in enumerate(by_rest):
+            sequence.prefill_started = sequence.prefill_started or now
+            share = -(-budget // (len(by_rest) - index))
+            num_rows = min(share, sequence.num_prompt_tokens - sequence.num_cached)
+            if num_rows:
+                segments.append(Segment(sequence.slot, sequence.num_cached, num_rows))
+                chunk.append(sequence)
+                budget -= num_rows
+        rows = Rows(segments)
+        ids: list[int] = []
+        for sequence, segment in zip(chunk, segments, strict=True):
+            ids += sequence.token_ids[segment.start : segment.start + segment.count]
+        hidden_ND = self._rounds.read(ids, rows)
+        is_complete = [seg.start + seg.count == s.num_prompt_tokens for s, seg in zip(chunk, segments, strict=True)]
+        last_rows = [last for last, complete in zip(rows.last_rows, is_complete, strict=True) if complete]
+        completed = [s for s, complete in zip(chunk, is_complete, strict=True) if complete]
+        choices = choose(self.backend, completed, [Draft()] * len(completed), hidden_ND[last_rows])
+        for sequence, segment in zip(chunk, segments, strict=True):
+            sequence.num_cached += segment.count
+        for sequence, (_, tokens) in zip(completed, choices, strict=True):
+            if not tokens:
+                continue  # it has failed
+            sequence.append(tokens[0])
+            sequence.first_token_at = time.perf_counter()
+            sequence.stats.prefill_seconds = sequence.first_token_at - sequence.prefill_started
+            sequence.stats.num_tokens = 1
+
+
+def make_engine(
+    backend: Backend,
+    speculative: SpeculativeConfig | None = None,
+    *,
+    identity: Identity | None = None,
+    progress: Callable[[str, float], None] = lambda what, share: None,
+    **options: object,
+) -> Engine:
+    """An engine that drafts as a configuration says. Measures what must be measured first: see `prepare`.
+
+    Args:
+        speculative: None leaves everything to the model's recommendation.
+        identity, progress: see `prepare`.
+        options: of `Engine`.
+
+    Raises:
+        ConfigError: the configuration does not fit the model, or a number is out of range.
+    """
+    return Engine(backend, *prepare(backend, speculative or SpeculativeConfig(), identity, progress), **options)  # type: ignore[arg-type]
+
+
+def _verify_rows(speculative: SpeculativeConfig, row_exact: bool) -> int:
+    """Rows per sequence and pass. A backend whose bits depend on the number of rows verifies at one fixed shape, so that
+    its numerics do not depend on what was drafted; the others never compute a row for nothing."""
+    if speculative.verify == "recompute" and not row_exact:
+        assert speculative.num_draft_tokens is not None
+        return speculative.num_draft_tokens + 1 + (speculative.num_runner_ups or 0)
+    return 1

@@ -1,1 +1,0 @@
-"""Proofs and measurements: `hopskip check`, `hopskip bench`."""

@@ -1,0 +1,217 @@
+"""From the name of a model to a decoder that is ready to draft: which backend, which precision, which device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+
+from hopskip.backends.base import Backend
+from hopskip.backends.native import isa
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.torch.backend import TorchBackend
+from hopskip.backends.torch.weights import load_weights
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from hopskip.checkpoint.hub import find_model, shipped_exit
+from hopskip.checkpoint.trained_exit import TrainedExit
+from hopskip.draft.make import Identity, resolve
+from hopskip.errors import ConfigError
+from hopskip.options import check_choice, option
+from hopskip.speculative import SpeculativeConfig
+from hopskip.text.tokenizer import Tokenizer
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["q8", "q4"]
+BackendName = Literal["auto", "native", "torch"]
+KVDType = Literal["auto", "float32", "bfloat16", "int8"]
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+Progress = Callable[[float], None]
+"""Told the share that is done, up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """Which model to load, in which precision, and on what.
+
+    Raises:
+        ConfigError: a value is unknown, or two of them contradict each other.
+    """
+
+    model: str | Path | None = option(
+        None,
+        "A folder with a Hugging Face checkpoint, a GGUF file, or a Hub id (default: SmolLM2-135M-Instruct).",
+        "MODEL",
+    )
+    dtype: DType = option(
+        "auto",
+        "Precision of weights and arithmetic: float32, bfloat16, float16, or auto, the checkpoint's own.",
+        "TYPE",
+    )
+    """`auto` keeps the checkpoint's own. On the native backend a quantized GGUF then stays as it is."""
+    quantize: Quantize | None = option(None, "Pack the weights to 8 or 4 bits: q8, q4 (native backend).", "TYPE")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.", "DEVICE")
+    backend: BackendName = option(
+        "auto", "native (the C++ engine for CPUs), torch, or auto, which prefers native on a CPU.", "NAME"
+    )
+    threads: int | None = option(None, "CPU threads; by default as many as there are cores.", "N")
+    kv_dtype: KVDType = option(
+        "auto", "Precision of cached keys and values: float32, bfloat16, int8, or auto (native backend).", "TYPE"
+    )
+    """`auto` is float32 beside float32 weights, else bfloat16. `int8` halves the memory of long contexts and the time of
+    reading it, at a small loss of precision."""
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DType)
+        check_choice("backend", self.backend, BackendName)
+        check_choice("kv_dtype", self.kv_dtype, KVDType)
+        check_choice("quantize", self.quantize, Quantize)
+        if self.quantize is not None and self.dtype != "auto":
+            raise ConfigError(f"quantize={self.quantize} and dtype={self.dtype} contradict each other; leave one out")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+
+    @property
+    def precision(self) -> str:
+        """Of the weights: `auto`, `float32`, ..., `q8`, `q4`."""
+        return self.quantize or self.dtype
+
+    def identity(self, checkpoint: Checkpoint) -> Identity:
+        """By which is remembered what was measured of the model so loaded."""
+        return {"weights": checkpoint.fingerprint, "precision": self.precision, "kv_dtype": self.kv_dtype}
+
+    def where(self) -> tuple[Literal["native", "torch"], torch.device]:
+        """Which backend runs the model, and on which device. Loads nothing.
+
+        Raises:
+            ConfigError: an option needs another backend or device than there is.
+        """
+        device = _device(self.device)
+        if self._is_native(device):
+            return "native", device
+        for name, value, default in ("quantize", self.quantize, None), ("kv_dtype", self.kv_dtype, "auto"):
+            if value != default:
+                raise ConfigError(f"{name}={value} needs the native CPU backend, but this runs on torch; leave it out")
+        return "torch", device
+
+    def _is_native(self, device: torch.device) -> bool:
+        """Whether the C++ engine runs the model; says so in one line where it was to be expected and cannot."""
+        if self.backend == "torch":
+            return False
+        obstacle = isa.obstacle()
+        if device.type != "cpu":
+            obstacle = f"it runs on CPUs, not on {device.type}"
+        elif self.dtype == "float16":
+            obstacle = "it has no float16 arithmetic; use bfloat16 or float32"
+        if obstacle is None:
+            return True
+        if self.backend == "native":
+            raise ConfigError(f"the native backend cannot be used: {obstacle}")
+        if device.type == "cpu" and self.dtype != "float16":
+            warnings.warn(f"running on torch, which is slower on a CPU: {obstacle}", stacklevel=3)
+        return False
+
+
+class LoadOptions(TypedDict, total=False):
+    """The fields of `LoadConfig` but the model, as keyword arguments."""
+
+    dtype: DType
+    quantize: Quantize | None
+    device: str
+    backend: BackendName
+    threads: int | None
+    kv_dtype: KVDType
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A model that can be run: all that `open_model` finds and makes."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    backend: Backend
+    """With the trained exit and the copy attached that the configuration can use."""
+    identity: Identity
+    """See `LoadConfig.identity`."""
+
+
+def open_model(
+    load: LoadConfig, speculative: SpeculativeConfig | None = None, progress: Progress | None = None
+) -> OpenModel:
+    """Find, check and load a model, with what it drafts with beside it.
+
+    Args:
+        speculative: None leaves everything to the model's recommendation.
+
+    Raises:
+        CheckpointError: the model or the exit cannot be found or read.
+        ConfigError: an option cannot work with this model.
+    """
+    speculative = speculative or SpeculativeConfig()
+    checkpoint = open_checkpoint(find_model(load.model))
+    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    # a wrong option must not cost the time of loading the weights
+    trained_exit = find_exit(checkpoint, speculative)
+    resolve(speculative, checkpoint.config, trained_exit)
+    backend = load_backend(checkpoint, load, progress)
+    if trained_exit is not None:
+        backend.attach_exit(trained_exit)
+    if speculative.draft_precision is not None:
+        backend.attach_copy(checkpoint, speculative.draft_precision)
+    return OpenModel(checkpoint=checkpoint, tokenizer=tokenizer, backend=backend, identity=load.identity(checkpoint))
+
+
+def load_backend(checkpoint: Checkpoint, load: LoadConfig, progress: Progress | None = None) -> Backend:
+    """The weights of an opened checkpoint, in a backend.
+
+    Raises:
+        ConfigError: an option cannot work here.
+        CheckpointError: the weights are missing, damaged, or of an unsupported kind.
+    """
+    kind, device = load.where()
+    if kind == "native":
+        return NativeBackend.load(
+            checkpoint,
+            precision=load.precision,
+            threads=load.threads,
+            kv_dtype=_KV_DTYPES[load.kv_dtype],
+            progress=progress,
+        )
+    if load.threads is not None:
+        torch.set_num_threads(load.threads)
+    dtype = checkpoint.dtype if load.dtype == "auto" else _TORCH_DTYPES[load.dtype]
+    return TorchBackend(checkpoint.config, load_weights(checkpoint, dtype, device, progress))
+
+
+def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> TrainedExit | None:
+    """The trained exit to draft with: the one that is asked for, else the one that ships for the model, if any.
+
+    Raises:
+        CheckpointError: the exit cannot be read.
+        ConfigError: it was trained for other weights.
+    """
+    folder = speculative.exit_branch
+    if folder is None and speculative.may_use_trained_exit:
+        folder = shipped_exit(checkpoint.fingerprint)
+    if folder is None:
+        return None
+    trained_exit = TrainedExit.load(Path(folder))
+    trained_exit.check_base(checkpoint.fingerprint)
+    return trained_exit
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); try 'cpu' or 'cuda'") from None
+    return device

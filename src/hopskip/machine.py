@@ -1,0 +1,72 @@
+"""This machine: its processor, and the folder where hopskip keeps what it has found out or made for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The processor's own name for itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def num_usable_cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_folder() -> Path | None:
+    """`$HOPSKIP_CACHE`, by default `hopskip` in `$XDG_CACHE_HOME` or `~/.cache`. None if nothing is kept: an empty
+    HOPSKIP_CACHE says so."""
+    folder = os.environ.get("HOPSKIP_CACHE")
+    if folder is not None:
+        return Path(folder).expanduser() if folder else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hopskip"
+
+
+def kept_path(key: Mapping[str, object], kind: str) -> Path | None:
+    """The file of the cache folder that keeps what was found for such a key, JSON-ready; None if nothing is kept."""
+    folder = cache_folder()
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return None if folder is None else folder / f"{digest[:32]}.{kind}.json"
+
+
+@contextmanager
+def replacing_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
+    """Write a file whole or not at all: yields another path beside it, which takes its place when the block ends well.
+    Of several that do so at once, the last one's file stays.
+
+    Args:
+        flush: be sure that it is on disk first, so that not even a loss of power leaves half of it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        yield partial
+        if flush:
+            flush_to_disk(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Of a file its content, of a folder its names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Proofs on a model of the user's own that speculation changes nothing: `hopskip check`."""
