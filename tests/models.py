@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Cache
-from hopskip.backends.rows import Rows
+from hopskip import SpeculativeConfig
+from hopskip.backends.base import Backend
+from hopskip.backends.table import TableBackend
 from hopskip.backends.torch.backend import TorchBackend, Weights
 from hopskip.backends.torch.layer import LayerWeights
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.rope import RopeConfig
+from hopskip.draft.base import Drafter
+from hopskip.draft.make import resolve
+from hopskip.engine import Engine
 
 
 def tiny_config(**changes: object) -> ModelConfig:
@@ -57,33 +63,12 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: obj
     return TorchBackend(config, Weights(embed_tokens=embed_tokens, layers=layers, norm=ones, lm_head=lm_head))
 
 
-class MarkovModel:
-    """A two-layer "decoder" whose logits depend on the last token only: by one table after layer 0, by another after
-    layer 1. Its exact joint distributions can be written down, which those of a real decoder cannot."""
+def table_model(exit_logits_VV: Tensor, target_logits_VV: Tensor) -> TableBackend:
+    """A "decoder" whose exact joint distributions can be written down."""
+    return TableBackend(tiny_config(), exit_logits_VV, target_logits_VV)
 
-    row_exact = True
-    has_own_threads = False
-    device = torch.device("cpu")
-    branch = None
 
-    def __init__(self, exit_logits_VV: Tensor, target_logits_VV: Tensor) -> None:
-        self.config = tiny_config(vocab_size=len(target_logits_VV), num_hidden_layers=2)
-        self.tables = torch.stack((exit_logits_VV, target_logits_VV))
-
-    def new_cache(self, num_slots: int, length: int) -> Cache:
-        return Cache(self.config, num_slots, length, torch.float32)
-
-    def embed(self, ids_N: Tensor) -> Tensor:
-        return torch.stack((ids_N.float(), torch.zeros(len(ids_N))), dim=1)
-
-    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-        assert len(rows) == len(h_ND)
-        assert rows.max_position < cache.length
-        return h_ND + torch.tensor([0.0, float(stop - start)])
-
-    def unembed(self, h_ND: Tensor) -> Tensor:
-        token_N, depth_N = h_ND[:, 0].long(), h_ND[:, 1].long()
-        return self.tables[depth_N - 1, token_N]
-
-    def greedy(self, h_ND: Tensor) -> Tensor:
-        return self.unembed(h_ND).argmax(dim=-1)
+def engine_with(drafter: Drafter, backend: Backend, speculative: SpeculativeConfig, **options: Any) -> Engine:
+    """An engine that drafts by a drafter of the test's own."""
+    config = resolve(speculative, backend.config, backend.trained_exit, row_exact=backend.traits.row_exact)
+    return Engine(backend, config, drafter, **options)

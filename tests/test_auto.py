@@ -7,29 +7,31 @@ import random
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 
 from hopskip import ConfigError, SpeculativeConfig
-from hopskip.backends.base import Model
-from hopskip.draft import costs as costs_module
+from hopskip.backends.base import Backend
+from hopskip.draft import timing
 from hopskip.draft.auto import AutoDrafter
-from hopskip.draft.controller import LOOKUP, Choice, Controller
-from hopskip.draft.costs import Costs, interpolated
-from hopskip.draft.sources import early_exit, without
+from hopskip.draft.controller import Controller
+from hopskip.draft.costs import Costs, DraftCost, interpolated
+from hopskip.draft.make import exits_of
+from hopskip.draft.plans import Choice
+from hopskip.draft.sources import LOOKUP, early_exit, layer_skip, source_of
 from hopskip.draft.timing import Timings, measure
-from hopskip.engine.engine import Engine
-from hopskip.sequence import Sequence
+from hopskip.engine import make_engine
+from hopskip.sequence import Request, Sequence
 from hopskip.trace import Round
-from tests.models import tiny_model
+from tests.models import engine_with, tiny_model
 from tests.test_engine import GREEDY, PLAIN, PROMPTS, new_ids, run
 
+EXITS = [early_exit(1), early_exit(2)]
 TABLE = Costs(
     layers={1: 0.01, 17: 0.011},
     head={1: 0.001, 17: 0.001},
-    drafts={name: costs_module.DraftCost(begin=0.0001, step=0.0001) for name in ("early-exit:1", "early-exit:2")},
+    drafts={source_of(exit): DraftCost(begin=0.0001, step=0.0001) for exit in EXITS},
 )
 
 
@@ -42,7 +44,7 @@ class Whims(Controller):
         choices = []
         for sequence, limit, lookup in zip(sequences, limits, lookups, strict=True):
             whim = self.whim(sequence)
-            source = (None, LOOKUP, "early-exit:1", "early-exit:2")[whim % 4]
+            source = (None, LOOKUP, *map(source_of, EXITS))[whim % 4]
             most = len(lookup) if source == LOOKUP else limit
             length = max(0, min(most, whim // 2))
             num_runner_ups = whim % 2 if source not in (None, LOOKUP) and length else 0
@@ -62,17 +64,11 @@ class Restless(Whims):
         return self.dice.randrange(12)
 
 
-class FixedTimings(Timings):
-    def get(self) -> Costs:
-        return TABLE
-
-
-def whimsical(model: Model, min_confidence: float = 0.0) -> AutoDrafter:
-    exits = [1, 2]
+def whimsical(model: Backend, min_confidence: float = 0.0) -> AutoDrafter:
     drafter = AutoDrafter(
         model,
-        exits,
-        FixedTimings(model, exits),
+        EXITS,
+        TABLE,
         max_draft_tokens=6,
         fixed_length=3,
         rows_per_sequence=7,
@@ -83,7 +79,7 @@ def whimsical(model: Model, min_confidence: float = 0.0) -> AutoDrafter:
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Backend:
     torch.set_num_threads(1)
     return tiny_model()
 
@@ -95,10 +91,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("min_confidence", [0.0, 0.05])
 @pytest.mark.parametrize("max_num_seqs", [1, 4])
-def test_greedy_text_never_depends_on_the_choices(model: Model, max_num_seqs: int, min_confidence: float) -> None:
-    expected = new_ids(run(Engine(model, PLAIN, rows_per_sequence=7), PROMPTS, GREEDY))
+def test_greedy_text_never_depends_on_the_choices(model: Backend, max_num_seqs: int, min_confidence: float) -> None:
+    expected = new_ids(run(make_engine(model, PLAIN, rows_per_sequence=7), PROMPTS, GREEDY))
     config = SpeculativeConfig(draft="auto", num_draft_tokens=6)
-    engine = Engine(model, config, max_num_seqs=max_num_seqs, drafter=whimsical(model, min_confidence))
+    engine = engine_with(whimsical(model, min_confidence), model, config, max_num_seqs=max_num_seqs)
     rounds: list[Round] = []
     engine.on_round = rounds.append
     sequences = run(engine, PROMPTS, GREEDY)
@@ -116,21 +112,21 @@ def test_greedy_text_never_depends_on_the_choices(model: Model, max_num_seqs: in
         assert sum(part.num_draft_tokens for part in own) == sequence.stats.num_draft_tokens
 
 
-def test_auto_as_it_comes_is_lossless(model: Model) -> None:
-    engine = Engine(model, SpeculativeConfig(draft="auto"))
+def test_auto_as_it_comes_is_lossless(model: Backend) -> None:
+    engine = make_engine(model, SpeculativeConfig(draft="auto"))
     assert engine.speculative.num_draft_tokens == 6, "at a fixed shape, room for 16 tokens would cost 17 rows a pass"
-    expected = new_ids(run(Engine(model, PLAIN, rows_per_sequence=7), PROMPTS, GREEDY))
+    expected = new_ids(run(make_engine(model, PLAIN, rows_per_sequence=7), PROMPTS, GREEDY))
     assert new_ids(run(engine, PROMPTS, GREEDY)) == expected
     mixed = [replace(GREEDY, temperature=0.8, seed=1), GREEDY, replace(GREEDY, repetition_penalty=1.3), GREEDY, GREEDY]
     sequences = run(engine, PROMPTS, mixed)
     assert [new_ids(sequences)[i] for i in (1, 3, 4)] == [expected[i] for i in (1, 3, 4)]
 
 
-def test_a_seed_gives_the_same_text_whatever_the_clock_and_the_companions_do(model: Model) -> None:
+def test_a_seed_gives_the_same_text_whatever_the_clock_and_the_companions_do(model: Backend) -> None:
     drawn = replace(GREEDY, temperature=0.9)
     drafter = whimsical(model)
     drafter.controller = Restless(TABLE, 6, 7)
-    engine = Engine(model, SpeculativeConfig(draft="auto"), max_num_seqs=4, drafter=drafter)
+    engine = engine_with(drafter, model, SpeculativeConfig(draft="auto"), max_num_seqs=4)
     rounds: list[Round] = []
     engine.on_round = rounds.append
     seeded = replace(drawn, seed=5)
@@ -143,9 +139,9 @@ def test_a_seed_gives_the_same_text_whatever_the_clock_and_the_companions_do(mod
         assert new_ids(sequences)[0] == new_ids([alone])[0]
 
 
-def test_requests_may_limit_drafts(model: Model) -> None:
-    engine = Engine(model, SpeculativeConfig(draft="auto"), drafter=whimsical(model))
-    sequences = [engine.add(PROMPTS[3], GREEDY, max_draft_tokens=limit) for limit in (0, 1)]
+def test_requests_may_limit_drafts(model: Backend) -> None:
+    engine = engine_with(whimsical(model), model, SpeculativeConfig(draft="auto"))
+    sequences = [engine.add(Request(PROMPTS[3], GREEDY, max_draft_tokens=limit)) for limit in (0, 1)]
     while engine.has_work:
         engine.step()
     assert sequences[0].stats.num_draft_tokens == 0
@@ -154,28 +150,28 @@ def test_requests_may_limit_drafts(model: Model) -> None:
 
 def test_what_auto_may_draft_from() -> None:
     shallow, deep = tiny_model(num_hidden_layers=2), tiny_model(num_hidden_layers=8)
-    assert SpeculativeConfig(draft="auto").exits(shallow) == [early_exit(1)]
-    assert SpeculativeConfig(draft="auto").exits(deep) == [early_exit(2), early_exit(4)]
-    assert SpeculativeConfig(draft="auto", exit_layer=3).exits(deep) == [early_exit(3)]
-    assert SpeculativeConfig(draft="auto", exit_layer=3, skip_layers=(5,)).exits(deep) == [
-        without((5,), 8),
+    assert exits_of(SpeculativeConfig(draft="auto"), shallow) == [early_exit(1)]
+    assert exits_of(SpeculativeConfig(draft="auto"), deep) == [early_exit(2), early_exit(4)]
+    assert exits_of(SpeculativeConfig(draft="auto", exit_layer=3), deep) == [early_exit(3)]
+    assert exits_of(SpeculativeConfig(draft="auto", exit_layer=3, skip_layers=(5,)), deep) == [
+        layer_skip((5,), 8),
         early_exit(3),
     ]
     one = tiny_model(num_hidden_layers=1)
-    assert SpeculativeConfig(draft="auto").exits(one) == []
-    Engine(one, SpeculativeConfig(draft="auto"))
+    assert exits_of(SpeculativeConfig(draft="auto"), one) == []
+    make_engine(one, SpeculativeConfig(draft="auto"))
     with pytest.raises(ConfigError, match="between 1 and 7"):
-        Engine(deep, SpeculativeConfig(draft="auto", exit_layer=8))
+        make_engine(deep, SpeculativeConfig(draft="auto", exit_layer=8))
     with pytest.raises(ConfigError, match="'reuse' goes on from one early exit"):
         SpeculativeConfig(draft="auto", verify="reuse")
 
 
-def test_measured_costs_are_plausible(model: Model) -> None:
-    found = measure(model, [1, 3], seconds=0.1)
+def test_measured_costs_are_plausible(model: Backend) -> None:
+    found = measure(model, [early_exit(1), early_exit(3)], seconds=0.1)
     assert next(iter(found.layers)) == 1
-    assert max(found.layers) == costs_module._MOST_ROWS
+    assert max(found.layers) == timing._MOST_ROWS
     assert all(seconds > 0 for seconds in [*found.layers.values(), *found.head.values()])
-    one, three = (found.drafts[f"early-exit:{exit}"] for exit in (1, 3))
+    one, three = (found.drafts[source_of(early_exit(exit))] for exit in (1, 3))
     assert 0 < one.begin + 4 * one.step < three.begin + 4 * three.step
 
 
@@ -186,19 +182,19 @@ def test_interpolation() -> None:
     assert interpolated({1: 10.0, 5: 14.0}, 9) == 18.0
 
 
-def test_costs_are_measured_once(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_costs_are_measured_once(model: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[object] = []
 
-    def fake(model: Model, exits: Seq[object]) -> Costs:
+    def fake(model: Backend, exits: Seq[object], progress: object = None) -> Costs:
         calls.append(exits)
         layers = {1: 0.01 * len(calls), 4: 0.02, 8: 0.03, 17: 0.1, 40: 0.2}
         return replace(TABLE, layers=layers, head=dict.fromkeys(layers, 0.1))
 
-    monkeypatch.setattr(costs_module, "measure", fake)
-    first = Timings(model, [1, 2], {"weights": "a"}).get()
-    assert Timings(model, [1, 2], {"weights": "a"}).get() == first
+    monkeypatch.setattr(timing, "measure", fake)
+    first = Timings(model, EXITS, {"weights": "a"}).get()
+    assert Timings(model, EXITS, {"weights": "a"}).get() == first
     assert len(calls) == 1
-    for other in (Timings(model, [1, 2], {"weights": "b"}), Timings(model, [1, 2]), Timings(model, [1, 2])):
+    for other in (Timings(model, EXITS, {"weights": "b"}), Timings(model, EXITS), Timings(model, EXITS)):
         other.get()
     assert len(calls) == 4, "other weights, and a model without identity"
     (path, *_) = sorted((tmp_path / "cache").iterdir(), key=lambda p: p.stat().st_mtime)
@@ -210,21 +206,21 @@ def test_costs_are_measured_once(model: Model, monkeypatch: pytest.MonkeyPatch, 
         json.dumps({"costs": {**good["costs"], "drafts": {}}}),
     ):
         path.write_text(damaged)
-        Timings(model, [1, 2], {"weights": "a"}).get()
+        Timings(model, EXITS, {"weights": "a"}).get()
         assert json.loads(path.read_text())["costs"]["drafts"] == good["costs"]["drafts"]
     assert len(calls) == 8
     better = replace(first, head=dict.fromkeys(first.head, 7.0))
-    Timings(model, [1, 2], {"weights": "a"}).put(better)
-    assert Timings(model, [1, 2], {"weights": "a"}).get() == better
+    Timings(model, EXITS, {"weights": "a"}).put(better)
+    assert Timings(model, EXITS, {"weights": "a"}).get() == better
     monkeypatch.setenv("HOPSKIP_CACHE", "")
-    Timings(model, [1, 2], {"weights": "a"}).get()
+    Timings(model, EXITS, {"weights": "a"}).get()
     assert len(calls) == 9
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(
-    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOPSKIP_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(costs_module, "measure", lambda model, exits: TABLE)
-    assert Timings(cast(Model, model), [1, 2], {"weights": "a"}).get() == TABLE
+    monkeypatch.setattr(timing, "measure", lambda model, exits, progress: TABLE)
+    assert Timings(model, EXITS, {"weights": "a"}).get() == TABLE

@@ -23,7 +23,7 @@ from hopskip.backends.torch.layer import LayerWeights
 from hopskip.cli import app
 from hopskip.cli.precisions import parse_precisions
 from hopskip.draft.exit import ExitDrafter
-from hopskip.engine.engine import Engine
+from hopskip.engine import Engine, make_engine
 from hopskip.engine.verify import Verdict, verify_greedy, verify_sampled
 from hopskip.errors import ConfigError
 from hopskip.prove.context import context_proofs

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from scipy.stats import chisquare
 from torch import Tensor
 
-import hopskip.engine
+import hopskip.engine.choose
 from hopskip import SamplingParams, SpeculativeConfig
-from hopskip.engine.engine import Engine
+from hopskip.engine import make_engine
 from hopskip.engine.verify import Verdict, verify_sampled
 from hopskip.sampling import draw
-from tests.models import MarkovModel
+from hopskip.sequence import Request
+from tests.models import engine_with, table_model
 from tests.oracle import exact_joint
 from tests.test_auto import whimsical
 
@@ -54,7 +55,7 @@ def tables() -> tuple[Tensor, Tensor]:
 def sample(draft: str, seeds: range) -> tuple[NDArray[np.float64], int, int]:
     """How often each `LENGTH` tokens came out, one request per seed; draft tokens, and how many were accepted."""
     torch.set_num_threads(1)
-    model = MarkovModel(*tables())
+    model = table_model(*tables())
     # the sources in turn, and drafts that end by how sure they are
     drafter = whimsical(model, min_confidence=0.5) if draft == "auto" else None
     config = SpeculativeConfig(
@@ -63,8 +64,12 @@ def sample(draft: str, seeds: range) -> tuple[NDArray[np.float64], int, int]:
         num_runner_ups=3 if draft == "tree" else None,
         skip_layers=(0,) if draft == "layer-skip" else None,
     )
-    engine = Engine(model, config, max_num_seqs=500, prefix_caching=False, drafter=drafter)
-    sequences = [engine.add(PROMPT, replace(params_of(draft), seed=seed)) for seed in seeds]
+    engine = (
+        make_engine(model, config, max_num_seqs=500, prefix_caching=False)
+        if drafter is None
+        else engine_with(drafter, model, config, max_num_seqs=500, prefix_caching=False)
+    )
+    sequences = [engine.add(Request(PROMPT, replace(params_of(draft), seed=seed))) for seed in seeds]
     while engine.has_work:
         engine.step()
     observed = np.zeros((VOCAB,) * LENGTH)
@@ -140,7 +145,7 @@ def compare_greedily(
 @pytest.mark.parametrize("draft", ["early-exit", "ngram"])
 @pytest.mark.parametrize("wrong", [resample_from_the_target, compare_greedily])
 def test_a_wrong_accept_rule_is_found_out(draft: str, wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopskip.engine, "verify_sampled", wrong)
+    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", wrong)
     assert p_value(draft, NUM_SAMPLES // 10) < 0.001
 
 
@@ -159,5 +164,5 @@ def as_if_drawn_with_replacement(
 
 
 def test_a_wrong_rule_for_trees_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopskip.engine, "verify_sampled", as_if_drawn_with_replacement)
+    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", as_if_drawn_with_replacement)
     assert p_value("tree", NUM_SAMPLES // 10) < 0.001

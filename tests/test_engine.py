@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hopskip import ConfigError, PromptError, SamplingParams, SpeculativeConfig
-from hopskip.backends.base import Cache, Model
-from hopskip.backends.rows import Rows
-from hopskip.engine.engine import Engine
-from hopskip.sequence import Sequence
-from tests.models import MarkovModel, tiny_model
+from hopskip.backends.base import Backend
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.table import TableBackend
+from hopskip.draft.make import resolve
+from hopskip.engine import Engine, make_engine
+from hopskip.prove import recorder
+from hopskip.sequence import Request, Sequence
+from tests.models import table_model, tiny_config, tiny_model
 
 PROMPTS = [
     torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() * 2 for n in (1, 3, 9, 20, 33)
@@ -26,7 +30,7 @@ GREEDY = SamplingParams(max_new_tokens=40)
 
 def run(engine: Engine, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Sequence]:
     each = params if isinstance(params, list) else [params] * len(prompts)
-    sequences = [engine.add(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
+    sequences = [engine.add(Request(prompt, p)) for prompt, p in zip(prompts, each, strict=True)]
     while engine.has_work:
         engine.step()
     return sequences
@@ -37,13 +41,13 @@ def new_ids(sequences: list[Sequence]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Backend:
     return tiny_model()
 
 
 @pytest.fixture(scope="module")
-def plain_ids(model: Model) -> list[list[int]]:
-    return new_ids(run(Engine(model, PLAIN), PROMPTS, GREEDY))
+def plain_ids(model: Backend) -> list[list[int]]:
+    return new_ids(run(make_engine(model, PLAIN), PROMPTS, GREEDY))
 
 
 @pytest.mark.parametrize("verify", ["recompute", "reuse"])
@@ -53,7 +57,7 @@ def plain_ids(model: Model) -> list[list[int]]:
     [("early-exit", 1), ("early-exit", 3), ("early-exit", 5), ("ngram", None), ("both", 1), ("both", 3), ("both", 5)],
 )
 def test_greedy_speculation_is_lossless(
-    model: Model,
+    model: Backend,
     plain_ids: list[list[int]],
     draft: str,
     exit_layer: int | None,
@@ -66,7 +70,7 @@ def test_greedy_speculation_is_lossless(
         num_draft_tokens=num_draft_tokens,
         verify=verify,  # type: ignore[arg-type]
     )
-    sequences = run(Engine(model, config), PROMPTS, GREEDY)
+    sequences = run(make_engine(model, config), PROMPTS, GREEDY)
     assert new_ids(sequences) == plain_ids
     drafted = sum(s.stats.num_draft_tokens for s in sequences)
     accepted = sum(s.stats.num_accepted_tokens for s in sequences)
@@ -74,34 +78,16 @@ def test_greedy_speculation_is_lossless(
 
 
 @pytest.mark.parametrize("verify", ["recompute", "reuse"])
-def test_speculation_is_lossless_with_penalties_and_bias(model: Model, verify: str) -> None:
+def test_speculation_is_lossless_with_penalties_and_bias(model: Backend, verify: str) -> None:
     params = SamplingParams(
         max_new_tokens=60, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, logit_bias={5: 1.5}
     )
-    expected = run(Engine(model, PLAIN), PROMPTS, params)
+    expected = run(make_engine(model, PLAIN), PROMPTS, params)
     config = SpeculativeConfig(draft="both", exit_layer=5, num_draft_tokens=4, verify=verify)  # type: ignore[arg-type]
-    sequences = run(Engine(model, config), PROMPTS, params)
+    sequences = run(make_engine(model, config), PROMPTS, params)
     assert new_ids(sequences) == new_ids(expected)
-    assert new_ids(sequences) != new_ids(run(Engine(model, PLAIN), PROMPTS, SamplingParams(max_new_tokens=60)))
+    assert new_ids(sequences) != new_ids(run(make_engine(model, PLAIN), PROMPTS, SamplingParams(max_new_tokens=60)))
     assert 0 < sequences[2].stats.num_accepted_tokens < sequences[2].stats.num_draft_tokens
-
-
-class RecordingModel:
-    """Passes everything on, and keeps the final hidden state of every position as the cache keeps keys: the last one
-    written counts."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self.states: dict[int, Tensor] = {}
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._model, name)
-
-    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-        out_ND = self._model.run_layers(h_ND, start, stop, rows, cache)
-        if stop == self._model.config.num_hidden_layers:
-            self.states.update(zip(rows.positions.tolist(), out_ND.clone(), strict=True))
-        return out_ND
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, 6])
@@ -110,25 +96,24 @@ def test_recompute_is_bit_identical_in_bfloat16(draft: str, num_draft_tokens: in
     """Hidden states, not only ids, equal those of plain decoding at the verify shape."""
     model = tiny_model(torch.bfloat16)
     for prompt in PROMPTS:
-        plain, speculative = RecordingModel(model), RecordingModel(model)
-        reference = Engine(plain, PLAIN, max_num_seqs=1, rows_per_sequence=num_draft_tokens + 1)  # type: ignore[arg-type]
         config = SpeculativeConfig(draft=draft, num_draft_tokens=num_draft_tokens)  # type: ignore[arg-type]
-        engine = Engine(speculative, config, max_num_seqs=1)  # type: ignore[arg-type]
         params = SamplingParams(max_new_tokens=100)
-        expected, got = run(reference, [prompt], params)[0], run(engine, [prompt], params)[0]
+        (expected,) = recorder.run(
+            model, [prompt], PLAIN, params, max_num_seqs=1, rows_per_sequence=num_draft_tokens + 1
+        )
+        (got,) = recorder.run(model, [prompt], config, params, max_num_seqs=1)
         assert got.token_ids == expected.token_ids
-        for position in range(expected.num_cached):
-            assert torch.equal(plain.states[position], speculative.states[position]), position
+        assert recorder.same_bits(got.states, expected.states)
     # the last prompt is one that both accepts and rejects
     assert 0 < got.stats.num_accepted_tokens < got.stats.num_draft_tokens
 
 
 @pytest.mark.parametrize("draft", ["early-exit", "both"])
-def test_runner_ups_are_lossless_and_save_passes(model: Model, plain_ids: list[list[int]], draft: str) -> None:
+def test_runner_ups_are_lossless_and_save_passes(model: Backend, plain_ids: list[list[int]], draft: str) -> None:
     config = SpeculativeConfig(draft=draft, exit_layer=5, num_draft_tokens=4, num_runner_ups=5)  # type: ignore[arg-type]
-    sequences = run(Engine(model, config), PROMPTS, GREEDY)
+    sequences = run(make_engine(model, config), PROMPTS, GREEDY)
     assert new_ids(sequences) == plain_ids
-    chains = run(Engine(model, replace(config, num_runner_ups=0)), PROMPTS, GREEDY)
+    chains = run(make_engine(model, replace(config, num_runner_ups=0)), PROMPTS, GREEDY)
     assert sum(s.stats.num_target_passes for s in sequences) < sum(s.stats.num_target_passes for s in chains)
     for sequence in sequences:
         stats = sequence.stats
@@ -136,27 +121,27 @@ def test_runner_ups_are_lossless_and_save_passes(model: Model, plain_ids: list[l
         assert sum(stats.num_accepted_tokens_per_pos) == stats.num_accepted_tokens < stats.num_draft_tokens
 
 
-def test_a_draft_that_ends_early_by_confidence_is_lossless(model: Model, plain_ids: list[list[int]]) -> None:
+def test_a_draft_that_ends_early_by_confidence_is_lossless(model: Backend, plain_ids: list[list[int]]) -> None:
     config = SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=6, min_confidence=0.2)
-    sequences = run(Engine(model, config), PROMPTS, GREEDY)
+    sequences = run(make_engine(model, config), PROMPTS, GREEDY)
     assert new_ids(sequences) == plain_ids
-    always = run(Engine(model, SpeculativeConfig(exit_layer=5, num_draft_tokens=6)), PROMPTS, GREEDY)
+    always = run(make_engine(model, SpeculativeConfig(exit_layer=5, num_draft_tokens=6)), PROMPTS, GREEDY)
     assert sum(s.stats.num_draft_tokens for s in sequences) < sum(s.stats.num_draft_tokens for s in always)
     assert sum(s.stats.acceptance_rate for s in sequences) > sum(s.stats.acceptance_rate for s in always)
 
 
-def test_sampling_is_seeded_and_ignores_companions(model: Model) -> None:
+def test_sampling_is_seeded_and_ignores_companions(model: Backend) -> None:
     config = SpeculativeConfig(draft="both", exit_layer=5, num_draft_tokens=4)
     params = [SamplingParams(max_new_tokens=20, temperature=1.0, top_k=20, seed=i) for i in range(len(PROMPTS))]
-    together = new_ids(run(Engine(model, config), PROMPTS, params))
-    alone = [new_ids(run(Engine(model, config), [p], [q]))[0] for p, q in zip(PROMPTS, params, strict=True)]
+    together = new_ids(run(make_engine(model, config), PROMPTS, params))
+    alone = [new_ids(run(make_engine(model, config), [p], [q]))[0] for p, q in zip(PROMPTS, params, strict=True)]
     assert together == alone
     others = [SamplingParams(max_new_tokens=20, temperature=1.0, top_k=20, seed=99)] * len(PROMPTS)
-    assert new_ids(run(Engine(model, config), PROMPTS, others)) != together
+    assert new_ids(run(make_engine(model, config), PROMPTS, others)) != together
     unseeded = SamplingParams(max_new_tokens=20, temperature=1.0)
     assert (
-        new_ids(run(Engine(model, config), [PROMPTS[0]] * 2, unseeded))[0]
-        != new_ids(run(Engine(model, config), [PROMPTS[0]], unseeded))[0]
+        new_ids(run(make_engine(model, config), [PROMPTS[0]] * 2, unseeded))[0]
+        != new_ids(run(make_engine(model, config), [PROMPTS[0]], unseeded))[0]
     )
 
 
@@ -180,10 +165,10 @@ def test_any_mix_of_requests_gives_each_its_own_answer(
         for _, m, greedy in requests
     ]
     config = SpeculativeConfig(draft="none") if draft == "none" else SpeculativeConfig(draft=draft, verify=verify)  # type: ignore[arg-type]
-    sequences = run(Engine(model, config, max_num_seqs=max_num_seqs), prompts, params)
+    sequences = run(make_engine(model, config, max_num_seqs=max_num_seqs), prompts, params)
     for sequence, prompt, own in zip(sequences, prompts, params, strict=True):
         assert sequence.tokens, "every request generates"
-        assert new_ids([sequence]) == new_ids(run(Engine(model, PLAIN), [prompt], own))
+        assert new_ids([sequence]) == new_ids(run(make_engine(model, PLAIN), [prompt], own))
         assert sequence.finish_reason == "length"
         stats = sequence.stats
         assert stats.num_tokens == len(sequence.tokens) == own.max_new_tokens
@@ -193,30 +178,30 @@ def test_any_mix_of_requests_gives_each_its_own_answer(
 
 
 @pytest.mark.parametrize("draft", ["early-exit", "ngram", "none"])
-def test_one_new_token(model: Model, plain_ids: list[list[int]], draft: str) -> None:
+def test_one_new_token(model: Backend, plain_ids: list[list[int]], draft: str) -> None:
     config = SpeculativeConfig(draft=draft)  # type: ignore[arg-type]
-    sequences = run(Engine(model, config), PROMPTS, SamplingParams(max_new_tokens=1))
+    sequences = run(make_engine(model, config), PROMPTS, SamplingParams(max_new_tokens=1))
     assert new_ids(sequences) == [ids[:1] for ids in plain_ids]
     assert sequences[0].stats.decode_tokens_per_second == 0
 
 
-def test_the_earliest_eos_counts_also_inside_a_draft(model: Model, plain_ids: list[list[int]]) -> None:
+def test_the_earliest_eos_counts_also_inside_a_draft(model: Backend, plain_ids: list[list[int]]) -> None:
     ids = plain_ids[3]
     late, early = ids[12], next(token for token in ids[6:] if token != ids[12])
     expected = min(ids.index(late), ids.index(early)) + 1
     config = SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=6)
     for eos in ((late, early), (early, late)):
-        sequence = run(Engine(model, config, eos_token_ids=eos), [PROMPTS[3]], GREEDY)[0]
+        sequence = run(make_engine(model, config, eos_token_ids=eos), [PROMPTS[3]], GREEDY)[0]
         assert new_ids([sequence])[0] == ids[:expected]
         assert sequence.finish_reason == "stop"
         assert sequence.stats.num_tokens == expected
     ignoring = SamplingParams(max_new_tokens=40, ignore_eos=True)
-    assert new_ids(run(Engine(model, config, eos_token_ids=[late]), [PROMPTS[3]], ignoring))[0] == ids
+    assert new_ids(run(make_engine(model, config, eos_token_ids=[late]), [PROMPTS[3]], ignoring))[0] == ids
 
 
-def test_every_stop_position_inside_a_draft(model: Model, plain_ids: list[list[int]]) -> None:
+def test_every_stop_position_inside_a_draft(model: Backend, plain_ids: list[list[int]]) -> None:
     """However a draft is cut, what follows on the same engine is unharmed."""
-    engine = Engine(model, SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=6), max_num_seqs=1)
+    engine = make_engine(model, SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=6), max_num_seqs=1)
     for length in range(1, 30):
         seen: list[int] = []
 
@@ -224,16 +209,16 @@ def test_every_stop_position_inside_a_draft(model: Model, plain_ids: list[list[i
             seen.append(token)
             return len(seen) == length
 
-        sequence = engine.add(PROMPTS[2], GREEDY, is_stop)
+        sequence = engine.add(Request(PROMPTS[2], GREEDY, is_stop))
         while engine.has_work:
             engine.step()
         assert seen == plain_ids[2][:length]
         assert sequence.finish_reason == "stop"
 
 
-def test_abort_frees_the_slot(model: Model, plain_ids: list[list[int]]) -> None:
-    engine = Engine(model, PLAIN, max_num_seqs=1)
-    running, waiting, last = (engine.add(prompt, GREEDY) for prompt in PROMPTS[:3])
+def test_abort_frees_the_slot(model: Backend, plain_ids: list[list[int]]) -> None:
+    engine = make_engine(model, PLAIN, max_num_seqs=1)
+    running, waiting, last = (engine.add(Request(prompt, GREEDY)) for prompt in PROMPTS[:3])
     engine.step()
     engine.abort(waiting)
     engine.abort(running)
@@ -246,53 +231,55 @@ def test_abort_frees_the_slot(model: Model, plain_ids: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("draft", ["none", "early-exit"])
-def test_a_cached_prefix_is_used_and_changes_nothing(model: Model, draft: str) -> None:
+def test_a_cached_prefix_is_used_and_changes_nothing(model: Backend, draft: str) -> None:
     config = SpeculativeConfig(draft=draft)  # type: ignore[arg-type]
-    engine = Engine(model, config, prefix_caching=True)
+    engine = make_engine(model, config, prefix_caching=True)
     first = run(engine, [PROMPTS[4]], GREEDY)[0]
     follow_up = [*first.token_ids, 7, 8, 9]
     second = run(engine, [follow_up], GREEDY)[0]
     assert second.stats.num_cached_prompt_tokens == len(first.token_ids) - 1
-    assert new_ids([second]) == new_ids(run(Engine(model, PLAIN, prefix_caching=False), [follow_up], GREEDY))
+    assert new_ids([second]) == new_ids(run(make_engine(model, PLAIN, prefix_caching=False), [follow_up], GREEDY))
     again = run(engine, [PROMPTS[4]], GREEDY)[0]
     assert again.stats.num_cached_prompt_tokens == len(PROMPTS[4]) - 1
     assert new_ids([again]) == new_ids([first])
 
 
-def test_a_growing_cache_keeps_what_it_holds(model: Model) -> None:
-    engine = Engine(model, PLAIN)
-    early = engine.add(PROMPTS[1], SamplingParams(max_new_tokens=200))
+def test_a_growing_cache_keeps_what_it_holds(model: Backend) -> None:
+    engine = make_engine(model, PLAIN)
+    early = engine.add(Request(PROMPTS[1], SamplingParams(max_new_tokens=200)))
     for _ in range(5):
         engine.step()
     long_prompt = PROMPTS[4] * 12
     assert len(long_prompt) > 512, "longer than one prefill pass and than the first cache"
-    late = engine.add(long_prompt, GREEDY)
+    late = engine.add(Request(long_prompt, GREEDY))
     while engine.has_work:
         engine.step()
-    assert new_ids([early]) == new_ids(run(Engine(model, PLAIN), [PROMPTS[1]], SamplingParams(max_new_tokens=200)))
-    assert new_ids([late]) == new_ids(run(Engine(model, PLAIN), [long_prompt], GREEDY))
+    assert new_ids([early]) == new_ids(run(make_engine(model, PLAIN), [PROMPTS[1]], SamplingParams(max_new_tokens=200)))
+    assert new_ids([late]) == new_ids(run(make_engine(model, PLAIN), [long_prompt], GREEDY))
 
 
 def test_origins_tell_who_proposed_a_token() -> None:
     """Drafts of a model whose exit is its last layer are all accepted; every round ends with a bonus token."""
     table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
-    engine = Engine(MarkovModel(table, table), SpeculativeConfig(draft="early-exit", num_draft_tokens=3))
+    engine = make_engine(table_model(table, table), SpeculativeConfig(draft="early-exit", num_draft_tokens=3))
     sequence = run(engine, [[1]], SamplingParams(max_new_tokens=9))[0]
     assert [t.origin for t in sequence.tokens] == ["target", *(["early-exit"] * 3 + ["bonus"]) * 2]
     assert sequence.stats.mean_acceptance_length == 4
     assert sequence.stats.num_accepted_tokens_per_pos == [2, 2, 2]
-    never = Engine(MarkovModel(-table, table), SpeculativeConfig(draft="early-exit", num_draft_tokens=3))
+    never = make_engine(table_model(-table, table), SpeculativeConfig(draft="early-exit", num_draft_tokens=3))
     sequence = run(never, [[1]], SamplingParams(max_new_tokens=9))[0]
     assert {t.origin for t in sequence.tokens} == {"target"}
     assert sequence.stats.mean_acceptance_length == 1
 
 
-def test_logprobs_are_the_models_own(model: Model, plain_ids: list[list[int]]) -> None:
+def test_logprobs_are_the_models_own(model: Backend, plain_ids: list[list[int]]) -> None:
     params = SamplingParams(max_new_tokens=40, logprobs=3)
     config = SpeculativeConfig(draft="early-exit", exit_layer=5)
-    sequences = run(Engine(model, config), PROMPTS, params)
+    sequences = run(make_engine(model, config), PROMPTS, params)
     assert new_ids(sequences) == plain_ids
-    for plain, token in zip(run(Engine(model, PLAIN), PROMPTS, params)[2].tokens, sequences[2].tokens, strict=True):
+    for plain, token in zip(
+        run(make_engine(model, PLAIN), PROMPTS, params)[2].tokens, sequences[2].tokens, strict=True
+    ):
         assert token.top_logprobs is not None
         assert len(token.top_logprobs) == 3
         assert max(token.top_logprobs.values()) == token.logprob == pytest.approx(plain.logprob, abs=1e-4)
@@ -308,16 +295,16 @@ def test_logprobs_are_the_models_own(model: Model, plain_ids: list[list[int]]) -
         ([1] * 64, 1, "context of 64; shorten the prompt"),
     ],
 )
-def test_prompts_that_cannot_be_served(model: Model, prompt: list[int], max_new_tokens: int, message: str) -> None:
-    engine = Engine(model, PLAIN, max_model_len=64)
+def test_prompts_that_cannot_be_served(model: Backend, prompt: list[int], max_new_tokens: int, message: str) -> None:
+    engine = make_engine(model, PLAIN, max_model_len=64)
     with pytest.raises(PromptError, match=message):
-        engine.add(prompt, SamplingParams(max_new_tokens=max_new_tokens))
+        engine.add(Request(prompt, SamplingParams(max_new_tokens=max_new_tokens)))
     assert not engine.has_work
 
 
-def test_the_last_position_of_the_context_can_be_used(model: Model) -> None:
+def test_the_last_position_of_the_context_can_be_used(model: Backend) -> None:
     config = SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=6)
-    sequence = run(Engine(model, config, max_model_len=64), [[1] * 40], SamplingParams(max_new_tokens=24))[0]
+    sequence = run(make_engine(model, config, max_model_len=64), [[1] * 40], SamplingParams(max_new_tokens=24))[0]
     assert len(sequence.token_ids) == 64
 
 
@@ -335,33 +322,35 @@ def test_the_last_position_of_the_context_can_be_used(model: Model) -> None:
         ({"verify": "twice"}, "verify is 'twice'"),
     ],
 )
-def test_bad_speculation_is_refused(model: Model, settings: dict[str, object], message: str) -> None:
+def test_bad_speculation_is_refused(model: Backend, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Engine(model, SpeculativeConfig(**settings))  # type: ignore[arg-type]
+        make_engine(model, SpeculativeConfig(**settings))  # type: ignore[arg-type]
 
 
 def test_defaults_follow_the_checkpoints_recommendation() -> None:
-    assert SpeculativeConfig().resolve(tiny_model().config).draft == "ngram"
+    assert resolve(SpeculativeConfig(), tiny_model().config).draft == "ngram"
     recommended = tiny_model(recommended_exit_layer=2, recommended_num_draft_tokens=5).config
-    resolved = SpeculativeConfig().resolve(recommended)
+    resolved = resolve(SpeculativeConfig(), recommended)
     assert (resolved.draft, resolved.exit_layer, resolved.num_draft_tokens) == ("early-exit", 2, 5)
-    assert SpeculativeConfig(exit_layer=3).resolve(recommended).exit_layer == 3
+    assert resolve(SpeculativeConfig(exit_layer=3), recommended).exit_layer == 3
 
 
 def test_pytorch_keeps_to_one_thread_beside_a_model_with_its_own() -> None:
-    class Watched(MarkovModel):
-        has_own_threads = True
-
-        def embed(self, ids_N: Tensor) -> Tensor:
+    class Watched(TableBackend):
+        def embed(self, token_ids: Seq[int]) -> Tensor:
             seen.append(torch.get_num_threads())
-            return super().embed(ids_N)
+            return super().embed(token_ids)
+
+        stepping = NativeBackend.stepping
 
     seen: list[int] = []
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        engine = Engine(Watched(torch.zeros(6, 6), torch.zeros(6, 6)), SpeculativeConfig(draft="none"))
-        engine.add([1, 2], SamplingParams(max_new_tokens=3))
+        engine = make_engine(
+            Watched(tiny_config(), torch.zeros(6, 6), torch.zeros(6, 6)), SpeculativeConfig(draft="none")
+        )
+        engine.add(Request([1, 2], SamplingParams(max_new_tokens=3)))
         while engine.has_work:
             engine.step()
         assert set(seen) == {1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -10,21 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from hopskip.evaluate import recorder
 from torch import Tensor
 
 from hopskip import SamplingParams, SpeculativeConfig
-from hopskip.backends.base import BranchedModel, Cache
-from hopskip.backends.native.backend import NativeBackend, available
+from hopskip.backends.base import Backend, Cache
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.native.isa import obstacle
+from hopskip.backends.steps import draft_step_by_step
 from hopskip.backends.torch.weights import load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
-from hopskip.draft import exit as exit_module
+from hopskip.draft import features as features_module
 from hopskip.draft.base import Draft
 from hopskip.draft.exit import ExitDrafter
-from hopskip.engine.engine import Engine
+from hopskip.draft.make import resolve
+from hopskip.engine import Engine, make_engine
 from hopskip.errors import CheckpointError, ConfigError
-from hopskip.sequence import Sequence
+from hopskip.prove import recorder
+from hopskip.sequence import Request, Sequence
 from hopskip.train.exit.collect import Conversation
 from hopskip.train.exit.distill import ExitTrainer, make_batch
 from tests.models import tiny_model
@@ -43,10 +47,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def load(checkpoint: Checkpoint, backend: str) -> BranchedModel:
+def load(checkpoint: Checkpoint, backend: str) -> Backend:
     if backend == "native":
-        if obstacle := available():
-            pytest.skip(obstacle)
+        if reason := obstacle():
+            pytest.skip(reason)
         return NativeBackend.load(checkpoint, "float32", threads=1)
     from hopskip.backends.torch.backend import TorchBackend
 
@@ -87,9 +91,9 @@ IDS = ["features", "two-layers", "start-and-features", "adapter", "plain-exit", 
 @pytest.mark.parametrize("draft", ["exit-branch", "both"])
 def test_the_models_own_layers_as_a_branch_are_always_right(checkpoint: Checkpoint, backend: str, draft: str) -> None:
     model, branch = load(checkpoint, backend), own_branch(checkpoint)
-    expected = run(Engine(model, PLAIN), PROMPTS, PARAMS)
-    model.attach(branch)
-    engine = Engine(model, SpeculativeConfig(draft=draft))  # type: ignore[arg-type]
+    expected = run(make_engine(model, PLAIN), PROMPTS, PARAMS)
+    model.attach_exit(branch)
+    engine = make_engine(model, SpeculativeConfig(draft=draft))  # type: ignore[arg-type]
     got = run(engine, PROMPTS, PARAMS)
     assert new_ids(got) == new_ids(expected)
     if draft == "exit-branch" and backend == "torch":  # the native engine packs a branch to 8 bits
@@ -102,7 +106,7 @@ def test_proofs_see_the_hidden_states_of_every_pass(checkpoint: Checkpoint, conf
     """Whatever layers a branch wants to see on the way: `hopskip check` compares the states bit for bit."""
     model = load(checkpoint, "native")
     expected = recorder.run(model, PROMPTS, PLAIN, PARAMS, max_num_seqs=2)
-    model.attach(random_branch(checkpoint, config)[1])
+    model.attach_exit(random_branch(checkpoint, config)[1])
     got = recorder.run(model, PROMPTS, SpeculativeConfig(draft="exit-branch"), PARAMS, max_num_seqs=2)
     assert [r.token_ids for r in got] == [r.token_ids for r in expected]
     assert all(recorder.same_bits(a.states, b.states) for a, b in zip(got, expected, strict=True))
@@ -117,9 +121,9 @@ def test_text_does_not_depend_on_the_branch(
     model = load(checkpoint, backend)
     _, branch = random_branch(checkpoint, config)
     rows = 1 if backend == "native" else 4
-    expected = run(Engine(model, PLAIN, rows_per_sequence=rows), PROMPTS, PARAMS)
-    model.attach(branch)
-    engine = Engine(model, SpeculativeConfig(draft="exit-branch", num_runner_ups=num_runner_ups))
+    expected = run(make_engine(model, PLAIN, rows_per_sequence=rows), PROMPTS, PARAMS)
+    model.attach_exit(branch)
+    engine = make_engine(model, SpeculativeConfig(draft="exit-branch", num_runner_ups=num_runner_ups))
     got = run(engine, PROMPTS, PARAMS)
     assert new_ids(got) == new_ids(expected)
     assert sum(s.stats.num_draft_tokens for s in got) > sum(s.stats.num_accepted_tokens for s in got)
@@ -143,16 +147,13 @@ def drafts_of(
     return seen
 
 
-def outputs(model: BranchedModel, ids: list[int]) -> Tensor:
+def outputs(model: Backend, ids: list[int]) -> Tensor:
     """Outputs of every layer at every token, [T, L, D]."""
     from hopskip.backends.rows import Rows, Segment
 
     cache, depth = model.new_cache(1, len(ids)), model.config.num_hidden_layers
-    h_ND, rows, found = model.embed(torch.tensor(ids)), Rows([Segment(0, 0, len(ids))]), []
-    for layer in range(depth):
-        h_ND = model.run_layers(h_ND, layer, layer + 1, rows, cache)
-        found.append(h_ND)
-    return torch.stack(found, dim=1)
+    rows = Rows([Segment(0, 0, len(ids))])
+    return torch.as_tensor(model.forward(ids, rows, cache, taps=range(1, depth + 1)).features_NAD)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
@@ -163,8 +164,8 @@ def test_drafts_are_those_that_training_unrolls(
     """Training and drafting must mean the same by "the j-th draft token", after prompts, rejections, acceptances."""
     model = load(checkpoint, backend)
     trainer, branch = random_branch(checkpoint, config)
-    model.attach(branch)
-    engine = Engine(model, SpeculativeConfig(draft="both", num_draft_tokens=3), max_num_seqs=2)
+    model.attach_exit(branch)
+    engine = make_engine(model, SpeculativeConfig(draft="both", num_draft_tokens=3), max_num_seqs=2)
     seen = [(ids, draft) for ids, draft in drafts_of(monkeypatch, engine, [*PROMPTS, [*PROMPTS[0][:9], 4]])]
     assert len(seen) > 20
     taps, index_V = list(range(1, 4)), torch.full((320,), -1)
@@ -194,10 +195,10 @@ def test_one_call_drafts_what_steps_draft(
     for hides in (False, True):
         model = load(checkpoint, "native")
         _, branch = random_branch(checkpoint, config)
-        model.attach(branch)
+        model.attach_exit(branch)
         if hides:
-            monkeypatch.setattr(model, "draft_chains", None)
-        engine = Engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02))
+            monkeypatch.setattr(model, "draft", functools.partial(draft_step_by_step, model))
+        engine = make_engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02))
         drafts.append(drafts_of(monkeypatch, engine, PROMPTS))
     (one_call, steps) = ([draft.token_ids for _, draft in found] for found in drafts)
     # the steps mix in bfloat16 weights, the call in 8 bits
@@ -215,9 +216,9 @@ def test_a_slot_that_is_used_again_drafts_as_a_fresh_one(
     found = []
     for prefix_caching in (True, False):
         model = load(checkpoint, backend)
-        model.attach(branch)
+        model.attach_exit(branch)
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=3)
-        engine = Engine(model, setting, max_num_seqs=1, prefix_caching=prefix_caching)
+        engine = make_engine(model, setting, max_num_seqs=1, prefix_caching=prefix_caching)
         found.append([drafts_of(monkeypatch, engine, [turn]) for turn in turns])
     with_reuse, without = ([[d.token_ids for _, d in turn] for turn in turns] for turns in found)
     assert with_reuse == without
@@ -231,7 +232,7 @@ def test_drafts_after_rounds_without_one_are_those_of_a_branch_told_of_each(
     original, found = ExitDrafter.propose, []
     for most_passes in (1, 5):  # told of each pass, or of several at once
         model = load(checkpoint, backend)
-        model.attach(branch)
+        model.attach_exit(branch)
         drafts: list[list[int]] = []
         num_rounds = itertools.count(1)
 
@@ -250,8 +251,8 @@ def test_drafts_after_rounds_without_one_are_those_of_a_branch_told_of_each(
             return proposed
 
         monkeypatch.setattr(ExitDrafter, "propose", propose)
-        monkeypatch.setattr(exit_module, "_MOST_PASSES", most_passes)
-        engine = Engine(model, SpeculativeConfig(draft="exit-branch", num_draft_tokens=3), max_num_seqs=2)
+        monkeypatch.setattr(features_module, "_MOST_PASSES", most_passes)
+        engine = make_engine(model, SpeculativeConfig(draft="exit-branch", num_draft_tokens=3), max_num_seqs=2)
         run(engine, PROMPTS, PARAMS)
         found.append(drafts)
     assert found[0] == found[1]
@@ -262,10 +263,10 @@ def test_drafts_after_rounds_without_one_are_those_of_a_branch_told_of_each(
 def test_penalties_and_bans_hold_in_drafts(checkpoint: Checkpoint, temperature: float) -> None:
     model = load(checkpoint, "torch")
     branch = own_branch(checkpoint)
-    model.attach(branch)
+    model.attach_exit(branch)
     params = replace(PARAMS, temperature=temperature, frequency_penalty=1.5, seed=None if temperature == 0 else 1)
-    expected = run(Engine(model, PLAIN, rows_per_sequence=5), PROMPTS, params)
-    got = run(Engine(model, SpeculativeConfig(draft="exit-branch")), PROMPTS, params)
+    expected = run(make_engine(model, PLAIN, rows_per_sequence=5), PROMPTS, params)
+    got = run(make_engine(model, SpeculativeConfig(draft="exit-branch")), PROMPTS, params)
     if temperature == 0:
         assert new_ids(got) == new_ids(expected)
     # the branch is the model itself: with the penalties in its drafts, nothing is ever rejected but by rounding
@@ -286,10 +287,10 @@ def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution(num_r
         SpeculativeConfig(draft="exit-branch", num_draft_tokens=2, num_runner_ups=num_runner_ups),
     ):
         if speculative is not PLAIN:
-            model.attach(branch)
-        engine = Engine(model, speculative, max_num_seqs=256)
+            model.attach_exit(branch)
+        engine = make_engine(model, speculative, max_num_seqs=256)
         seeds = range(2500) if speculative is PLAIN else range(2500, 5000)
-        sequences = [engine.add([1, 2], replace(params, seed=seed)) for seed in seeds]
+        sequences = [engine.add(Request([1, 2], replace(params, seed=seed))) for seed in seeds]
         while engine.has_work:
             engine.step()
         outcomes = torch.tensor([[t.id for t in s.tokens[1:]] for s in sequences])
@@ -391,12 +392,12 @@ def test_contradicting_settings_are_refused(settings: dict[str, object], match: 
 
 def test_the_default_beside_a_branch_takes_what_pays(checkpoint: Checkpoint) -> None:
     config, branch = checkpoint.config, own_branch(checkpoint)
-    assert SpeculativeConfig().resolve(config, branch).draft == "auto"
+    assert resolve(SpeculativeConfig(), config, branch).draft == "auto"
     # where every pass has the same rows there is less to choose
-    assert SpeculativeConfig().resolve(config, branch, row_exact=False).draft == "both"
-    assert SpeculativeConfig().resolve(config).draft == "ngram"
+    assert resolve(SpeculativeConfig(), config, branch, row_exact=False).draft == "both"
+    assert resolve(SpeculativeConfig(), config).draft == "ngram"
 
 
 def test_a_branch_that_is_missing_is_named(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="no trained exit is given"):
-        SpeculativeConfig(draft="exit-branch").resolve(checkpoint.config)
+        resolve(SpeculativeConfig(draft="exit-branch"), checkpoint.config)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hopskip.backends.base import Cache, Model
+from hopskip.backends.base import Cache, Backend
 from hopskip.backends.native import backend as native
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.packed import PackedWeights, format_of, quantized_to
@@ -100,11 +100,11 @@ def random_packed_weights(config: ModelConfig, precision: str, given: dict[str, 
     return PackedWeights.from_checkpoint(InMemory(), precision)  # type: ignore[arg-type]
 
 
-def tokens(model: Model, count: int, seed: int = 0) -> Tensor:
+def tokens(model: Backend, count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def run(model: Model, ids: Tensor, segments: Sequence[Segment], cache: Cache) -> Tensor:
+def run(model: Backend, ids: Tensor, segments: Sequence[Segment], cache: Cache) -> Tensor:
     return model.run_layers(model.embed(ids), 0, model.config.num_hidden_layers, Rows(segments), cache)
 
 
@@ -112,7 +112,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().mean().sqrt() / expected.std())
 
 
-def garbage_cache(model: Model, slots: int, length: int) -> Cache:
+def garbage_cache(model: Backend, slots: int, length: int) -> Cache:
     """A cache full of what must never be read."""
     cache = model.new_cache(slots, length)
     for tensor in cache.tensors:

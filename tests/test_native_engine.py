@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from hopskip import SamplingParams, SpeculativeConfig
-from hopskip.backends.native.backend import NativeBackend, available
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.native.isa import obstacle
 from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.draft.exit import ExitDrafter
-from hopskip.engine.engine import Engine
+from hopskip.engine import make_engine
 from hopskip.sequence import Sequence
 from hopskip.speculative import DraftChoice, VerifyMode
 from tests.test_engine import PLAIN, RecordingModel, new_ids, run
 from tests.tiny import write_checkpoint
 
-pytestmark = pytest.mark.skipif(available() is not None, reason=f"no native engine here: {available()}")
+pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"no native engine here: {obstacle()}")
 
 PROMPTS = [[5, 6, 7, 8] * 3, [9, 8, 7] * 20, [3]]
 PARAMS = SamplingParams(max_new_tokens=40)
@@ -43,9 +44,9 @@ def test_hidden_states_equal_plain_decodings(
     num_accepted = num_drafted = 0
     for prompt in PROMPTS:
         plain, speculative = RecordingModel(model), RecordingModel(model)
-        expected = run(Engine(plain, PLAIN), [prompt], PARAMS)[0]  # type: ignore[arg-type]
+        expected = run(make_engine(plain, PLAIN), [prompt], PARAMS)[0]  # type: ignore[arg-type]
         config = SpeculativeConfig(draft=draft, num_draft_tokens=num_draft_tokens, verify=verify)
-        got = run(Engine(speculative, config), [prompt], PARAMS)[0]  # type: ignore[arg-type]
+        got = run(make_engine(speculative, config), [prompt], PARAMS)[0]  # type: ignore[arg-type]
         assert got.token_ids == expected.token_ids
         for position in range(expected.num_cached):
             assert torch.equal(plain.states[position], speculative.states[position]), position
@@ -58,16 +59,16 @@ def test_a_tree_leaves_the_cache_of_plain_decoding(model: NativeBackend) -> None
     """Keys and values of every layer, whichever branch was kept."""
     num_beside = 0
     for prompt in PROMPTS:
-        plain = Engine(model, PLAIN, max_num_seqs=1)
+        plain = make_engine(model, PLAIN, max_num_seqs=1)
         config = SpeculativeConfig(draft="early-exit", num_draft_tokens=3, num_runner_ups=6)
-        engine = Engine(model, config, max_num_seqs=1)
+        engine = make_engine(model, config, max_num_seqs=1)
         expected, got = (run(e, [prompt], PARAMS)[0] for e in (plain, engine))
         assert got.token_ids == expected.token_ids
         assert plain._cache is not None
         assert engine._cache is not None
         for left, right in zip(engine._cache.tensors, plain._cache.tensors, strict=True):
             assert torch.equal(left[:, 0, :, : got.num_cached], right[:, 0, :, : got.num_cached])
-        chain = run(Engine(model, replace(config, num_runner_ups=0), max_num_seqs=1), [prompt], PARAMS)[0]
+        chain = run(make_engine(model, replace(config, num_runner_ups=0), max_num_seqs=1), [prompt], PARAMS)[0]
         num_beside += chain.stats.num_target_passes - got.stats.num_target_passes
         assert got.stats.num_accepted_tokens < got.stats.num_draft_tokens
     assert num_beside > 0, "no runner-up was ever accepted, so nothing is proved"
@@ -75,8 +76,8 @@ def test_a_tree_leaves_the_cache_of_plain_decoding(model: NativeBackend) -> None
 
 def test_a_batch_changes_nothing(model: NativeBackend) -> None:
     config = SpeculativeConfig(draft="both", num_draft_tokens=4, num_runner_ups=2)
-    alone = [new_ids(run(Engine(model, config), [prompt], PARAMS))[0] for prompt in PROMPTS]
-    assert new_ids(run(Engine(model, config), PROMPTS, PARAMS)) == alone
+    alone = [new_ids(run(make_engine(model, config), [prompt], PARAMS))[0] for prompt in PROMPTS]
+    assert new_ids(run(make_engine(model, config), PROMPTS, PARAMS)) == alone
 
 
 class Counting:

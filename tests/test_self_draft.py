@@ -6,24 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.backends.base import Cache, run_by_number
+from hopskip.backends.base import run_by_number
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from hopskip.draft import self_draft
+from hopskip.draft import skip_search
+from hopskip.draft.make import resolve
 from hopskip.draft.skip_search import search
-from hopskip.draft.sources import early_exit, without
-from hopskip.engine.engine import Engine
+from hopskip.draft.sources import Source, early_exit, layer_skip, source_of
+from hopskip.engine import make_engine
 from hopskip.errors import ConfigError
-from hopskip.loading import attach_drafts, load_model
+from hopskip.loading import LoadConfig, load_backend
 from hopskip.prove.greedy import greedy_proofs
 from hopskip.prove.proof import all_hold
+from hopskip.sequence import Request
 from hopskip.speculative import layer_list
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint
@@ -42,15 +45,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def native_model(checkpoint: Checkpoint, precision: str, *copies: Any) -> NativeBackend:
     model = NativeBackend.load(checkpoint, precision, threads=2)
     for copy in copies:
-        attach_drafts(model, checkpoint, None, copy)
+        model.attach_copy(checkpoint, copy)
     return model
 
 
 def generate(model: TorchBackend | NativeBackend, config: SpeculativeConfig, params: SamplingParams = PARAMS) -> Any:
-    engine = Engine(model, config)
+    engine = make_engine(model, config)
     rounds: list[Any] = []
     engine.on_round = rounds.append
-    sequences = [engine.add(prompt, params) for prompt in PROMPTS]
+    sequences = [engine.add(Request(prompt, params)) for prompt in PROMPTS]
     while engine.has_work:
         engine.step()
     return [s.token_ids for s in sequences], sequences, rounds
@@ -77,24 +80,24 @@ def test_a_copy_drafts_what_the_model_is_likely_to_say(checkpoint: Checkpoint, p
 def test_a_copy_uses_the_cache_of_its_original(checkpoint: Checkpoint) -> None:
     """What a copy computes for a row is what a model loaded in its precision computes on the same keys and values."""
     model, low = native_model(checkpoint, "float32", "q8"), NativeBackend.load(checkpoint, "q8", kv_dtype=torch.float32)
-    assert model.new_cache(1, 8).k_LSHTD.shape == low.new_cache(1, 8).k_LSHTD.shape
-    ids = torch.tensor([3, 1, 4, 1, 5, 9], dtype=torch.int32)
-    cache = model.new_cache(1, 8)
+    ids = [3, 1, 4, 1, 5, 9]
+    cache, other = model.new_cache(1, 8), low.new_cache(1, 8)
+    assert isinstance(cache, TensorCache)
+    assert isinstance(other, TensorCache)
+    assert cache.k_LSHTD.shape == other.k_LSHTD.shape
     rows = Rows([Segment(0, 0, 5)])
     model.run_layers(model.embed(ids[:5]), 0, 3, rows, cache)
     last = Rows([Segment(0, 5, 1)])
-    other = Cache(low.config, 1, 8, torch.float32)
     for tensor, own in zip(other.tensors, cache.tensors, strict=True):
         tensor.copy_(own)
     before = cache.k_LSHTD[1, 0, :, 5].fill_(7.0).clone()
-    part = without((1,), 3, "q8").part_of(model)
     h_ND = model.embed(ids[5:])  # the embedding is the model's own
-    found_ND = run_by_number(model, h_ND, part.layers, last, cache)
+    found_ND = run_by_number(model, h_ND, model.layer_numbers((0, 2), "q8"), last, cache)
     expected_ND = run_by_number(low, h_ND, (0, 2), last, other)
-    assert torch.equal(found_ND, expected_ND)
+    assert np.array_equal(found_ND, expected_ND)
     assert torch.equal(cache.k_LSHTD[2, 0, :, 5], other.k_LSHTD[2, 0, :, 5])
     assert torch.equal(cache.k_LSHTD[1, 0, :, 5], before), "the skipped layer was not run"
-    assert torch.equal(part.unembed(found_ND), low.unembed(expected_ND))
+    assert np.array_equal(model.logits(found_ND, "q8"), low.logits(expected_ND))
 
 
 def idle_layers(model: TorchBackend, *indices: int) -> TorchBackend:
@@ -108,7 +111,7 @@ def idle_layers(model: TorchBackend, *indices: int) -> TorchBackend:
 def test_the_search_finds_layers_that_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = idle_layers(tiny_model(num_hidden_layers=6), 1, 4)
     # time as a model would take it that is large enough not to notice Python
-    monkeypatch.setattr(self_draft._Search, "_time", lambda self, draft: 0.1 + len(draft.layers))
+    monkeypatch.setattr(skip_search._Search, "_time", lambda self, draft: 0.1 + len(draft.layers))
     path = tmp_path / "some" / "found.json"
     found = search(model, None, path)
     assert {1, 4} <= set(found.skip_layers)
@@ -120,7 +123,7 @@ def test_the_search_finds_layers_that_do_nothing(tmp_path: Path, monkeypatch: py
     for damaged in ("[]", json.dumps(kept | {"skip_layers": [6]})):
         path.write_text(damaged)
         assert search(model, None, path) == found, "a damaged file is made anew"
-    engine = Engine(model, SpeculativeConfig(draft="layer-skip"))
+    engine = make_engine(model, SpeculativeConfig(draft="layer-skip"))
     assert engine.speculative.skip_layers == found.skip_layers
 
 
@@ -134,17 +137,17 @@ def test_idle_layers_may_be_skipped_without_a_rejection() -> None:
 
 
 def test_a_search_that_finds_nothing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_draft._Search, "_agreement", lambda self, skipped: 0.1 if skipped else 1.0)
+    monkeypatch.setattr(skip_search._Search, "_agreement", lambda self, skipped: 0.1 if skipped else 1.0)
     with pytest.raises(ConfigError, match="no layer of this model can be skipped"):
-        Engine(tiny_model(), SpeculativeConfig(draft="layer-skip"))
+        make_engine(tiny_model(), SpeculativeConfig(draft="layer-skip"))
 
 
 def test_the_texts_of_the_search_do_not_depend_on_what_was_drawn_before() -> None:
     model = tiny_model()
     torch.manual_seed(0)
-    first: Tensor = self_draft._Search(model, None)._ids_N
+    first = skip_search._Search(model, None, None)._token_ids
     torch.manual_seed(1)
-    assert torch.equal(first, self_draft._Search(model, None)._ids_N)
+    assert first == skip_search._Search(model, None, None)._token_ids
 
 
 @pytest.mark.parametrize(
@@ -171,9 +174,9 @@ def test_what_does_not_fit_the_model_is_refused(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     for layers in ((3,), (-1,), (0, 1, 2)):
         with pytest.raises(ConfigError, match="this model has layers 0 to 2, and some must be left"):
-            SpeculativeConfig(draft="layer-skip", skip_layers=layers).resolve(config)
+            resolve(SpeculativeConfig(draft="layer-skip", skip_layers=layers), config)
     with pytest.raises(ConfigError, match="needs the native CPU backend"):
-        attach_drafts(load_model(checkpoint, backend="torch", device="cpu"), checkpoint, None, "q8")
+        load_backend(checkpoint, LoadConfig(backend="torch", device="cpu")).attach_copy(checkpoint, "q8")
     with pytest.raises(ConfigError, match="draft_precision=q8 gains nothing"):
         native_model(checkpoint, "q4", "q8")
     with pytest.raises(ConfigError, match="attached to this model already"):
@@ -182,11 +185,11 @@ def test_what_does_not_fit_the_model_is_refused(checkpoint: Checkpoint) -> None:
 
 def test_defaults_follow_the_options() -> None:
     config = tiny_model().config
-    assert SpeculativeConfig(draft_precision="q8").resolve(config).draft == "both"
-    assert SpeculativeConfig(skip_layers=(2,)).resolve(config).draft == "both"
-    assert SpeculativeConfig(draft="both", skip_layers=(2,)).resolve(config).exit_layer is None
-    assert SpeculativeConfig(skip_layers=(2,)).resolve(config).num_draft_tokens == 3
-    assert SpeculativeConfig(exit_layer=2, draft_precision="q8").resolve(config).draft == "early-exit"
+    assert resolve(SpeculativeConfig(draft_precision="q8"), config).draft == "both"
+    assert resolve(SpeculativeConfig(skip_layers=(2,)), config).draft == "both"
+    assert resolve(SpeculativeConfig(draft="both", skip_layers=(2,)), config).exit_layer is None
+    assert resolve(SpeculativeConfig(skip_layers=(2,)), config).num_draft_tokens == 3
+    assert resolve(SpeculativeConfig(exit_layer=2, draft_precision="q8"), config).draft == "early-exit"
     assert not SpeculativeConfig(draft_precision="q8").may_use_trained_exit
     assert SpeculativeConfig(draft="auto", draft_precision="q8").may_use_trained_exit
 
@@ -204,8 +207,13 @@ def test_from_the_outside(checkpoint: Checkpoint) -> None:
 
 
 def test_names_and_lists() -> None:
-    assert early_exit(8).name == "early-exit:8"
-    assert without((1, 3), 8, "q4").name == "layer-skip:6-q4"
+    assert str(source_of(early_exit(8))) == "early-exit:8"
+    assert str(source_of(layer_skip((1, 3), 8, "q4"))) == "layer-skip:6-q4"
+    for name in ("ngram", "exit-branch", "early-exit:8", "early-exit:2-q8", "layer-skip:6-q4"):
+        assert str(Source.parse(name)) == name
+    for name in ("", "ngrams", "early-exit:", "early-exit:x", "ngram:-"):
+        with pytest.raises(ValueError, match=r"is no source|invalid literal"):
+            Source.parse(name)
     assert layer_list("11+10") == (10, 11)
     assert layer_list("none") == ()
     with pytest.raises(ConfigError, match="skip_layers is '1,2'; give layers with"):

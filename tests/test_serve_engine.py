@@ -21,7 +21,7 @@ from hopskip.serve.grammar import GrammarCompiler
 from hopskip.serve.settings import Limits
 from hopskip.text.stream import TextStream
 from hopskip.text.tokenizer import Detokenizer
-from tests.models import MarkovModel, tiny_model
+from tests.models import table_model, tiny_model
 from tests.serving import tiny_llm
 
 PLAIN = SpeculativeConfig(draft="none")
@@ -244,7 +244,7 @@ def test_constrained_sampling_keeps_the_constrained_distribution(draft: str) -> 
     target_VV = torch.randn(6, 6, generator=generator) * 1.2
     exit_VV = -target_VV
     config = SpeculativeConfig(draft="early-exit", num_draft_tokens=3) if draft == "early-exit" else PLAIN
-    engine = Engine(MarkovModel(exit_VV, target_VV), config, max_num_seqs=64)
+    engine = Engine(table_model(exit_VV, target_VV), config, max_num_seqs=64)
     sequences = [
         engine.add([1], SamplingParams(max_new_tokens=3, temperature=1.0, seed=i), constraint=Alternating(6))
         for i in range(1500)

@@ -45,7 +45,8 @@ class Traits:
     """What a backend is and promises. For decisions by promise (`row_exact`), for display, and to tell measurements of
     one machine and setting from those of another; never to find out which class it is."""
 
-    name: Literal["native", "torch", "cuda"]
+    name: str
+    """`native`, `torch`, ..., as options call it."""
     device: str
     """`cpu`, `cuda:0`; and what the device calls itself, where that matters for its speed."""
     row_exact: bool
@@ -60,8 +61,8 @@ class Traits:
 
 
 class Cache(ABC):
-    """Keys and values of every layer, for `num_slots` sequences of up to `length` positions. What it stores, and how, is
-    its backend's affair."""
+    """Keys and values of every layer, for `num_slots` sequences of up to `length` positions. What it stores, and how,
+    is its backend's affair."""
 
     num_slots: int
     length: int
@@ -248,6 +249,7 @@ class Backend(ABC):
 
     def synchronize(self) -> None:
         """Wait until everything that was asked for is computed: for timing."""
+        return
 
     def stepping(self) -> AbstractContextManager[None]:
         """What the process is to be like while the engine steps."""

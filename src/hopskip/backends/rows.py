@@ -24,8 +24,8 @@ class Segment:
     count: int
     parents: tuple[int, ...] | None = None
     """Of a tree: for each row the row of the segment that it follows, an earlier one; -1 for the first, the root. The
-    rows of a path through it have consecutive positions, but keys and values lie in the order of the rows, so that paths
-    do not overwrite each other. `Cache.keep_path` brings one of them into place."""
+    rows of a path through it have consecutive positions, but keys and values lie in the order of the rows, so that
+    paths do not overwrite each other. `Cache.keep_path` brings one of them into place."""
 
     @cached_property
     def depths(self) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """Trained exits: a few layers beside a frozen model, which draft what the model will say.
 
-A trained exit takes the embedding of a token (or the output of the model's first `start` layers), runs `num_layers` layers of
-its own, and reads the next token through the model's own norm and head, over a draft vocabulary. With `features` it
-also sees hidden states that the last pass of the model left behind: those of the token before. Where a draft has gone
-on beyond the last pass, its own output takes their place (EAGLE-3, arXiv 2503.01840).
+It takes the embedding of a token (or the output of the model's first `start` layers), runs `num_layers` layers of its
+own, and reads the next token through the model's own norm and head, over a draft vocabulary. With `features` it also
+sees hidden states that the last pass of the model left behind: those of the token before. Where a draft has gone on
+beyond the last pass, its own output takes their place (EAGLE-3, arXiv 2503.01840).
 
 One mechanism covers the known ones: start = E with no layers is LayerSkip's plain exit over a smaller vocabulary;
 start = E with one layer the adapter of Kangaroo (2404.18911) and Balcony (2503.05005); start = 0 with features is

@@ -109,7 +109,9 @@ class FirstOf(Drafter):
     def observe(self, rows: Rows, features_NAD: Array) -> None:
         assert self.taps is not None
         for drafter in self._drafters:
-            if drafter.taps is not None:
+            if drafter.taps == self.taps:
+                drafter.observe(rows, features_NAD)
+            elif drafter.taps is not None:
                 drafter.observe(rows, features_NAD[:, [self.taps.index(tap) for tap in drafter.taps]])
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:

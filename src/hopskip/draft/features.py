@@ -6,6 +6,7 @@ Shape letters: N rows, A taps, D hidden size.
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import accumulate, pairwise
 from typing import Any
 
 from hopskip.backends.base import Array
@@ -43,8 +44,8 @@ class Features:
         return self._slots[slot].num_entered
 
     def enter(self, slot: int, start: int, last: int) -> tuple[Array, Array]:
-        """The exit reads the tokens at start..last now: features of the token before each, [last + 1 - start, A, D]; and
-        those of the tokens themselves but the last, which no pass has seen. What no later draft wants is dropped."""
+        """The exit reads the tokens at start..last now: features of the token before each, and those of the tokens
+        themselves but the last, which no pass has seen. What no later draft wants is dropped."""
         self._sort()
         found = self._slots[slot]
         before, own = found.take(start - 1, last), found.take(start, last)
@@ -63,10 +64,8 @@ class Features:
             joined = self._xp.stack(all_features, axis=1)
             parts = [joined[index] for index in range(len(segments))]
         else:
-            ends = [0]
-            for segment in segments:
-                ends.append(ends[-1] + segment.count)
-            parts = [all_features[0][start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+            ends = accumulate((segment.count for segment in segments), initial=0)
+            parts = [all_features[0][start:stop] for start, stop in pairwise(ends)]
         for segment, own in zip(segments, parts, strict=True):
             self._slots[segment.slot].observe(segment.start, len(own), own)
 

@@ -95,7 +95,7 @@ def _with_runner_ups(plan: Plan, forecasts: Seq[Forecast], costs: LiveCosts) -> 
         (
             (accepted, index)
             for index, (forecast, choice) in enumerate(zip(forecasts, plan.choices, strict=True))
-            for accepted in forecast.runner_ups.get(choice.source, ())
+            for accepted in (forecast.runner_ups.get(choice.source, ()) if choice.source else ())
         ),
         reverse=True,
     )
@@ -140,7 +140,7 @@ def _hand_out(forecasts: Seq[Forecast], sources: Seq[Source], costs: LiveCosts, 
     return Plan(choices, best_tokens, best_seconds)
 
 
-def _better(forecast: Forecast, exit: Source, costs: LiveCosts, rate: float, num_rows: int) -> str:
+def _better(forecast: Forecast, exit: Source, costs: LiveCosts, rate: float, num_rows: int) -> Source:
     """Lookup or this exit: which brings the sequence more, at the price of time."""
     lookup = forecast.survival.get(LOOKUP, ())
     if not lookup:

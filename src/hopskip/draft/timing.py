@@ -20,8 +20,7 @@ from hopskip.draft.costs import Costs, DraftCost
 from hopskip.draft.exit import ExitDrafter
 from hopskip.draft.sources import Exit, Source, source_of
 from hopskip.machine import cpu_name, kept_path, num_usable_cores, replacing_file
-from hopskip.sampling import SamplingParams
-from hopskip.sequence import Sequence
+from hopskip.sequence import Request, Sequence
 
 VERSION = 2
 """Raised whenever timings of before would mislead: files of other versions are not looked at."""
@@ -156,7 +155,7 @@ class _Lane:
         self._taps = (self._drafter.taps if self._drafter else None) or ()
         self._cache = backend.new_cache(1, _CONTEXT + _MOST_ROWS)
         self._cache.clear()
-        self._sequence = Sequence([0] * (_CONTEXT + 1), SamplingParams(), frozenset(), backend.config.vocab_size)
+        self._sequence = Sequence(Request([0] * (_CONTEXT + 1)), frozenset(), backend.config.vocab_size)
         self._sequence.slot, self._sequence.num_cached = 0, _CONTEXT
         self._show(0, _CONTEXT)
 

@@ -39,7 +39,7 @@ class Engine:
         max_model_len: longest sequence, prompt and output; None for the model's own context.
         max_num_seqs: sequences that are stepped together; further ones wait.
         prefix_caching: start a prompt from the cached keys and values of an earlier request that shares its beginning.
-            None: where the backend is `row_exact`, since only there a cached prefix has the very bits of a computed one.
+            None: where the backend is `row_exact`, since only there a cached prefix has the bits of a computed one.
         rows_per_sequence: pad every decoding pass to this many rows per sequence. With draft `none` this is the
             *reference path at the verify shape*, to which `recompute` is bit-identical. None: as the speculation needs.
 
@@ -304,8 +304,8 @@ def make_engine(
 
 
 def _verify_rows(speculative: SpeculativeConfig, row_exact: bool) -> int:
-    """Rows per sequence and pass. A backend whose bits depend on the number of rows verifies at one fixed shape, so that
-    its numerics do not depend on what was drafted; the others never compute a row for nothing."""
+    """Rows per sequence and pass. A backend whose bits depend on the number of rows verifies at one fixed shape, so
+    that its numerics do not depend on what was drafted; the others never compute a row for nothing."""
     if speculative.verify == "recompute" and not row_exact:
         assert speculative.num_draft_tokens is not None
         return speculative.num_draft_tokens + 1 + (speculative.num_runner_ups or 0)

@@ -94,8 +94,7 @@ class Rounds:
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
         if self._drafter is None:
             return [Draft() for _ in sequences]
-        num_draft_tokens = self._speculative.num_draft_tokens
-        assert num_draft_tokens is not None
+        num_draft_tokens = self._speculative.num_draft_tokens or 0
         by_exit: dict[int | None, list[int]] = {}
         for index, sequence in enumerate(sequences):
             by_exit.setdefault(sequence.request.exit_layer, []).append(index)
@@ -156,7 +155,7 @@ class Rounds:
             for s, d in zip(progress.sequences, progress.drafts, strict=True)
         )
         depth = backend.config.num_hidden_layers
-        return backend.run_layers(backend.xp.concat(parts), exit_layer, depth, progress.rows, cache)
+        return backend.run_layers(backend.xp.concat(parts), exit_layer, depth, progress.rows, cache, self._taps)
 
     def _keep(self, progress: _Progress, features_NAD: Array | None) -> None:
         """Put what a verify pass has left of accepted tokens in order, for the next pass and for the drafter."""

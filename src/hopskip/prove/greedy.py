@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Model
+from hopskip.backends.base import Array, Backend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.prove.proof import Proof, Tie
 from hopskip.prove.recorder import Run, first_difference, run, same_bits
 from hopskip.sampling import SamplingParams
-from hopskip.speculative import DraftPrecision, SpeculativeConfig
+from hopskip.speculative import SpeculativeConfig
 
 TIE_GAP = 1e-4
 """Two float32 logits closer than this may come in either order when a sum is taken in another order."""
@@ -35,11 +35,10 @@ _MAX_PROMPTS_ONE_BY_ONE = 5
 """Where a batch would change the shape, prompts go one by one, which takes long: fewer of them then."""
 
 
-def promise_of(model: Model) -> Promise:
-    if model.row_exact:
+def promise_of(backend: Backend) -> Promise:
+    if backend.traits.row_exact:
         return "bits"
-    is_float32 = model.embed(torch.tensor([0], dtype=torch.int32)).dtype == torch.float32
-    return "ids" if is_float32 else "bits at the verify shape"
+    return "ids" if backend.traits.dtype == "float32" else "bits at the verify shape"
 
 
 def exits_to_try(config: ModelConfig) -> list[int]:
@@ -49,16 +48,16 @@ def exits_to_try(config: ModelConfig) -> list[int]:
     return sorted(exit_layer for exit_layer in exits if exit_layer is not None and 0 < exit_layer < depth)
 
 
-def settings_to_try(model: Model) -> list[SpeculativeConfig]:
+def settings_to_try(backend: Backend) -> list[SpeculativeConfig]:
     """Every combination of draft source (early exit at each exit, n-gram, both), draft length and verify mode; the
     trained exit, if one is attached, which has no states to reuse; trees; and drafts without some of the layers or by
     the copies that are attached."""
-    exits, depth = exits_to_try(model.config), model.config.num_hidden_layers
+    exits, depth = exits_to_try(backend.config), backend.config.num_hidden_layers
     trained = [
         SpeculativeConfig(draft=draft, num_draft_tokens=length)
         for draft in ("exit-branch", "both")
         for length in DRAFT_LENGTHS
-        if model.branch is not None
+        if backend.trained_exit is not None
     ]
     trees = [
         SpeculativeConfig(draft=source.draft, exit_layer=source.exit_layer, num_draft_tokens=3, num_runner_ups=4)
@@ -67,17 +66,16 @@ def settings_to_try(model: Model) -> list[SpeculativeConfig]:
     sources = [SpeculativeConfig(draft="early-exit", exit_layer=exit_layer) for exit_layer in exits]
     sources.append(SpeculativeConfig(draft="ngram"))
     sources.extend(SpeculativeConfig(draft="both", exit_layer=exit_layer) for exit_layer in exits[:1])
-    copies: tuple[DraftPrecision, ...] = getattr(model, "copies", ())
     skipped = [(depth // 2,)] if depth > 1 else []
     selves = [
         SpeculativeConfig(draft="layer-skip", skip_layers=layers, draft_precision=precision, num_draft_tokens=length)
-        for precision in (None, *copies)
+        for precision in (None, *backend.copies)
         for layers in skipped
         for length in DRAFT_LENGTHS
     ]
     selves += [
         SpeculativeConfig(draft="early-exit", exit_layer=exits[-1], draft_precision=precision, num_draft_tokens=3)
-        for precision in copies
+        for precision in backend.copies
         if exits
     ]
     return [*trained, *trees, *selves] + [
@@ -88,19 +86,19 @@ def settings_to_try(model: Model) -> list[SpeculativeConfig]:
     ]
 
 
-def greedy_proofs(model: Model, prompts: Seq[Seq[int]], max_new_tokens: int) -> Iterator[Proof]:
+def greedy_proofs(backend: Backend, prompts: Seq[Seq[int]], max_new_tokens: int) -> Iterator[Proof]:
     """One proof for each of `settings_to_try`.
 
     A draft that is never rejected proves nothing about rejection, so a proof needs at least one; unless the early exit
     is found, in a pass of its own, to agree with the last layer everywhere.
     """
-    promise = promise_of(model)
+    promise = promise_of(backend)
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
     num_at_once = len(prompts)
     if promise == "bits at the verify shape":
         prompts, num_at_once = prompts[:_MAX_PROMPTS_ONE_BY_ONE], 1
     references: dict[int | None, list[Run]] = {}
-    for setting in settings_to_try(model):
+    for setting in settings_to_try(backend):
         if promise == "bits at the verify shape" and setting.verify == "reuse":
             if setting.num_draft_tokens == DRAFT_LENGTHS[0]:
                 yield _not_claimed(setting)
@@ -111,14 +109,14 @@ def greedy_proofs(model: Model, prompts: Seq[Seq[int]], max_new_tokens: int) -> 
             num_rows = setting.num_draft_tokens + 1 + (setting.num_runner_ups or 0)
         if num_rows not in references:
             references[num_rows] = run(
-                model, prompts, PLAIN, params, max_num_seqs=num_at_once, rows_per_sequence=num_rows
+                backend, prompts, PLAIN, params, max_num_seqs=num_at_once, rows_per_sequence=num_rows
             )
-        runs = run(model, prompts, setting, params, max_num_seqs=num_at_once)
-        yield _judge(model, prompts, setting, promise, references[num_rows], runs)
+        runs = run(backend, prompts, setting, params, max_num_seqs=num_at_once)
+        yield _judge(backend, prompts, setting, promise, references[num_rows], runs)
 
 
 def _judge(
-    model: Model,
+    backend: Backend,
     prompts: Seq[Seq[int]],
     setting: SpeculativeConfig,
     promise: Promise,
@@ -130,7 +128,7 @@ def _judge(
     for index, (prompt, reference, got) in enumerate(zip(prompts, references, runs, strict=True)):
         fault = None
         if promise == "ids":
-            fault = compare_with_ties(model, index, prompt, reference.token_ids, got.token_ids, ties)
+            fault = compare_with_ties(backend, index, prompt, reference.token_ids, got.token_ids, ties)
         elif (position := first_difference(reference.token_ids, got.token_ids)) is not None:
             fault = (
                 f"token {position} differs: {_at(got.token_ids, position)}, not {_at(reference.token_ids, position)}"
@@ -143,7 +141,7 @@ def _judge(
     num_rejected = num_drafted - sum(r.stats.num_accepted_tokens for r in runs)
     total = ""
     if not faults and not num_rejected:
-        if num_drafted and setting.draft == "early-exit" and _exit_always_agrees(model, setting, prompts, runs):
+        if num_drafted and setting.draft == "early-exit" and _exit_always_agrees(backend, setting, prompts, runs):
             total = "; none can be: the exit agrees with the last layer everywhere"
         else:
             what = "no draft was rejected" if num_drafted else "nothing was drafted"
@@ -169,14 +167,14 @@ def _judge(
 
 
 def compare_with_ties(
-    model: Model, index: int, prompt: Seq[int], expected: list[int], got: list[int], ties: list[Tie]
+    backend: Backend, index: int, prompt: Seq[int], expected: list[int], got: list[int], ties: list[Tie]
 ) -> str | None:
     """None if the tokens are those of plain decoding, which after a tie goes on from the token that was taken."""
     while (position := first_difference(expected, got)) is not None:
         if position >= min(len(expected), len(got)):
             return f"{len(got)} tokens, not {len(expected)}"
         before = [*prompt, *got[:position]]
-        values, best = last_logits(model, before).topk(2)
+        values, best = last_logits(backend, before).topk(2)
         gap = float(values[0] - values[1])
         if gap > TIE_GAP or got[position] not in best.tolist():
             names = f"{got[position]}, not {expected[position]}"
@@ -185,29 +183,30 @@ def compare_with_ties(
         expected = got[: position + 1]
         if num_left := len(got) - len(expected):
             params = SamplingParams(max_new_tokens=num_left, ignore_eos=True)
-            rest = run(model, [[*before, got[position]]], PLAIN, params, max_num_seqs=1)[0]
+            rest = run(backend, [[*before, got[position]]], PLAIN, params, max_num_seqs=1)[0]
             expected = expected + rest.token_ids
     return None
 
 
-def last_logits(model: Model, token_ids: Seq[int]) -> Tensor:
+def last_logits(backend: Backend, token_ids: Seq[int]) -> Tensor:
     """Logits after these tokens, [V], by one pass in a cache of its own."""
-    return model.unembed(hidden_states(model, token_ids, model.config.num_hidden_layers)[-1:])[0]
+    hidden_TD = hidden_states(backend, token_ids, backend.config.num_hidden_layers)
+    return torch.as_tensor(backend.logits(hidden_TD[-1:]))[0]
 
 
-def hidden_states(model: Model, token_ids: Seq[int], num_layers: int) -> Tensor:
+def hidden_states(backend: Backend, token_ids: Seq[int], num_layers: int) -> Array:
     """States after the first `num_layers` layers at every position of a text, [T, D]."""
     rows = Rows([Segment(0, 0, len(token_ids))])
-    h_TD = model.embed(torch.tensor(token_ids, dtype=torch.int32))
-    return model.run_layers(h_TD, 0, num_layers, rows, model.new_cache(1, len(token_ids)))
+    cache = backend.new_cache(1, len(token_ids))
+    return backend.run_layers(backend.embed(token_ids), 0, num_layers, rows, cache).hidden_ND
 
 
-def _exit_always_agrees(model: Model, setting: SpeculativeConfig, prompts: Seq[Seq[int]], runs: Seq[Run]) -> bool:
+def _exit_always_agrees(backend: Backend, setting: SpeculativeConfig, prompts: Seq[Seq[int]], runs: Seq[Run]) -> bool:
     """Whether the exit's best token is the generated one at every place, found without any drafting."""
     assert setting.exit_layer is not None
     for prompt, got in zip(prompts, runs, strict=True):
-        h_TD = hidden_states(model, [*prompt, *got.token_ids[:-1]], setting.exit_layer)
-        if model.greedy(h_TD[len(prompt) - 1 :]).tolist() != got.token_ids:
+        hidden_TD = hidden_states(backend, [*prompt, *got.token_ids[:-1]], setting.exit_layer)
+        if backend.greedy(hidden_TD[len(prompt) - 1 :]) != got.token_ids:
             return False
     return True
 

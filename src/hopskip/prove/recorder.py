@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Cache, Model, run_tapped
+from hopskip.backends.base import Array, Backend, Cache
 from hopskip.backends.rows import Rows
-from hopskip.engine.engine import Engine
+from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.make import prepare
+from hopskip.engine import Engine
 from hopskip.sampling import SamplingParams
+from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.stats import SpeculativeStats
+from hopskip.trace import Round
 
 
 @dataclass(frozen=True)
@@ -29,44 +32,38 @@ class Run:
     stats: SpeculativeStats
 
 
-class Recorder:
-    """A model that notes the final hidden state of every place of the cache. A later pass over a place replaces it, and
-    a tree's branch that is kept moves with its keys and values; so what is left at a committed position is what the
-    committed tokens were computed from."""
+class Recorder(Drafter):
+    """Drafts as another drafter does, and notes the final hidden states that committed tokens left at their places.
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    Args:
+        drafter: None drafts nothing.
+        depth: layers of the model.
+    """
+
+    def __init__(self, drafter: Drafter | None, depth: int) -> None:
+        self._drafter = drafter
+        self._inner_taps = None if drafter is None else drafter.taps
+        taps = sorted({depth, *(self._inner_taps or ())})
+        self.taps = tuple(taps)
+        self._column = taps.index(depth)
+        self._inner_columns = [taps.index(tap) for tap in self._inner_taps or ()]
         self._states: dict[tuple[int, int], Tensor] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-        h_ND = self._model.run_layers(h_ND, start, stop, rows, cache)
-        if stop == self._model.config.num_hidden_layers:
-            self._record(h_ND, rows)
-        return h_ND
-
-    def run_tapped(self, h_ND: Tensor, taps: Seq[int], rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
-        h_ND, tapped_NAD = run_tapped(self._model, h_ND, taps, rows, cache)
-        self._record(h_ND, rows)
-        return h_ND, tapped_NAD
-
-    def _record(self, h_ND: Tensor, rows: Rows) -> None:
+    def observe(self, rows: Rows, features_NAD: Array) -> None:
         places = [(segment.slot, segment.start + row) for segment in rows.segments for row in range(segment.count)]
-        self._states.update(zip(places, h_ND, strict=True))
+        states_ND = torch.as_tensor(features_NAD)[:, self._column].clone()
+        self._states.update(zip(places, states_ND, strict=True))
+        if self._drafter is not None and self._inner_taps is not None:
+            self._drafter.observe(rows, features_NAD[:, self._inner_columns])
 
-    def new_cache(self, num_slots: int, length: int) -> Cache:
-        cache = self._model.new_cache(num_slots, length)
-        keep_path = cache.keep_path
+    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        if self._drafter is None:
+            return [Draft() for _ in sequences]
+        return self._drafter.propose(sequences, limits, cache)
 
-        def keep_and_move(slot: int, start: int, rows: Seq[int]) -> None:
-            keep_path(slot, start, rows)
-            kept = [self._states[slot, start + row] for row in rows]
-            self._states.update(((slot, start + index), h_D) for index, h_D in enumerate(kept))
-
-        cache.keep_path = keep_and_move  # type: ignore[method-assign]
-        return cache
+    def learn(self, sequences: Seq[Sequence], outcome: Round) -> None:
+        if self._drafter is not None:
+            self._drafter.learn(sequences, outcome)
 
     def states(self, slot: int, num_positions: int) -> Tensor:
         """Final hidden states of the first positions of a slot, [T, D]."""
@@ -74,7 +71,7 @@ class Recorder:
 
 
 def run(
-    model: Model,
+    backend: Backend,
     prompts: Seq[Seq[int]],
     speculative: SpeculativeConfig,
     params: SamplingParams,
@@ -86,15 +83,17 @@ def run(
     runs: list[Run] = []
     for first in range(0, len(prompts), max_num_seqs):
         # a new engine for each group: every sequence then keeps a slot to itself
-        recorder = Recorder(model)
+        resolved, drafter = prepare(backend, speculative)
+        recorder = Recorder(drafter, backend.config.num_hidden_layers)
         engine = Engine(
-            cast(Model, recorder),
-            speculative,
+            backend,
+            resolved,
+            recorder,
             max_num_seqs=max_num_seqs,
             prefix_caching=False,
             rows_per_sequence=rows_per_sequence,
         )
-        sequences = [engine.add(prompt, params) for prompt in prompts[first : first + max_num_seqs]]
+        sequences = [engine.add(Request(prompt, params)) for prompt in prompts[first : first + max_num_seqs]]
         while engine.has_work:
             engine.step()
         runs.extend(

@@ -16,16 +16,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hopskip.backends.base import Cache, Model
-from hopskip.backends.rows import Rows
-from hopskip.checkpoint.trained_exit import TrainedExit
-from hopskip.engine.engine import Engine
-from hopskip.prove.greedy import exits_to_try, hidden_states
+from hopskip.backends.base import Backend
+from hopskip.backends.table import TableBackend
+from hopskip.engine import make_engine
+from hopskip.prove.greedy import exits_to_try, hidden_states, last_logits
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import run
 from hopskip.sampling import SamplingParams
+from hopskip.sequence import Request
 from hopskip.speculative import SpeculativeConfig
 
 NUM_DRAWS = 20_000
@@ -36,66 +35,38 @@ _LENGTH = 2
 _AT_ONCE = 100
 
 
-class TableModel:
-    """A "decoder" of two layers whose logits depend on the last token only: `exit_VV` after the first layer,
-    `target_VV` after the second."""
-
-    row_exact = True
-    has_own_threads = False
-    device = torch.device("cpu")
-    branch: TrainedExit | None = None
-
-    def __init__(self, model: Model, exit_VV: Tensor, target_VV: Tensor) -> None:
-        self.config = replace(
-            model.config, vocab_size=len(target_VV), num_hidden_layers=2, eos_token_ids=(), recommended_exit_layer=None
-        )
-        self.exit_VV, self.target_VV = exit_VV, target_VV
-        likely = int(target_VV[1].argmax())
-        self.prompt = [0, 1, likely, int(target_VV[likely].argmax()), 0, 1]
-        """Its end stands in it before, followed by what is likely to follow: n-gram drafts that are often accepted."""
-
-    def new_cache(self, num_slots: int, length: int) -> Cache:
-        tiny = replace(self.config, num_key_value_heads=1, num_attention_heads=1, head_dim=2)
-        return Cache(tiny, num_slots, length, torch.float32)
-
-    def embed(self, ids_N: Tensor) -> Tensor:
-        return torch.stack((ids_N.float(), torch.zeros(len(ids_N))), dim=1)
-
-    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-        return h_ND + torch.tensor([0.0, float(stop - start)])
-
-    def unembed(self, h_ND: Tensor) -> Tensor:
-        token_N, depth_N = h_ND[:, 0].long(), h_ND[:, 1].long()
-        return torch.stack((self.exit_VV, self.target_VV))[depth_N - 1, token_N]
-
-    def greedy(self, h_ND: Tensor) -> Tensor:
-        return self.unembed(h_ND).argmax(dim=-1)
-
-
-def sampling_proofs(model: Model, prompts: Seq[Seq[int]], num_draws: int = NUM_DRAWS) -> Iterator[Proof]:
+def sampling_proofs(backend: Backend, prompts: Seq[Seq[int]], num_draws: int = NUM_DRAWS) -> Iterator[Proof]:
     """Distribution of sampled tokens, from early-exit and n-gram drafts; then seeds."""
     for index, prompt in enumerate(prompts[:2]):
-        table = tabulate(model, prompt)
+        table = tabulate(backend, prompt)
         for draft in ("early-exit", "ngram"):
             yield _distribution_proof(table, SpeculativeConfig(draft=draft, num_draft_tokens=_LENGTH), index, num_draws)
-    yield _seed_proof(model, prompts[0])
+    yield _seed_proof(backend, prompts[0])
 
 
-def tabulate(model: Model, prompt: Seq[int]) -> TableModel:
+def tabulate(backend: Backend, prompt: Seq[int]) -> TableBackend:
     """The model's logits of the best few tokens after `prompt`, and after each of them."""
-    depth = model.config.num_hidden_layers
-    exit_layer = next(iter(exits_to_try(model.config)), depth)
-    best = model.unembed(hidden_states(model, prompt, depth)[-1:])[0].topk(_NUM_CANDIDATES).indices.tolist()
+    depth = backend.config.num_hidden_layers
+    exit_layer = next(iter(exits_to_try(backend.config)), depth)
+    best = last_logits(backend, prompt).topk(_NUM_CANDIDATES).indices.tolist()
     tables = []
     for num_layers in (exit_layer, depth):
-        after = [hidden_states(model, [*prompt, token], num_layers)[-1] for token in best]
-        tables.append(model.unembed(torch.stack(after))[:, best].float().cpu())
-    return TableModel(model, *tables)
+        after = [hidden_states(backend, [*prompt, token], num_layers)[-1:] for token in best]
+        logits_NV = torch.as_tensor(backend.logits(backend.xp.concat(after)))
+        tables.append(logits_NV[:, best].float().cpu())
+    return TableBackend(replace(backend.config, eos_token_ids=()), *tables)
 
 
-def _distribution_proof(table: TableModel, setting: SpeculativeConfig, index: int, num_draws: int) -> Proof:
+def _prompt(table: TableBackend) -> list[int]:
+    """Its end stands in it before, followed by what is likely to follow: n-gram drafts that are often accepted."""
+    target_VV = table.tables[1]
+    likely = int(target_VV[1].argmax())
+    return [0, 1, likely, int(target_VV[likely].argmax()), 0, 1]
+
+
+def _distribution_proof(table: TableBackend, setting: SpeculativeConfig, index: int, num_draws: int) -> Proof:
     # a temperature at which no token is certain, so that drafts are accepted and rejected
-    spread = float(table.target_VV.std())
+    spread = float(table.tables[1].std())
     params = SamplingParams(max_new_tokens=_LENGTH + 2, temperature=max(1.0, spread), top_k=_TOP_K, ignore_eos=True)
     expected = _exact_joint(table, params) * num_draws
     p_value = num_drafted = num_accepted = 0.0
@@ -139,17 +110,18 @@ def _single_thread() -> Iterator[None]:
 
 
 def _count(
-    table: TableModel, setting: SpeculativeConfig, params: SamplingParams, seeds: range
+    table: TableBackend, setting: SpeculativeConfig, params: SamplingParams, seeds: range
 ) -> tuple[NDArray[np.float64], int, int]:
     """How often each joint outcome came, flattened; draft tokens; accepted ones.
 
     The first token comes from the prompt's pass; counted are those after it, which drafts had a part in.
     """
-    engine = Engine(table, setting, max_num_seqs=_AT_ONCE, prefix_caching=False)
+    engine = make_engine(table, setting, max_num_seqs=_AT_ONCE, prefix_caching=False)
+    prompt = _prompt(table)
     observed = np.zeros((table.config.vocab_size,) * _LENGTH)
     num_drafted = num_accepted = 0
     for first in range(0, len(seeds), _AT_ONCE):
-        batch = [engine.add(table.prompt, replace(params, seed=seed)) for seed in seeds[first : first + _AT_ONCE]]
+        batch = [engine.add(Request(prompt, replace(params, seed=seed))) for seed in seeds[first : first + _AT_ONCE]]
         while engine.has_work:
             engine.step()
         for sequence in batch:
@@ -159,17 +131,17 @@ def _count(
     return observed.ravel(), num_drafted, num_accepted
 
 
-def _exact_joint(table: TableModel, params: SamplingParams) -> NDArray[np.float64]:
+def _exact_joint(table: TableBackend, params: SamplingParams) -> NDArray[np.float64]:
     """Probability of every outcome of tokens 1 .. `_LENGTH` after the table's prompt, by enumeration in float64.
 
     Written apart from `hopskip.sampling` on purpose: the two must agree.
     """
-    table_VV = table.target_VV.double().numpy()
+    table_VV = table.tables[1].double().numpy()
     scaled = np.exp((table_VV - table_VV.max(axis=1, keepdims=True)) / params.temperature)
     kth_best = np.sort(scaled, axis=1)[:, -params.top_k, None]
     chain = np.where(scaled >= kth_best, scaled, 0.0)
     chain /= chain.sum(axis=1, keepdims=True)
-    second = chain[table.prompt[-1]] @ chain  # distribution of token 1, over all first tokens
+    second = chain[_prompt(table)[-1]] @ chain  # distribution of token 1, over all first tokens
     vocab = len(chain)
     joint = np.zeros((vocab,) * _LENGTH)
     for outcome in itertools.product(range(vocab), repeat=_LENGTH):
@@ -193,15 +165,15 @@ def chi_squared_p_value(observed: NDArray[np.float64], expected: NDArray[np.floa
     return float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
-def _seed_proof(model: Model, prompt: Seq[int]) -> Proof:
+def _seed_proof(backend: Backend, prompt: Seq[int]) -> Proof:
     """The same seed twice, then others, which must not all give the same text (or the proof could not fail)."""
     draft: SpeculativeConfig = SpeculativeConfig(
-        draft="both" if exits_to_try(model.config) else "ngram", num_draft_tokens=3
+        draft="both" if exits_to_try(backend.config) else "ngram", num_draft_tokens=3
     )
 
     def text(seed: int) -> list[int]:
         params = SamplingParams(max_new_tokens=24, temperature=1.0, top_p=0.95, seed=seed, ignore_eos=True)
-        return run(model, [prompt], draft, params, max_num_seqs=1)[0].token_ids
+        return run(backend, [prompt], draft, params, max_num_seqs=1)[0].token_ids
 
     first = text(1)
     repeats = text(1) == first

@@ -203,7 +203,8 @@ class NativeBackend(Backend):
         self._extend_rope(cache.length)
         self._engine.draft(
             packed_exit, np.array(task.token_ids, dtype=np.int32), task.rows.slots, task.rows.positions,
-            _contiguous(task.features_NAD), _contiguous(task.token_states_ND), k, np.array(task.limits, dtype=np.int32), task.min_confidence,
+            _contiguous(task.features_NAD), _contiguous(task.token_states_ND),
+            k, np.array(task.limits, dtype=np.int32), task.min_confidence,
             **_cache_arguments(cache), tokens=tokens_Bk, counts=counts_B, states=states_BkD,
             probabilities=probs_Bkt, runner_ups=runner_ups_Bkt,
             temperatures=temperatures_B, uniforms=uniforms_Bk, distributions=distributions_Bkn,

@@ -46,8 +46,11 @@ def make_engine(config: ModelConfig, weights: PackedWeights, threads: int) -> An
 
 
 def add_exit(engine: Any, config: ModelConfig, weights: PackedWeights, trained_exit: TrainedExit) -> tuple[Any, Any]:
-    """Put a trained exit's layers behind the engine's; the exit as `Engine.draft` takes it, and its head. Both are packed to 8 bits at most, whatever the model's precision: what they draft is verified, so that costs a little
-    acceptance and never exactness."""
+    """Put a trained exit's layers behind the engine's; the exit as `Engine.draft` takes it, and its head.
+
+    Both are packed to 8 bits at most, whatever the model's precision: what they draft is verified, so that costs a
+    little acceptance and never exactness.
+    """
     for layer in trained_exit.layers:
         matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
         vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}

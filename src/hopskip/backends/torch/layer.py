@@ -68,7 +68,7 @@ def decoder_layer(
     """
     eps, num_heads, num_kv_heads = config.rms_norm_eps, config.num_attention_heads, config.num_key_value_heads
     x = rms_norm(hidden, layer.input_layernorm, eps)
-    qkv = linear(x, layer.qkv_proj, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
+    qkv = linear(x, layer.qkv_proj, layer.qkv_bias).view(*x.shape[:-1], -1, config.head_dim)
     q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=-2)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
