@@ -424,11 +424,15 @@ def test_what_nobody_streams_comes_in_one_piece(llm: LLM) -> None:
         thread.start()
         params = SamplingParams(max_new_tokens=9, ignore_eos=True)
         jobs = [Job(prompt_ids=PROMPTS[1], params=params, is_streamed=streamed) for streamed in (True, False)]
-        found: list[list[list[Piece]]] = []
-        for generation in await thread.submit(jobs):
-            found.append([])
-            async for step in generation:
-                found[-1].append(step)
+        found: list[list[list[Piece]]] = [[], []]
+        has_ended = [False, False]
+        async for index, step in await thread.submit(jobs):
+            assert not has_ended[index]
+            if step is None:
+                has_ended[index] = True
+            else:
+                found[index].append(step)
+        assert all(has_ended)
         await thread.stop()
         return found
 

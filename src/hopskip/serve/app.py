@@ -21,7 +21,7 @@ from hopskip.errors import HopskipError
 from hopskip.llm import LLM
 from hopskip.serve import schema
 from hopskip.serve.answers import Answer, event
-from hopskip.serve.engine_thread import BusyError, EngineThread, Generation, GenerationError, Piece, UnavailableError
+from hopskip.serve.engine_thread import Batch, BusyError, EngineThread, GenerationError, UnavailableError
 from hopskip.serve.guard import Guard, error_body
 from hopskip.serve.jobs import Plan, Planner
 from hopskip.serve.metrics import Metrics
@@ -48,31 +48,29 @@ class Server:
 
     async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:
         """Generate, as a whole or as a stream; the client's leaving ends it."""
-        generations = await self.engine.submit(plan.jobs)
-        name = self.settings.model_name
-        answer = Answer(request, plan, generations, self.llm, name, http.state.request_id)
+        batch = await self.engine.submit(plan.jobs)
+        answer = Answer(request, plan, batch, self.llm, self.settings.model_name, http.state.request_id)
         if request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(self._stream(http, answer), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(self._stream(http, answer, batch), media_type="text/event-stream", headers=headers)
         try:
             return JSONResponse(await unless_disconnected(http, answer.whole()))
         finally:
-            _cancel(generations)
+            batch.cancel()
 
-    async def _stream(self, http: Request, answer: Answer) -> AsyncIterator[bytes]:
-        merged = merge(answer.generations)
+    async def _stream(self, http: Request, answer: Answer, batch: Batch) -> AsyncIterator[bytes]:
         gone = asyncio.create_task(_disconnected(http))
         # a client that leaves while nothing is there to be sent must be noticed too
-        gone.add_done_callback(lambda task: None if task.cancelled() else _cancel(answer.generations))
+        gone.add_done_callback(lambda task: None if task.cancelled() else batch.cancel())
         try:
-            async for chunk in answer.chunks(merged):
+            async for chunk in answer.chunks():
                 yield event(chunk)
             yield event("[DONE]")
         except HopskipError as error:
             yield event(error_body(str(error), kind="server_error"))
         finally:
             gone.cancel()
-            _cancel(answer.generations)
+            batch.cancel()
 
     def check_model(self, name: str | None) -> None:
         """Raises HTTPException: the request is for another model."""
@@ -229,32 +227,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(error_body(str(error)), 400)
 
 
-async def merge(generations: list[Generation]) -> AsyncIterator[tuple[int, list[Piece] | None]]:
-    """The pieces of several generations as they come, each with its index; None where one has ended."""
-    arrived: asyncio.Queue[tuple[int, list[Piece] | Exception | None]] = asyncio.Queue()
-
-    async def read(index: int) -> None:
-        try:
-            async for pieces in generations[index]:
-                arrived.put_nowait((index, pieces))
-            arrived.put_nowait((index, None))
-        except Exception as error:
-            arrived.put_nowait((index, error))
-
-    readers = [asyncio.create_task(read(index)) for index in range(len(generations))]
-    try:
-        num_open = len(generations)
-        while num_open:
-            index, pieces = await arrived.get()
-            if isinstance(pieces, Exception):
-                raise pieces
-            num_open -= pieces is None
-            yield index, pieces
-    finally:
-        for reader in readers:
-            reader.cancel()
-
-
 async def unless_disconnected(http: Request, work: Awaitable[T]) -> T:
     """Await `work`, or drop it when the client leaves.
 
@@ -277,11 +249,6 @@ async def _disconnected(http: Request) -> None:
     receive: Callable[[], Awaitable[Any]] = http.receive
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _cancel(generations: list[Generation]) -> None:
-    for generation in generations:
-        generation.cancel()
 
 
 def _page() -> tuple[str, str]:

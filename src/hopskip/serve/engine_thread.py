@@ -64,6 +64,10 @@ class Piece:
     text: str
 
 
+_News = list[Piece] | Exception | None
+"""Of a generation: a step's pieces, why it has failed, or that it has ended."""
+
+
 class Observer(Protocol):
     """Told by the engine's thread what happens; metrics are kept so."""
 
@@ -75,39 +79,21 @@ class Observer(Protocol):
 
 
 class Generation:
-    """One job on its way. Iterating yields the pieces of each step (all at once, if not `Job.is_streamed`); it ends
-    when the text does.
+    """One job on its way, one of a `Batch`."""
 
-    Raises:
-        ConfigError: while iterating: its grammar has become too complex.
-        GenerationError: while iterating: the request has failed.
-        UnavailableError: while iterating: the engine has died.
-    """
-
-    def __init__(self, job: Job, sequence: Sequence, text: TextStream, owner: EngineThread) -> None:
+    def __init__(self, job: Job, sequence: Sequence, text: TextStream, batch: Batch) -> None:
         self.job = job
         self.sequence = sequence
         self.submitted_at = time.perf_counter()
-        self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self._text = text
-        self._owner = owner
-        self._num_published = self._num_counted = 0
-        self._steps: asyncio.Queue[list[Piece] | Exception | None] = asyncio.Queue()
+        self._index = len(batch.generations)
+        self._queue = batch._queue
+        self._num_counted = 0
 
     @property
     def finish_reason(self) -> FinishReason | None:
         return self.sequence.finish_reason
-
-    def cancel(self) -> None:
-        """End it; its row is free for the next step. Does nothing if it has ended already."""
-        self._owner._order(lambda: self._owner._engine.abort(self.sequence))
-
-    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
-        while (step := await self._steps.get()) is not None:
-            if isinstance(step, Exception):
-                raise step
-            yield step
 
     def _count(self) -> int:
         """Tokens committed since the last call. Called by the engine's thread."""
@@ -119,16 +105,47 @@ class Generation:
         """Pieces that are ready and have not been taken. Called by the engine's thread."""
         if not (self.job.is_streamed or self.sequence.is_finished):
             return []
-        tokens, text = self.sequence.tokens, self._text
-        pieces = []
-        for index in range(self._num_published, len(tokens)):
-            # a token in stop_token_ids ends the text without being part of it
-            piece = text.pieces[index] if index < len(text.pieces) else ""
-            if self.sequence.is_finished and index == len(tokens) - 1:
-                piece += text.finish()
-            pieces.append(Piece(tokens[index], piece))
-        self._num_published = len(tokens)
-        return pieces
+        taken = self._text.take(self.sequence.tokens, is_finished=self.sequence.is_finished)
+        return [Piece(token, text) for token, text in taken]
+
+    def _deliver(self, news: _News) -> None:
+        """Called back in the event loop."""
+        self._queue.put_nowait((self._index, news))
+
+
+class Batch:
+    """What was submitted together. Iterating yields the pieces of each step (all of a generation's at once, if not
+    `Job.is_streamed`), with the generation's index and in the order in which the engine makes them; None in place of
+    pieces where a generation has ended. It ends when all have.
+
+    Raises:
+        ConfigError: while iterating: a grammar has become too complex.
+        GenerationError: while iterating: a generation has failed.
+        UnavailableError: while iterating: the engine has died.
+    """
+
+    def __init__(self, owner: EngineThread) -> None:
+        self.generations: list[Generation] = []
+        self._owner = owner
+        self._queue: asyncio.Queue[tuple[int, _News]] = asyncio.Queue()
+
+    def cancel(self) -> None:
+        """End them; their rows are free for the next step. Does nothing to those that have ended already."""
+        self._owner._order(self._abort)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, list[Piece] | None]]:
+        num_open = len(self.generations)
+        while num_open:
+            index, news = await self._queue.get()
+            if isinstance(news, Exception):
+                raise news
+            num_open -= news is None
+            yield index, news
+
+    def _abort(self) -> None:
+        """Called by the engine's thread."""
+        for generation in self.generations:
+            self._owner._engine.abort(generation.sequence)
 
 
 class EngineThread:
@@ -157,7 +174,7 @@ class EngineThread:
         """Those not ended yet. The engine's thread alone uses it."""
         self._num_outstanding = 0
         """Submitted and not ended. The event loop alone uses it."""
-        self._submissions: set[asyncio.Future[list[Generation]]] = set()
+        self._submissions: set[asyncio.Future[Batch]] = set()
         """Those that the thread has not looked at yet. The event loop alone uses it."""
         self._num_failures = 0
         self._stepping_since: float | None = None
@@ -194,7 +211,7 @@ class EngineThread:
         """Sequences that run or wait."""
         return self._num_outstanding
 
-    async def submit(self, jobs: Seq[Job]) -> list[Generation]:
+    async def submit(self, jobs: Seq[Job]) -> Batch:
         """Queue jobs, all or none.
 
         Raises:
@@ -209,7 +226,7 @@ class EngineThread:
                 f"{self._num_outstanding} sequences run or wait; at most {self._max_outstanding} may; try again later"
             )
         assert self._loop is not None
-        admitted: asyncio.Future[list[Generation]] = self._loop.create_future()
+        admitted: asyncio.Future[Batch] = self._loop.create_future()
         self._num_outstanding += len(jobs)
         self._idle.clear()
         self._submissions.add(admitted)
@@ -219,7 +236,7 @@ class EngineThread:
             return await asyncio.shield(admitted)
         except asyncio.CancelledError:
             # the client has gone before the thread looked at its jobs
-            admitted.add_done_callback(_cancel_all)
+            admitted.add_done_callback(_cancel)
             raise
 
     async def drain(self, timeout: float) -> bool:
@@ -281,8 +298,8 @@ class EngineThread:
                 return
             order()
 
-    def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[list[Generation]]) -> None:
-        generations: list[Generation] = []
+    def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[Batch]) -> None:
+        batch = Batch(self)
         try:
             for job in jobs:
                 text = TextStream(self._make_decoder(), job.params.stop)
@@ -294,14 +311,13 @@ class EngineThread:
                     max_draft_tokens=job.max_draft_tokens,
                     exit_layer=job.exit_layer,
                 )
-                generations.append(Generation(job, sequence, text, self))
+                batch.generations.append(Generation(job, sequence, text, batch))
         except Exception as error:
-            for generation in generations:
-                self._engine.abort(generation.sequence)
+            batch._abort()
             self._tell(self._refuse, len(jobs), admitted, error)
             return
-        self._live += generations
-        self._tell(admitted.set_result, generations)
+        self._live += batch.generations
+        self._tell(admitted.set_result, batch)
 
     def _step(self) -> None:
         try:
@@ -332,7 +348,6 @@ class EngineThread:
             is_finished = generation.sequence.is_finished
             if num_new := generation._count():
                 self._observer.on_tokens(generation, num_new, now)
-                generation.first_token_at = generation.first_token_at or now
                 generation.last_token_at = now
             if is_finished:
                 self._observer.on_finish(generation, now)
@@ -364,25 +379,25 @@ class EngineThread:
     def _deliver(self, news: list[tuple[Generation, list[Piece], bool]]) -> None:
         for generation, pieces, is_finished in news:
             if pieces:
-                generation._steps.put_nowait(pieces)
+                generation._deliver(pieces)
             if is_finished:
                 error = generation.sequence.error
                 if isinstance(error, ConfigError):  # what the request asks for is at fault: a grammar, say
-                    generation._steps.put_nowait(error)
+                    generation._deliver(error)
                 elif error is not None:
                     _log.error("a request has failed", exc_info=error)
-                    generation._steps.put_nowait(GenerationError("generating this answer has failed"))
+                    generation._deliver(GenerationError("generating this answer has failed"))
                 else:
-                    generation._steps.put_nowait(None)
+                    generation._deliver(None)
                 self._settle(1)
 
-    def _refuse(self, num_jobs: int, admitted: asyncio.Future[list[Generation]], error: Exception) -> None:
+    def _refuse(self, num_jobs: int, admitted: asyncio.Future[Batch], error: Exception) -> None:
         self._settle(num_jobs)
         admitted.set_exception(error)
 
     def _bury(self, dead: list[Generation]) -> None:
         for generation in dead:
-            generation._steps.put_nowait(UnavailableError("the engine has died"))
+            generation._deliver(UnavailableError("the engine has died"))
         self._settle(len(dead))
         for admitted in list(self._submissions):
             admitted.set_exception(UnavailableError("the engine has died"))
@@ -393,7 +408,6 @@ class EngineThread:
             self._idle.set()
 
 
-def _cancel_all(admitted: asyncio.Future[list[Generation]]) -> None:
+def _cancel(admitted: asyncio.Future[Batch]) -> None:
     if not admitted.cancelled() and admitted.exception() is None:
-        for generation in admitted.result():
-            generation.cancel()
+        admitted.result().cancel()
