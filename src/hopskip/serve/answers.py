@@ -59,7 +59,7 @@ class Answer:
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream: one per choice and step, in the order in which the engine makes them."""
-        options = getattr(self._request, "stream_options", None)
+        options = self._request.stream_options
         with_usage = bool(options and options.include_usage)
         head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
         if with_usage:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -32,6 +30,13 @@ T = TypeVar("T")
 
 _Error = {"description": "An error in OpenAI's shape."}
 _RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _Error)
+
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+"""The page runs scripts and styles from here, calls this server, and nothing else; text never becomes markup."""
+_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 class Server:
@@ -186,16 +191,18 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     async def metrics() -> Response:
         return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    html, policy = _page()
+    page_files = _read_page()
+    html = page_files.pop("index.html")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        headers = {
-            "Content-Security-Policy": policy,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
-        return HTMLResponse(html, headers=headers)
+        return _page_response(*html)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        if name not in page_files:
+            raise HTTPException(404, "the page has no such file")
+        return _page_response(*page_files[name])
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -251,17 +258,20 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _page() -> tuple[str, str]:
-    """The page, and a policy that lets it run its own script and style, call this server, and nothing else."""
-    html = (files("hopskip.serve") / "page" / "index.html").read_text(encoding="utf-8")
+def _read_page() -> dict[str, tuple[bytes, str]]:
+    """Content and media type of the page's files, by name."""
+    return {
+        file.name: (file.read_bytes(), _PAGE_TYPES[Path(file.name).suffix])
+        for file in (files("hopskip.serve") / "page").iterdir()
+        if Path(file.name).suffix in _PAGE_TYPES
+    }
 
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
 
-    policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy
+def _page_response(content: bytes, media_type: str) -> Response:
+    headers = {
+        "Content-Security-Policy": _PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",  # files of two versions do not go together
+    }
+    return Response(content, headers=headers, media_type=media_type)
