@@ -15,7 +15,7 @@ import pytest
 from hopskip import SamplingParams
 from hopskip.sequence import Sequence, Token
 from hopskip.serve import schema
-from hopskip.serve.answers import Answer
+from hopskip.serve.answers import Answer, event
 from hopskip.serve.engine_thread import Batch, Generation, GenerationError, Job, Piece
 from hopskip.serve.jobs import Plan
 from hopskip.serve.tools import CallSplitter, Notation
@@ -223,6 +223,11 @@ def test_a_failure_is_raised_at_once() -> None:
     batch.generations[1]._deliver(GenerationError("failed"))
     with pytest.raises(GenerationError, match="failed"):
         whole(completion(), batch)  # the first one has not ended
+
+
+def test_events() -> None:
+    assert event({"a": "é", "b": 1}) == 'data: {"a":"é","b":1}\n\n'.encode()
+    assert event("[DONE]") == b"data: [DONE]\n\n"
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
