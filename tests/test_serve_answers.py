@@ -16,7 +16,8 @@ from hopskip import SamplingParams
 from hopskip.sequence import Sequence, Token
 from hopskip.serve import schema
 from hopskip.serve.answers import Answer, event
-from hopskip.serve.engine_thread import Batch, Generation, GenerationError, Job, Piece
+from hopskip.serve.batch import Batch, Generation, Job, Piece
+from hopskip.serve.engine_thread import GenerationError
 from hopskip.serve.jobs import Plan
 from hopskip.serve.tools import CallSplitter, Notation
 from hopskip.text import TextStream
@@ -54,7 +55,7 @@ def llm(**speculative: Any) -> Any:
 
 
 def batch_of(number: int, **job: Any) -> Batch:
-    batch = Batch(cast("Any", None))  # its owner is for cancelling alone
+    batch = Batch(lambda _: None)
     for _ in range(number):
         params = SamplingParams(max_new_tokens=100)
         sequence = Sequence([1, 2, 3], params, frozenset(), 26)
@@ -67,10 +68,10 @@ def batch_of(number: int, **job: Any) -> Batch:
 def tell(generation: Generation, *steps: Seq[Piece], finish_reason: Any = "stop") -> None:
     """Give a generation's steps to whoever reads them, then its end."""
     for step in steps:
-        generation._deliver(list(step))
+        generation.deliver(list(step))
     generation.sequence.finish_reason = finish_reason
     generation.sequence.stats.num_tokens = sum(map(len, steps))
-    generation._deliver(None)
+    generation.deliver(None)
 
 
 def piece(text: str, id: int = 0, origin: Any = "target", **token: Any) -> Piece:
@@ -151,7 +152,7 @@ def test_a_streamed_completion() -> None:
     """Echoes come first; a step that shows nothing has no chunk; figures come last."""
     batch = batch_of(2)
     first, second = batch.generations
-    first._deliver([piece("a")])
+    first.deliver([piece("a")])
     tell(second, [piece("")], [piece("b"), piece("c")])
     tell(first, [piece("d")], finish_reason="abort")
     request = completion(stream=True, stream_options={"include_usage": True})
@@ -219,8 +220,8 @@ def test_calls(before: str, num_calls: int) -> None:
 
 def test_a_failure_is_raised_at_once() -> None:
     batch = batch_of(2)
-    batch.generations[0]._deliver([piece("a")])
-    batch.generations[1]._deliver(GenerationError("failed"))
+    batch.generations[0].deliver([piece("a")])
+    batch.generations[1].deliver(GenerationError("failed"))
     with pytest.raises(GenerationError, match="failed"):
         whole(completion(), batch)  # the first one has not ended
 
@@ -356,7 +357,7 @@ def test_a_stream_costs_the_same_at_its_end_as_at_its_start(with_tools: bool) ->
         for i in range(number):
             new = piece(Counted("four"), logprob=-1.0)
             alive.append(weakref.ref(new))
-            batch.generations[0]._deliver([new])
+            batch.generations[0].deliver([new])
             del new
             part = (await anext(parts))["choices"][0]
             assert part["text"] == "four"

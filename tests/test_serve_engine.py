@@ -16,7 +16,8 @@ from torch import Tensor
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine
 from hopskip.sequence import Sequence
-from hopskip.serve.engine_thread import EngineThread, Generation, Job, Piece
+from hopskip.serve.batch import Generation, Job, Piece
+from hopskip.serve.engine_thread import EngineThread
 from hopskip.serve.grammar import GrammarCompiler
 from hopskip.serve.settings import Limits
 from hopskip.text import TextStream

@@ -69,6 +69,7 @@ def test_each_token_is_taken_once_with_its_text(
         before = stream.text
         is_stopped = stream.push(i)
         certain.append(stream.text[len(before) :])
+        assert stop or certain[-1] == pieces[i], "nothing is held back for no stop string"
         tokens.append(f"token {i}")
         if is_stopped:
             break

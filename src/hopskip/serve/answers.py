@@ -11,7 +11,7 @@ from typing import Any
 from hopskip.llm import LLM
 from hopskip.sequence import Token
 from hopskip.serve import schema
-from hopskip.serve.engine_thread import Batch, Generation, Piece
+from hopskip.serve.batch import Batch, Generation, Piece
 from hopskip.serve.jobs import Plan
 from hopskip.serve.tools import CallSplitter
 

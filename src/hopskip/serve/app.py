@@ -19,7 +19,8 @@ from hopskip.errors import HopskipError
 from hopskip.llm import LLM
 from hopskip.serve import schema
 from hopskip.serve.answers import Answer, event
-from hopskip.serve.engine_thread import Batch, BusyError, EngineThread, GenerationError, UnavailableError
+from hopskip.serve.batch import Batch
+from hopskip.serve.engine_thread import BusyError, EngineThread, GenerationError, UnavailableError
 from hopskip.serve.guard import Guard, error_body
 from hopskip.serve.jobs import Plan, Planner
 from hopskip.serve.metrics import Metrics

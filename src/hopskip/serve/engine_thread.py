@@ -11,15 +11,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Protocol
 
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError, HopskipError
-from hopskip.sampling import Constraint, SamplingParams
-from hopskip.sequence import FinishReason, Sequence, Token
+from hopskip.serve.batch import Batch, Generation, Job, Piece
 from hopskip.text import IncrementalDecoder, TextStream
 
 _log = logging.getLogger(__name__)
@@ -42,32 +40,6 @@ class GenerationError(HopskipError):
     """This request has failed inside the engine; the others go on."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One sequence to generate; see `Engine.add`."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    constraint: Constraint | None = None
-    max_draft_tokens: int | None = None
-    exit_layer: int | None = None
-    is_streamed: bool = True
-    """False: nobody looks at a piece before the last one is there, so all of them come then. The event loop that wakes
-    for every step takes a core from the engine."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One token, and the text that became certain with it (possibly none)."""
-
-    token: Token
-    text: str
-
-
-_News = list[Piece] | Exception | None
-"""Of a generation: a step's pieces, why it has failed, or that it has ended."""
-
-
 class Observer(Protocol):
     """Told by the engine's thread what happens; metrics are kept so."""
 
@@ -76,76 +48,6 @@ class Observer(Protocol):
     def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None: ...
 
     def on_finish(self, generation: Generation, now: float) -> None: ...
-
-
-class Generation:
-    """One job on its way, one of a `Batch`."""
-
-    def __init__(self, job: Job, sequence: Sequence, text: TextStream, batch: Batch) -> None:
-        self.job = job
-        self.sequence = sequence
-        self.submitted_at = time.perf_counter()
-        self.last_token_at: float | None = None
-        self._text = text
-        self._index = len(batch.generations)
-        self._queue = batch._queue
-        self._num_counted = 0
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self.sequence.finish_reason
-
-    def _count(self) -> int:
-        """Tokens committed since the last call. Called by the engine's thread."""
-        num_new = len(self.sequence.tokens) - self._num_counted
-        self._num_counted += num_new
-        return num_new
-
-    def _take(self) -> list[Piece]:
-        """Pieces that are ready and have not been taken. Called by the engine's thread."""
-        if not (self.job.is_streamed or self.sequence.is_finished):
-            return []
-        taken = self._text.take(self.sequence.tokens, is_finished=self.sequence.is_finished)
-        return [Piece(token, text) for token, text in taken]
-
-    def _deliver(self, news: _News) -> None:
-        """Called back in the event loop."""
-        self._queue.put_nowait((self._index, news))
-
-
-class Batch:
-    """What was submitted together. Iterating yields the pieces of each step (all of a generation's at once, if not
-    `Job.is_streamed`), with the generation's index and in the order in which the engine makes them; None in place of
-    pieces where a generation has ended. It ends when all have.
-
-    Raises:
-        ConfigError: while iterating: a grammar has become too complex.
-        GenerationError: while iterating: a generation has failed.
-        UnavailableError: while iterating: the engine has died.
-    """
-
-    def __init__(self, owner: EngineThread) -> None:
-        self.generations: list[Generation] = []
-        self._owner = owner
-        self._queue: asyncio.Queue[tuple[int, _News]] = asyncio.Queue()
-
-    def cancel(self) -> None:
-        """End them; their rows are free for the next step. Does nothing to those that have ended already."""
-        self._owner._order(self._abort)
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, list[Piece] | None]]:
-        num_open = len(self.generations)
-        while num_open:
-            index, news = await self._queue.get()
-            if isinstance(news, Exception):
-                raise news
-            num_open -= news is None
-            yield index, news
-
-    def _abort(self) -> None:
-        """Called by the engine's thread."""
-        for generation in self.generations:
-            self._owner._engine.abort(generation.sequence)
 
 
 class EngineThread:
@@ -236,7 +138,7 @@ class EngineThread:
             return await asyncio.shield(admitted)
         except asyncio.CancelledError:
             # the client has gone before the thread looked at its jobs
-            admitted.add_done_callback(_cancel)
+            admitted.add_done_callback(_cancel_admitted)
             raise
 
     async def drain(self, timeout: float) -> bool:
@@ -251,12 +153,7 @@ class EngineThread:
     def abort_all(self) -> None:
         """End everything that runs or waits."""
         self._is_draining = True
-
-        def abort() -> None:
-            for generation in self._live:
-                self._engine.abort(generation.sequence)
-
-        self._order(abort)
+        self._order(lambda: self._abort(self._live))
 
     async def stop(self) -> None:
         """Abort what is left, and end the thread."""
@@ -270,6 +167,13 @@ class EngineThread:
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.put(order)
+
+    def _cancel(self, batch: Batch) -> None:
+        self._order(lambda: self._abort(batch.generations))
+
+    def _abort(self, generations: Seq[Generation]) -> None:
+        for generation in generations:
+            self._engine.abort(generation.sequence)
 
     def _stop(self) -> None:
         self._is_stopped = True
@@ -299,7 +203,7 @@ class EngineThread:
             order()
 
     def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[Batch]) -> None:
-        batch = Batch(self)
+        batch = Batch(self._cancel)
         try:
             for job in jobs:
                 text = TextStream(self._make_decoder(), job.params.stop)
@@ -313,7 +217,7 @@ class EngineThread:
                 )
                 batch.generations.append(Generation(job, sequence, text, batch))
         except Exception as error:
-            batch._abort()
+            self._abort(batch.generations)
             self._tell(self._refuse, len(jobs), admitted, error)
             return
         self._live += batch.generations
@@ -346,12 +250,12 @@ class EngineThread:
         news: list[tuple[Generation, list[Piece], bool]] = []
         for generation in self._live:
             is_finished = generation.sequence.is_finished
-            if num_new := generation._count():
+            if num_new := generation.count_new():
                 self._observer.on_tokens(generation, num_new, now)
                 generation.last_token_at = now
             if is_finished:
                 self._observer.on_finish(generation, now)
-            pieces = generation._take()
+            pieces = generation.take()
             if pieces or is_finished:
                 news.append((generation, pieces, is_finished))
         if any(is_finished for _, _, is_finished in news):
@@ -379,16 +283,16 @@ class EngineThread:
     def _deliver(self, news: list[tuple[Generation, list[Piece], bool]]) -> None:
         for generation, pieces, is_finished in news:
             if pieces:
-                generation._deliver(pieces)
+                generation.deliver(pieces)
             if is_finished:
                 error = generation.sequence.error
                 if isinstance(error, ConfigError):  # what the request asks for is at fault: a grammar, say
-                    generation._deliver(error)
+                    generation.deliver(error)
                 elif error is not None:
                     _log.error("a request has failed", exc_info=error)
-                    generation._deliver(GenerationError("generating this answer has failed"))
+                    generation.deliver(GenerationError("generating this answer has failed"))
                 else:
-                    generation._deliver(None)
+                    generation.deliver(None)
                 self._settle(1)
 
     def _refuse(self, num_jobs: int, admitted: asyncio.Future[Batch], error: Exception) -> None:
@@ -397,7 +301,7 @@ class EngineThread:
 
     def _bury(self, dead: list[Generation]) -> None:
         for generation in dead:
-            generation._deliver(UnavailableError("the engine has died"))
+            generation.deliver(UnavailableError("the engine has died"))
         self._settle(len(dead))
         for admitted in list(self._submissions):
             admitted.set_exception(UnavailableError("the engine has died"))
@@ -408,6 +312,6 @@ class EngineThread:
             self._idle.set()
 
 
-def _cancel(admitted: asyncio.Future[Batch]) -> None:
+def _cancel_admitted(admitted: asyncio.Future[Batch]) -> None:
     if not admitted.cancelled() and admitted.exception() is None:
         admitted.result().cancel()

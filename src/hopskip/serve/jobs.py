@@ -12,7 +12,7 @@ from hopskip.errors import ConfigError, PromptError
 from hopskip.llm import LLM
 from hopskip.sampling import Constraint, SamplingParams
 from hopskip.serve import schema
-from hopskip.serve.engine_thread import Job
+from hopskip.serve.batch import Job
 from hopskip.serve.grammar import GrammarCompiler, Kind
 from hopskip.serve.settings import Limits
 from hopskip.serve.tools import Notation
