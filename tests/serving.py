@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from hopskip import LLM, SpeculativeConfig
-from hopskip.engine.engine import Engine
+from hopskip.engine import Engine
 from hopskip.sequence import Sequence
 from hopskip.serve.app import Server, create_app
 from hopskip.serve.run import Runner, bind

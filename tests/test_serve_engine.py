@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
-from hopskip.engine.engine import Engine
-from hopskip.sequence import Sequence
-from hopskip.serve.engine_thread import EngineThread, Generation, Job, Piece
+from hopskip.engine import Engine, make_engine
+from hopskip.sequence import Request, Sequence
+from hopskip.serve.batch import Generation, Job, Piece
+from hopskip.serve.engine_thread import EngineThread
 from hopskip.serve.grammar import GrammarCompiler
 from hopskip.serve.settings import Limits
 from hopskip.text.stream import TextStream
@@ -61,7 +62,7 @@ GRAMMAR = r"([a-z]{2,5}-){2}[0-9]{3}(abab)+!"
 
 
 @dataclass(frozen=True)
-class Request:
+class Arrival:
     """One request of a schedule."""
 
     kind: str
@@ -74,16 +75,18 @@ class Request:
         params = KINDS[self.kind]
         text = TextStream(Detokenizer(llm.tokenizer), params.stop)
         return engine.add(
-            PROMPTS[self.prompt],
-            params,
-            text.push,
-            constraint=compiler.compile("regex", GRAMMAR) if "grammar" in self.kind else None,
-            max_draft_tokens=self.max_draft_tokens if drafting else None,
+            Request(
+                PROMPTS[self.prompt],
+                params,
+                text.push,
+                constraint=compiler.compile("regex", GRAMMAR) if "grammar" in self.kind else None,
+                max_draft_tokens=self.max_draft_tokens if drafting else None,
+            )
         )
 
 
 requests = st.builds(
-    Request,
+    Arrival,
     kind=st.sampled_from(list(KINDS)),
     prompt=st.integers(0, len(PROMPTS) - 1),
     arrives_at=st.integers(0, 12),
@@ -104,7 +107,7 @@ _references: dict[object, list[int]] = {}
 def test_every_row_of_any_schedule_equals_its_own_run_alone(
     llm: LLM,
     compiler: GrammarCompiler,
-    schedule: list[Request],
+    schedule: list[Arrival],
     max_num_seqs: int,
     draft: str,
     verify: str,
@@ -113,7 +116,9 @@ def test_every_row_of_any_schedule_equals_its_own_run_alone(
     """Joins, leaves and aborts at any step, prompts longer than a chunk; greedy ones equal plain decoding."""
     exit_layer = None if draft == "ngram" else 2
     config = SpeculativeConfig(draft=draft, exit_layer=exit_layer, num_draft_tokens=3, verify=verify)  # type: ignore[arg-type]
-    engine = Engine(llm.backend, config, eos_token_ids=[1], max_num_seqs=max_num_seqs, prefix_caching=prefix_caching)
+    engine = make_engine(
+        llm.backend, config, eos_token_ids=[1], max_num_seqs=max_num_seqs, prefix_caching=prefix_caching
+    )
     sequences: dict[int, Sequence] = {}
     for step in range(20):
         for index, request in enumerate(schedule):
@@ -129,7 +134,7 @@ def test_every_row_of_any_schedule_equals_its_own_run_alone(
         if is_sampled:  # the same seed gives the same text with the same drafts only
             key = (*key, draft, verify, request.max_draft_tokens)
         if key not in _references:
-            alone = Engine(llm.backend, config if is_sampled else PLAIN, eos_token_ids=[1], max_num_seqs=1)
+            alone = make_engine(llm.backend, config if is_sampled else PLAIN, eos_token_ids=[1], max_num_seqs=1)
             reference = request.add_to(alone, llm, compiler, drafting=is_sampled)
             finish(alone)
             _references[key] = new_ids(reference)
@@ -143,11 +148,11 @@ def test_every_row_of_any_schedule_equals_its_own_run_alone(
 
 def test_running_sequences_progress_in_every_step_while_a_long_prompt_is_read() -> None:
     model = tiny_model(num_hidden_layers=2)
-    engine = Engine(model, PLAIN)
-    early = engine.add([1, 2, 3], SamplingParams(max_new_tokens=100))
+    engine = make_engine(model, PLAIN)
+    early = engine.add(Request([1, 2, 3], SamplingParams(max_new_tokens=100)))
     engine.step()
-    late = engine.add([5, 6] * 300, SamplingParams(max_new_tokens=4))
-    short = engine.add([9, 8, 7], SamplingParams(max_new_tokens=4))
+    late = engine.add(Request([5, 6] * 300, SamplingParams(max_new_tokens=4)))
+    short = engine.add(Request([9, 8, 7], SamplingParams(max_new_tokens=4)))
     num_steps = 0
     while not late.is_prefilled:
         before = len(early.tokens)
@@ -160,16 +165,16 @@ def test_running_sequences_progress_in_every_step_while_a_long_prompt_is_read() 
 
 def test_a_prefix_is_copied_from_a_sequence_that_still_runs() -> None:
     model = tiny_model(num_hidden_layers=2)
-    engine = Engine(model, PLAIN, prefix_caching=True)
+    engine = make_engine(model, PLAIN, prefix_caching=True)
     system = [3, 1, 4, 1, 5, 9, 2, 6] * 5
-    first = engine.add([*system, 7], SamplingParams(max_new_tokens=30))
+    first = engine.add(Request([*system, 7], SamplingParams(max_new_tokens=30)))
     engine.step()
-    second = engine.add([*system, 8, 9], SamplingParams(max_new_tokens=30))
+    second = engine.add(Request([*system, 8, 9], SamplingParams(max_new_tokens=30)))
     finish(engine)
     assert second.stats.num_cached_prompt_tokens == len(system)
     for sequence, prompt in ((first, [*system, 7]), (second, [*system, 8, 9])):
-        alone = Engine(model, PLAIN, prefix_caching=False)
-        reference = alone.add(prompt, SamplingParams(max_new_tokens=30))
+        alone = make_engine(model, PLAIN, prefix_caching=False)
+        reference = alone.add(Request(prompt, SamplingParams(max_new_tokens=30)))
         finish(alone)
         assert new_ids(sequence) == new_ids(reference)
 
@@ -179,10 +184,10 @@ def test_a_prefix_is_copied_from_a_sequence_that_still_runs() -> None:
 
 def test_a_request_may_draft_less_or_from_another_exit() -> None:
     model = tiny_model()
-    engine = Engine(model, SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=4))
+    engine = make_engine(model, SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=4))
     params = SamplingParams(max_new_tokens=30)
     full, none, two, shallow = (
-        engine.add([1, 2, 3], params, max_draft_tokens=most, exit_layer=exit_layer)
+        engine.add(Request([1, 2, 3], params, max_draft_tokens=most, exit_layer=exit_layer))
         for most, exit_layer in ((None, None), (0, None), (2, None), (None, 1))
     )
     finish(engine)
@@ -206,9 +211,9 @@ def test_a_request_may_draft_less_or_from_another_exit() -> None:
 def test_drafting_that_this_engine_cannot_do_is_refused(
     config: SpeculativeConfig, request_: dict[str, int], message: str
 ) -> None:
-    engine = Engine(tiny_model(), config)
+    engine = make_engine(tiny_model(), config)
     with pytest.raises(ConfigError, match=message):
-        engine.add([1], SamplingParams(), **request_)  # type: ignore[arg-type]
+        engine.add(Request([1], SamplingParams(), **request_))  # type: ignore[arg-type]
     assert not engine.has_work
 
 
@@ -244,9 +249,9 @@ def test_constrained_sampling_keeps_the_constrained_distribution(draft: str) -> 
     target_VV = torch.randn(6, 6, generator=generator) * 1.2
     exit_VV = -target_VV
     config = SpeculativeConfig(draft="early-exit", num_draft_tokens=3) if draft == "early-exit" else PLAIN
-    engine = Engine(table_model(exit_VV, target_VV), config, max_num_seqs=64)
+    engine = make_engine(table_model(exit_VV, target_VV), config, max_num_seqs=64)
     sequences = [
-        engine.add([1], SamplingParams(max_new_tokens=3, temperature=1.0, seed=i), constraint=Alternating(6))
+        engine.add(Request([1], SamplingParams(max_new_tokens=3, temperature=1.0, seed=i), constraint=Alternating(6)))
         for i in range(1500)
     ]
     finish(engine)
@@ -269,11 +274,11 @@ def test_constrained_sampling_keeps_the_constrained_distribution(draft: str) -> 
 def test_a_greedy_draft_ends_before_its_first_forbidden_token() -> None:
     model = tiny_model()
     config = SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=4)
-    engine = Engine(model, config)
-    sequence = engine.add([1, 2, 3], SamplingParams(max_new_tokens=40), constraint=Alternating(97))
+    engine = make_engine(model, config)
+    sequence = engine.add(Request([1, 2, 3], SamplingParams(max_new_tokens=40), constraint=Alternating(97)))
     finish(engine)
-    plain = Engine(model, PLAIN)
-    expected = plain.add([1, 2, 3], SamplingParams(max_new_tokens=40), constraint=Alternating(97))
+    plain = make_engine(model, PLAIN)
+    expected = plain.add(Request([1, 2, 3], SamplingParams(max_new_tokens=40), constraint=Alternating(97)))
     finish(plain)
     assert new_ids(sequence) == new_ids(expected)
     stats = sequence.stats
@@ -295,21 +300,21 @@ class Broken(Alternating):
 
 def test_a_request_that_fails_leaves_the_others_alone() -> None:
     model = tiny_model()
-    engine = Engine(model, SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=3), max_num_seqs=3)
+    engine = make_engine(model, SpeculativeConfig(draft="early-exit", exit_layer=5, num_draft_tokens=3), max_num_seqs=3)
 
     def stop(token: int) -> bool:
         raise ValueError("a detokenizer's bug")
 
-    good = engine.add([1, 2, 3], SamplingParams(max_new_tokens=20))
-    bad = engine.add([1, 2, 3], SamplingParams(max_new_tokens=20), stop)
-    broken = engine.add([4], SamplingParams(max_new_tokens=20), constraint=Broken(97))
-    after = engine.add([7], SamplingParams(max_new_tokens=5))
+    good = engine.add(Request([1, 2, 3], SamplingParams(max_new_tokens=20)))
+    bad = engine.add(Request([1, 2, 3], SamplingParams(max_new_tokens=20), stop))
+    broken = engine.add(Request([4], SamplingParams(max_new_tokens=20), constraint=Broken(97)))
+    after = engine.add(Request([7], SamplingParams(max_new_tokens=5)))
     finish(engine)
     assert (bad.finish_reason, str(bad.error)) == ("error", "a detokenizer's bug")
     assert (broken.finish_reason, str(broken.error)) == ("error", "out of fuel")
     assert good.finish_reason == after.finish_reason == "length"
-    alone = Engine(model, PLAIN)
-    expected = alone.add([1, 2, 3], SamplingParams(max_new_tokens=20))
+    alone = make_engine(model, PLAIN)
+    expected = alone.add(Request([1, 2, 3], SamplingParams(max_new_tokens=20)))
     finish(alone)
     assert new_ids(good) == new_ids(expected)
 
@@ -319,7 +324,7 @@ def test_a_request_that_fails_leaves_the_others_alone() -> None:
 
 def test_a_reserved_cache_is_checked_against_its_budget_and_never_grows() -> None:
     model = tiny_model()  # 6 layers x 2 heads x 16 x 2 x 4 bytes = 1,536 bytes a position
-    engine = Engine(model, PLAIN, max_num_seqs=4)
+    engine = make_engine(model, PLAIN, max_num_seqs=4)
     with pytest.raises(
         ConfigError, match=r"needs 14 MiB: 4 sequences x 2304 positions x 1536 bytes; it may take 1 MiB"
     ):
@@ -328,15 +333,15 @@ def test_a_reserved_cache_is_checked_against_its_budget_and_never_grows() -> Non
     cache = engine._cache
     assert cache is not None
     assert cache.nbytes == 4 * 2304 * 1536
-    engine.add([1] * 1000, SamplingParams(max_new_tokens=2))
+    engine.add(Request([1] * 1000, SamplingParams(max_new_tokens=2)))
     finish(engine)
     assert engine._cache is cache
 
-    shrunk = Engine(model, PLAIN, max_num_seqs=4)
+    shrunk = make_engine(model, PLAIN, max_num_seqs=4)
     shrunk.reserve(4 * 512 * 1536, shrink=True)
     assert shrunk.max_model_len == 511
     with pytest.raises(ConfigError, match="may take 0 MiB"):
-        Engine(model, PLAIN).reserve(10_000, shrink=True)
+        make_engine(model, PLAIN).reserve(10_000, shrink=True)
 
 
 # -- grammars ----------------------------------------------------------------------------------------------------------
@@ -419,16 +424,20 @@ def test_what_nobody_streams_comes_in_one_piece(llm: LLM) -> None:
     observer = Counting()
 
     async def generate() -> list[list[list[Piece]]]:
-        engine = Engine(llm.backend, PLAIN)
+        engine = make_engine(llm.backend, PLAIN)
         thread = EngineThread(engine, lambda: Detokenizer(llm.tokenizer), max_queue=4, observer=observer)
         thread.start()
         params = SamplingParams(max_new_tokens=9, ignore_eos=True)
-        jobs = [Job(prompt_ids=PROMPTS[1], params=params, is_streamed=streamed) for streamed in (True, False)]
-        found: list[list[list[Piece]]] = []
-        for generation in await thread.submit(jobs):
-            found.append([])
-            async for step in generation:
-                found[-1].append(step)
+        jobs = [Job(request=Request(PROMPTS[1], params), is_streamed=streamed) for streamed in (True, False)]
+        found: list[list[list[Piece]]] = [[], []]
+        has_ended = [False, False]
+        async for index, step in await thread.submit(jobs):
+            assert not has_ended[index]
+            if step is None:
+                has_ended[index] = True
+            else:
+                found[index].append(step)
+        assert all(has_ended)
         await thread.stop()
         return found
 

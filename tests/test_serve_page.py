@@ -61,6 +61,7 @@ def test_a_conversation(page: Any, live: Live) -> None:
     send(page, "Hello there")
     page.wait_for_selector(".tok", state="attached")  # it streams
     finished(page)
+    assert page.evaluate("getComputedStyle(document.body).display") == "grid", "the styles are there"
     answer = page.inner_text(".answer")
     origins = {n.get_attribute("data-o") for n in page.query_selector_all(".tok")}
     assert "target" in origins
@@ -104,6 +105,10 @@ def test_a_conversation(page: Any, live: Live) -> None:
     page.click("#new")
     assert page.locator(".turn").count() == 0
     assert page.complaints == []
+    assert (
+        page.evaluate("(() => { try { document.body.innerHTML = '<b>'; } catch (error) { return error.name; } })()")
+        == "TypeError"
+    ), "text cannot become markup"
 
 
 def test_stopping_and_errors(page: Any, live: Live) -> None:

@@ -23,6 +23,7 @@ from benchmarks.hostile import GOOD, attack
 from benchmarks.soak import soak
 
 from hopskip import LLM, ConfigError
+from hopskip.serve import app
 from hopskip.serve.grammar import GrammarConstraint
 from hopskip.serve.guard import JSONLines
 from hopskip.serve.memory import free_memory, parse_size
@@ -70,7 +71,7 @@ def is_idle(live: Live) -> bool:
 def test_every_route_but_health_wants_a_key(llm: LLM) -> None:
     key = "correct-horse"
     with live_server(llm, api_keys=("another-key", key)) as live, live.client() as client:
-        routes = ["/", "/metrics", "/v1/models", "/openapi.json", "/no/such/route"]
+        routes = ["/", "/page/page.js", "/page/page.css", "/metrics", "/v1/models", "/openapi.json", "/no/such/route"]
         basic = b64encode(f"me:{key}".encode()).decode()
         wrong = ["", "Bearer", "Bearer wrong-key", f"Bearer {key}x", f"Basic {key}", "Basic !!!", f"Token {key}"]
         for route in routes:
@@ -108,14 +109,38 @@ def test_other_hosts_origins_and_content_types_are_refused(llm: LLM) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_the_page_may_run_its_own_script_and_nothing_else(shared: Live) -> None:
+def test_the_page_may_run_its_own_scripts_and_nothing_else(shared: Live) -> None:
+    types = {".css": "text/css", ".js": "text/javascript"}
     with shared.client() as client:
         page = client.get("/")
-    policy = page.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe-inline" not in policy
-    assert len(re.findall("sha256-", policy)) == 2
-    assert not re.search(r"(src|href)=\"https?:", page.text), "it works offline"
+        linked = re.findall(r"<(?:script|link)[^>]* (?:src|href)=\"(page/[^\"]+)\"", page.text)
+        assert len(linked) == 2
+        answers = [page]
+        while linked:  # and what these import
+            name = linked.pop()
+            answers.append(client.get(f"/{name}"))
+            assert answers[-1].status_code == 200, name
+            assert answers[-1].headers["content-type"].partition(";")[0] == types[Path(name).suffix]
+            imports = re.findall(r"^import .* from \"\./(.*)\";$", answers[-1].text, flags=re.MULTILINE)
+            linked += [f"page/{name}" for name in imports if f"/page/{name}" not in {a.url.path for a in answers}]
+        for name in ("index.html", "no.js", "../app.py", "..%2Fapp.py", "%2Fetc%2Fpasswd"):
+            assert client.get(f"/page/{name}").status_code == 404, name
+    folder = Path(app.__file__).parent / "page"
+    assert {a.url.path for a in answers} == {"/", *(f"/page/{f.name}" for f in folder.iterdir() if f.suffix in types)}
+    for answer in answers:
+        policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+        assert policy.pop("img-src") == "data:"
+        assert policy.pop("require-trusted-types-for") == "'script'"
+        assert policy.pop("script-src") == policy.pop("style-src") == policy.pop("connect-src") == "'self'"
+        names = ("default-src", "base-uri", "form-action", "frame-ancestors", "trusted-types")
+        assert policy == dict.fromkeys(names, "'none'")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cache-control"] == "no-cache"
+        assert len(answer.headers.get_list("x-request-id")) == 1
+        assert not re.search(r"(src|href)=\"https?:", answer.text), "it works offline"
+    assert page.headers["content-type"].startswith("text/html")
+    assert not re.search(r"<style|<script>| style=| on[a-z]+=", page.text), "the policy would not let it in"
 
 
 def test_large_requests_are_refused(llm: LLM) -> None:

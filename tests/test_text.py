@@ -51,7 +51,39 @@ def test_text_ends_before_the_first_stop_string(pieces: list[str], tail: str, st
 def test_what_is_held_back_comes_with_the_end() -> None:
     stream = TextStream(Pieces(["Hel", "lo E", "N"]), ["END"])
     assert [stream.push(i) for i in range(3)] == [False, False, False]
-    assert stream.pieces == ["Hel", "lo ", ""]
+    assert stream.text == "Hello "
     assert stream.finish() == "EN"
     assert stream.finish() == ""
     assert stream.text == "Hello EN"
+
+
+@given(st.lists(texts, min_size=1, max_size=12), texts, texts, st.booleans(), st.lists(st.integers(0, 11)))
+def test_each_token_is_taken_once_with_its_text(
+    pieces: list[str], tail: str, stop: str, has_stop_token: bool, pauses: list[int]
+) -> None:
+    stream = TextStream(Pieces(pieces, tail), [stop] if stop else [])
+    tokens: list[str] = []
+    taken: list[tuple[str, str]] = []
+    certain: list[str] = []
+    for i in range(len(pieces)):
+        before = stream.text
+        is_stopped = stream.push(i)
+        certain.append(stream.text[len(before) :])
+        assert stop or certain[-1] == pieces[i], "nothing is held back for no stop string"
+        tokens.append(f"token {i}")
+        if is_stopped:
+            break
+        if i in pauses:
+            taken += stream.take(tokens, is_finished=False)
+            assert taken == list(zip(tokens, certain, strict=True))
+            assert stream.take(tokens, is_finished=False) == []
+    if has_stop_token:  # an EOS, say: the text never hears of it
+        tokens.append("the end")
+        certain.append("")
+    num_taken = len(taken)
+    taken += stream.take(tokens, is_finished=True)
+    assert [token for token, _ in taken] == tokens
+    assert [piece for _, piece in taken[:-1]] == certain[:-1]
+    if num_taken < len(tokens):
+        assert "".join(piece for _, piece in taken) == stream.text
+    assert stream.take(tokens, is_finished=True) == []

@@ -138,19 +138,13 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request."""
         sequence, text = self._add(self.encode(prompt), params or SamplingParams())
-        num_shown = 0
         try:
             while not sequence.is_finished:
                 self.engine.step()
-                for index in range(num_shown, len(sequence.tokens)):
-                    # a token in stop_token_ids ends the text without being part of it
-                    piece = text.pieces[index] if index < len(text.pieces) else ""
-                    is_last = sequence.is_finished and index == len(sequence.tokens) - 1
-                    if is_last:
-                        piece += text.finish()
+                for token, piece in text.take(sequence.tokens, is_finished=sequence.is_finished):
+                    is_last = sequence.is_finished and token is sequence.tokens[-1]
                     result = _result(sequence, text) if is_last else None
-                    yield StreamPiece(text=piece, token=sequence.tokens[index], stats=sequence.stats, result=result)
-                num_shown = len(sequence.tokens)
+                    yield StreamPiece(text=piece, token=token, stats=sequence.stats, result=result)
         finally:
             self.engine.abort(sequence)
 

@@ -11,7 +11,7 @@ from typing import Any
 from hopskip.llm import LLM
 from hopskip.sequence import Token
 from hopskip.serve import schema
-from hopskip.serve.engine_thread import Generation, Piece
+from hopskip.serve.batch import Batch, Generation, Piece
 from hopskip.serve.jobs import Plan
 from hopskip.serve.tools import CallSplitter
 
@@ -21,18 +21,18 @@ class Answer:
 
     Args:
         request: a chat or a completion.
-        generations: those of `plan.jobs`.
+        batch: of `plan.jobs`.
         id: the request's id, unique.
     """
 
     def __init__(
-        self, request: schema.Generation, plan: Plan, generations: list[Generation], llm: LLM, model_name: str, id: str
+        self, request: schema.Generation, plan: Plan, batch: Batch, llm: LLM, model_name: str, id: str
     ) -> None:
         self.is_chat = isinstance(request, schema.ChatRequest)
-        self.generations = generations
         self._request = request
         self._plan = plan
-        self._choices = [_Choice(index, self, plan, llm) for index in range(len(generations))]
+        self._batch = batch
+        self._choices = [_Choice(i, self, generation, plan, llm) for i, generation in enumerate(batch.generations)]
         self._model_name = model_name
         self._id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{id}"
         self._created = int(time.time())
@@ -50,16 +50,16 @@ class Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer, once all of it is there."""
-        for choice, generation in zip(self._choices, self.generations, strict=True):
-            async for pieces in generation:
-                choice.add(pieces)
+        pieces: list[list[Piece]] = [[] for _ in self._choices]
+        async for index, new in self._batch:
+            pieces[index] += new or []
         kind = "chat.completion" if self.is_chat else "text_completion"
-        choices = [c.whole(g) for c, g in zip(self._choices, self.generations, strict=True)]
+        choices = [choice.whole(all_of_it) for choice, all_of_it in zip(self._choices, pieces, strict=True)]
         return {**self._head(kind), "choices": choices, "usage": self._usage()}
 
-    async def chunks(self, merged: AsyncIterator[tuple[int, list[Piece] | None]]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream: one per choice and step, in the order in which the engine makes them."""
-        options = getattr(self._request, "stream_options", None)
+        options = self._request.stream_options
         with_usage = bool(options and options.include_usage)
         head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
         if with_usage:
@@ -68,11 +68,9 @@ class Answer:
             opening = choice.opening()
             if opening is not None:
                 yield {**head, "choices": [opening]}
-        async for index, pieces in merged:
-            choice, generation = self._choices[index], self.generations[index]
-            part = (
-                choice.last_part(generation) if pieces is None else choice.part(generation, choice.add(pieces), pieces)
-            )
+        async for index, pieces in self._batch:
+            choice = self._choices[index]
+            part = choice.last_part() if pieces is None else choice.part(pieces)
             if part is not None:
                 yield {**head, "choices": [part]}
         if with_usage:
@@ -82,7 +80,7 @@ class Answer:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model_name}
 
     def _usage(self) -> dict[str, Any]:
-        stats = [g.sequence.stats for g in self.generations]
+        stats = [g.sequence.stats for g in self._batch.generations]
         firsts = stats[:: self._plan.num_choices]  # a prompt counts once, however many answers it gets
         num_prompt, num_new = sum(s.num_prompt_tokens for s in firsts), sum(s.num_tokens for s in stats)
         num_drafted, num_accepted = sum(s.num_draft_tokens for s in stats), sum(s.num_accepted_tokens for s in stats)
@@ -99,29 +97,26 @@ class Answer:
 
 
 class _Choice:
-    """One of an answer's choices."""
+    """One of an answer's choices: either `whole`, or a stream of `opening`, any number of `part` and `last_part`.
 
-    def __init__(self, index: int, answer: Answer, plan: Plan, llm: LLM) -> None:
+    It keeps no text, so a step costs what is new in it, however long the answer is already.
+    """
+
+    def __init__(self, index: int, answer: Answer, generation: Generation, plan: Plan, llm: LLM) -> None:
         self._index = index
         self._answer = answer
+        self._generation = generation
         self._llm = llm
         self._echo = plan.echoes[index // plan.num_choices] if plan.echoes else ""
         self._splitter = CallSplitter(plan.notation, plan.tools) if plan.notation else None
-        self._text = ""
-        self._pieces: list[Piece] = []
+        self._offset = len(self._echo)
+        """Where the text of the next piece begins, for completions with log-probabilities."""
 
-    def add(self, pieces: list[Piece]) -> str:
-        """Take a step's pieces; returns the text that may be shown."""
-        start = len(self._echo) + sum(len(p.text) for p in self._pieces)
-        self._offset = start
-        self._pieces += pieces
-        text = "".join(piece.text for piece in pieces)
-        shown = text if self._splitter is None else self._splitter.push(text)
-        self._text += shown
-        return shown
-
-    def whole(self, generation: Generation) -> dict[str, Any]:
-        text, calls = self._end()
+    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+        """The choice, from all of its pieces."""
+        shown = self._shown(pieces)
+        rest, calls = self._end()
+        text = shown + rest
         choice: dict[str, Any] = {"index": self._index}
         if self._answer.is_chat:
             choice["message"] = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
@@ -129,11 +124,10 @@ class _Choice:
                 choice["message"]["tool_calls"] = calls
         else:
             choice["text"] = self._echo + text
-        self._offset = len(self._echo)
-        choice["logprobs"] = self._logprobs(self._pieces)
-        choice["finish_reason"] = _finish_reason(generation, calls)
+        choice["logprobs"] = self._logprobs(pieces)
+        choice["finish_reason"] = _finish_reason(self._generation, calls)
         if self._answer.wants_tokens:
-            choice["hopskip"] = {"tokens": self._tokens(self._pieces), "stats": generation.sequence.stats.as_dict()}
+            choice["hopskip"] = self._details(pieces)
         return choice
 
     def opening(self) -> dict[str, Any] | None:
@@ -142,20 +136,20 @@ class _Choice:
             return self._delta({"role": "assistant", "content": ""})
         return self._delta(self._echo) if self._echo else None
 
-    def part(self, generation: Generation, shown: str, pieces: list[Piece]) -> dict[str, Any] | None:
-        """A chunk's choice; None if it would say nothing."""
+    def part(self, pieces: list[Piece]) -> dict[str, Any] | None:
+        """A chunk's choice, from a step's pieces; None if it would say nothing."""
+        shown = self._shown(pieces)
         if not shown and not self._answer.wants_logprobs and not self._answer.wants_tokens:
             return None
         part = self._delta({"content": shown} if self._answer.is_chat else shown)
         part["logprobs"] = self._logprobs(pieces)
         if self._answer.wants_tokens:
-            part["hopskip"] = {"tokens": self._tokens(pieces), "stats": generation.sequence.stats.as_dict()}
+            part["hopskip"] = self._details(pieces)
         return part
 
-    def last_part(self, generation: Generation) -> dict[str, Any]:
-        shown = self._text
-        text, calls = self._end()
-        rest = text[len(shown) :]
+    def last_part(self) -> dict[str, Any]:
+        """The choice of the chunk that ends the stream: what has been held back, calls, and why it ends."""
+        rest, calls = self._end()
         if self._answer.is_chat:
             delta: dict[str, Any] = {"content": rest} if rest else {}
             if calls:
@@ -163,23 +157,26 @@ class _Choice:
             part = self._delta(delta)
         else:
             part = self._delta(rest)
-        part["finish_reason"] = _finish_reason(generation, calls)
+        part["finish_reason"] = _finish_reason(self._generation, calls)
         if self._answer.wants_tokens:
-            part["hopskip"] = {"tokens": [], "stats": generation.sequence.stats.as_dict()}
+            part["hopskip"] = self._details([])
         return part
 
+    def _shown(self, pieces: list[Piece]) -> str:
+        """What may be shown with these pieces."""
+        text = "".join(piece.text for piece in pieces)
+        return text if self._splitter is None else self._splitter.push(text)
+
     def _end(self) -> tuple[str, list[dict[str, Any]]]:
-        """The whole text without calls, and the calls."""
-        if self._splitter is None:
-            return self._text, []
-        rest, calls = self._splitter.finish()
-        return self._text + rest, calls
+        """The text that has not been shown and is no call, and the calls."""
+        return ("", []) if self._splitter is None else self._splitter.finish()
 
     def _delta(self, content: Any) -> dict[str, Any]:
         key = "delta" if self._answer.is_chat else "text"
         return {"index": self._index, key: content, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
+        """Of the next pieces, in the API's shape: it moves the offset on."""
         if not self._answer.wants_logprobs:
             return None
         tokens = [piece.token for piece in pieces]
@@ -189,10 +186,10 @@ class _Choice:
                 best = [self._scored(i, value) for i, value in (token.top_logprobs or {}).items()]
                 content.append({**self._scored(token.id, token.logprob), "top_logprobs": best})
             return {"content": content, "refusal": None}
-        offsets, offset = [], self._offset
+        offsets = []
         for piece in pieces:
-            offsets.append(offset)
-            offset += len(piece.text)
+            offsets.append(self._offset)
+            self._offset += len(piece.text)
         return {
             "tokens": [self._token_text(t.id) for t in tokens],
             "token_logprobs": [_finite(t.logprob) for t in tokens],
@@ -209,9 +206,9 @@ class _Choice:
     def _token_text(self, token_id: int) -> str:
         return self._llm.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
-    def _tokens(self, pieces: list[Piece]) -> list[dict[str, Any]]:
-        """Everything about the tokens of this answer, for those who ask (the page does)."""
-        return [
+    def _details(self, pieces: list[Piece]) -> dict[str, Any]:
+        """Everything about these tokens, and the figures of the request so far, for those who ask (the page does)."""
+        tokens = [
             {
                 "id": piece.token.id,
                 "text": piece.text,
@@ -226,6 +223,7 @@ class _Choice:
             }
             for piece in pieces
         ]
+        return {"tokens": tokens, "stats": self._generation.sequence.stats.as_dict()}
 
     def _layer(self, token: Token) -> int | None:
         """Layers that a token's author ran: the exit's for early-exit drafts, none for copies, else all."""
@@ -233,14 +231,13 @@ class _Choice:
             return None
         if token.origin in ("target", "bonus"):
             return self._llm.backend.config.num_hidden_layers
-        branch = self._llm.backend.branch
+        trained_exit = self._llm.backend.trained_exit
         if token.origin == "exit-branch":
-            return branch.config.start if branch is not None else None
+            return trained_exit.config.start if trained_exit is not None else None
         speculative = self._llm.engine.speculative
         if token.origin == "layer-skip":
             return self._llm.backend.config.num_hidden_layers - len(speculative.skip_layers or ())
-        job = self._answer.generations[self._index].job
-        return job.exit_layer or speculative.exit_layer
+        return self._generation.sequence.request.exit_layer or speculative.exit_layer
 
 
 def event(chunk: dict[str, Any] | str) -> bytes:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,7 +19,8 @@ from hopskip.errors import HopskipError
 from hopskip.llm import LLM
 from hopskip.serve import schema
 from hopskip.serve.answers import Answer, event
-from hopskip.serve.engine_thread import BusyError, EngineThread, Generation, GenerationError, Piece, UnavailableError
+from hopskip.serve.batch import Batch
+from hopskip.serve.engine_thread import BusyError, EngineThread, GenerationError, UnavailableError
 from hopskip.serve.guard import Guard, error_body
 from hopskip.serve.jobs import Plan, Planner
 from hopskip.serve.metrics import Metrics
@@ -32,6 +31,13 @@ T = TypeVar("T")
 
 _Error = {"description": "An error in OpenAI's shape."}
 _RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _Error)
+
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+"""The page runs scripts and styles from here, calls this server, and nothing else; text never becomes markup."""
+_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 class Server:
@@ -48,31 +54,29 @@ class Server:
 
     async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:
         """Generate, as a whole or as a stream; the client's leaving ends it."""
-        generations = await self.engine.submit(plan.jobs)
-        name = self.settings.model_name
-        answer = Answer(request, plan, generations, self.llm, name, http.state.request_id)
+        batch = await self.engine.submit(plan.jobs)
+        answer = Answer(request, plan, batch, self.llm, self.settings.model_name, http.state.request_id)
         if request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(self._stream(http, answer), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(self._stream(http, answer, batch), media_type="text/event-stream", headers=headers)
         try:
             return JSONResponse(await unless_disconnected(http, answer.whole()))
         finally:
-            _cancel(generations)
+            batch.cancel()
 
-    async def _stream(self, http: Request, answer: Answer) -> AsyncIterator[bytes]:
-        merged = merge(answer.generations)
+    async def _stream(self, http: Request, answer: Answer, batch: Batch) -> AsyncIterator[bytes]:
         gone = asyncio.create_task(_disconnected(http))
         # a client that leaves while nothing is there to be sent must be noticed too
-        gone.add_done_callback(lambda task: None if task.cancelled() else _cancel(answer.generations))
+        gone.add_done_callback(lambda task: None if task.cancelled() else batch.cancel())
         try:
-            async for chunk in answer.chunks(merged):
+            async for chunk in answer.chunks():
                 yield event(chunk)
             yield event("[DONE]")
         except HopskipError as error:
             yield event(error_body(str(error), kind="server_error"))
         finally:
             gone.cancel()
-            _cancel(answer.generations)
+            batch.cancel()
 
     def check_model(self, name: str | None) -> None:
         """Raises HTTPException: the request is for another model."""
@@ -188,16 +192,18 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     async def metrics() -> Response:
         return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    html, policy = _page()
+    page_files = _read_page()
+    html = page_files.pop("index.html")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        headers = {
-            "Content-Security-Policy": policy,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
-        return HTMLResponse(html, headers=headers)
+        return _page_response(*html)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        if name not in page_files:
+            raise HTTPException(404, "the page has no such file")
+        return _page_response(*page_files[name])
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -229,32 +235,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(error_body(str(error)), 400)
 
 
-async def merge(generations: list[Generation]) -> AsyncIterator[tuple[int, list[Piece] | None]]:
-    """The pieces of several generations as they come, each with its index; None where one has ended."""
-    arrived: asyncio.Queue[tuple[int, list[Piece] | Exception | None]] = asyncio.Queue()
-
-    async def read(index: int) -> None:
-        try:
-            async for pieces in generations[index]:
-                arrived.put_nowait((index, pieces))
-            arrived.put_nowait((index, None))
-        except Exception as error:
-            arrived.put_nowait((index, error))
-
-    readers = [asyncio.create_task(read(index)) for index in range(len(generations))]
-    try:
-        num_open = len(generations)
-        while num_open:
-            index, pieces = await arrived.get()
-            if isinstance(pieces, Exception):
-                raise pieces
-            num_open -= pieces is None
-            yield index, pieces
-    finally:
-        for reader in readers:
-            reader.cancel()
-
-
 async def unless_disconnected(http: Request, work: Awaitable[T]) -> T:
     """Await `work`, or drop it when the client leaves.
 
@@ -279,22 +259,20 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _cancel(generations: list[Generation]) -> None:
-    for generation in generations:
-        generation.cancel()
+def _read_page() -> dict[str, tuple[bytes, str]]:
+    """Content and media type of the page's files, by name."""
+    return {
+        file.name: (file.read_bytes(), _PAGE_TYPES[Path(file.name).suffix])
+        for file in (files("hopskip.serve") / "page").iterdir()
+        if Path(file.name).suffix in _PAGE_TYPES
+    }
 
 
-def _page() -> tuple[str, str]:
-    """The page, and a policy that lets it run its own script and style, call this server, and nothing else."""
-    html = (files("hopskip.serve") / "page" / "index.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy
+def _page_response(content: bytes, media_type: str) -> Response:
+    headers = {
+        "Content-Security-Policy": _PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",  # files of two versions do not go together
+    }
+    return Response(content, headers=headers, media_type=media_type)

@@ -11,15 +11,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
-from hopskip.engine.engine import Engine
+from hopskip.engine import Engine
 from hopskip.errors import ConfigError, HopskipError
-from hopskip.sampling import Constraint, SamplingParams
-from hopskip.sequence import FinishReason, Sequence, Token
+from hopskip.serve.batch import Batch, Generation, Job, Piece
 from hopskip.text.stream import IncrementalDecoder, TextStream
 
 _log = logging.getLogger(__name__)
@@ -42,28 +41,6 @@ class GenerationError(HopskipError):
     """This request has failed inside the engine; the others go on."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One sequence to generate; see `Engine.add`."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    constraint: Constraint | None = None
-    max_draft_tokens: int | None = None
-    exit_layer: int | None = None
-    is_streamed: bool = True
-    """False: nobody looks at a piece before the last one is there, so all of them come then. The event loop that wakes
-    for every step takes a core from the engine."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One token, and the text that became certain with it (possibly none)."""
-
-    token: Token
-    text: str
-
-
 class Observer(Protocol):
     """Told by the engine's thread what happens; metrics are kept so."""
 
@@ -72,63 +49,6 @@ class Observer(Protocol):
     def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None: ...
 
     def on_finish(self, generation: Generation, now: float) -> None: ...
-
-
-class Generation:
-    """One job on its way. Iterating yields the pieces of each step (all at once, if not `Job.is_streamed`); it ends
-    when the text does.
-
-    Raises:
-        ConfigError: while iterating: its grammar has become too complex.
-        GenerationError: while iterating: the request has failed.
-        UnavailableError: while iterating: the engine has died.
-    """
-
-    def __init__(self, job: Job, sequence: Sequence, text: TextStream, owner: EngineThread) -> None:
-        self.job = job
-        self.sequence = sequence
-        self.submitted_at = time.perf_counter()
-        self.first_token_at: float | None = None
-        self.last_token_at: float | None = None
-        self._text = text
-        self._owner = owner
-        self._num_published = self._num_counted = 0
-        self._steps: asyncio.Queue[list[Piece] | Exception | None] = asyncio.Queue()
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self.sequence.finish_reason
-
-    def cancel(self) -> None:
-        """End it; its row is free for the next step. Does nothing if it has ended already."""
-        self._owner._order(lambda: self._owner._engine.abort(self.sequence))
-
-    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
-        while (step := await self._steps.get()) is not None:
-            if isinstance(step, Exception):
-                raise step
-            yield step
-
-    def _count(self) -> int:
-        """Tokens committed since the last call. Called by the engine's thread."""
-        num_new = len(self.sequence.tokens) - self._num_counted
-        self._num_counted += num_new
-        return num_new
-
-    def _take(self) -> list[Piece]:
-        """Pieces that are ready and have not been taken. Called by the engine's thread."""
-        if not (self.job.is_streamed or self.sequence.is_finished):
-            return []
-        tokens, text = self.sequence.tokens, self._text
-        pieces = []
-        for index in range(self._num_published, len(tokens)):
-            # a token in stop_token_ids ends the text without being part of it
-            piece = text.pieces[index] if index < len(text.pieces) else ""
-            if self.sequence.is_finished and index == len(tokens) - 1:
-                piece += text.finish()
-            pieces.append(Piece(tokens[index], piece))
-        self._num_published = len(tokens)
-        return pieces
 
 
 class EngineThread:
@@ -157,7 +77,7 @@ class EngineThread:
         """Those not ended yet. The engine's thread alone uses it."""
         self._num_outstanding = 0
         """Submitted and not ended. The event loop alone uses it."""
-        self._submissions: set[asyncio.Future[list[Generation]]] = set()
+        self._submissions: set[asyncio.Future[Batch]] = set()
         """Those that the thread has not looked at yet. The event loop alone uses it."""
         self._num_failures = 0
         self._stepping_since: float | None = None
@@ -194,7 +114,7 @@ class EngineThread:
         """Sequences that run or wait."""
         return self._num_outstanding
 
-    async def submit(self, jobs: Seq[Job]) -> list[Generation]:
+    async def submit(self, jobs: Seq[Job]) -> Batch:
         """Queue jobs, all or none.
 
         Raises:
@@ -209,7 +129,7 @@ class EngineThread:
                 f"{self._num_outstanding} sequences run or wait; at most {self._max_outstanding} may; try again later"
             )
         assert self._loop is not None
-        admitted: asyncio.Future[list[Generation]] = self._loop.create_future()
+        admitted: asyncio.Future[Batch] = self._loop.create_future()
         self._num_outstanding += len(jobs)
         self._idle.clear()
         self._submissions.add(admitted)
@@ -219,7 +139,7 @@ class EngineThread:
             return await asyncio.shield(admitted)
         except asyncio.CancelledError:
             # the client has gone before the thread looked at its jobs
-            admitted.add_done_callback(_cancel_all)
+            admitted.add_done_callback(_cancel_admitted)
             raise
 
     async def drain(self, timeout: float) -> bool:
@@ -234,12 +154,7 @@ class EngineThread:
     def abort_all(self) -> None:
         """End everything that runs or waits."""
         self._is_draining = True
-
-        def abort() -> None:
-            for generation in self._live:
-                self._engine.abort(generation.sequence)
-
-        self._order(abort)
+        self._order(lambda: self._abort(self._live))
 
     async def stop(self) -> None:
         """Abort what is left, and end the thread."""
@@ -253,6 +168,13 @@ class EngineThread:
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.put(order)
+
+    def _cancel(self, batch: Batch) -> None:
+        self._order(lambda: self._abort(batch.generations))
+
+    def _abort(self, generations: Seq[Generation]) -> None:
+        for generation in generations:
+            self._engine.abort(generation.sequence)
 
     def _stop(self) -> None:
         self._is_stopped = True
@@ -281,27 +203,19 @@ class EngineThread:
                 return
             order()
 
-    def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[list[Generation]]) -> None:
-        generations: list[Generation] = []
+    def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[Batch]) -> None:
+        batch = Batch(self._cancel)
         try:
             for job in jobs:
-                text = TextStream(self._make_decoder(), job.params.stop)
-                sequence = self._engine.add(
-                    job.prompt_ids,
-                    job.params,
-                    is_stop=text.push,
-                    constraint=job.constraint,
-                    max_draft_tokens=job.max_draft_tokens,
-                    exit_layer=job.exit_layer,
-                )
-                generations.append(Generation(job, sequence, text, self))
+                text = TextStream(self._make_decoder(), job.request.params.stop)
+                sequence = self._engine.add(replace(job.request, is_stop=text.push))
+                batch.generations.append(Generation(job, sequence, text, batch))
         except Exception as error:
-            for generation in generations:
-                self._engine.abort(generation.sequence)
+            self._abort(batch.generations)
             self._tell(self._refuse, len(jobs), admitted, error)
             return
-        self._live += generations
-        self._tell(admitted.set_result, generations)
+        self._live += batch.generations
+        self._tell(admitted.set_result, batch)
 
     def _step(self) -> None:
         try:
@@ -330,13 +244,12 @@ class EngineThread:
         news: list[tuple[Generation, list[Piece], bool]] = []
         for generation in self._live:
             is_finished = generation.sequence.is_finished
-            if num_new := generation._count():
+            if num_new := generation.count_new():
                 self._observer.on_tokens(generation, num_new, now)
-                generation.first_token_at = generation.first_token_at or now
                 generation.last_token_at = now
             if is_finished:
                 self._observer.on_finish(generation, now)
-            pieces = generation._take()
+            pieces = generation.take()
             if pieces or is_finished:
                 news.append((generation, pieces, is_finished))
         if any(is_finished for _, _, is_finished in news):
@@ -364,25 +277,25 @@ class EngineThread:
     def _deliver(self, news: list[tuple[Generation, list[Piece], bool]]) -> None:
         for generation, pieces, is_finished in news:
             if pieces:
-                generation._steps.put_nowait(pieces)
+                generation.deliver(pieces)
             if is_finished:
                 error = generation.sequence.error
                 if isinstance(error, ConfigError):  # what the request asks for is at fault: a grammar, say
-                    generation._steps.put_nowait(error)
+                    generation.deliver(error)
                 elif error is not None:
                     _log.error("a request has failed", exc_info=error)
-                    generation._steps.put_nowait(GenerationError("generating this answer has failed"))
+                    generation.deliver(GenerationError("generating this answer has failed"))
                 else:
-                    generation._steps.put_nowait(None)
+                    generation.deliver(None)
                 self._settle(1)
 
-    def _refuse(self, num_jobs: int, admitted: asyncio.Future[list[Generation]], error: Exception) -> None:
+    def _refuse(self, num_jobs: int, admitted: asyncio.Future[Batch], error: Exception) -> None:
         self._settle(num_jobs)
         admitted.set_exception(error)
 
     def _bury(self, dead: list[Generation]) -> None:
         for generation in dead:
-            generation._steps.put_nowait(UnavailableError("the engine has died"))
+            generation.deliver(UnavailableError("the engine has died"))
         self._settle(len(dead))
         for admitted in list(self._submissions):
             admitted.set_exception(UnavailableError("the engine has died"))
@@ -393,7 +306,6 @@ class EngineThread:
             self._idle.set()
 
 
-def _cancel_all(admitted: asyncio.Future[list[Generation]]) -> None:
+def _cancel_admitted(admitted: asyncio.Future[Batch]) -> None:
     if not admitted.cancelled() and admitted.exception() is None:
-        for generation in admitted.result():
-            generation.cancel()
+        admitted.result().cancel()

@@ -11,8 +11,9 @@ from typing import Any, cast
 from hopskip.errors import ConfigError, PromptError
 from hopskip.llm import LLM
 from hopskip.sampling import Constraint, SamplingParams
+from hopskip.sequence import Request
 from hopskip.serve import schema
-from hopskip.serve.engine_thread import Job
+from hopskip.serve.batch import Job
 from hopskip.serve.grammar import GrammarCompiler, Kind
 from hopskip.serve.settings import Limits
 from hopskip.serve.tools import Notation
@@ -136,11 +137,13 @@ class Planner:
                 seed = None if params.seed is None else (params.seed + choice) % 2**63
                 jobs.append(
                     Job(
-                        prompt_ids=prompt_ids,
-                        params=_with_seed(params, seed),
-                        constraint=await self._constraint(grammar) if grammar else None,
-                        max_draft_tokens=max_draft_tokens,
-                        exit_layer=exit_layer,
+                        request=Request(
+                            prompt_ids,
+                            _with_seed(params, seed),
+                            constraint=await self._constraint(grammar) if grammar else None,
+                            max_draft_tokens=max_draft_tokens,
+                            exit_layer=exit_layer,
+                        ),
                         is_streamed=bool(request.stream),
                     )
                 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from hopskip.serve.engine_thread import Generation
+from hopskip.serve.batch import Generation
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 _TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
@@ -83,14 +83,14 @@ class Metrics:
     def on_finish(self, generation: Generation, now: float) -> None:
         sequence, stats = generation.sequence, generation.sequence.stats
         self._inc(self._finished, 1, finished_reason=sequence.finish_reason or "")
-        if generation.first_token_at is None and not sequence.tokens:
+        if not sequence.tokens:
             return  # it never ran
         self._inc(self._prompt_tokens, stats.num_prompt_tokens)
         self._inc(self._cache_queries, stats.num_prompt_tokens)
         self._inc(self._cache_hits, stats.num_cached_prompt_tokens)
         self._observe(self._e2e, now - generation.submitted_at)
-        if generation.first_token_at is not None and stats.num_tokens > 1:
-            self._observe(self._tpot, (now - generation.first_token_at) / (stats.num_tokens - 1))
+        if stats.num_tokens > 1:
+            self._observe(self._tpot, (now - sequence.first_token_at) / (stats.num_tokens - 1))
         self._inc(self._drafts, stats.num_drafts)
         self._inc(self._drafted, stats.num_draft_tokens)
         self._inc(self._accepted, stats.num_accepted_tokens)

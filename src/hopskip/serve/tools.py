@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopskip.serve.schema import Tool
+from hopskip.text.stream import overlap
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,18 @@ class Notation:
         if not self.opening:
             call = self._read(text.strip(), names)
             return ("", [call]) if call else (text, [])
-        rest = ""
-        before, mark, after = text.partition(self.opening)
-        while mark:
-            body, end, after = after.partition(self.closing)
-            call = self._read(body.strip(), names)
-            rest += before
+        kept: list[str] = []
+        read_to = 0
+        while (start := text.find(self.opening, read_to)) >= 0:
+            body = start + len(self.opening)
+            closing = text.find(self.closing, body)
+            body_end, end = (closing, closing + len(self.closing)) if closing >= 0 else (len(text), len(text))
+            call = self._read(text[body:body_end].strip(), names)
+            kept.append(text[read_to : start if call else end])
             if call:
                 calls.append(call)
-            else:
-                rest += mark + body + end
-            before, mark, after = after.partition(self.opening)
-        rest += before
+            read_to = end
+        rest = "".join(kept) + text[read_to:]
         return (rest.strip() if calls else rest), calls
 
     def _read(self, text: str, names: set[str]) -> dict[str, Any] | None:
@@ -96,33 +97,36 @@ class CallSplitter:
     def __init__(self, notation: Notation, tools: Seq[Tool]) -> None:
         self._notation = notation
         self._tools = tools
-        self._shown = ""
-        self._held = ""
+        self._held: list[str] = []
+        """Parts of the text that has not been shown."""
         self._is_call = False
+        """What is held, and all that comes, is for `Notation.parse`."""
+        self._is_text = False
+        """Calls without marks are whole answers, and this one has begun otherwise."""
 
     def push(self, piece: str) -> str:
         """Add text; returns what of it, and of the text held, is certainly not part of a call."""
-        self._held += piece
+        if self._is_text:
+            return piece
+        self._held.append(piece)
         if self._is_call:
             return ""
         mark = self._notation.opening
-        if not mark:
-            start = (self._shown + self._held).lstrip()[:1]
-            self._is_call = start == "{"
-            return "" if self._is_call or not start else self._show(len(self._held))
-        found = self._held.find(mark)
-        if found >= 0:
-            self._is_call = True
-            return self._show(found)
-        longest = min(len(self._held), len(mark) - 1)
-        num_held = next((n for n in range(longest, 0, -1) if self._held.endswith(mark[:n])), 0)
-        return self._show(len(self._held) - num_held)
+        if mark:
+            text = "".join(self._held)
+            found = text.find(mark)
+            self._is_call = found >= 0
+            num_shown = found if self._is_call else len(text) - overlap(text, mark)
+        else:
+            start = piece.lstrip()[:1]
+            self._is_call, self._is_text = start == "{", start not in ("", "{")
+            if not self._is_text:
+                return ""
+            text = "".join(self._held)
+            num_shown = len(text)
+        self._held = [text[num_shown:]]
+        return text[:num_shown]
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The text ends: the rest of it that is no call, and all calls."""
-        return self._notation.parse(self._held, self._tools)
-
-    def _show(self, length: int) -> str:
-        text, self._held = self._held[:length], self._held[length:]
-        self._shown += text
-        return text
+        return self._notation.parse("".join(self._held), self._tools)

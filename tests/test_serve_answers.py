@@ -1,0 +1,417 @@
+"""Answers and chunks in OpenAI's shapes, from pieces written by hand; what one more piece costs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import weakref
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Seq
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from hopskip import SamplingParams
+from hopskip.sequence import Request, Sequence, Token
+from hopskip.serve import schema
+from hopskip.serve.answers import Answer, event
+from hopskip.serve.batch import Batch, Generation, Job, Piece
+from hopskip.serve.engine_thread import GenerationError
+from hopskip.serve.jobs import Plan
+from hopskip.serve.tools import CallSplitter, Notation
+from hopskip.text.stream import TextStream
+
+USER = schema.Message(role="user", content="?")
+TOOL = schema.Tool(type="function", function=schema.Function(name="f"))
+CALLS = Notation.of_template("<tool_call>")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Letters:
+    """Token 0 is `a`, and so on."""
+
+    def push(self, token_id: int) -> str:
+        return LETTERS[token_id]
+
+    def flush(self) -> str:
+        return ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return LETTERS[token_id].encode()
+
+
+def llm(**speculative: Any) -> Any:
+    """What answers look at: 30 layers, an exit after the third, a trained one after the fifth."""
+    defaults = {"exit_layer": 3, "skip_layers": None}
+    return SimpleNamespace(
+        tokenizer=Letters(),
+        backend=SimpleNamespace(
+            config=SimpleNamespace(num_hidden_layers=30),
+            trained_exit=SimpleNamespace(config=SimpleNamespace(start=5)),
+        ),
+        engine=SimpleNamespace(speculative=SimpleNamespace(**{**defaults, **speculative})),
+    )
+
+
+def batch_of(number: int, exit_layer: int | None = None, **job: Any) -> Batch:
+    batch = Batch(lambda _: None)
+    for _ in range(number):
+        params = SamplingParams(max_new_tokens=100)
+        request = Request([1, 2, 3], params, exit_layer=exit_layer)
+        sequence = Sequence(request, frozenset(), 26)
+        sequence.stats.num_cached_prompt_tokens = 2
+        text = TextStream(Letters(), ())
+        batch.generations.append(Generation(Job(request=request, **job), sequence, text, batch))
+    return batch
+
+
+def tell(generation: Generation, *steps: Seq[Piece], finish_reason: Any = "stop") -> None:
+    """Give a generation's steps to whoever reads them, then its end."""
+    for step in steps:
+        generation.deliver(list(step))
+    generation.sequence.finish_reason = finish_reason
+    generation.sequence.stats.num_tokens = sum(map(len, steps))
+    generation.deliver(None)
+
+
+def piece(text: str, id: int = 0, origin: Any = "target", **token: Any) -> Piece:
+    return Piece(Token(id, origin, **token), text)
+
+
+def completion(**fields: Any) -> schema.CompletionRequest:
+    return schema.CompletionRequest(prompt="?", **fields)
+
+
+def chat(**fields: Any) -> schema.ChatRequest:
+    return schema.ChatRequest(messages=[USER], **fields)
+
+
+def make(request: schema.Generation, batch: Batch, model: Any = None, **plan: Any) -> Answer:
+    made = Plan(jobs=[], **{"num_choices": len(batch.generations), **plan})
+    return Answer(request, made, batch, model or llm(), "tiny", "1")
+
+
+def whole(*arguments: Any, **plan: Any) -> dict[str, Any]:
+    return asyncio.run(make(*arguments, **plan).whole())
+
+
+def chunks(*arguments: Any, **plan: Any) -> list[dict[str, Any]]:
+    async def collect() -> list[dict[str, Any]]:
+        return [json.loads(json.dumps(chunk)) async for chunk in make(*arguments, **plan).chunks()]
+
+    return asyncio.run(collect())
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_completion() -> None:
+    """Two prompts with two choices each, their steps in any order."""
+    batch = batch_of(4)
+    for index in (2, 0, 3, 1):
+        tell(batch.generations[index], [piece(f"{index}a"), piece("b")], [piece("c")], finish_reason="length")
+    batch.generations[1].sequence.stats.num_draft_tokens = 5
+    batch.generations[1].sequence.stats.num_accepted_tokens = 3
+    answer = whole(completion(), batch, num_choices=2, echoes=["x ", "y "])
+    assert answer.pop("created") > 1_700_000_000
+    texts = ["x 0abc", "x 1abc", "y 2abc", "y 3abc"]
+    assert answer == {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [
+            {"index": i, "text": text, "logprobs": None, "finish_reason": "length"} for i, text in enumerate(texts)
+        ],
+        "usage": {
+            "prompt_tokens": 6,
+            "completion_tokens": 12,
+            "total_tokens": 18,
+            "prompt_tokens_details": {"cached_tokens": 4},
+            "completion_tokens_details": {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2},
+        },
+    }
+
+
+@pytest.mark.parametrize(("reason", "told"), [("stop", "stop"), ("length", "length"), ("abort", "length")])
+def test_a_whole_chat(reason: str, told: str) -> None:
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("a")], [piece("b")], finish_reason=reason)
+    answer = whole(chat(), batch)
+    assert (answer["id"], answer["object"]) == ("chatcmpl-1", "chat.completion")
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "ab", "refusal": None},
+            "logprobs": None,
+            "finish_reason": told,
+        }
+    ]
+
+
+def test_a_streamed_completion() -> None:
+    """Echoes come first; a step that shows nothing has no chunk; figures come last."""
+    batch = batch_of(2)
+    first, second = batch.generations
+    first.deliver([piece("a")])
+    tell(second, [piece("")], [piece("b"), piece("c")])
+    tell(first, [piece("d")], finish_reason="abort")
+    request = completion(stream=True, stream_options={"include_usage": True})
+    got = chunks(request, batch, echoes=["x "])
+    assert {(c["id"], c["object"], c["model"]) for c in got} == {("cmpl-1", "text_completion", "tiny")}
+    assert all(c["usage"] is None for c in got[:-1])
+    parts = [c["choices"][0] for c in got[:-1]]
+    assert [(p["index"], p["text"], p["finish_reason"]) for p in parts] == [
+        (0, "x ", None),
+        (1, "x ", None),
+        (0, "a", None),
+        (1, "bc", None),
+        (1, "", "stop"),
+        (0, "d", None),
+        (0, "", "length"),
+    ]
+    assert all(p["logprobs"] is None and "hopskip" not in p for p in parts)
+    assert got[-1]["choices"] == []
+    assert got[-1]["usage"]["prompt_tokens"] == 3
+    assert got[-1]["usage"]["completion_tokens"] == 4
+
+
+def test_a_streamed_chat() -> None:
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("a")], [piece("b")])
+    got = chunks(chat(stream=True), batch)
+    assert not any("usage" in c for c in got)
+    assert {c["object"] for c in got} == {"chat.completion.chunk"}
+    assert [(c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in got] == [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": "a"}, None),
+        ({"content": "b"}, None),
+        ({}, "stop"),
+    ]
+
+
+@pytest.mark.parametrize("before", ["", "so: "])
+@pytest.mark.parametrize("num_calls", [0, 1, 2])
+def test_calls(before: str, num_calls: int) -> None:
+    """What looks like the beginning of a call comes with the end, if it is none."""
+    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    text = before + call * num_calls if num_calls else f"{before}<tool_"
+    expected = [{"name": "f", "arguments": '{"a": 1}'}] * num_calls
+    told = "tool_calls" if num_calls else "stop"
+    plan: dict[str, Any] = {"tools": [TOOL], "notation": CALLS}
+    for size in (3, 1000):
+        batch = batch_of(1)
+        tell(batch.generations[0], *([piece(text[i : i + size])] for i in range(0, len(text), size)))
+        choice = whole(chat(), batch, **plan)["choices"][0]
+        shown = before if num_calls else text
+        assert choice["message"]["content"] == (shown or None)
+        assert [c["function"] for c in choice["message"].get("tool_calls", [])] == expected
+        assert choice["finish_reason"] == told
+
+        batch = batch_of(1)
+        tell(batch.generations[0], *([piece(text[i : i + size])] for i in range(0, len(text), size)))
+        parts = [c["choices"][0] for c in chunks(chat(stream=True), batch, **plan)]
+        assert "".join(p["delta"].get("content", "") for p in parts) == shown
+        calls = [c for p in parts for c in p["delta"].get("tool_calls", [])]
+        assert [c["index"] for c in calls] == list(range(num_calls))
+        assert [c["function"] for c in calls] == expected
+        assert [p["finish_reason"] for p in parts] == [None] * (len(parts) - 1) + [told]
+        assert ("tool_calls" in parts[-1]["delta"]) == bool(num_calls)
+
+
+def test_a_failure_is_raised_at_once() -> None:
+    batch = batch_of(2)
+    batch.generations[0].deliver([piece("a")])
+    batch.generations[1].deliver(GenerationError("failed"))
+    with pytest.raises(GenerationError, match="failed"):
+        whole(completion(), batch)  # the first one has not ended
+
+
+def test_events() -> None:
+    assert event({"a": "é", "b": 1}) == 'data: {"a":"é","b":1}\n\n'.encode()
+    assert event("[DONE]") == b"data: [DONE]\n\n"
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def scored(*texts: str) -> list[Piece]:
+    """Pieces of tokens a, b, .. with log-probabilities, the next letter as the alternative."""
+    return [
+        piece(text, i, logprob=-float(i), top_logprobs={i: -float(i), i + 1: -float("inf")})
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_log_probabilities_of_a_completion() -> None:
+    """Offsets count on from chunk to chunk, behind the echo; text that is held back moves them where it comes."""
+    pieces = scored("ab", "", "cde", "f")
+    for stream, expected in ((False, [[2, 4, 4, 7]]), (True, [[2, 4], [4], [7]])):
+        batch = batch_of(1)
+        tell(batch.generations[0], pieces[:2], pieces[2:3], pieces[3:])
+        request = completion(logprobs=2, stream=stream)
+        if stream:
+            parts = [c["choices"][0] for c in chunks(request, batch, echoes=["x "])]
+            assert parts[0]["logprobs"] is None
+            assert parts[-1]["logprobs"] is None
+            got = [p["logprobs"] for p in parts[1:-1]]
+        else:
+            got = [whole(request, batch, echoes=["x "])["choices"][0]["logprobs"]]
+        assert [g["text_offset"] for g in got] == expected
+        assert [t for g in got for t in g["tokens"]] == ["a", "b", "c", "d"]
+        assert [p for g in got for p in g["token_logprobs"]] == [0, -1, -2, -3]
+        assert [p for g in got for p in g["top_logprobs"]][2] == {"c": -2, "d": -9999}
+
+
+def test_log_probabilities_of_a_chat() -> None:
+    first = {"token": "a", "logprob": 0, "bytes": [97]}
+    second = {"token": "b", "logprob": -9999, "bytes": [98]}
+    expected = {"content": [{**first, "top_logprobs": [first, second]}], "refusal": None}
+    batch = batch_of(1)
+    tell(batch.generations[0], scored("a"))
+    assert whole(chat(logprobs=True), batch)["choices"][0]["logprobs"] == expected
+    batch = batch_of(1)
+    tell(batch.generations[0], scored(""))
+    parts = [c["choices"][0] for c in chunks(chat(logprobs=True, stream=True), batch)]
+    assert [p["logprobs"] for p in parts] == [None, expected, None], "also where no text is shown"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_with_all_about_them(stream: bool) -> None:
+    batch = batch_of(1)
+    tell(batch.generations[0], scored("", "b"))
+    request = chat(return_tokens=True, stream=stream)
+    if stream:
+        parts = [c["choices"][0] for c in chunks(request, batch)]
+        assert "hopskip" not in parts[0]
+        assert parts[-1]["hopskip"]["tokens"] == []
+        assert parts[-1]["hopskip"]["stats"]["num_tokens"] == 2
+        details = parts[1]["hopskip"]
+    else:
+        details = whole(request, batch)["choices"][0]["hopskip"]
+    assert details["stats"]["num_tokens"] == 2
+    assert details["tokens"][1] == {
+        "id": 1,
+        "text": "b",
+        "token": "b",
+        "origin": "target",
+        "layer": 30,
+        "logprob": -1,
+        "top": [{"token": "b", "logprob": -1}, {"token": "c", "logprob": -9999}],
+    }
+    assert [t["text"] for t in details["tokens"]] == ["", "b"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "job", "speculative", "layer"),
+    [
+        ("target", {}, {}, 30),
+        ("bonus", {}, {}, 30),
+        ("ngram", {}, {}, None),
+        ("exit-branch", {}, {}, 5),
+        ("early-exit", {}, {}, 3),
+        ("early-exit", {"exit_layer": 7}, {}, 7),
+        ("layer-skip", {}, {"skip_layers": (1, 2, 4)}, 27),
+    ],
+)
+def test_layers_that_a_token_took(origin: str, job: Any, speculative: Any, layer: int | None) -> None:
+    batch = batch_of(1, **job)
+    tell(batch.generations[0], [piece("a", origin=origin)])
+    choice = whole(completion(return_tokens=True), batch, llm(**speculative))["choices"][0]
+    assert choice["hopskip"]["tokens"][0]["layer"] == layer
+
+
+# -- what a piece costs ------------------------------------------------------------------------------------------------
+
+
+class Counted(str):
+    """A text that counts how often a length was asked for, of any of them."""
+
+    num_asked = 0
+
+    def __len__(self) -> int:
+        Counted.num_asked += 1
+        return super().__len__()
+
+
+def num_characters(thing: object) -> int:
+    """Of all texts that an object's attributes hold, lists looked into."""
+    held = [x for value in vars(thing).values() for x in (value if isinstance(value, list) else [value])]
+    return sum(len(x) for x in held if isinstance(x, str))
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_a_stream_costs_the_same_at_its_end_as_at_its_start(with_tools: bool) -> None:
+    """No piece is looked at again: nobody has it any more, and no text is kept that grows."""
+    number = 500
+    plan: dict[str, Any] = {"tools": [TOOL], "notation": CALLS} if with_tools else {}
+    batch = batch_of(1)
+    answer = make(completion(logprobs=1, return_tokens=True, stream=True), batch, **plan)
+    choice = answer._choices[0]
+    keepers: list[object] = [answer, choice, *([choice._splitter] if choice._splitter else [])]
+    kept = [num_characters(thing) for thing in keepers]
+    alive: list[weakref.ref[Piece]] = []
+    Counted.num_asked = 0
+
+    async def read(parts: AsyncIterator[dict[str, Any]]) -> None:
+        offset = 0
+        for i in range(number):
+            new = piece(Counted("four"), logprob=-1.0)
+            alive.append(weakref.ref(new))
+            batch.generations[0].deliver([new])
+            del new
+            part = (await anext(parts))["choices"][0]
+            assert part["text"] == "four"
+            assert part["logprobs"]["text_offset"] == [offset]
+            offset += 4
+            assert [num_characters(thing) for thing in keepers] == kept, i
+            assert sum(ref() is not None for ref in alive) <= 1, i
+        await cast("Any", parts).aclose()
+
+    asyncio.run(read(answer.chunks()))
+    assert Counted.num_asked <= 2 * number
+
+
+@pytest.mark.parametrize("template", ["<tool_call>", '"parameters"'])
+@pytest.mark.parametrize("start", ["", " ", "text ", "<tool_call> {", "{"])
+def test_held_text_is_not_copied(template: str, start: str) -> None:
+    """Of a text that may be a call the parts are kept as they came, and joined at the end."""
+    splitter = CallSplitter(Notation.of_template(template), [TOOL])
+    shown = [splitter.push(start)]
+    pieces = [f" {i} " if template == "<tool_call>" or start.strip() else " " * (i + 1) for i in range(200)]
+    for new in pieces:
+        before = list(splitter._held)
+        shown.append(splitter.push(new))
+        after = splitter._held
+        grows = len(after) > len(before)
+        assert all(old is kept for old, kept in zip(before, after, strict=False)) if grows else num_held(after) < 11
+    rest, calls = splitter.finish()
+    assert "".join(shown) + rest == start + "".join(pieces)
+    assert calls == []
+
+
+def num_held(parts: list[str]) -> int:
+    return sum(map(len, parts))
+
+
+class Handed(list[Any]):
+    """A list that counts the items that its slices have handed out."""
+
+    num_items = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.num_items += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def test_taking_costs_what_is_new() -> None:
+    stream = TextStream(Letters(), ["never"])
+    tokens, pieces = Handed(), Handed()
+    stream._pieces = pieces
+    for i in range(500):
+        stream.push(i % 26)
+        tokens.append(i)
+        assert [token for token, _ in stream.take(tokens, is_finished=False)] == [i]
+        assert len(stream._held) < len("never")
+    assert tokens.num_items == pieces.num_items == 500
