@@ -9,21 +9,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import hopskip.evaluate.sampled
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-import hopskip.engine
-from hopskip.backends.base import Cache
+import hopskip.engine.choose
+import hopskip.prove.sampled
+from hopskip.backends.base import Cache, Head, Pass, Traits
 from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.layer import LayerWeights
 from hopskip.cli import app
 from hopskip.cli.precisions import parse_precisions
 from hopskip.draft.exit import ExitDrafter
-from hopskip.engine import Engine, make_engine
+from hopskip.draft.sources import OwnLayers
+from hopskip.engine import Engine
 from hopskip.engine.verify import Verdict, verify_greedy, verify_sampled
 from hopskip.errors import ConfigError
 from hopskip.prove.context import context_proofs
@@ -44,35 +46,46 @@ NUM_TOKENS = 12
 class RowByRow(TorchBackend):
     """The torch decoder, one row after the other: slow, and row-exact as the native engine is."""
 
-    row_exact = True
+    @property
+    def traits(self) -> Traits:
+        return replace(super().traits, row_exact=True)
 
-    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+    def run_layers(
+        self, hidden_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache, taps: Sequence[int] = ()
+    ) -> Pass:
         places = [(segment, row) for segment in rows.segments for row in range(segment.count)]
-        return torch.cat([self._row(h_D[None], start, stop, *at, cache) for h_D, at in zip(h_ND, places, strict=True)])
+        assert isinstance(cache, TensorCache)
+        found = [self._row(h_D[None], start, stop, *at, cache, taps) for h_D, at in zip(hidden_ND, places, strict=True)]
+        features = [each.features_NAD for each in found]
+        return Pass(torch.cat([each.hidden_ND for each in found]), torch.cat(features) if taps else None)
 
-    def _row(self, h_1D: Tensor, start: int, stop: int, segment: Segment, row: int, cache: Cache) -> Tensor:
+    def _row(
+        self, h_1D: Tensor, start: int, stop: int, segment: Segment, row: int, cache: TensorCache, taps: Sequence[int]
+    ) -> Pass:
         position = segment.start + segment.depths[row]
         own = cache
-        if segment.parents is not None:  # as the last of a chain, in a cache where its branch is one
+        if segment.parents is not None:  # as the last of a chain, in a cache where its path is one
             own = copy.copy(cache)
             own.k_LSHTD, own.v_LSHTD = cache.k_LSHTD.clone(), cache.v_LSHTD.clone()
-            branch = [place - segment.start for place in segment.places_to(row)]
-            Cache.keep_path(own, segment.slot, segment.start, branch)
-        out_1D = super().run_layers(h_1D, start, stop, Rows([Segment(segment.slot, position, 1)]), own)
+            own.keep_path(segment.slot, segment.start, [place - segment.start for place in segment.places_to(row)])
+        found = super().run_layers(h_1D, start, stop, Rows([Segment(segment.slot, position, 1)]), own, taps)
         for tensor, changed in zip(cache.tensors, own.tensors, strict=True):
             tensor[start:stop, segment.slot, :, segment.start + row] = changed[start:stop, segment.slot, :, position]
-        return out_1D
+        return found
 
-    def unembed(self, h_ND: Tensor) -> Tensor:
-        return torch.cat([super(RowByRow, self).unembed(h_D[None]) for h_D in h_ND])
+    def logits(self, hidden_ND: Tensor, head: Head = "full") -> Tensor:
+        return torch.cat([super(RowByRow, self).logits(h_D[None], head) for h_D in hidden_ND])
 
 
 class TouchedByCompanions(RowByRow):
     """A fault too small to change a token: with others in the pass, a row's last bits change."""
 
-    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-        out_ND = super().run_layers(h_ND, start, stop, rows, cache)
-        return out_ND * (1 + 1e-6) if 1 < len(rows) <= 7 and stop == self.config.num_hidden_layers else out_ND
+    def run_layers(
+        self, hidden_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache, taps: Sequence[int] = ()
+    ) -> Pass:
+        found = super().run_layers(hidden_ND, start, stop, rows, cache, taps)
+        is_touched = 1 < len(rows) <= 7 and stop == self.config.num_hidden_layers
+        return Pass(*(part * (1 + 1e-6) if is_touched and part is not None else part for part in found))
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> TorchBackend:
@@ -106,7 +119,7 @@ def test_every_greedy_setting_is_proved(make: object) -> None:
     assert len(proved) == num_trees + num_skips + (num_chains // 2 if is_bfloat16 else num_chains)
     claims = {p.claim for p in proved}
     assert any("at the verify shape" in claim for claim in claims) == is_bfloat16
-    assert all("bit for bit" in claim for claim in claims) == (is_bfloat16 or model.row_exact)
+    assert all("bit for bit" in claim for claim in claims) == (is_bfloat16 or model.traits.row_exact)
 
 
 def test_a_wrong_verdict_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +130,7 @@ def test_a_wrong_verdict_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         num_accepted = min(verdict.num_accepted + 1, len(draft_ids))
         return Verdict(tuple(range(num_accepted)), target_ids[num_accepted])
 
-    monkeypatch.setattr(hopskip.engine, "verify_greedy", accept_one_too_many)
+    monkeypatch.setattr(hopskip.engine.choose, "verify_greedy", accept_one_too_many)
     proofs = greedy(small_model())
     assert not all_hold(proofs)
     assert any("differs" in p.detail for p in proofs if p.status == "failed")
@@ -132,10 +145,12 @@ def test_hidden_states_are_held_against_each_other_not_only_tokens() -> None:
 
 def test_a_verify_pass_that_misreads_positions_is_found_out() -> None:
     class Shifted(TorchBackend):
-        def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-            out_ND = super().run_layers(h_ND, start, stop, rows, cache)
+        def run_layers(
+            self, hidden_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache, taps: Sequence[int] = ()
+        ) -> Pass:
+            found = super().run_layers(hidden_ND, start, stop, rows, cache, taps)
             is_verify = stop == self.config.num_hidden_layers and len(rows) == 2 * len(rows.segments)
-            return out_ND.roll(1, dims=0) if is_verify else out_ND
+            return Pass(*(part.roll(1, dims=0) if is_verify and part is not None else part for part in found))
 
     model = small_model()
     assert not all_hold(greedy(Shifted(model.config, model.weights)))
@@ -144,9 +159,9 @@ def test_a_verify_pass_that_misreads_positions_is_found_out() -> None:
 def test_a_draft_that_always_agrees_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     original = ExitDrafter.__init__
 
-    def peek(self: ExitDrafter, model: TorchBackend, exit: int, *rest: float) -> None:
-        original(self, model, exit, *rest)
-        self._part = self._part._replace(layers=tuple(range(model.config.num_hidden_layers)))
+    def peek(self: ExitDrafter, backend: TorchBackend, exit: OwnLayers, *rest: float) -> None:
+        original(self, backend, exit, *rest)
+        self._own_layers = replace(exit, layers=tuple(range(backend.config.num_hidden_layers)))
 
     monkeypatch.setattr(ExitDrafter, "__init__", peek)
     proofs = [p for p in greedy(small_model()) if p.setting.startswith("early-exit") and "recompute" in p.setting]
@@ -249,9 +264,9 @@ def test_a_wrong_accept_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> No
         verdict = verify_sampled(draft_ids, draft_probs, target, generator)
         if verdict.num_accepted == len(draft_ids):
             return verdict
-        return Verdict(verdict.branch, verify_sampled([], None, target[verdict.num_accepted :], generator)[1])
+        return Verdict(verdict.path, verify_sampled([], None, target[verdict.num_accepted :], generator)[1])
 
-    monkeypatch.setattr(hopskip.engine, "verify_sampled", resample_from_the_target)
+    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", resample_from_the_target)
     found = [p for p in sampling(PROMPTS[:1]) if p.status == "failed" and "another distribution" in p.detail]
     assert {p.setting.split()[0] for p in found} == {"early-exit", "ngram"}
 
@@ -262,7 +277,7 @@ def test_drafts_that_are_always_rejected_prove_nothing(monkeypatch: pytest.Monke
     ) -> Verdict:
         return verify_sampled([], None, target, generator)
 
-    monkeypatch.setattr(hopskip.engine, "verify_sampled", ignore_the_draft)
+    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", ignore_the_draft)
     distributions = [p for p in sampling(PROMPTS[:1]) if "p_value" in p.counts]
     assert all(p.status == "failed" and "nothing is proved" in p.detail for p in distributions)
 
@@ -273,7 +288,7 @@ def test_a_seed_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
     ) -> Verdict:
         return verify_sampled(ids, probs, target, torch.default_generator)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(hopskip.engine, "verify_sampled", unseeded)
+    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", unseeded)
     assert sampling(num_draws=100)[-1].status == "failed"
 
 
@@ -313,8 +328,9 @@ def test_a_spoiled_prefix_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
     def spoil(self: Engine) -> None:
         had_work = bool(self._running)
         retire(self)
-        if had_work and not self._running and self._cache is not None:
-            self._cache.v_LSHTD.mul_(-1)
+        cache = self._slots._cache
+        if had_work and not self._running and isinstance(cache, TensorCache):
+            cache.v_LSHTD.mul_(-1)
 
     monkeypatch.setattr(Engine, "_retire", spoil)
     assert next(context_proofs(row_exact_model(), PROMPTS, NUM_TOKENS)).status == "failed"
@@ -361,7 +377,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopskip.evaluate.sampled, "sampling_proofs", partial(sampling_proofs, num_draws=500))
+    monkeypatch.setattr(hopskip.prove.sampled, "sampling_proofs", partial(sampling_proofs, num_draws=500))
 
 
 ARGUMENTS = ["--backend", "torch", "--num-prompts", "3", "-n", "8"]
@@ -381,7 +397,7 @@ def test_command_exits_with_1_when_a_proof_fails(checkpoint: Path, monkeypatch: 
     def accept_all(draft: list[int], target: list[int], parents: object) -> Verdict:
         return Verdict(tuple(range(len(draft))) if parents is None else (), target[-1])
 
-    monkeypatch.setattr(hopskip.engine, "verify_greedy", accept_all)
+    monkeypatch.setattr(hopskip.engine.choose, "verify_greedy", accept_all)
     result = CliRunner().invoke(app, ["check", str(checkpoint), "--precision", "fp32", "--json", *ARGUMENTS])
     assert result.exit_code == 1
     report = json.loads(result.stdout)

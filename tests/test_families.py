@@ -49,8 +49,8 @@ def logits_in_chunks(model: TorchBackend, ids: Tensor, chunks: Iterable[int]) ->
     logits, start = [], 0
     for count in chunks:
         rows = Rows([Segment(slot=0, start=start, count=count)])
-        h_ND = model.run_layers(model.embed(ids[start : start + count]), 0, model.config.num_hidden_layers, rows, cache)
-        logits.append(model.unembed(h_ND))
+        hidden_ND = model.forward(ids[start : start + count].tolist(), rows, cache).hidden_ND
+        logits.append(model.logits(hidden_ND))
         start += count
     assert start == len(ids)
     return torch.cat(logits)

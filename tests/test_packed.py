@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hopskip.kept import cache_folder
 
 from hopskip.backends.native.packed import PackedWeights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from hopskip.machine import cache_folder
 
 from .tiny import write_checkpoint
 
