@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import resource
 from collections.abc import Callable
@@ -14,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from typer.testing import CliRunner
 
 from hopskip.backends.rows import Rows, Segment
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.weights import load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
-from hopskip.cli import app
+from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError, TrainingError
 from hopskip.loading import BackendName, LoadConfig, load_backend
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
@@ -332,96 +329,3 @@ def test_every_epoch_has_every_conversation_once(conversations: list[Conversatio
 def test_impossible_settings_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         FitConfig(**{"num_tokens": 100, **change})  # type: ignore[arg-type]
-
-
-# -- whole runs -------------------------------------------------------------------------------------------------------
-
-
-def test_a_recipe_makes_an_exit_that_drafts(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"number {i} and {i * i}"}) + "\n" for i in range(12)))
-    excluded = tmp_path / "excluded.jsonl"
-    excluded.write_text(json.dumps({"turns": ["number 3 and 9"]}) + "\n")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-output: {tmp_path / "run"}
-base: {checkpoint.path}
-prompts: {{files: [{prompts}], exclude: [{excluded}]}}
-collect: {{precision: float32, max_new_tokens: 12}}
-branches: [{{start: 0, num_layers: 1, features: [2, 3]}}, {{start: 1, num_layers: 0}}]
-vocabulary: 40
-stages: [{{num_tokens: 200, batch_tokens: 60, eval_every: 100, unroll_steps: 2}}]
-held_out_every: 3
-search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], vocabulary: [8], repeats: 1}}
-threads: 1
-"""
-    )
-    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
-    assert result.exit_code == 0, result.output
-    best = TrainedExit.load(tmp_path / "run" / "exit")
-    best.check_base(checkpoint.fingerprint)
-    best.check(checkpoint.config)
-    assert len(best.vocabulary) <= 40
-    shares = best.notes["held_out_acceptance"]
-    assert len(shares) == best.num_draft_tokens
-    assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
-    candidates = json.loads((tmp_path / "run" / "search.json").read_text())
-    assert len(candidates) == 2 * 2 * 2 * 2  # exits, vocabularies, draft lengths, runner-ups
-    fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
-    assert fastest["vocabulary"] == len(best.vocabulary)
-    assert (fastest["start"], fastest["num_draft_tokens"]) == (best.config.start, best.num_draft_tokens)
-    coverage = {found["vocabulary"]: found["held_out_coverage"] for found in candidates}
-    assert len(coverage) == 2
-    assert coverage[8] < coverage[max(coverage)]
-    assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
-    assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
-    generated = CliRunner().invoke(
-        app,
-        ["generate", "-m", str(checkpoint.path), "--exit-branch", str(tmp_path / "run" / "exit"), "-n", "4", "number"],
-    )
-    assert generated.exit_code == 0, generated.output
-    for setting in ("stages=[]", "search.vocabulary=[40]"):
-        wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), setting])
-        assert wrong.exit_code == 2
-        assert setting.split("=")[0] in wrong.output
-    # nothing to train: no stage is needed
-    overrides = [f"output={tmp_path / 'plain'}", "stages=[]", "branches=[{start: 1, num_layers: 0}]"]
-    plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])
-    assert plain.exit_code == 0, plain.output
-    assert TrainedExit.load(tmp_path / "plain" / "exit").layers == []
-
-
-def test_a_run_can_start_from_another_models_exit(
-    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    trained = train(checkpoint, conversations, tmp_path / "trained", SETTINGS).trained_exit("of another model", 2)
-    trained.save(tmp_path / "initial")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(6)))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-output: {tmp_path / "run"}
-base: {checkpoint.path}
-prompts: {{files: [{tmp_path / "prompts.jsonl"}]}}
-collect: {{precision: float32, max_new_tokens: 12}}
-branches: [{{start: 0, num_layers: 1, features: [2, 3]}}]
-initial: {tmp_path / "initial"}
-stages: [{{num_tokens: 1, learning_rate: 1.0, eval_every: 1, unroll_steps: 1}}]  # its one step has a rate of zero
-precision: bfloat16
-held_out_every: 3
-search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1], num_runner_ups: [0], repeats: 1}}
-threads: 1
-"""
-    )
-    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
-    assert result.exit_code == 0, result.output
-    found = TrainedExit.load(tmp_path / "run" / "exit")
-    found.check_base(checkpoint.fingerprint)
-    for name, tensor in TrainedExit.load(tmp_path / "initial").tensors().items():
-        assert torch.equal(found.tensors()[name], tensor), name
-    wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "branches=[{start: 1, num_layers: 1}]"])
-    assert wrong.exit_code == 2
-    assert "add it to branches" in wrong.output

@@ -76,7 +76,8 @@ def recipe(output: Path, base: Path, data: Path, *overrides: str, **training: An
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "model.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(output / "model" / "model.safetensors")
+    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -70,9 +70,11 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
         trainer.cpu()
         for vocabulary in vocabularies:
             trained = replace(trainer.trained_exit(checkpoint.fingerprint, 1), vocabulary=vocabulary)
-            # anew for each: a backend takes one exit
-            backend = load_backend(checkpoint, recipe.load)
-            for candidate in measure(backend, trained, held_out, recipe.search, tokenizer.eos_token_ids, notes):
+            # loaded anew for each, as a backend takes one exit; and not kept, as two may not fit into memory
+            measured = measure(
+                load_backend(checkpoint, recipe.load), trained, held_out, recipe.search, tokenizer.eos_token_ids, notes
+            )
+            for candidate in measured:
                 report(
                     f"{name_of(exit_config)}, {candidate.shape}: {candidate.speedup:.2f} x plain decoding, "
                     f"{candidate.tokens_per_pass:.2f} tokens a pass"
