@@ -29,6 +29,7 @@ from benchmarks.in_turn import decode_in_turn
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
+from hopskip.machine import num_usable_cores
 from hopskip.prompts import Prompt, load_prompts
 from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe
 from hopskip.train.exit.run import run as train_exit
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/gsm8k"))
     parser.add_argument("--num-problems", type=int, default=500, help="held-out problems to answer")
     parser.add_argument("--num-prompts", type=int, default=20, help="prompts to measure speed on")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=num_usable_cores())
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"overrides": arguments.overrides}
@@ -63,16 +64,16 @@ def main() -> None:
             print(f"training: {name}", file=sys.stderr)
             run(recipe)
         print(f"measuring: {name}", file=sys.stderr)
-        exit_branch = None
+        trained_exit = None
         if recipe.layerskip.e_scale > 0:
             problems = itertools.islice(read_split(recipe.data, held_out=False), 256)
             texts = [problem[recipe.data.prompt_field] for problem in problems]
             exits = recipe.layerskip.exits or (2, 4, 6, 8)
-            exit_branch = plain_exit(model, texts, exits, 2048, arguments.output / name / "exit", arguments.threads)
+            trained_exit = plain_exit(model, texts, exits, 2048, arguments.output / name / "exit", arguments.threads)
         prompts = load_prompts("gsm8k", arguments.num_prompts)
         report[name] = {
             **accuracy(model, recipe, arguments.num_problems, arguments.threads),
-            **speed(model, exit_branch, prompts, arguments.threads),
+            **speed(model, trained_exit, prompts, arguments.threads),
         }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     print(json.dumps(report, indent=2))
@@ -111,7 +112,7 @@ def plain_exit(
     model: Path, prompts: Sequence[str], exits: Sequence[int], vocabulary: int, folder: Path, threads: int
 ) -> Path:
     """The fastest of the model's plain `exits`, over the `vocabulary` tokens that it answers `prompts` with most: the
-    folder of an exit branch without layers of its own. Nothing is trained for it here."""
+    folder of a trained exit without layers of its own. Nothing is trained for it here."""
     if (folder / "exit").exists():
         return folder / "exit"
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,32 +132,28 @@ def plain_exit(
     )
 
 
-def speed(model: Path | None, exit_branch: Path | None, prompts: Sequence[Prompt], threads: int) -> dict[str, Any]:
+def speed(model: Path | None, trained_exit: Path | None, prompts: Sequence[Prompt], threads: int) -> dict[str, Any]:
     """Greedy decoding in bfloat16, plain, by lookup, from the exit, and as `auto` chooses among the two: in turn, the
     median of three each. Without a `model` it is the default one, with the exit that comes with it."""
     settings = {"plain": SpeculativeConfig(draft="none"), "lookup": SpeculativeConfig(draft="ngram")}
-    if exit_branch is not None or model is None:
-        settings["exit"] = SpeculativeConfig(draft="exit-branch", exit_branch=exit_branch)
-        settings["auto"] = SpeculativeConfig(draft="auto", exit_branch=exit_branch)
+    if trained_exit is not None or model is None:
+        settings["exit"] = SpeculativeConfig(draft="exit-branch", exit_branch=trained_exit)
+        settings["auto"] = SpeculativeConfig(draft="auto", exit_branch=trained_exit)
     described = {}
-    if exit_branch is not None:
-        branch = TrainedExit.load(exit_branch)
+    if trained_exit is not None:
+        found = TrainedExit.load(trained_exit)
         described = {
-            "exit_layer": branch.config.start,
-            "num_draft_tokens": branch.num_draft_tokens,
-            "num_runner_ups": branch.num_runner_ups,
+            "exit_layer": found.config.start,
+            "num_draft_tokens": found.num_draft_tokens,
+            "num_runner_ups": found.num_runner_ups,
         }
     engines = {
         name: LLM(model, speculative=s, dtype="bfloat16", threads=threads, max_num_seqs=1)
         for name, s in settings.items()
     }
-    chats = [llm_prompt(prompt.content) for prompt in prompts]
-    return {**described, **decode_in_turn(engines, chats, SamplingParams(max_new_tokens=128), repeats=3)}
-
-
-def llm_prompt(content: Any) -> list[dict[str, str]]:
-    """As the model was trained: through its chat template."""
-    return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+    # as the model was trained: through its chat template
+    encoded = [prompt.encode(engines["plain"].tokenizer) for prompt in prompts]
+    return {**described, **decode_in_turn(engines, encoded, SamplingParams(max_new_tokens=128), repeats=3)}
 
 
 if __name__ == "__main__":

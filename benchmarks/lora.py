@@ -25,6 +25,7 @@ from benchmarks.gsm8k import plain_exit, speed
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.bench.perplexity import cut_windows, difference, negative_log_likelihoods, perplexity
+from hopskip.machine import num_usable_cores, replacing_file
 from hopskip.prompts import load_prompts, whole_prompts
 from hopskip.train.exit.prompts import self_prompts
 from hopskip.train.exit.recipe import ExitRecipe
@@ -47,7 +48,7 @@ def main() -> None:
         help="prompts to have answered, to train on; those that the model writes twice or does not finish are left out",
     )
     parser.add_argument("--num-prompts", type=int, default=3, help="of each set, to measure speed on")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=num_usable_cores())
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -86,15 +87,14 @@ def answer(prompts: Path, chats: Path, number: int, threads: int) -> None:
     given = [prompt.content for prompt in load_prompts(str(prompts))]
     texts = [str(text) for text in random.Random(0).sample(given, min(len(given), number // 2))]
     print(f"the model writes {number - len(texts)} prompts", file=sys.stderr)
-    texts += self_prompts(llm, number - len(texts), openings=own)
+    texts += self_prompts(llm.tokenizer, llm.engine, number - len(texts), openings=own)
     texts = [text for text in dict.fromkeys(texts) if text.strip() not in measured and len(text) <= 1000]
     random.Random(0).shuffle(texts)
     print(f"the model answers {len(texts)} prompts", file=sys.stderr)
     results = llm.generate([[{"role": "user", "content": text}] for text in texts], SamplingParams(max_new_tokens=192))
     rows = ({"prompt": text, "response": result.text} for text, result in zip(texts, results, strict=True))
-    partial = chats.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["response"].strip()), encoding="utf-8")
-    partial.replace(chats)
+    with replacing_file(chats) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["response"].strip()), encoding="utf-8")
 
 
 def damage(trained: Path, threads: int) -> dict[str, float]:

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.machine import num_usable_cores
 from hopskip.train.checkpoint import replacing
 from hopskip.train.curriculum import LayerSkipConfig
 from hopskip.train.read import DataConfig, read_split
@@ -76,7 +77,7 @@ def main() -> None:
     # little even without the recipe. With a larger one, as in a model that was trained for long, the residual stream
     # first says which token was read, and only what the layers add says which comes next.
     parser.add_argument("--embedding-std", type=float, default=0.7, help="of the first weights of the embedding")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=num_usable_cores())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     sources = DataConfig(train=tuple(arguments.text), holdout_every=HOLDOUT_EVERY)
@@ -102,7 +103,7 @@ def main() -> None:
 
 def prepare(sources: DataConfig, arguments: argparse.Namespace) -> Path:
     """A tokenizer trained on the training text, and the random weights from which both models start."""
-    folder = arguments.output / "start"
+    folder: Path = arguments.output / "start"
     if folder.exists():
         return folder
     tokenizer = Tokenizer(models.BPE())
@@ -134,7 +135,8 @@ def texts(sources: DataConfig, *, held_out: bool) -> Iterator[str]:
 
 def train(name: str, start: Path, sources: DataConfig, arguments: argparse.Namespace) -> Path:
     """One model, with or without the recipe; everything else is the same."""
-    folder, steps = arguments.output / name, arguments.steps
+    folder: Path = arguments.output / name
+    steps = arguments.steps
     if (folder / "model").exists():
         return folder
     print(f"training: {name}", file=sys.stderr)

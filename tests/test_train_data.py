@@ -43,9 +43,7 @@ def test_kinds_of_files(kind: str, tmp_path: Path) -> None:
     rows = [{"text": text, "n": n} for n, text in enumerate(TEXTS)]
     path = tmp_path / f"rows.{kind}"
     if kind == "parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
-        import pyarrow
-
+        parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif kind == "json":
         path.write_text(json.dumps(rows))
@@ -104,7 +102,7 @@ def test_rows_are_chosen_and_held_out(tmp_path: Path) -> None:
 
 
 def learned_text(document: Any, tokenizer: Any) -> str:
-    return tokenizer.decode([i for i, is_on in zip(document.ids, document.learned, strict=True) if is_on])
+    return str(tokenizer.decode([i for i, is_on in zip(document.ids, document.learned, strict=True) if is_on]))
 
 
 CHAT = [
@@ -158,6 +156,13 @@ def test_prompts_and_responses(tokenizer: Any) -> None:
         tokenizer.chat_template = CHAT_TEMPLATE
     assert tokenizer.decode(document.ids) == "Who jumps?\nThe fox.<|im_end|>"
     assert learned_text(document, tokenizer) == "The fox.<|im_end|>"
+
+
+def test_a_prompt_may_be_a_chat_or_the_first_of_several_turns(tokenizer: Any) -> None:
+    data = DataConfig(train=("x",))
+    whole = tokenizer.apply_chat_template(CHAT[:2], return_dict=False)
+    for prompt in ({"prompt": CHAT[:1]}, {"turns": [CHAT[0]["content"], "And then?"]}):
+        assert encode({**prompt, "response": "The fox."}, data, tokenizer).ids == whole
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import resource
 from collections.abc import Callable
@@ -14,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from typer.testing import CliRunner
 
 from hopskip.backends.rows import Rows, Segment
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.weights import load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
-from hopskip.cli import app
+from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError, TrainingError
+from hopskip.loading import BackendName, LoadConfig, load_backend
 from hopskip.train.exit.collect import Conversation, collect, read_conversations
 from hopskip.train.exit.distill import (
     Batch,
@@ -32,7 +30,7 @@ from hopskip.train.exit.distill import (
     distillation_loss,
     make_batch,
 )
-from hopskip.train.exit.fit import FitConfig, batches_from, fit
+from hopskip.train.exit.fit import Evaluation, FitConfig, batches_from, fit
 from tests.tiny import write_checkpoint
 
 PROMPTS = [[2 + i, 5, 7 * i + 3, 9] for i in range(12)]
@@ -53,30 +51,43 @@ def conversations(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
     return read_conversations(folder)[1]
 
 
-def gather(checkpoint: Checkpoint, folder: Path, taps: tuple[int, ...] = (1, 2)) -> None:
-    model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
+def gather(
+    checkpoint: Checkpoint,
+    folder: Path,
+    taps: tuple[int, ...] = (1, 2),
+    backend: BackendName = "torch",
+    prompts: list[list[int]] = PROMPTS,
+) -> None:
+    load = LoadConfig(backend=backend, dtype="float32", device="cpu", threads=1)
     collect(
-        model, PROMPTS, folder, fingerprint=checkpoint.fingerprint, taps=taps, max_new_tokens=20, eos_token_ids=[1],
-        max_num_seqs=5,
+        load_backend(checkpoint, load), prompts, folder, fingerprint=checkpoint.fingerprint, taps=taps,
+        max_new_tokens=20, eos_token_ids=[1], max_num_seqs=5,
     )  # fmt: skip
 
 
 # -- collection -------------------------------------------------------------------------------------------------------
 
 
-def test_collected_states_are_the_models_own(checkpoint: Checkpoint, conversations: list[Conversation]) -> None:
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("num_shared", [0, 40])
+def test_collected_states_are_the_models_own(
+    checkpoint: Checkpoint, tmp_path: Path, backend: BackendName, num_shared: int
+) -> None:
+    """Also where prompts begin alike, as those of a chat do: the native backend takes cached prefixes over."""
+    beginnings = [list(range(first, first + num_shared)) for first in (100, 160, 220)]
+    prompts = [[*beginnings[i % 3], *PROMPTS[i % 12], i] for i in range(24)]
+    gather(checkpoint, tmp_path, backend=backend, prompts=prompts)
+    conversations = read_conversations(tmp_path)[1]
+    assert sorted(c.ids_T[: c.num_prompt_tokens].tolist() for c in conversations) == sorted(prompts)
     model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
-    assert sorted(c.ids_T[: c.num_prompt_tokens].tolist() for c in conversations) == sorted(PROMPTS)
     for conversation in conversations:
-        ids = conversation.ids_T[:-1]
+        ids = conversation.ids_T[:-1].tolist()
         rows, cache = Rows([Segment(0, 0, len(ids))]), model.new_cache(1, len(ids))
-        h_ND, start = model.embed(ids), 0
-        for column, tap in enumerate((1, 2, 3)):
-            h_ND = model.run_layers(h_ND, start, tap, rows, cache)
-            start = tap
-            torch.testing.assert_close(conversation.states_TAD[:, column].float(), h_ND, rtol=0.02, atol=0.02)
+        hidden_ND, features_NAD = model.forward(ids, rows, cache, taps=(1, 2, 3))
+        assert features_NAD is not None
+        torch.testing.assert_close(conversation.states_TAD.float(), features_NAD, rtol=0.02, atol=0.02)
         answers = conversation.ids_T[conversation.num_prompt_tokens :]
-        assert model.greedy(h_ND)[conversation.num_prompt_tokens - 1 :].tolist() == answers.tolist()
+        assert model.greedy(hidden_ND)[conversation.num_prompt_tokens - 1 :] == answers.tolist()
 
 
 def test_a_shard_that_is_there_is_not_made_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -159,10 +170,40 @@ def test_acceptance_counts_drafts_that_are_right_from_their_first_token() -> Non
     assert shares[1] == pytest.approx(2 / 4)
 
 
+@pytest.mark.parametrize("family", ["llama3-gqa", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "config", [ExitConfig(start=0, num_layers=2), ExitConfig(start=1, num_layers=1, features=(2, 3))], ids=str
+)
+def test_a_trainers_layers_are_those_that_draft(tmp_path: Path, family: str, config: ExitConfig) -> None:
+    """The first step of training sees what the reference backend's first draft step sees."""
+    write_checkpoint(tmp_path, family)
+    checkpoint = open_checkpoint(tmp_path)
+    trainer = ExitTrainer(checkpoint, config, VOCABULARY)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    ids = torch.randint(3, 320, (12,), generator=generator)
+    model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
+    model.attach_exit(trainer.trained_exit("", 1))
+    rows, cache, depth = Rows([Segment(0, 0, 11)]), model.new_cache(1, 16), checkpoint.config.num_hidden_layers
+    states = model.forward(ids[:-1].tolist(), rows, cache, taps=(1, 2, 3)).features_NAD
+    assert states is not None
+    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    batch = make_batch([Conversation(ids, 1, states)], [1, 2, 3], config, VOCABULARY, embedding)
+    hidden_ND = batch.x_BTD[0]
+    if model.mixing is not None:
+        hidden_ND = model.mixing.mix(hidden_ND, model.mixing.fuse(batch.features_BTAD[0]))
+    expected = model.run_layers(hidden_ND.detach(), depth, depth + config.num_layers, rows, cache).hidden_ND
+    with torch.no_grad():
+        logits = next(trainer(batch, 1))
+    torch.testing.assert_close(logits, model.logits(expected, "exit"), rtol=1e-4, atol=1e-4)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 SETTINGS = FitConfig(num_tokens=600, batch_tokens=60, learning_rate=2e-3, unroll_steps=2, eval_every=200)
-BRANCH = ExitConfig(start=0, num_layers=1, features=(2, 3))
+EXIT = ExitConfig(start=0, num_layers=1, features=(2, 3))
 
 
 def train(
@@ -171,17 +212,17 @@ def train(
     folder: Path,
     config: FitConfig,
     dtype: torch.dtype = torch.float32,
-    report: Callable[[dict[str, float | list[float]]], None] = lambda _: None,
+    report: Callable[[Evaluation], None] = lambda _: None,
 ) -> ExitTrainer:
     torch.manual_seed(0)
-    trainer = ExitTrainer(checkpoint, BRANCH, VOCABULARY, dtype)
+    trainer = ExitTrainer(checkpoint, EXIT, VOCABULARY, dtype)
     trainer.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
     fit(trainer, conversations[3:], conversations[:3], [1, 2, 3], embedding, config, folder, report)
     return trainer
 
 
-def interrupt(entry: object) -> None:
+def interrupt(evaluation: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -217,9 +258,9 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(
 
 def test_a_step_keeps_to_the_trainers_device(checkpoint: Checkpoint, conversations: list[Conversation]) -> None:
     """On a stand-in for an accelerator: tensors without data, which cannot be mixed with those of the CPU."""
-    trainer = ExitTrainer(checkpoint, BRANCH, VOCABULARY, torch.bfloat16)
+    trainer = ExitTrainer(checkpoint, EXIT, VOCABULARY, torch.bfloat16)
     embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
-    batch = make_batch(conversations[:4], [1, 2, 3], BRANCH, VOCABULARY, embedding)
+    batch = make_batch(conversations[:4], [1, 2, 3], EXIT, VOCABULARY, embedding)
     with FakeTensorMode() as mode:
         for name, tensor in [*trainer.named_parameters(), *trainer.named_buffers()]:
             moved = mode.from_tensor(tensor).detach().to("meta")
@@ -288,96 +329,3 @@ def test_every_epoch_has_every_conversation_once(conversations: list[Conversatio
 def test_impossible_settings_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         FitConfig(**{"num_tokens": 100, **change})  # type: ignore[arg-type]
-
-
-# -- whole runs -------------------------------------------------------------------------------------------------------
-
-
-def test_a_recipe_makes_an_exit_that_drafts(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"number {i} and {i * i}"}) + "\n" for i in range(12)))
-    excluded = tmp_path / "excluded.jsonl"
-    excluded.write_text(json.dumps({"turns": ["number 3 and 9"]}) + "\n")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-output: {tmp_path / "run"}
-base: {checkpoint.path}
-prompts: {{files: [{prompts}], exclude: [{excluded}]}}
-collect: {{precision: float32, max_new_tokens: 12}}
-branches: [{{start: 0, num_layers: 1, features: [2, 3]}}, {{start: 1, num_layers: 0}}]
-vocabulary: 40
-stages: [{{num_tokens: 200, batch_tokens: 60, eval_every: 100, unroll_steps: 2}}]
-held_out_every: 3
-search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], vocabulary: [8], repeats: 1}}
-threads: 1
-"""
-    )
-    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
-    assert result.exit_code == 0, result.output
-    branch = TrainedExit.load(tmp_path / "run" / "exit")
-    branch.check_base(checkpoint.fingerprint)
-    branch.check(checkpoint.config)
-    assert len(branch.vocabulary) <= 40
-    shares = branch.notes["held_out_acceptance"]
-    assert len(shares) == branch.num_draft_tokens
-    assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
-    candidates = json.loads((tmp_path / "run" / "search.json").read_text())
-    assert len(candidates) == 2 * 2 * 2 * 2  # branches, vocabularies, draft lengths, runner-ups
-    fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
-    assert fastest["vocabulary"] == len(branch.vocabulary)
-    assert (fastest["start"], fastest["num_draft_tokens"]) == (branch.config.start, branch.num_draft_tokens)
-    coverage = {found["vocabulary"]: found["held_out_coverage"] for found in candidates}
-    assert len(coverage) == 2
-    assert coverage[8] < coverage[max(coverage)]
-    assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
-    assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
-    generated = CliRunner().invoke(
-        app,
-        ["generate", "-m", str(checkpoint.path), "--exit-branch", str(tmp_path / "run" / "exit"), "-n", "4", "number"],
-    )
-    assert generated.exit_code == 0, generated.output
-    for setting in ("stages=[]", "search.vocabulary=[40]"):
-        wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), setting])
-        assert wrong.exit_code == 2
-        assert setting.split("=")[0] in wrong.output
-    # nothing to train: no stage is needed
-    overrides = [f"output={tmp_path / 'plain'}", "stages=[]", "branches=[{start: 1, num_layers: 0}]"]
-    plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])
-    assert plain.exit_code == 0, plain.output
-    assert TrainedExit.load(tmp_path / "plain" / "exit").layers == []
-
-
-def test_a_run_can_start_from_another_models_exit(
-    checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    trained = train(checkpoint, conversations, tmp_path / "trained", SETTINGS).exit_branch("of another model", 2)
-    trained.save(tmp_path / "initial")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(6)))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-output: {tmp_path / "run"}
-base: {checkpoint.path}
-prompts: {{files: [{tmp_path / "prompts.jsonl"}]}}
-collect: {{precision: float32, max_new_tokens: 12}}
-branches: [{{start: 0, num_layers: 1, features: [2, 3]}}]
-initial: {tmp_path / "initial"}
-stages: [{{num_tokens: 1, learning_rate: 1.0, eval_every: 1, unroll_steps: 1}}]  # its one step has a rate of zero
-precision: bfloat16
-held_out_every: 3
-search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1], num_runner_ups: [0], repeats: 1}}
-threads: 1
-"""
-    )
-    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
-    assert result.exit_code == 0, result.output
-    found = TrainedExit.load(tmp_path / "run" / "exit")
-    found.check_base(checkpoint.fingerprint)
-    for name, tensor in TrainedExit.load(tmp_path / "initial").tensors().items():
-        assert torch.equal(found.tensors()[name], tensor), name
-    wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "branches=[{start: 1, num_layers: 1}]"])
-    assert wrong.exit_code == 2
-    assert "add it to branches" in wrong.output

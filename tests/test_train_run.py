@@ -22,14 +22,15 @@ from hopskip import LLM, SamplingParams
 from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.cli import app
-from hopskip.errors import CheckpointError, ConfigError, HopskipError, TrainingError
-from hopskip.train.base import load_tokenizer, to_transformers
+from hopskip.errors import ConfigError, HopskipError, TrainingError
+from hopskip.train.base import load_tokenizer
 from hopskip.train.checkpoint import last_checkpoint
+from hopskip.train.loss import exit_metrics
 from hopskip.train.recipe import Recipe, load_recipe
 from hopskip.train.report import measured_exits, read_log, recommend
 from hopskip.train.run import run
-from hopskip.train.trainer import LayerSkipTrainer, exit_metrics
-from tests.tiny import CORPUS, FAMILIES, byte_level_tokenizer, make_model, write_checkpoint, write_gguf
+from hopskip.train.trainer import LayerSkipTrainer
+from tests.tiny import CORPUS, make_model, write_checkpoint
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("peft")
@@ -75,7 +76,8 @@ def recipe(output: Path, base: Path, data: Path, *overrides: str, **training: An
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "model.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(output / "model" / "model.safetensors")
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +123,8 @@ def test_the_finished_model_loads_everywhere(finished: Path) -> None:
     assert llm.tokenizer.encode("hello, world") == AutoTokenizer.from_pretrained(folder)("hello, world")["input_ids"]
     rows = Rows([Segment(slot=0, start=0, count=9)])
     with torch.inference_mode():
-        h_ND = llm.backend.run_layers(llm.backend.embed(ids), 0, 3, rows, llm.backend.new_cache(1, 16))
-        logits_NV = llm.backend.unembed(h_ND)
+        hidden_ND, _ = llm.backend.forward(ids.tolist(), rows, llm.backend.new_cache(1, 16))
+        logits_NV = torch.as_tensor(llm.backend.logits(hidden_ND))
         torch.testing.assert_close(logits_NV, theirs(input_ids=ids[None]).logits[0], rtol=1e-4, atol=1e-4)
     config = json.loads((folder / "config.json").read_text())
     assert config["use_cache"] is True
@@ -305,49 +307,6 @@ def test_ordinary_training_is_the_trainers_own(base: Path, data: Path, tmp_path:
     ours = [line["loss"] for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
     theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_any_checkpoint_in_transformers(family: str, tmp_path: Path) -> None:
-    """Folders and GGUF files give transformers models with the logits of the original."""
-    original = write_checkpoint(tmp_path / "folder", family, tokenizer=True)
-    paths = [tmp_path / "folder"]
-    if "linear" not in family and "yarn" not in family:
-        write_gguf(tmp_path / "model.gguf", original, tokenizer=byte_level_tokenizer())
-        paths.append(tmp_path / "model.gguf")
-    ids = torch.arange(3, 40)[None]
-    for path in paths:
-        if family == "llama3-gqa" and path.suffix == ".gguf":
-            continue  # its scaling is in a tensor that this writer does not write
-        model = to_transformers(open_checkpoint(path)).eval()
-        tokenizer = load_tokenizer(path)
-        with torch.inference_mode():
-            torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
-        assert tokenizer("hello, world")["input_ids"] == byte_level_tokenizer().encode("hello, world").ids
-        assert tokenizer.chat_template
-        model.save_pretrained(tmp_path / "again")
-        again = open_checkpoint(tmp_path / "again")
-        assert {n: again.tensor(n).shape for n in again.names()} == {
-            n: open_checkpoint(path).tensor(n).shape for n in again.names()
-        }
-
-
-def test_llama3_scaling_of_gguf_files_gets_its_name_back() -> None:
-    from dataclasses import replace
-
-    from hopskip.checkpoint.rope import RopeConfig
-    from hopskip.train.base import _rope
-
-    named = RopeConfig(
-        head_dim=64, rope_theta=5e5, rope_type="llama3", factor=32.0, original_max_position_embeddings=8192
-    )
-    plain = RopeConfig(head_dim=64, rope_theta=5e5)
-    divisors = tuple((plain.inverse_frequencies() / named.inverse_frequencies()).tolist())
-    parameters = _rope(replace(plain, frequency_divisors=divisors))
-    assert parameters["rope_type"] == "llama3"
-    assert parameters["factor"] == 32.0
-    with pytest.raises(CheckpointError, match="use the Hugging Face folder"):
-        _rope(replace(plain, frequency_divisors=(1.5,) * 32))
 
 
 def test_the_recommendation_follows_cost_and_agreement() -> None:

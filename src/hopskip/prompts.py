@@ -18,6 +18,9 @@ PROMPT_SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench", "copy")
 
 T = TypeVar("T")
 
+Content = str | tuple[Mapping[str, Any], ...]
+"""What is asked: a plain text, or a chat."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -25,15 +28,46 @@ class Prompt:
 
     set: str
     id: str
-    content: str | tuple[Mapping[str, str], ...]
+    content: Content
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids: through the chat template where the model has one, else as the text itself."""
-        if not isinstance(self.content, str):
-            return tokenizer.apply_chat_template(self.content)
-        if tokenizer.has_chat_template:
-            return tokenizer.apply_chat_template([{"role": "user", "content": self.content}])
-        return tokenizer.encode(self.content)
+        return encode_content(self.content, tokenizer)
+
+
+def encode_content(content: Content, tokenizer: Tokenizer) -> list[int]:
+    """Token ids: through the chat template where the model has one, else as the text itself."""
+    if not isinstance(content, str):
+        return tokenizer.apply_chat_template(content)
+    if tokenizer.has_chat_template:
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}])
+    return tokenizer.encode(content)
+
+
+def content_of(
+    row: Mapping[str, Any], *, prompt_field: str = "prompt", messages_field: str = "messages"
+) -> Content | None:
+    """What a row of prompts or of training data asks: its chat, else its prompt, else the first of its `turns`. None if
+    it has nothing of the kind.
+
+    >>> content_of({"turns": ["How old is it?", "And its sister?"]})
+    'How old is it?'
+    """
+    turns = row.get("turns")
+    value = (
+        row.get(messages_field) or row.get(prompt_field) or (turns[0] if isinstance(turns, list) and turns else None)
+    )
+    if isinstance(value, str):
+        return value
+    return tuple(value) if isinstance(value, list | tuple) and value and all(map(_is_message, value)) else None
+
+
+def _is_message(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("role"), str)
+        and ("content" in value or "tool_calls" in value)
+    )
 
 
 def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
@@ -109,14 +143,7 @@ def _parse(line: str, name: str, place: str, number: int) -> Prompt:
         entry: Any = json.loads(line)
     except ValueError as error:
         raise PromptError(f"{place} is not JSON ({error}); give one object per line") from None
-    content: Any = None
-    if isinstance(entry, dict):
-        turns = entry.get("turns")
-        content = (
-            entry.get("messages") or entry.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
-        )
-    if isinstance(content, str):
+    content = content_of(entry) if isinstance(entry, dict) else None
+    if content is not None:
         return Prompt(name, str(entry.get("question_id", number)), content)
-    if isinstance(content, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in content):
-        return Prompt(name, str(entry.get("question_id", number)), tuple(content))
     raise PromptError(f"{place} has no prompt; give an object with 'prompt', 'turns' or 'messages'")

@@ -2,6 +2,6 @@
 
 The recipe: `curriculum` (when and how much), `dropout` (layers that samples skip), `loss` (exits, chunk by chunk),
 `trainer` (`LayerSkipTrainer` on transformers' Trainer), `read`, `encode` and `data` (rows of token ids), `base` (the
-model to start from), `recipe` and `run` (a YAML file from start to end), `checkpoint`, `report`. `exit`: branches that
-draft beside a model whose weights stay as they are.
+model to start from), `recipe` and `run` (a YAML file from start to end), `checkpoint`, `report`, `plot`. `exit`:
+exits that draft beside a model whose weights stay as they are.
 """

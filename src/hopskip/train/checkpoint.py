@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hopskip import machine
 from hopskip.errors import HopskipError, TrainingError
 
 PARTIAL = ".partial"
@@ -29,26 +29,27 @@ def replacing(folder: Path) -> Iterator[Path]:
         publish(partial, folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, HopskipError):
+            raise
         raise _cannot_write(folder, error, last_checkpoint(folder.parent) or "the start") from error
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """As `replacing`, for one file."""
-    partial = path.with_name(path.name + PARTIAL)
     try:
-        yield partial
-        _flush(partial)
-        partial.replace(path)
+        with machine.replacing_file(path, flush=True) as partial:
+            yield partial
+    except HopskipError:
+        raise
     except Exception as error:
-        partial.unlink(missing_ok=True)
         raise _cannot_write(path, error, "what is there") from error
 
 
 def publish(partial: Path, folder: Path) -> None:
     """Make a finished folder visible under its name, safely on disk first."""
     for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+        machine.flush_to_disk(path)
     if folder.exists():  # a folder cannot be renamed onto a full one
         old = partial.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -57,7 +58,7 @@ def publish(partial: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(folder)
-    _flush(folder.parent)
+    machine.flush_to_disk(folder.parent)
 
 
 def clean(output: Path) -> None:
@@ -79,17 +80,7 @@ def last_checkpoint(output: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _cannot_write(place: Path, error: Exception, start: Path | str) -> HopskipError:
-    if isinstance(error, HopskipError):
-        return error
+def _cannot_write(place: Path, error: Exception, start: Path | str) -> TrainingError:
     free = shutil.disk_usage(next(p for p in place.absolute().parents if p.exists())).free
     return TrainingError(
         f"{place} cannot be written ({str(error).splitlines()[0] if str(error) else type(error).__name__}; "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopskip.errors import ConfigError
+from hopskip.prompts import content_of
 from hopskip.train.read import DataConfig, LossOn
 
 
@@ -29,14 +30,20 @@ def encode(row: Mapping[str, Any], data: DataConfig, tokenizer: Any) -> Document
         ConfigError: it has none of the fields, they are of the wrong type, or the chat template cannot mark the
             assistant's words.
     """
-    messages = row.get(data.messages_field)
-    if messages is None and isinstance(row.get(data.response_field), str):
-        prompt, response = str(row.get(data.prompt_field) or ""), row[data.response_field]
+    content = content_of(row, prompt_field=data.prompt_field, messages_field=data.messages_field)
+    response = row.get(data.response_field)
+    if isinstance(content, tuple):
+        is_whole = bool(row.get(data.messages_field)) or not isinstance(response, str)
+        answer = [] if is_whole else [{"role": "assistant", "content": response}]
+        return _encode_chat([*content, *answer], data, tokenizer)
+    if isinstance(row.get(data.messages_field), list):
+        raise ConfigError(f"a chat is a list of objects with role and content, not {row[data.messages_field]!r}")
+    if isinstance(response, str):
+        prompt = content or str(row.get(data.prompt_field) or "")
         if not tokenizer.chat_template:
             return _encode_spans(tokenizer, [(f"{prompt}\n", False), (response, True)], data.loss_on)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    if isinstance(messages, list):
-        return _encode_chat(messages, data, tokenizer)
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return _encode_chat(chat, data, tokenizer)
     text = row.get(data.text_field)
     if not isinstance(text, str):
         raise ConfigError(
@@ -70,14 +77,12 @@ def _encode_spans(
     return Document(ids, learned)
 
 
-def _encode_chat(messages: Sequence[Any], data: DataConfig, tokenizer: Any) -> Document:
+def _encode_chat(messages: Sequence[Mapping[str, Any]], data: DataConfig, tokenizer: Any) -> Document:
     """A chat through its template; what the assistant says is found by `{% generation %}` marks where the template has
     them, else as what each of its messages adds to the text so far."""
     template = tokenizer.chat_template
     if not template:
         raise ConfigError("the model's tokenizer has no chat template; give prompts with responses, or text")
-    if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
-        raise ConfigError(f"a chat is a list of objects with role and content, not {messages!r}")
     try:
         if data.loss_on == "assistant" and "{% generation" in template.replace("{%-", "{%"):
             marked = tokenizer.apply_chat_template(

@@ -49,6 +49,20 @@ class ExitLosses:
         self.sums[layer, 2] += tokens
 
 
+def exit_metrics(logs: Mapping[str, float], kind: str, prefix: str = "") -> dict[int, float]:
+    """The values of `exit<E>_<kind>` in a line of logs, by exit.
+
+    >>> exit_metrics({"exit4_loss": 2.0, "exit8_loss": 1.5, "loss": 1.6}, "loss")
+    {4: 2.0, 8: 1.5}
+    """
+    start, end = f"{prefix}exit", f"_{kind}"
+    return {
+        int(name[len(start) : -len(end)]): value
+        for name, value in logs.items()
+        if name.startswith(start) and name.endswith(end)
+    }
+
+
 def exit_loss(
     hidden: Mapping[int, Tensor],
     labels_BT: Tensor,

@@ -1,11 +1,10 @@
-"""What a run leaves for its reader: a progress bar, a log, a plot, a model card, and a recommendation for drafting."""
+"""What a run leaves for its reader: a progress bar, a log, a model card, and a recommendation for drafting."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hopskip.errors import ConfigError
-from hopskip.train.trainer import exit_metrics
+from hopskip.draft.costs import expected_speedup
+from hopskip.machine import replacing_file
+from hopskip.train.loss import exit_metrics
 
 MAX_DRAFT_TOKENS = 8
 _MAX_SHOWN_EXITS = 4
@@ -37,9 +37,8 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         # a resumed run repeats the steps after its checkpoint, and what comes after the last step
         steps = itertools.takewhile(lambda line: "train_runtime" not in line, read_log(self.path))
         kept = [line for line in steps if line["step"] <= state.global_step]
-        fresh = self.path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(fresh, self.path)
+        with replacing_file(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         console = Console(stderr=True)
         if console.is_terminal:
             columns = [TextColumn(c) if isinstance(c, str) else c for c in _COLUMNS]
@@ -115,54 +114,17 @@ def measured_exits(log: Sequence[Mapping[str, Any]], num_layers: int) -> dict[in
 def recommend(agreement: Mapping[int, float], num_layers: int, head_layers: float) -> tuple[int, int] | None:
     """Exit layer and draft length with the greatest expected speed, from each exit's agreement with the last layer.
 
-    S = (1 - a^(k+1)) / (1 - a) / (1 + k c), c = (E + h) / (L + h): tokens of a round over its cost in full passes, if
-    every draft token is accepted with the same probability a and bytes are what costs. `head_layers` is h, the size of
-    the head in layers. None without any measured exit.
+    Speed is `expected_speedup`: every draft token is accepted with the same probability, and bytes are what costs.
+    `head_layers` is the size of the head in layers. None without any measured exit.
     """
     best = None
     for exit_layer, share in agreement.items():
-        a, cost = min(share, 0.999), (exit_layer + head_layers) / (num_layers + head_layers)
+        step_cost = (exit_layer + head_layers) / (num_layers + head_layers)
         for length in range(1, MAX_DRAFT_TOKENS + 1):
-            speed = (1 - a ** (length + 1)) / (1 - a) / (1 + length * cost)
+            speed = expected_speedup(share, length, step_cost)
             if best is None or speed > best[0]:
                 best = speed, exit_layer, length
     return best[1:] if best else None
-
-
-def write_plot(log: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and agreement of every exit over the steps: lines for training, dots for evaluations.
-
-    Raises:
-        ConfigError: matplotlib is missing.
-    """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("the plot needs matplotlib: pip install 'hopskip[train]'") from None
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    exits = sorted({e for line in log for prefix in ("", "eval_") for e in exit_metrics(line, "loss", prefix)})
-    for exit_layer in exits:
-        colour = colormaps["viridis"](exit_layer / max(exits))
-        for axes, kind in ((above, "loss"), (below, "agreement")):
-            for prefix, style in (("", "-"), ("eval_", "o")):
-                points = [
-                    (line["step"], values[exit_layer])
-                    for line in log
-                    if exit_layer in (values := exit_metrics(line, kind, prefix))
-                ]
-                label = f"exit {exit_layer}" if not prefix else None
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=label) if points else None
-    evaluated = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
-    if evaluated:
-        above.plot(*zip(*evaluated, strict=True), "k^", label="last layer, evaluated")
-    above.set_ylabel("cross-entropy")
-    above.legend(fontsize="x-small", ncols=4)
-    below.set_ylabel("best token is the last layer's")
-    below.set_ylim(0, 1)
-    below.set_xlabel("step")
-    figure.savefig(path)
 
 
 def model_card(

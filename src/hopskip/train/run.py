@@ -18,8 +18,9 @@ from hopskip.errors import ConfigError, TrainingError
 from hopskip.train.base import add_lora, load_base
 from hopskip.train.checkpoint import clean, last_checkpoint, replacing
 from hopskip.train.data import collate, load_rows
+from hopskip.train.plot import plot_exits
 from hopskip.train.recipe import ModelRecipe, Recipe, parse_yaml
-from hopskip.train.report import RunLog, measured_exits, model_card, read_log, recommend, write_plot
+from hopskip.train.report import RunLog, measured_exits, model_card, read_log, recommend
 from hopskip.train.trainer import LayerSkipTrainer, causal_lm
 
 _MAY_CHANGE = (
@@ -125,7 +126,7 @@ def finish(trainer: LayerSkipTrainer, tokenizer: Any, recipe: Recipe, output: Pa
             model.save_pretrained(partial, state_dict=state)
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
-        write_plot(log, output / "plot.png")
+        plot_exits(log, output / "plot.png")
     trainer.accelerator.wait_for_everyone()
 
 

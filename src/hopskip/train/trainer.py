@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -247,17 +246,3 @@ def _check(model: Any, args: TrainingArguments) -> None:
         raise ConfigError("use_reentrant=True loses the gradient of the exits; leave it out")
     if config._attn_implementation.startswith("flash") and config.torch_dtype == torch.float32 and not args.bf16:
         warnings.warn("flash attention needs bf16 or fp16; set bf16: true", stacklevel=3)
-
-
-def exit_metrics(logs: Mapping[str, float], kind: str, prefix: str = "") -> dict[int, float]:
-    """The values of `exit<E>_<kind>` in a line of logs, by exit.
-
-    >>> exit_metrics({"exit4_loss": 2.0, "exit8_loss": 1.5, "loss": 1.6}, "loss")
-    {4: 2.0, 8: 1.5}
-    """
-    start, end = f"{prefix}exit", f"_{kind}"
-    return {
-        int(name[len(start) : -len(end)]): value
-        for name, value in logs.items()
-        if name.startswith(start) and name.endswith(end)
-    }

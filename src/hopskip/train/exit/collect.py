@@ -13,22 +13,25 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hopskip.backends.base import Cache, Model
+from hopskip.backends.base import Array, Backend, Cache
 from hopskip.backends.rows import Rows
-from hopskip.engine.engine import Engine
+from hopskip.draft.base import Draft, Drafter
+from hopskip.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.sampling import SamplingParams
+from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.train.checkpoint import replacing_file
 
 SHARD_PROMPTS = 256
+_NO_DRAFTS = SpeculativeConfig(draft="ngram", num_draft_tokens=1)
+"""For an engine whose drafter only looks on: it is asked for drafts of one token, and gives none."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,31 @@ class Conversation:
     """bfloat16, outputs of the tapped layers at all tokens but the last."""
 
 
-class _Tapped:
-    """A model that keeps the outputs of some layers at every position of its cache."""
+class _States(Drafter):
+    """Keeps the outputs of some layers at every position that a sequence has in the cache, and drafts nothing.
 
-    def __init__(self, model: Model, taps: Seq[int], num_slots: int, length: int) -> None:
-        self._model = model
-        self._taps = (*taps, model.config.num_hidden_layers)
-        shape = (num_slots, length, len(self._taps), model.config.hidden_size)
-        self.states_STAD = torch.empty(shape, dtype=torch.bfloat16)
+    A prompt may begin with what an earlier one in its slot has left in the cache. The states are still there too, as
+    they are kept by slot and position.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+    def __init__(self, taps: Seq[int], num_slots: int, length: int, hidden_size: int) -> None:
+        self.taps = tuple(taps)
+        self.states_STAD = torch.empty((num_slots, length, len(self.taps), hidden_size), dtype=torch.bfloat16)
 
-    def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
-        assert (start, stop) == (0, self._model.config.num_hidden_layers)
-        slots, positions = rows.slots.long(), rows.positions.long()
-        for index, tap in enumerate(self._taps):
-            h_ND = self._model.run_layers(h_ND, start, tap, rows, cache)
-            self.states_STAD[slots, positions, index] = h_ND.to("cpu", torch.bfloat16)
-            start = tap
-        return h_ND
+    def observe(self, rows: Rows, features_NAD: Array) -> None:
+        slots, positions = torch.from_numpy(rows.slots).long(), torch.from_numpy(rows.positions).long()
+        self.states_STAD[slots, positions] = torch.as_tensor(features_NAD).to("cpu", torch.bfloat16)
+
+    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
+        return [Draft() for _ in sequences]
+
+    def of(self, sequence: Sequence) -> Tensor:
+        """Of all tokens but the last, which was not fed back: [T - 1, A, D]. A copy, as the slot is used again."""
+        return self.states_STAD[sequence.slot, : len(sequence.token_ids) - 1].clone()
 
 
 def collect(
-    model: Model,
+    backend: Backend,
     prompts: Seq[Seq[int]],
     folder: Path,
     *,
@@ -88,7 +92,7 @@ def collect(
         ConfigError: `taps` are not rising layers of the model, or `folder` holds data that was collected otherwise.
         TrainingError: a shard cannot be written (a full disk, say); those before it stay.
     """
-    depth = model.config.num_hidden_layers
+    depth = backend.config.num_hidden_layers
     if list(taps) != sorted(set(taps)) or not all(0 < tap < depth for tap in taps):
         raise ConfigError(f"taps are {list(taps)}; they must be rising layers from 1 to {depth - 1}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,13 +101,8 @@ def collect(
         taps = collected if set(taps) <= set(collected) else taps
     metadata = {"fingerprint": fingerprint, "taps": json.dumps([*taps, depth])}
     longest = max(map(len, prompts)) + max_new_tokens
-    tapped = _Tapped(model, taps, max_num_seqs, longest + 2)
-    engine = Engine(
-        cast(Model, tapped),
-        SpeculativeConfig(draft="none"),
-        eos_token_ids=eos_token_ids,
-        max_num_seqs=max_num_seqs,
-    )
+    states = _States([*taps, depth], max_num_seqs, longest, backend.config.hidden_size)
+    engine = Engine(backend, _NO_DRAFTS, states, eos_token_ids=eos_token_ids, max_num_seqs=max_num_seqs)
     params = SamplingParams(max_new_tokens=max_new_tokens)
     num_tokens = 0
     for first in range(0, len(prompts), SHARD_PROMPTS):
@@ -113,15 +112,15 @@ def collect(
             if (found := _metadata(path)) != metadata:
                 raise ConfigError(f"{path} was collected with {found}, not {metadata}; use another folder")
             continue
-        waiting = [engine.add(prompt, params) for prompt in batch]
+        waiting = [engine.add(Request(prompt, params)) for prompt in batch]
         done: list[Conversation] = []
         while waiting:
             engine.step()
             for sequence in [s for s in waiting if s.is_finished]:
                 waiting.remove(sequence)
-                # copied before the slot is given to the next prompt
-                states = tapped.states_STAD[sequence.slot, : len(sequence.token_ids) - 1].clone()
-                done.append(Conversation(torch.tensor(sequence.token_ids), sequence.num_prompt_tokens, states))
+                done.append(
+                    Conversation(torch.tensor(sequence.token_ids), sequence.num_prompt_tokens, states.of(sequence))
+                )
                 num_tokens += len(sequence.token_ids)
         _write(path, done, metadata)
         if progress:

@@ -1,8 +1,8 @@
-"""Distillation of an exit branch from the model that it will draft for (`hopskip.branch`).
+"""Distillation of a trained exit from the model that it will draft for (`hopskip.checkpoint.trained_exit`).
 
-The branch learns the model's next-token distribution over the draft vocabulary, at every token of the model's own
+The exit learns the model's next-token distribution over the draft vocabulary, at every token of the model's own
 text, and also from its own outputs: unroll step j sees what draft step j will see, the verified features of j tokens
-ago and after them what the branch itself put out (the training-time test of EAGLE-3, arXiv 2503.01840).
+ago and after them what the exit itself put out (the training-time test of EAGLE-3, arXiv 2503.01840).
 
 Shape letters: B conversations, T tokens, A features, D hidden size, H query heads, K key/value heads, E head dimension,
 n draft vocabulary, P positions that are predicted.
@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hopskip.backends.torch.layer import rms_norm, rotate
+from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, Mixing, TrainedExit
 from hopskip.train.exit.collect import Conversation
@@ -30,7 +31,7 @@ class Batch:
     """Conversations padded at the end to one length."""
 
     x_BTD: Tensor
-    """What enters the branch for each token: its embedding, or the output of layer `start`."""
+    """What enters the exit for each token: its embedding, or the output of layer `start`."""
     features_BTAD: Tensor
     """Of the token before; zeros before the first."""
     final_PD: Tensor
@@ -47,7 +48,7 @@ class Batch:
 
 
 class ExitTrainer(nn.Module):
-    """The trainable half of a branch, with the frozen norm and head rows that it shares with the model.
+    """The trainable half of an exit, with the frozen norm and head rows that it shares with the model.
 
     Args:
         dtype: of the matrix products; weights, norms, attention and losses are float32 in any case.
@@ -59,22 +60,23 @@ class ExitTrainer(nn.Module):
     sin: Tensor
 
     def __init__(
-        self, checkpoint: Checkpoint, branch: ExitConfig, vocabulary: Tensor, dtype: torch.dtype = torch.float32
+        self, checkpoint: Checkpoint, exit_config: ExitConfig, vocabulary: Tensor, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         config = self.config = checkpoint.config
-        self.branch = branch
+        self.exit_config = exit_config
         self.vocabulary = vocabulary
         self._dtype = dtype
         size, depth = config.hidden_size, config.num_hidden_layers
 
-        # the model's last layers are the nearest thing to what the branch must become
-        for index in range(branch.num_layers):
+        # the model's last layers are the nearest thing to what the exit must become
+        first = depth - exit_config.num_layers
+        for index in range(exit_config.num_layers):
             for name in config.layer_tensors():
-                tensor = checkpoint.tensor(f"model.layers.{depth - branch.num_layers + index}.{name}", torch.float32)
+                tensor = checkpoint.tensor(f"model.layers.{first + index}.{name}", torch.float32)
                 self.register_parameter(_registered(index, name), nn.Parameter(tensor.clone()))
-        if branch.features:
-            self.fuse = nn.Parameter(torch.zeros(size, len(branch.features) * size))
+        if exit_config.features:
+            self.fuse = nn.Parameter(torch.zeros(size, len(exit_config.features) * size))
             self.mix = nn.Parameter(torch.zeros(size, 2 * size))
             self.token_norm = nn.Parameter(torch.ones(size))
             self.feature_norm = nn.Parameter(torch.ones(size))
@@ -93,34 +95,34 @@ class ExitTrainer(nn.Module):
         names = self.config.layer_tensors()
         return [
             {name: self.get_parameter(_registered(index, name)) for name in names}
-            for index in range(self.branch.num_layers)
+            for index in range(self.exit_config.num_layers)
         ]
 
     @property
     def mixing(self) -> dict[str, Tensor]:
-        names = ("fuse", "mix", "token_norm", "feature_norm") if self.branch.features else ()
+        names = ("fuse", "mix", "token_norm", "feature_norm") if self.exit_config.features else ()
         return {name: self.get_parameter(name) for name in names}
 
     @property
     def device(self) -> torch.device:
         return self.head.device
 
-    def exit_branch(
+    def trained_exit(
         self, fingerprint: str, num_draft_tokens: int, notes: Mapping[str, Any] | None = None
     ) -> TrainedExit:
         """What has been trained, sharing its memory."""
         return TrainedExit(
-            self.branch, self.vocabulary, self.layers, self.mixing, fingerprint, num_draft_tokens, notes or {}
+            self.exit_config, self.vocabulary, self.layers, self.mixing, fingerprint, num_draft_tokens, notes or {}
         )
 
     def scale_to(self, states_NAD: Tensor) -> None:
-        """Let a branch with features begin near the last one itself: normalised, then brought back to its usual size,
+        """Let an exit with features begin near the last one itself: normalised, then brought back to its usual size,
         with a tenth of that for the token.
 
         Args:
             states_NAD: outputs of the tapped layers at some tokens, those of the last layer at the end.
         """
-        if not self.branch.features:
+        if not self.exit_config.features:
             return
         size = self.config.hidden_size
         rms = float(states_NAD[:, -1].float().square().mean(-1).sqrt().median())
@@ -128,24 +130,20 @@ class ExitTrainer(nn.Module):
             self.fuse[:, -size:] = torch.eye(size) * rms
             nn.init.orthogonal_(self.mix[:, :size], gain=rms / 10)
 
-    def start_from(self, branch: TrainedExit) -> None:
-        """Take the weights of a branch of the same shape, whatever model and vocabulary it was trained for."""
-        own = self.exit_branch("", 1).tensors()
+    def start_from(self, initial: TrainedExit) -> None:
+        """Take the weights of an exit of the same shape, whatever model and vocabulary it was trained for."""
+        own = self.trained_exit("", 1).tensors()
         with torch.no_grad():
-            for name, tensor in branch.tensors().items():
+            for name, tensor in initial.tensors().items():
                 own[name].copy_(tensor)
 
     def forward(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
         """Logits [P, n] of every unroll step in turn."""
-        eps = self.config.rms_norm_eps
-        mixing = Mixing(self.exit_branch("", 1), eps, self._dtype, self.device)
-        # once for all steps
-        layers = [
-            {name: weight.to(self._dtype) if weight.ndim > 1 else weight for name, weight in layer.items()}
-            for layer in self.layers
-        ]
+        # in the precision of the products, once for all steps
+        mixing = Mixing({name: t.to(self._dtype) for name, t in self.mixing.items()}, self.config.rms_norm_eps)
+        layers = [LayerWeights.fused(self.config, partial(self._part, layer)) for layer in self.layers]
         past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
-        f_BTD = mixing.fuse(batch.features_BTAD) if self.branch.features else None
+        f_BTD = mixing.fuse(batch.features_BTAD) if self.exit_config.features else None
         for _ in range(num_steps):
             h_BTD = batch.x_BTD if f_BTD is None else mixing.mix(batch.x_BTD, f_BTD)
             for layer, own_past in zip(layers, past, strict=True):
@@ -163,24 +161,19 @@ class ExitTrainer(nn.Module):
     def _unembed(self, h_PD: Tensor) -> Tensor:
         return _linear(rms_norm(h_PD, self.norm, self.config.rms_norm_eps), self.head)
 
-    def _layer(self, h_BTD: Tensor, layer: Mapping[str, Tensor], past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        config = self.config
-        x = rms_norm(h_BTD, layer["input_layernorm.weight"], config.rms_norm_eps)
-        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
-        shape = (*x.shape[:2], -1, config.head_dim)
-        q, k, v = (
-            _linear(x, layer[f"self_attn.{part}_proj.weight"], layer.get(f"self_attn.{part}_proj.bias")).view(shape)
-            for part in "qkv"
-        )
-        if config.qk_norm:
-            q = rms_norm(q, layer["self_attn.q_norm.weight"], config.rms_norm_eps)
-            k = rms_norm(k, layer["self_attn.k_norm.weight"], config.rms_norm_eps)
-        past.append((rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)))
-        out = attend_unrolled(rotate(q, cos, sin).transpose(1, 2), past).transpose(1, 2).flatten(2)
-        h_BTD = h_BTD + _linear(out, layer["self_attn.o_proj.weight"])
-        x = rms_norm(h_BTD, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
-        x = F.silu(_linear(x, layer["mlp.gate_proj.weight"])) * _linear(x, layer["mlp.up_proj.weight"])
-        return h_BTD + _linear(x, layer["mlp.down_proj.weight"])
+    def _part(self, layer: Mapping[str, Tensor], *names: str) -> Tensor:
+        """Tensors of a layer, one below the other, matrices in the precision of the products."""
+        tensors = [layer[name].to(self._dtype) if layer[name].ndim > 1 else layer[name] for name in names]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def _layer(self, h_BTD: Tensor, layer: LayerWeights, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        def attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+            past.append((k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)))
+            return attend_unrolled(q_BTHE.transpose(1, 2), past).transpose(1, 2)
+
+        length = h_BTD.shape[1]
+        rotation = self.cos[:length], self.sin[:length]
+        return decoder_layer(h_BTD, layer, self.config, rotation, attend, _linear)
 
 
 def _registered(index: int, name: str) -> str:
@@ -240,7 +233,7 @@ def distillation_loss(
 
 
 def make_batch(
-    conversations: Seq[Conversation], taps: Seq[int], branch: ExitConfig, index_V: Tensor, embedding: Tensor
+    conversations: Seq[Conversation], taps: Seq[int], exit_config: ExitConfig, index_V: Tensor, embedding: Tensor
 ) -> Batch:
     """Pad conversations to one batch.
 
@@ -251,11 +244,11 @@ def make_batch(
     """
     length = max(len(c.ids_T) - 1 for c in conversations)
     x, features, finals, nexts, places, firsts = [], [], [], [], [], []
-    columns = [list(taps).index(layer) for layer in branch.features]
+    columns = [list(taps).index(layer) for layer in exit_config.features]
     for row, conversation in enumerate(conversations):
         ids, states = conversation.ids_T, conversation.states_TAD
         count, first = len(ids) - 1, conversation.num_prompt_tokens - 1
-        own = states[:, list(taps).index(branch.start)].float() if branch.start else embedding[ids[:-1]]
+        own = states[:, list(taps).index(exit_config.start)].float() if exit_config.start else embedding[ids[:-1]]
         x.append(F.pad(own, (0, 0, 0, length - count)))
         features.append(F.pad(states[:-1, columns].float(), (0, 0, 0, 0, 1, length - count)))
         finals.append(states[first:, -1].float())

@@ -1,4 +1,4 @@
-"""Prompts that a model writes itself, to collect training text with.
+"""The prompts whose answers an exit is trained on: those of files, and those that the model writes itself.
 
 An instruct model that is given the opening of a user turn continues it with a request of the kind that it was tuned on
 (Magpie, arXiv 2406.08464). Such prompts need no data set, and cover what the model has learned to answer.
@@ -6,20 +6,84 @@ An instruct model that is given the opening of a user turn continues it with a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import random
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from pathlib import Path
 
+from hopskip.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.llm import LLM
+from hopskip.prompts import content_of, encode_content
 from hopskip.sampling import SamplingParams
+from hopskip.sequence import Request, Sequence
+from hopskip.text.tokenizer import Tokenizer
+from hopskip.train.checkpoint import replacing_file
+from hopskip.train.exit.recipe import PromptsRecipe
+from hopskip.train.read import DataConfig, read
 
 _MARK = "\N{SYMBOL FOR RECORD SEPARATOR}"
 _MIN_WORDS = 4
 
 
+def write_prompts(
+    settings: PromptsRecipe,
+    tokenizer: Tokenizer,
+    make_engine: Callable[[], Engine],
+    path: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Bring together what the model is to be asked, in a random order: a JSON line with `prompt` each.
+
+    Args:
+        make_engine: one that decodes plainly; asked for if the model is to write prompts itself.
+
+    Raises:
+        ConfigError: a file cannot be read or has a row without a prompt, or the model cannot write prompts itself.
+        TrainingError: `path` cannot be written.
+    """
+    excluded = {text.strip() for source in settings.exclude for text in _read_texts(source, settings)}
+    texts = [text for source in settings.files for text in _read_texts(source, settings)]
+    rng = random.Random(settings.seed)
+    if settings.max_prompts is not None and len(texts) > settings.max_prompts:
+        texts = rng.sample(texts, settings.max_prompts)
+    if settings.self_written:
+        written = self_prompts(
+            tokenizer, make_engine(), settings.self_written, openings=settings.openings, seed=settings.seed
+        )
+        for number, text in enumerate(written, start=1):
+            texts.append(text)
+            if number % 100 == 0:
+                report(f"the model has written {number} prompts")
+    texts = [text for text in dict.fromkeys(texts) if text.strip() and text.strip() not in excluded]
+    rng.shuffle(texts)
+    with replacing_file(path) as partial:
+        partial.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def encode_prompts(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[list[int]]:
+    """Token ids of what `write_prompts` wrote, longer prompts left out.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+    encoded = [encode_content(text, tokenizer) for text in texts]
+    kept = [ids for ids in encoded if len(ids) <= max_tokens]
+    if not kept:
+        raise ConfigError(f"none of {len(encoded)} prompts has at most {max_tokens} tokens")
+    return kept
+
+
 def self_prompts(
-    llm: LLM, number: int, *, openings: Seq[str] = ("",), max_tokens: int = 96, seed: int = 0
+    tokenizer: Tokenizer,
+    engine: Engine,
+    number: int,
+    *,
+    openings: Seq[str] = ("",),
+    max_tokens: int = 96,
+    seed: int = 0,
 ) -> Iterator[str]:
     """User turns that the model writes itself, sampled at temperature 1 from the 50 best tokens.
 
@@ -31,20 +95,40 @@ def self_prompts(
     Raises:
         ConfigError: the model has no chat template.
     """
-    if not llm.tokenizer.has_chat_template:
+    if not tokenizer.has_chat_template:
         raise ConfigError("the model has no chat template, so it cannot write prompts itself; give a file of prompts")
-    head = llm.tokenizer.render_chat([{"role": "user", "content": _MARK}]).split(_MARK)[0]
-    prompts = [llm.tokenizer.encode(head + opening, add_special_tokens=False) for opening in openings]
+    head = tokenizer.render_chat([{"role": "user", "content": _MARK}]).split(_MARK)[0]
+    prompts = [tokenizer.encode(head + opening, add_special_tokens=False) for opening in openings]
     params = SamplingParams(max_new_tokens=max_tokens, temperature=1.0, top_k=50, seed=seed)
-    size = 4 * llm.engine.max_num_seqs
+    size = 4 * engine.max_num_seqs
     seen: set[str] = set()
     for first in range(0, number, size):
         batch = range(first, min(first + size, number))
-        results = llm.generate(
-            [prompts[i % len(prompts)] for i in batch], [replace(params, seed=seed + i) for i in batch]
-        )
-        for i, result in zip(batch, results, strict=True):
-            text = (openings[i % len(openings)] + result.text).strip()
-            if result.finish_reason == "stop" and len(text.split()) >= _MIN_WORDS and text not in seen:
+        requests = [Request(prompts[i % len(prompts)], replace(params, seed=seed + i)) for i in batch]
+        for i, sequence in zip(batch, _finish(engine, requests), strict=True):
+            written = tokenizer.decode([token.id for token in sequence.tokens])
+            text = (openings[i % len(openings)] + written).strip()
+            if sequence.finish_reason == "stop" and len(text.split()) >= _MIN_WORDS and text not in seen:
                 seen.add(text)
                 yield text
+
+
+def _finish(engine: Engine, requests: Seq[Request]) -> list[Sequence]:
+    sequences = [engine.add(request) for request in requests]
+    while engine.has_work:
+        engine.step()
+    return sequences
+
+
+def _read_texts(source: str, settings: PromptsRecipe) -> Iterator[str]:
+    """What the user says first in every row of a file."""
+    for row in read(source, DataConfig(train=(source,))):
+        content = content_of(row, prompt_field=settings.prompt_field, messages_field=settings.messages_field)
+        if content is None:
+            raise ConfigError(
+                f"a row of {source} has none of {settings.prompt_field}, turns, {settings.messages_field}: {dict(row)}"
+            )
+        if isinstance(content, str):
+            yield content
+        else:
+            yield next((m["content"] for m in content if m["role"] == "user"), "")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError
+from hopskip.loading import LoadConfig, Quantize
 from hopskip.train.exit.fit import FitConfig
 
 
@@ -39,14 +41,14 @@ class CollectRecipe:
     """How the model answers."""
 
     precision: str = "bfloat16"
-    """As `dtype` of `LLM`; on the native CPU engine also q8 or q4."""
+    """As `dtype` of `LLM`; on the native backend also q8 or q4."""
     max_new_tokens: int = 256
     max_num_seqs: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRecipe:
-    """How the branches are compared: by tokens per second on prompts that were held out."""
+    """How the candidates are compared: by tokens per second on prompts that were held out."""
 
     num_prompts: int = 8
     max_new_tokens: int = 128
@@ -60,10 +62,10 @@ class SearchRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitRecipe:
-    """A whole run: prompts, collection, training of every candidate branch, and the choice of the fastest.
+    """A whole run: prompts, collection, training of every candidate exit, and the choice of the fastest.
 
     Raises:
-        ConfigError: it names no branch, or no stage though a branch has layers to train.
+        ConfigError: it names no candidate, or no stage though a candidate has layers to train.
     """
 
     output: str
@@ -73,7 +75,7 @@ class ExitRecipe:
     prompts: PromptsRecipe
     collect: CollectRecipe = field(default_factory=CollectRecipe)
     branches: tuple[ExitConfig, ...] = ()
-    """Candidates."""
+    """The shapes of exit to try: the candidates."""
     vocabulary: int = 8192
     """Size of the draft vocabulary: so many of the tokens that the model uses most."""
     initial: str | None = None
@@ -95,7 +97,7 @@ class ExitRecipe:
     def __post_init__(self) -> None:
         if not self.branches:
             raise ConfigError("a recipe needs at least one entry in `branches`, such as {start: 0, num_layers: 1}")
-        if not self.stages and any(branch.num_layers for branch in self.branches):
+        if not self.stages and any(exit.num_layers for exit in self.branches):
             raise ConfigError("a recipe needs at least one entry in `stages`, such as {num_tokens: 1000000}")
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision is {self.precision}; it must be float32 or bfloat16")
@@ -111,4 +113,16 @@ class ExitRecipe:
     @property
     def taps(self) -> tuple[int, ...]:
         """Layers whose outputs any candidate needs, the last one aside (which every collection has)."""
-        return tuple(sorted({tap for branch in self.branches for tap in branch.taps}))
+        return tuple(sorted({tap for exit in self.branches for tap in exit.taps}))
+
+    @property
+    def load(self) -> LoadConfig:
+        """How the model is loaded to answer, and to be measured."""
+        precision: Any = self.collect.precision
+        return LoadConfig(
+            model=None if self.base == "default" else self.base,
+            dtype="auto" if precision in get_args(Quantize) else precision,
+            quantize=precision if precision in get_args(Quantize) else None,
+            device=self.device,
+            threads=self.threads,
+        )

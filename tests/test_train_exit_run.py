@@ -1,0 +1,174 @@
+"""From a recipe to an exit that drafts: the prompts, and whole runs by the command line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
+from hopskip.cli import app
+from hopskip.engine import Engine
+from hopskip.errors import ConfigError
+from hopskip.text.tokenizer import Tokenizer
+from hopskip.train.exit.distill import ExitTrainer
+from hopskip.train.exit.prompts import self_prompts, write_prompts
+from hopskip.train.exit.recipe import PromptsRecipe
+from tests.tiny import write_checkpoint, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, tokenizer=True)
+    return open_checkpoint(folder)
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_the_model_writes_itself(checkpoint: Checkpoint) -> None:
+    """They are what the whole model samples after the head of a user turn, as `LLM` has it, less the unfinished."""
+    llm = LLM(checkpoint.path, speculative=SpeculativeConfig(draft="none"), max_num_seqs=8)
+    settings = {"openings": ("", "hello"), "max_tokens": 80, "seed": 5}
+    found = list(self_prompts(llm.tokenizer, llm.engine, 50, **settings))  # type: ignore[arg-type]
+    params = SamplingParams(max_new_tokens=80, temperature=1.0, top_k=50)
+    heads = [llm.tokenizer.encode("<|im_start|>user\n" + text, add_special_tokens=False) for text in ("", "hello")]
+    results = llm.generate([heads[i % 2] for i in range(50)], [replace(params, seed=5 + i) for i in range(50)])
+    texts = [("", "hello")[i % 2] + result.text for i, result in enumerate(results) if result.finish_reason == "stop"]
+    expected = [text.strip() for text in texts if len(text.split()) >= 4]
+    assert found == list(dict.fromkeys(expected))
+    assert 0 < len(found) < 50
+
+
+def test_prompts_of_files(tmp_path: Path) -> None:
+    """Texts, turns and chats; without repetitions and what is excluded; a file that cannot be read costs no loading."""
+    rows = [
+        {"prompt": "first"},
+        {"turns": ["second", "and then?"]},
+        {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "third"}]},
+        {"prompt": " first "},
+        {"prompt": "first"},
+        {"prompt": "fourth"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "not.jsonl").write_text(json.dumps({"prompt": "fourth "}) + "\n")
+    settings = PromptsRecipe(files=(str(tmp_path / "rows.jsonl"),), exclude=(str(tmp_path / "not.jsonl"),))
+
+    def engine() -> Engine:
+        raise AssertionError("it is not needed")
+
+    def write(settings: PromptsRecipe) -> list[str]:
+        path = tmp_path / "prompts.jsonl"
+        write_prompts(settings, tokenizer, engine, path, print)
+        return sorted(json.loads(line)["prompt"] for line in path.read_text().splitlines())
+
+    write_tokenizer(tmp_path)
+    write_checkpoint(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, open_checkpoint(tmp_path).config)
+    assert write(settings) == [" first ", "first", "second", "third"]
+    assert len(write(replace(settings, max_prompts=2))) <= 2
+    (tmp_path / "wrong.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    with pytest.raises(ConfigError, match="none of prompt, turns, messages"):
+        write(replace(settings, files=(str(tmp_path / "wrong.jsonl"),), self_written=5))
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_makes_an_exit_that_drafts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"number {i} and {i * i}"}) + "\n" for i in range(12)))
+    excluded = tmp_path / "excluded.jsonl"
+    excluded.write_text(json.dumps({"turns": ["number 3 and 9"]}) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+output: {tmp_path / "run"}
+base: {checkpoint.path}
+prompts: {{files: [{prompts}], exclude: [{excluded}]}}
+collect: {{precision: float32, max_new_tokens: 12}}
+branches: [{{start: 0, num_layers: 1, features: [2, 3]}}, {{start: 1, num_layers: 0}}]
+vocabulary: 40
+stages: [{{num_tokens: 200, batch_tokens: 60, eval_every: 100, unroll_steps: 2}}]
+held_out_every: 3
+search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], vocabulary: [8], repeats: 1}}
+threads: 1
+"""
+    )
+    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
+    assert result.exit_code == 0, result.output
+    best = TrainedExit.load(tmp_path / "run" / "exit")
+    best.check_base(checkpoint.fingerprint)
+    best.check(checkpoint.config)
+    assert len(best.vocabulary) <= 40
+    shares = best.notes["held_out_acceptance"]
+    assert len(shares) == best.num_draft_tokens
+    assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
+    candidates = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert len(candidates) == 2 * 2 * 2 * 2  # exits, vocabularies, draft lengths, runner-ups
+    fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
+    assert fastest["vocabulary"] == len(best.vocabulary)
+    assert (fastest["start"], fastest["num_draft_tokens"]) == (best.config.start, best.num_draft_tokens)
+    coverage = {found["vocabulary"]: found["held_out_coverage"] for found in candidates}
+    assert len(coverage) == 2
+    assert coverage[8] < coverage[max(coverage)]
+    assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
+    assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
+    speculative = SpeculativeConfig(draft="exit-branch", exit_branch=tmp_path / "run" / "exit")
+    result = LLM(checkpoint.path, speculative=speculative).generate(
+        "number", SamplingParams(max_new_tokens=8, ignore_eos=True)
+    )[0]
+    assert result.stats.num_drafts > 0
+    for setting in ("stages=[]", "search.vocabulary=[40]"):
+        wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), setting])
+        assert wrong.exit_code == 2
+        assert setting.split("=")[0] in wrong.output
+    # nothing to train: no stage is needed
+    overrides = [f"output={tmp_path / 'plain'}", "stages=[]", "branches=[{start: 1, num_layers: 0}]"]
+    plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])
+    assert plain.exit_code == 0, plain.output
+    assert TrainedExit.load(tmp_path / "plain" / "exit").layers == []
+
+
+def test_a_run_can_start_from_another_models_exit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trainer = ExitTrainer(checkpoint, ExitConfig(start=0, num_layers=1, features=(2, 3)), torch.arange(320))
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    trainer.trained_exit("of another model", 2).save(tmp_path / "initial")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(6)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+output: {tmp_path / "run"}
+base: {checkpoint.path}
+prompts: {{files: [{tmp_path / "prompts.jsonl"}]}}
+collect: {{precision: float32, max_new_tokens: 12}}
+branches: [{{start: 0, num_layers: 1, features: [2, 3]}}]
+initial: {tmp_path / "initial"}
+stages: [{{num_tokens: 1, learning_rate: 1.0, eval_every: 1, unroll_steps: 1}}]  # its one step has a rate of zero
+precision: bfloat16
+held_out_every: 3
+search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1], num_runner_ups: [0], repeats: 1}}
+threads: 1
+"""
+    )
+    result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
+    assert result.exit_code == 0, result.output
+    found = TrainedExit.load(tmp_path / "run" / "exit")
+    found.check_base(checkpoint.fingerprint)
+    for name, tensor in TrainedExit.load(tmp_path / "initial").tensors().items():
+        assert torch.equal(found.tensors()[name], tensor), name
+    wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "branches=[{start: 1, num_layers: 1}]"])
+    assert wrong.exit_code == 2
+    assert "add it to branches" in wrong.output
