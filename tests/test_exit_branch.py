@@ -63,7 +63,7 @@ def random_branch(checkpoint: Checkpoint, config: ExitConfig, seed: int = 0) -> 
     for tensor in trainer.mixing.values():
         torch.nn.init.normal_(tensor, std=0.2 if tensor.ndim == 2 else 1.0)
     # as a file would hold it
-    branch = trainer.exit_branch(checkpoint.fingerprint, 3)
+    branch = trainer.trained_exit(checkpoint.fingerprint, 3)
     for tensor in branch.tensors().values():
         tensor.data = tensor.data.to(torch.bfloat16).float()
     return trainer, branch
@@ -73,7 +73,7 @@ def own_branch(checkpoint: Checkpoint) -> TrainedExit:
     """The model's own last layer as a branch over the whole vocabulary: it drafts what the model will say, always."""
     depth, vocabulary = checkpoint.config.num_hidden_layers, torch.arange(checkpoint.config.vocab_size)
     trainer = ExitTrainer(checkpoint, ExitConfig(start=depth - 1, num_layers=1), vocabulary)
-    return trainer.exit_branch(checkpoint.fingerprint, 4)
+    return trainer.trained_exit(checkpoint.fingerprint, 4)
 
 
 CONFIGS = [

@@ -216,3 +216,24 @@ def _usual_length(speculative: SpeculativeConfig, backend: Backend) -> int:
 def _layer_skip(speculative: SpeculativeConfig, backend: Backend) -> OwnLayers:
     assert speculative.skip_layers is not None, "the layers to skip have not been looked for"
     return layer_skip(speculative.skip_layers, backend.config.num_hidden_layers, speculative.draft_precision)
+
+
+class DraftersByExit:
+    """Drafters of requests that ask for an exit layer of their own, made when first asked for.
+
+    Args:
+        speculative: as it was resolved; its draft is `early-exit` or `both`.
+    """
+
+    def __init__(self, speculative: SpeculativeConfig, backend: Backend) -> None:
+        self._speculative, self._backend = speculative, backend
+        self._drafters: dict[int, Drafter] = {}
+
+    def at(self, exit_layer: int) -> Drafter:
+        """Raises ConfigError if the model has no such exit."""
+        if exit_layer not in self._drafters:
+            config = resolve(replace(self._speculative, exit_layer=exit_layer), self._backend.config)
+            drafter = make_drafter(config, self._backend)
+            assert drafter is not None
+            self._drafters[exit_layer] = drafter
+        return self._drafters[exit_layer]

@@ -10,12 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.draft.base import Draft, Drafter
-from hopskip.draft.make import Identity, make_drafter, prepare, resolve
+from hopskip.draft.make import DraftersByExit, Identity, prepare
 from hopskip.engine.choose import choose
 from hopskip.engine.round import Rounds
 from hopskip.engine.slots import Slots
@@ -72,8 +71,7 @@ class Engine:
         """Told of every round, once its tokens are committed."""
         self._eos_token_ids = frozenset(backend.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._num_requests = 0
-        self._drafters_by_exit: dict[int, Drafter] = {}
-        """Those of requests that ask for an exit layer of their own."""
+        self._drafters_by_exit = DraftersByExit(speculative, backend)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         row_exact = backend.traits.row_exact
@@ -90,7 +88,7 @@ class Engine:
             speculative,
             drafter,
             self._slots,
-            drafter_at=self._drafter_at,
+            drafters_by_exit=self._drafters_by_exit,
             rows_per_sequence=rows_per_sequence,
         )
 
@@ -149,15 +147,7 @@ class Engine:
                 f"exit_layer={exit_layer}: with verify 'reuse' all requests share the engine's exit layer, "
                 f"{speculative.exit_layer}; leave it out"
             )
-        self._drafter_at(exit_layer)
-
-    def _drafter_at(self, exit_layer: int) -> Drafter:
-        if exit_layer not in self._drafters_by_exit:
-            config = resolve(replace(self.speculative, exit_layer=exit_layer), self.backend.config)
-            drafter = make_drafter(config, self.backend)
-            assert drafter is not None
-            self._drafters_by_exit[exit_layer] = drafter
-        return self._drafters_by_exit[exit_layer]
+        self._drafters_by_exit.at(exit_layer)
 
     def abort(self, sequence: Sequence) -> None:
         """End a request now; its slot is free for the next step. Aborting a finished request does nothing."""

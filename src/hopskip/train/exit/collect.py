@@ -30,8 +30,6 @@ from hopskip.speculative import SpeculativeConfig
 from hopskip.train.checkpoint import replacing_file
 
 SHARD_PROMPTS = 256
-_NO_DRAFTS = SpeculativeConfig(draft="ngram", num_draft_tokens=1)
-"""For an engine whose drafter only looks on: it is asked for drafts of one token, and gives none."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,9 @@ def collect(
     metadata = {"fingerprint": fingerprint, "taps": json.dumps([*taps, depth])}
     longest = max(map(len, prompts)) + max_new_tokens
     states = _States([*taps, depth], max_num_seqs, longest, backend.config.hidden_size)
-    engine = Engine(backend, _NO_DRAFTS, states, eos_token_ids=eos_token_ids, max_num_seqs=max_num_seqs)
+    engine = Engine(
+        backend, SpeculativeConfig(draft="none"), states, eos_token_ids=eos_token_ids, max_num_seqs=max_num_seqs
+    )
     params = SamplingParams(max_new_tokens=max_new_tokens)
     num_tokens = 0
     for first in range(0, len(prompts), SHARD_PROMPTS):
