@@ -24,7 +24,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from hopskip.evaluate.requantize import requantize
+from benchmarks.requantize import requantize
 
 from hopskip.bench.contenders import Contender, Hopskip, LlamaCpp, Precision, Transformers
 from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions

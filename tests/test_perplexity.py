@@ -10,10 +10,10 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from hopskip.evaluate.requantize import requantize
+from benchmarks.requantize import requantize
 from typer.testing import CliRunner, Result
 
-from hopskip.backends.native.backend import available
+from hopskip.backends.native.isa import obstacle
 from hopskip.bench.perplexity import (
     cut_windows,
     difference,
@@ -25,20 +25,20 @@ from hopskip.bench.perplexity import (
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.cli import app
 from hopskip.errors import CheckpointError, ConfigError, PromptError
-from hopskip.loading import load_model
+from hopskip.loading import BackendName, LoadConfig, load_backend
 from hopskip.prompts import whole_prompts
 from hopskip.text.tokenizer import Tokenizer
 from tests.tiny import byte_level_tokenizer, make_model, write_checkpoint, write_gguf
 
 WINDOWS = [[(7 * i * i + n) % 320 for i in range(n)] for n in (2, 40, 300)]  # the last has more rows than one head pass
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(available() is not None, reason="not built"))]
+BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(obstacle() is not None, reason="not built"))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_losses_are_those_of_transformers_at_every_layer(tmp_path: Path, backend: str) -> None:
+def test_losses_are_those_of_transformers_at_every_layer(tmp_path: Path, backend: BackendName) -> None:
     theirs = write_checkpoint(tmp_path, "llama2-mha")
-    model = load_model(open_checkpoint(tmp_path), backend=backend, dtype="float32")  # type: ignore[arg-type]
-    found = negative_log_likelihoods(model, WINDOWS, places_to_read(3, [2, 1]))
+    ours = load_backend(open_checkpoint(tmp_path), LoadConfig(backend=backend, dtype="float32"))
+    found = negative_log_likelihoods(ours, WINDOWS, places_to_read(3, [2, 1]))
     assert list(found) == [1, 2, 3]
     expected: dict[int, list[torch.Tensor]] = {1: [], 2: [], 3: []}
     for window in WINDOWS:
@@ -116,7 +116,7 @@ def run(*arguments: str | Path) -> Result:
     return result
 
 
-@pytest.mark.skipif(available() is not None, reason="not built")
+@pytest.mark.skipif(obstacle() is not None, reason="not built")
 def test_the_report(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 4)
@@ -189,10 +189,8 @@ def test_a_shuffled_model_is_the_same_function(tmp_path: Path, family: str) -> N
     changed = {n for n in before.names() if not torch.equal(before.tensor(n), after.tensor(n))}
     kept = {n for n in before.names() if "q_proj.bias" in n or "k_proj.bias" in n or "q_norm" in n or "k_norm" in n}
     assert changed == before.names() - kept
-    found = [
-        negative_log_likelihoods(load_model(c, backend="torch", dtype="float32"), WINDOWS, [1, 3])
-        for c in (before, after)
-    ]
+    load = LoadConfig(backend="torch", dtype="float32")
+    found = [negative_log_likelihoods(load_backend(c, load), WINDOWS, [1, 3]) for c in (before, after)]
     for stop in (1, 3):
         torch.testing.assert_close(found[1][stop], found[0][stop], rtol=1e-4, atol=1e-3)
     requantize(source, tmp_path / "other.gguf", "f32", shuffle=2)
