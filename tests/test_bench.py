@@ -1,4 +1,4 @@
-"""`hopskip bench`: turns, medians and ratios; contenders that are absent, fail or die; what it reports."""
+"""Benchmarks: turns, medians and ratios; contenders that are absent, fail or die; who takes part; what is reported."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from benchmarks.requantize import requantize
-from typer.testing import CliRunner
-from typer.testing import Result as ClickResult
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.backends.native.isa import obstacle
-from hopskip.backends.torch.weights import load_weights
-from hopskip.bench import measure as measuring
 from hopskip.bench.contenders import (
     AbsentError,
     Contender,
@@ -25,18 +19,16 @@ from hopskip.bench.contenders import (
     Hopskip,
     LlamaCpp,
     Transformers,
-    gguf_bytes_per_token,
 )
 from hopskip.bench.lineup import lineup, parse_setting
 from hopskip.bench.machine import measure_read_bandwidth, versions
 from hopskip.bench.measure import PromptResult, Result, measure, ratio, report
 from hopskip.bench.turns import medians, take_turns
 from hopskip.checkpoint.checkpoint import open_checkpoint
-from hopskip.cli import app
 from hopskip.draft import timing
-from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
+from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig
-from hopskip.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, spread
+from hopskip.prompts import Prompt
 from tests.scripted import Scripted
 from tests.tiny import make_model, write_checkpoint, write_gguf
 
@@ -193,7 +185,7 @@ def test_costs_that_another_has_measured_are_not_measured_again(
     kept = sorted(tmp_path.glob("*.costs.json"))
     assert len(kept) == 1
     contenders = lineup(open_checkpoint(checkpoint), LoadConfig(**load), auto)
-    monkeypatch.setattr(timing, "measure", pytest.fail)
+    monkeypatch.setattr(timing, "measure", lambda *arguments, **options: pytest.fail("measured again"))
     contenders[0].start(threads=1, max_model_len=64)
     assert sorted(tmp_path.glob("*.costs.json")) == kept
 
@@ -324,173 +316,10 @@ def test_settings_build_on_the_given_ones() -> None:
     )
 
 
-# -- prompts, machine, requantize ------------------------------------------------------------------------------------
-
-
-def test_prompt_sets_are_in_the_package() -> None:
-    assert [len(load_prompts(name)) for name in PROMPT_SETS] == [80, 80, 80, 80, 12]
-    assert len(load_prompts("mt_bench", 7)) == 7
-    assert [p.set for p in mixed_prompts(7)] == [*PROMPT_SETS, *PROMPT_SETS[:2]]
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    file = tmp_path / "own.jsonl"
-    chat = [{"role": "user", "content": "hi"}]
-    lines = [{"prompt": "a"}, {"turns": ["b", "c"], "question_id": "q"}, {"messages": chat}]
-    file.write_text("\n\n".join(map(json.dumps, lines)))
-    assert load_prompts(str(file)) == [
-        Prompt("own", "1", "a"),
-        Prompt("own", "q", "b"),
-        Prompt("own", "5", tuple(chat)),
-    ]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"text": "x"}', '{"turns": []}', '{"messages": [1]}', '{"prompt": 1}']
-)
-def test_wrong_prompt_files(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "own.jsonl"
-    file.write_text(text)
-    with pytest.raises(PromptError, match=r"own\.jsonl"):
-        load_prompts(str(file))
-
-
-def test_prompts_that_cannot_be_found(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="alpaka"):
-        load_prompts("alpaka")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_prompts(str(tmp_path))
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(PromptError, match="not UTF-8"):
-        load_prompts(str(tmp_path / "x.jsonl"))
+# -- the machine -------------------------------------------------------------------------------------------------------
 
 
 def test_read_bandwidth_is_that_of_memory() -> None:
     before = torch.get_num_threads()
     assert 1e8 < measure_read_bandwidth(1, repeats=3) < 1e13
     assert torch.get_num_threads() == before
-
-
-def test_requantize(tmp_path: Path) -> None:
-    source, target = tmp_path / "f32.gguf", tmp_path / "q.gguf"
-    write_gguf(source, make_model("llama2-mha"), metadata={"general.name": "tiny"})
-    for kind, head, matrix in (("q8_0", "Q8_0", "Q8_0"), ("q4_0", "Q8_0", "Q4_0")):
-        requantize(source, target, kind)
-        checkpoint = open_checkpoint(target)
-        assert checkpoint.config == open_checkpoint(source).config
-        for name, wanted in (("lm_head.weight", head), ("model.layers.1.mlp.up_proj.weight", matrix)):
-            stored = checkpoint.quantized(name)
-            assert stored is not None
-            assert stored.type == wanted
-        assert checkpoint.quantized("model.norm.weight") is None
-        reader = gguf.GGUFReader(target)
-        name = reader.get_field("general.name")
-        assert name is not None
-        assert name.contents() == "tiny"
-        # all tensors but the embedding table, which is not the head here
-        table = next(t for t in reader.tensors if t.name == "token_embd.weight")
-        assert gguf_bytes_per_token(target) == sum(int(t.n_bytes) for t in reader.tensors) - int(table.n_bytes)
-    exact = load_weights(open_checkpoint(source), torch.float32, torch.device("cpu")).layers[0].down_proj
-    rounded = load_weights(open_checkpoint(target), torch.float32, torch.device("cpu")).layers[0].down_proj
-    error = (exact - rounded).abs().max() / exact.abs().max()
-    assert 0 < error < 0.13  # 4 bits: steps of an eighth of the largest value of a block
-
-
-def test_requantize_refuses(tmp_path: Path) -> None:
-    source = tmp_path / "f32.gguf"
-    write_gguf(source, make_model("llama2-mha"))
-    with pytest.raises(ConfigError, match="the input itself"):
-        requantize(source, source, "q8_0")
-    with pytest.raises(ConfigError, match="q5_k"):
-        requantize(source, tmp_path / "x.gguf", "q5_k")
-    with pytest.raises(CheckpointError, match="does not exist"):
-        requantize(tmp_path / "none.gguf", tmp_path / "x.gguf", "q8_0")
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(HopskipError, match=r"bad\.gguf cannot be read"):
-        requantize(tmp_path / "bad.gguf", tmp_path / "x.gguf", "q8_0")
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
-def invoke(checkpoint: Path, *arguments: str) -> ClickResult:
-    short = ["-n", "8", "--num-prompts", "2", "--repeats", "1", "--backend", "torch", "--threads", "1"]
-    return CliRunner().invoke(app, ["bench", "--model", str(checkpoint), *short, *arguments])
-
-
-def test_command_reports_json(checkpoint: Path, tmp_path: Path) -> None:
-    plot = tmp_path / "plot.png"
-    arguments = ["--against", "transformers,llama.cpp", "--draft", "ngram", "--prompts", "alpaca", "--prompts", "gsm8k"]
-    pytest.importorskip("matplotlib")
-    result = invoke(checkpoint, *arguments, "--json", "--plot", str(plot))
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert list(found) == ["machine", "versions", "settings", "contenders"]
-    assert found["machine"]["threads"] == 1
-    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in found["versions"]["torch"]
-    contenders = {c["name"]: c for c in found["contenders"]}
-    assert list(contenders)[:4] == ["hopskip", "hopskip-plain", "transformers-float32", "transformers-bfloat16"]
-    for name in list(contenders)[:4]:
-        entry = contenders[name]
-        assert entry["status"] == "measured"
-        assert entry["decode_tokens_per_second"] > 0
-        assert entry["prefill_tokens_per_second"] > 0
-        assert entry["mbu"] > 0
-        assert entry["mean_acceptance_length"] >= 1
-        assert [p["set"] for p in entry["per_prompt"]] == ["alpaca", "alpaca", "gsm8k", "gsm8k"]
-        assert set(entry["by_set"]) == {"alpaca", "gsm8k"}
-    assert contenders["hopskip"]["lossless"] is True
-    theirs = [c for name, c in contenders.items() if name.startswith("transformers")]
-    assert [c["quoted"] for c in sorted(theirs, key=lambda c: c["decode_tokens_per_second"])] == [False, True]
-    assert contenders["hopskip"]["quoted"]
-    assert contenders["hopskip-plain"]["lossless"] is None
-    assert set(contenders["hopskip"]["decode_ratio_to"]) == set(list(contenders)[1:4])
-    assert list(contenders.values())[4]["status"] == "absent"  # the checkpoint is no GGUF file
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_prints_a_table(checkpoint: Path) -> None:
-    result = invoke(checkpoint, "--draft", "none")
-    assert result.exit_code == 0, result.output
-    assert "hopskip-plain" in result.stdout
-    assert "mean of sets" not in result.stdout, "there is nothing to set beside plain decoding"
-    assert "…" not in result.stdout
-    assert "mean of sets" in invoke(checkpoint, "--draft", "ngram").stdout
-    assert "GB/s read" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--num-prompts", "0"], "--num-prompts is 0"),
-        (["--repeats", "-1"], "repeats is -1"),
-        (["-n", "1"], "--max-new-tokens is 1"),
-        (["-n", "5000"], "the model's context holds 1024"),
-        (["--against", "vllm"], "'vllm'"),
-        (["--against", "llama.cpp", "--llama-cpp-model", "none.gguf"], "none.gguf"),
-        (["--setting", "quantize=q8"], ": quantize=q8 needs the native CPU backend"),
-        (["--dtype", "int3"], "int3"),
-        (["--exit-layer", "3"], "--exit-layer is 3; this model has"),
-        (["--threads=0"], "--threads is 0"),
-        (["--device", "cuda"], "'cuda'"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, arguments: list[str], message: str) -> None:
-    result = invoke(checkpoint, *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    errors = [line for line in result.stderr.splitlines() if "error" in line]
-    assert len(errors) == 1
-    assert message in errors[0]
-
-
-def test_a_failure_of_our_own_is_exit_code_1(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(contenders: list[Contender], *rest: object, **options: object) -> list[Result]:
-        return [Result(contender=c, status="failed", reason="broken") for c in contenders]
-
-    monkeypatch.setattr(measuring, "measure", fail)
-    result = invoke(checkpoint)
-    assert result.exit_code == 1
-    assert "hopskip: failed: broken" in result.stdout

@@ -197,7 +197,7 @@ def test_recording_takes_the_costs_that_are_kept(tmp_path: Path, monkeypatch: py
     auto = SpeculativeConfig(draft="auto")
     LLM(tmp_path / "model", speculative=auto, backend="torch", dtype="float32")
     (kept,) = (tmp_path / "cache").glob("*.costs.json")
-    monkeypatch.setattr(timing, "measure", pytest.fail)
+    monkeypatch.setattr(timing, "measure", lambda *arguments, **options: pytest.fail("measured again"))
     opened = open_model(LoadConfig(model=tmp_path / "model", backend="torch", dtype="float32"), auto)
     known = record(opened.backend, [], max_new_tokens=4, identity=opened.identity, on_proposals=pytest.fail)
     assert json.loads(json.dumps(known["costs"])) == json.loads(kept.read_text())["costs"]
