@@ -67,7 +67,7 @@ def test_windows(tmp_path: Path) -> None:
     assert cut_windows(tokenizer, texts, max_tokens=len(first) + 1) == [first]
     for wrong in ({"context": 1}, {"max_tokens": 1}):
         with pytest.raises(ConfigError, match="must be at least 2"):
-            cut_windows(tokenizer, texts, **wrong)  # type: ignore[arg-type]
+            cut_windows(tokenizer, texts, **wrong)
     with pytest.raises(PromptError, match="fewer than two tokens"):
         cut_windows(tokenizer, ["", "a"])
 
