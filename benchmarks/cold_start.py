@@ -1,11 +1,14 @@
 """Time from starting a process to the first byte of its answer: `hopskip generate` against a few lines of transformers.
 
 Both run the default model's GGUF file from disk, in turn. Needs the `eval` extra (transformers reads a GGUF file only
-with accelerate). Usage: python benchmarks/cold_start.py [REPEATS]
+with accelerate).
+
+    python benchmarks/cold_start.py 3
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -45,7 +48,11 @@ def seconds_to_first_byte(command: list[str], _turn: int = 0) -> float:
 
 
 def main() -> None:
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repeats", type=int, nargs="?", default=5, help="runs of each (default: 5)")
+    repeats = parser.parse_args().repeats
+    if repeats < 1:
+        parser.error("REPEATS must be at least 1")
     commands = {
         "hopskip": [sys.executable, "-m", "hopskip", "generate", "--max-new-tokens", "16", PROMPT],
         "transformers": [sys.executable, "-c", TRANSFORMERS, str(find_model())],

@@ -91,6 +91,8 @@ class Contender(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Hopskip(Contender):
+    """Our engine, as `LLM` with these options makes it: what it measures of the model here is remembered for both."""
+
     load: LoadConfig
     """Its `threads` are those that the contender is started with."""
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
