@@ -1,8 +1,8 @@
 """Plain decoding and prefill against llama.cpp and transformers, on this machine, with what the project asks of itself
 (floor, aim) beside each figure.
 
-    python benchmarks/against_others.py                      # everything: about a quarter of an hour on two cores
-    python benchmarks/against_others.py --only prefill,llama-1b --repeats 1
+    python -m benchmarks.against_others                      # everything: about a quarter of an hour on two cores
+    python -m benchmarks.against_others --only prefill,llama-1b --repeats 1
 
 Contenders take turns, each in a process of its own, with the same token ids and threads; ratios are medians over
 prompts, rates medians over repeats. Needs llama-cpp-python (built for this processor, or the comparison is unfair) and
@@ -24,16 +24,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from hopskip.evaluate.requantize import requantize
+from benchmarks.requantize import requantize
+from tokenizers.pre_tokenizers import ByteLevel
 
-from hopskip.bench.contenders import Contender, Hopskip, LlamaCpp, Precision, Transformers
-from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.bench.contenders import Contender, Hopskip, LlamaCpp, Transformers
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
 from hopskip.bench.measure import Result, is_quoted, measure, ratio
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.rope import RopeConfig
 from hopskip.errors import HopskipError
+from hopskip.loading import DType, LoadConfig
+from hopskip.machine import num_usable_cores
 from hopskip.prompts import Prompt, load_prompts, whole_prompts
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
@@ -116,7 +119,7 @@ def decode(setup: Setup) -> Iterator[Row]:
     prompts = [(p, p.encode(setup.tokenizer)) for name in ("alpaca", "gsm8k") for p in load_prompts(name, 3)]
     found = setup.run(
         [
-            ours("bf16", setup.model, Precision(dtype="bfloat16")),
+            ours("bf16", setup.model, "bfloat16"),
             *(
                 Transformers(name=f"transformers-{name}", variant_of="transformers", path=setup.model, dtype=dtype)
                 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
@@ -178,8 +181,8 @@ SECTIONS: dict[str, Callable[[Setup], Iterator[Row]]] = {
 }
 
 
-def ours(what: str, path: Path, precision: Precision | None = None) -> Hopskip:
-    return Hopskip(name=f"hopskip {what}", path=path, precision=precision or Precision(), speculative=PLAIN)
+def ours(what: str, path: Path, dtype: DType = "auto") -> Hopskip:
+    return Hopskip(name=f"hopskip {what}", load=LoadConfig(model=path, dtype=dtype, device="cpu"), speculative=PLAIN)
 
 
 def theirs(what: str, path: Path) -> LlamaCpp:
@@ -199,7 +202,7 @@ def compare(name: str, us: Result, them: Result, field: str, floor: float, aim: 
 
 
 def write_random_q8_0(path: Path, config: ModelConfig, seed: int = 0) -> None:
-    """A GGUF file of random Q8_0 matrices, for the llama architecture and without a vocabulary: speed is all it has.
+    """A GGUF file of random Q8_0 matrices and a made-up vocabulary, for the llama architecture: speed is all it has.
 
     Matrices of one shape are copies of each other; in memory each has a place of its own, so that all are streamed.
     """
@@ -217,7 +220,7 @@ def write_random_q8_0(path: Path, config: ModelConfig, seed: int = 0) -> None:
     writer.add_rope_freq_base(config.rope.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    add_vocabulary(writer, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     matrices: dict[tuple[int, ...], np.ndarray] = {}
     for name, shape in expected_tensors(config).items():
@@ -236,6 +239,17 @@ def write_random_q8_0(path: Path, config: ModelConfig, seed: int = 0) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """A byte-level one whose tokens are the bytes, one merge, and names that no text has."""
+    letters = sorted(ByteLevel.alphabet())
+    named = [f"<{index}>" for index in range(size - len(letters) - 1)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*letters, letters[0] * 2, *named])
+    writer.add_token_types([gguf.TokenType.NORMAL] * (len(letters) + 1) + [gguf.TokenType.UNUSED] * len(named))
+    writer.add_token_merges([f"{letters[0]} {letters[0]}"])
 
 
 def show(row: Row) -> str:

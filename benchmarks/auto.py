@@ -17,17 +17,19 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import NamedTuple, get_args
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
-from hopskip.engine.engine import Engine
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
+from hopskip.engine import Engine
 from hopskip.errors import HopskipError
+from hopskip.machine import num_usable_cores
 from hopskip.prompts import PROMPT_SETS, load_prompts
-from hopskip.sequence import Sequence
+from hopskip.sequence import Request, Sequence
 from hopskip.speculative import DraftChoice
 
 FLOOR = 0.97  # against no draft
@@ -76,9 +78,11 @@ class Cell:
 
 
 def rates(engines: dict[str, Engine], prompts: Seq[list[int]], params: SamplingParams) -> dict[str, Rate]:
-    """The engines take turns: whichever has written less is next, so that each meets the same machine at the same place
-    of the text."""
-    sequences = {draft: [engine.add(prompt, params) for prompt in prompts] for draft, engine in engines.items()}
+    """The engines take turns step by step, not run by run as in `hopskip.bench.turns`: whichever has written less is
+    next, so that each meets the same machine at the same place of the text."""
+    sequences = {
+        draft: [engine.add(Request(prompt, params)) for prompt in prompts] for draft, engine in engines.items()
+    }
     steps: dict[str, list[tuple[bool, int, float]]] = {draft: [] for draft in engines}
     while working := [draft for draft, engine in engines.items() if engine.has_work]:
         draft = min(working, key=lambda draft: num_written(sequences[draft]))
@@ -107,6 +111,32 @@ def num_written(sequences: Seq[Sequence]) -> int:
     return sum(len(sequence.tokens) for sequence in sequences)
 
 
+def compare(batch: int, temperatures: Seq[float], sets: Seq[str], arguments: argparse.Namespace) -> Iterator[Cell]:
+    """The cells of a batch size."""
+    against: DraftChoice = arguments.against
+    choices: tuple[DraftChoice, ...] = (against, "auto")
+    llms: dict[str, LLM] = {
+        draft: LLM(
+            dtype="auto" if arguments.quantize else arguments.dtype,
+            quantize=arguments.quantize,
+            threads=arguments.threads,
+            max_num_seqs=batch,
+            speculative=SpeculativeConfig(draft=draft),
+        )
+        for draft in choices
+    }
+    engines = {draft: llm.engine for draft, llm in llms.items()}
+    for temperature in temperatures:
+        params = SamplingParams(max_new_tokens=arguments.num_tokens, temperature=temperature, ignore_eos=True)
+        for name in sets:
+            loaded = load_prompts(name, max(2 * batch, FEWEST_PROMPTS))
+            prompts = [prompt.encode(llms["auto"].tokenizer) for prompt in loaded]
+            rates(engines, prompts, params)  # warms up
+            repeats = [rates(engines, prompts, params) for _ in range(arguments.repeats)]
+            by_draft = {draft: [repeat[draft] for repeat in repeats] for draft in engines}
+            yield Cell(batch=batch, temperature=temperature, set=name, against=against, rates=by_draft)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", help="auto: as the checkpoint comes")
@@ -133,30 +163,9 @@ def main() -> int:
     try:
         bandwidth = measure_read_bandwidth(arguments.threads)
         for batch in batches:
-            engines: dict[str, Engine] = {}
-            num_prompts = max(2 * batch, FEWEST_PROMPTS)
-            for draft in (arguments.against, "auto"):
-                llm = LLM(
-                    dtype="auto" if arguments.quantize else arguments.dtype,
-                    quantize=arguments.quantize,
-                    threads=arguments.threads,
-                    max_num_seqs=batch,
-                    speculative=SpeculativeConfig(draft=draft),
-                )
-                engines[draft] = llm.engine
-            for temperature in temperatures:
-                params = SamplingParams(max_new_tokens=arguments.num_tokens, temperature=temperature, ignore_eos=True)
-                for name in sets:
-                    prompts = [p.encode(llm.tokenizer) for p in load_prompts(name, num_prompts)]
-                    by_draft: dict[str, list[Rate]] = {draft: [] for draft in engines}
-                    for repeat in range(1 + arguments.repeats):
-                        for draft, value in rates(engines, prompts, params).items():
-                            if repeat:  # the first warms up
-                                by_draft[draft].append(value)
-                    found.append(
-                        Cell(batch=batch, temperature=temperature, set=name, against=arguments.against, rates=by_draft)
-                    )
-                    print(found[-1], flush=True)
+            for cell in compare(batch, temperatures, sets, arguments):
+                found.append(cell)
+                print(cell, flush=True)
     except HopskipError as error:
         print(f"auto: error: {error}", file=sys.stderr)
         return 2

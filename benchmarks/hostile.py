@@ -94,7 +94,9 @@ def attack(url: str, count: int, seed: int = 0) -> Counter[str]:
     """
     chance = random.Random(seed)
     bodies, connections = hostile_bodies(chance), hostile_connections(chance)
-    host, port = re.fullmatch(r"http://(.+):(\d+)", url).groups()  # type: ignore[union-attr]
+    address = re.fullmatch(r"http://(.+):(\d+)", url)
+    assert address is not None, url
+    host, port = address.groups()
     answers: Counter[str] = Counter()
     open_sockets: list[socket.socket] = []
     stream = json.dumps({"prompt": "a", "max_tokens": 100, "stream": True, "ignore_eos": True}).encode()

@@ -13,23 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Cache
+from hopskip.backends.base import Cache, DraftTask
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.packed import PackedWeights
 from hopskip.backends.native.quantize import Packed, pack, quantize_q4, quantize_q8
 from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.tensor_cache import TensorCache
+from hopskip.bench.turns import medians, take_turns
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.rope import RopeConfig
+from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 
 SHAPES = {
     # hidden, intermediate, layers, heads, kv heads, head dim, vocabulary
@@ -78,37 +82,44 @@ def in_one_piece(weights: PackedWeights) -> tuple[PackedWeights, Tensor]:
     first = -whole.data_ptr() % 64 // 4
     whole = whole[first : first + sum(part.numel() for part in parts)]
     matrices: dict[str, Packed] = {}
-    for (name, m), room in zip(weights.matrices.items(), whole.split([p.numel() for p in parts]), strict=True):
+    for (name, m), room in zip(weights.matrices.items(), torch.split(whole, [p.numel() for p in parts]), strict=True):
         matrices[name] = Packed(m.format, m.rows, m.cols, room.view(m.data.shape).copy_(m.data))
     return PackedWeights(weights.config, matrices, weights.vectors), whole.view(torch.int64)
 
 
-def passes(model: NativeBackend, cache: Cache) -> dict[str, Callable[[], object]]:
-    """Name -> one pass: all layers, and the head for the rows that would need it."""
-    layers = model.config.num_hidden_layers
+def trimmed_exit(config: ModelConfig) -> TrainedExit:
+    """The model's first layers and some rows of its own head."""
+    return TrainedExit(
+        config=ExitConfig(start=DRAFT_LAYERS, num_layers=0),
+        vocabulary=torch.arange(min(DRAFT_VOCABULARY, config.vocab_size)),
+        layers=[],
+        mixing={},
+        fingerprint="",
+        num_draft_tokens=DRAFT_STEPS,
+    )
+
+
+def passes(backend: NativeBackend, cache: Cache) -> dict[str, Callable[[], object]]:
+    """Name -> one pass: all layers, and the head for the rows that would need it; and one draft of several steps."""
     generator = torch.Generator().manual_seed(0)
 
+    def random_ids(count: int) -> list[int]:
+        ids: list[int] = torch.randint(0, backend.config.vocab_size, (count,), generator=generator).tolist()
+        return ids
+
     def decode(rows: Rows) -> Callable[[], object]:
-        ids = torch.randint(0, model.config.vocab_size, (len(rows),), generator=generator)
-        return lambda: model.greedy(model.run_layers(model.embed(ids), 0, layers, rows, cache))
+        ids = random_ids(len(rows))
+        return lambda: backend.greedy(backend.forward(ids, rows, cache).hidden_ND)
 
     def prefill(count: int) -> Callable[[], object]:
-        ids = torch.randint(0, model.config.vocab_size, (count,), generator=generator)
-        rows = Rows([Segment(0, 0, count)])
-        return lambda: model.greedy(model.run_layers(model.embed(ids), 0, layers, rows, cache)[-1:])
+        ids, rows = random_ids(count), Rows([Segment(0, 0, count)])
+        return lambda: backend.greedy(backend.forward(ids, rows, cache).hidden_ND[-1:])
 
-    subset = model.head_subset(torch.arange(min(DRAFT_VOCABULARY, model.config.vocab_size)))
-
-    def draft() -> object:
-        rows = Rows([Segment(0, SHORT, 1)])
-        return model.draft_chains(
-            torch.tensor([1]), rows, [DRAFT_STEPS], cache, layers=range(DRAFT_LAYERS), head=subset
-        )
-
+    task = DraftTask(layers=None, token_ids=[1], rows=Rows([Segment(0, SHORT, 1)]), limits=[DRAFT_STEPS])
     found = {f"{m} row{'s'[: m - 1]}": decode(Rows([Segment(0, SHORT, m)])) for m in (1, 2, 4, 6, 8, 16)}
     found["16 sequences"] = decode(Rows(Segment(slot, SHORT, 1) for slot in range(16)))
     found["context 7000"] = decode(Rows([Segment(0, LONG, 1)]))
-    found["draft"] = draft
+    found["draft"] = lambda: backend.draft(task, cache)
     found["prefill 512"] = prefill(512)
     return found
 
@@ -123,46 +134,52 @@ def draft_share(weights: PackedWeights) -> float:
 
 
 def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each; they take turns of a few runs. As in a loop of decoding, a pass follows one of its own
-    kind: the first of a turn, which finds the caches as another has left them, is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            run()
-            for _ in range(1 if name.startswith("prefill") else 3):
-                start = time.perf_counter()
-                run()
-                times[name].append((time.perf_counter() - start) * 1e3)
+    """Milliseconds of each, in turns of a few runs."""
+    found = take_turns({name: partial(a_few, name, run) for name, run in runs.items()}, range(repeats))
+    return {name: list(chain.from_iterable(turns)) for name, turns in found.items()}
+
+
+def a_few(name: str, run: Callable[[], object], _turn: int) -> list[float]:
+    """Milliseconds of the runs of a turn. As in a loop of decoding, a pass follows one of its own kind: the first run,
+    which finds the caches as another has left them, is not counted."""
+    run()
+    times = []
+    for _ in range(1 if name.startswith("prefill") else 3):
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) * 1e3)
     return times
 
 
-def report_on(model: NativeBackend, weights: PackedWeights, whole: Tensor, repeats: int) -> dict[str, object]:
-    cache = model.new_cache(16, CONTEXT)
-    for tensor in cache.tensors:  # what a long context would have left there
+def report_on(backend: NativeBackend, weights: PackedWeights, whole: Tensor, repeats: int) -> dict[str, object]:
+    backend.attach_exit(trimmed_exit(backend.config))
+    # of the kind that the backend makes itself; what a long context would have left there needs its tensors
+    cache = TensorCache(backend.config, 16, CONTEXT, backend.kv_dtype)
+    for tensor in cache.tensors:
         for part in (tensor[:, 0], tensor[:, 1:, :, : SHORT + 1]):
             part.random_(-127, 128) if tensor.dtype == torch.int8 else part.normal_()
-    torch.set_num_threads(model.threads)
-    times = measure({"read": whole.sum, **passes(model, cache)}, repeats)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    bandwidth = whole.nbytes / medians.pop("read") / 1e6
-    medians["draft step"] = medians.pop("draft") / DRAFT_STEPS
-    one = medians["1 row"]
+    traits = backend.traits
+    torch.set_num_threads(traits.threads)
+    ms = medians(measure({"read": whole.sum, **passes(backend, cache)}, repeats))
+    bandwidth = whole.nbytes / ms.pop("read") / 1e6
+    ms["draft step"] = ms.pop("draft") / DRAFT_STEPS
+    one = ms["1 row"]
     kv_bytes = cache.nbytes / (cache.num_slots * cache.length)
     shares = {
-        name: (model.weight_bytes + kv_bytes * positions) / medians[name] / 1e6 / bandwidth
+        name: (traits.bytes_per_pass + kv_bytes * positions) / ms[name] / 1e6 / bandwidth
         for name, positions in (("1 row", SHORT), ("context 7000", LONG))
     }
     return {
-        "isa": model.isa,
-        "threads": model.threads,
-        "kv_dtype": str(model.kv_dtype).removeprefix("torch."),
-        "weight_bytes": model.weight_bytes,
+        "isa": traits.instruction_set,
+        "threads": traits.threads,
+        "kv_dtype": str(backend.kv_dtype).removeprefix("torch."),
+        "weight_bytes": traits.bytes_per_pass,
         "kv_bytes_per_position": kv_bytes,
         "read_bandwidth_gb_s": bandwidth,
         "bandwidth_share": shares,
-        "ms": medians,
-        "over_one_row": {name: ms / one for name, ms in medians.items()},
-        "draft_step_over_its_share": medians["draft step"] / (one * draft_share(weights)),
+        "ms": ms,
+        "over_one_row": {name: value / one for name, value in ms.items()},
+        "draft_step_over_its_share": ms["draft step"] / (one * draft_share(weights)),
     }
 
 
@@ -198,8 +215,8 @@ def main() -> None:
         else:
             weights = random_weights(shape_config(arguments.shape), precision)
         weights, whole = in_one_piece(weights)
-        model = NativeBackend(weights.config, weights, arguments.threads, kv_dtype)
-        found = report_on(model, weights, whole, arguments.repeats)
+        backend = NativeBackend(weights.config, weights, arguments.threads, kv_dtype)
+        found = report_on(backend, weights, whole, arguments.repeats)
         report[precision] = found
         if not arguments.json:
             show(precision, found)

@@ -14,15 +14,20 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import get_args
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.bench.expected import measured_speedup
-from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
+from hopskip.bench.turns import take_turns
+from hopskip.draft.sources import TRAINED_EXIT
 from hopskip.draft.timing import measure
 from hopskip.errors import HopskipError
+from hopskip.llm import GenerationResult
 from hopskip.loading import DType
+from hopskip.machine import num_usable_cores
 from hopskip.prompts import load_prompts
 
 SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench")
@@ -73,42 +78,49 @@ def main() -> int:
 
 def compare(num_draft_tokens: int, arguments: argparse.Namespace) -> Setting:
     speculative = SpeculativeConfig(draft="exit-branch", num_draft_tokens=num_draft_tokens, num_runner_ups=0)
-    drafting, plain = (
+    plain, drafting = (
         LLM(dtype=arguments.dtype, threads=arguments.threads, max_num_seqs=1, speculative=config)
-        for config in (speculative, SpeculativeConfig(draft="none"))
+        for config in (SpeculativeConfig(draft="none"), speculative)
     )
-    branch = drafting.model.branch
-    assert branch is not None, "an exit ships for the default model"
+    trained_exit = drafting.backend.trained_exit
+    assert trained_exit is not None, "an exit ships for the default model"
     params = SamplingParams(max_new_tokens=arguments.num_tokens, ignore_eos=True)
     prompts = [p.encode(plain.tokenizer) for name in SETS for p in load_prompts(name, arguments.num_prompts)]
-    drafting.generate(prompts[:1], params)
-    plain.generate(prompts[:1], params)
+
+    def generate(llm: LLM, prompt: list[int]) -> GenerationResult:
+        return llm.generate([prompt], params)[0]
+
+    contenders = {"plain": partial(generate, plain), "drafting": partial(generate, drafting)}
+    take_turns(contenders, prompts[:1])  # warm up
     predictions: list[float] = []
     ratios: list[float] = []
-    accepted = rejected = 0
+    acceptance = 0.0
     for _ in range(arguments.repeats):
-        seconds = {"plain": 0.0, "drafting": 0.0}
-        accepted = rejected = 0
-        for prompt in prompts:
-            expected, got = plain.generate([prompt], params)[0], drafting.generate([prompt], params)[0]
+        found = take_turns(contenders, prompts)
+        for expected, got in zip(found["plain"], found["drafting"], strict=True):
             assert got.token_ids == expected.token_ids, "the text has changed"
-            seconds["plain"] += expected.stats.decode_seconds
-            seconds["drafting"] += got.stats.decode_seconds
-            accepted += got.stats.num_accepted_tokens
-            # a draft ends at its first rejected token, unless it is accepted whole
-            whole = (got.stats.num_accepted_tokens_per_pos or [0])[-1]
-            rejected += got.stats.num_drafts - whole
+        seconds = {name: sum(result.stats.decode_seconds for result in results) for name, results in found.items()}
         ratios.append(seconds["plain"] / seconds["drafting"])
-        costs = measure(drafting.model, [branch])
-        predictions.append(measured_speedup(costs, "exit-branch", accepted / (accepted + rejected), num_draft_tokens))
+        acceptance = acceptance_of(found["drafting"])
+        costs = measure(drafting.backend, [trained_exit])
+        predictions.append(measured_speedup(costs, TRAINED_EXIT, acceptance, num_draft_tokens))
     setting = Setting(
         num_draft_tokens=num_draft_tokens,
-        acceptance=accepted / (accepted + rejected),
+        acceptance=acceptance,
         predicted=median(predictions),
         measured=median(ratios),
     )
     print(setting, flush=True)
     return setting
+
+
+def acceptance_of(results: list[GenerationResult]) -> float:
+    """Share of draft tokens accepted, of those that were reached: a draft ends at its first rejected token, or is
+    accepted whole."""
+    accepted = sum(result.stats.num_accepted_tokens for result in results)
+    num_whole = sum((result.stats.num_accepted_tokens_per_pos or [0])[-1] for result in results)
+    num_rejected = sum(result.stats.num_drafts for result in results) - num_whole
+    return accepted / (accepted + num_rejected)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write a GGUF file with its matrices in another type:
 
-    python -m hopskip.evaluate.requantize IN.gguf OUT.gguf --type q8_0
+    python -m benchmarks.requantize IN.gguf OUT.gguf --type q8_0
 
 For measuring. Values that were quantized before are quantized again, so quality is lost twice; or, between blocks of a
 similar kind, hardly at all, because the values lie on a grid of few levels already. With --shuffle the dimensions of
@@ -131,7 +131,7 @@ def _number(reader: Any, key: str, default: int | None = None) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m hopskip.evaluate.requantize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.requantize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("source", type=Path, help="a GGUF file")
     parser.add_argument("target", type=Path, help="the file to write")

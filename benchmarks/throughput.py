@@ -23,19 +23,23 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import httpx
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.hub import find_model
 from hopskip.errors import HopskipError
+from hopskip.loading import DType
+from hopskip.machine import num_usable_cores
 from hopskip.prompts import load_prompts
+from hopskip.sequence import Request
 from hopskip.text.tokenizer import Tokenizer
 
 PLAIN = SpeculativeConfig(draft="none")
@@ -46,7 +50,9 @@ TRANSFORMERS = ("transformers float32", "transformers bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Task:
+    """A prompt, and how many tokens are asked for."""
+
     prompt_ids: list[int]
     num_tokens: int
 
@@ -56,7 +62,7 @@ class Setup:
     """What all contenders share."""
 
     model: Path
-    dtype: str
+    dtype: DType
     threads: int
     batch: int
     """Requests at once."""
@@ -65,7 +71,7 @@ class Setup:
         return LLM(
             self.model,
             speculative=speculative,
-            dtype=self.dtype,  # type: ignore[arg-type]  # checked by LLM
+            dtype=self.dtype,
             threads=self.threads,
             max_num_seqs=max_num_seqs,
             prefix_caching=False,
@@ -83,7 +89,7 @@ class Run:
 class Contender(Protocol):
     """Lives in a process of its own."""
 
-    def __call__(self, requests: list[Request]) -> Run: ...
+    def __call__(self, requests: list[Task]) -> Run: ...
 
     def close(self) -> None: ...
 
@@ -94,10 +100,10 @@ class Batch:
     def __init__(self, setup: Setup, speculative: SpeculativeConfig, max_num_seqs: int) -> None:
         self._engine = setup.load(speculative, max_num_seqs).engine
 
-    def __call__(self, requests: list[Request]) -> Run:
+    def __call__(self, requests: list[Task]) -> Run:
         started = time.perf_counter()
         sequences = [
-            self._engine.add(r.prompt_ids, SamplingParams(max_new_tokens=r.num_tokens, ignore_eos=True))
+            self._engine.add(Request(r.prompt_ids, SamplingParams(max_new_tokens=r.num_tokens, ignore_eos=True)))
             for r in requests
         ]
         while self._engine.has_work:
@@ -131,10 +137,10 @@ class Served:
         )
         self._loop = asyncio.new_event_loop()
 
-    def __call__(self, requests: list[Request]) -> Run:
+    def __call__(self, requests: list[Task]) -> Run:
         return self._loop.run_until_complete(self._send(requests))
 
-    async def _send(self, requests: list[Request]) -> Run:
+    async def _send(self, requests: list[Task]) -> Run:
         started = time.perf_counter()
         answers = await asyncio.gather(
             *(
@@ -163,14 +169,14 @@ class TransformersBatch:
     def __init__(self, setup: Setup, dtype: str) -> None:
         import torch
 
-        from hopskip.prove.hf_reference import load_in_transformers
+        from hopskip.checkpoint.in_transformers import load_in_transformers
 
         torch.set_num_threads(setup.threads)
         self._model = load_in_transformers(setup.model, getattr(torch, dtype))
         self._model.generation_config.eos_token_id = None
         self._model.generation_config.pad_token_id = 0
 
-    def __call__(self, requests: list[Request]) -> Run:
+    def __call__(self, requests: list[Task]) -> Run:
         import torch
 
         longest = max(len(r.prompt_ids) for r in requests)
@@ -193,11 +199,12 @@ class TransformersBatch:
 def load(name: str, setup: Setup) -> Contender:
     if name in TRANSFORMERS:
         return TransformersBatch(setup, name.split()[1])
+    if name == SERVER:
+        return Served(setup)
     return {
-        ENGINE: lambda: Batch(setup, SERVED, setup.batch),
-        PLAIN_BATCH: lambda: Batch(setup, PLAIN, setup.batch),
-        ALONE: lambda: Batch(setup, PLAIN, 1),
-        SERVER: lambda: Served(setup),
+        ENGINE: partial(Batch, setup, SERVED, setup.batch),
+        PLAIN_BATCH: partial(Batch, setup, PLAIN, setup.batch),
+        ALONE: partial(Batch, setup, PLAIN, 1),
     }[name]()
 
 
@@ -209,7 +216,7 @@ class Process:
     def __init__(self, name: str, setup: Setup) -> None:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), Process._start, (name, setup))
 
-    def run(self, requests: list[Request]) -> Run:
+    def run(self, requests: list[Task]) -> Run:
         return self._pool.submit(Process._run, requests).result()
 
     def close(self) -> None:
@@ -221,7 +228,7 @@ class Process:
         Process._contender = load(name, setup)
 
     @staticmethod
-    def _run(requests: list[Request]) -> Run:
+    def _run(requests: list[Task]) -> Run:
         return Process._contender(requests)
 
     @staticmethod
@@ -248,27 +255,31 @@ class Row:
         return f"{self.measure:60} {self.value:6.3f} {'ok' if self.passes else 'MISSED':6} (asked: {sign} {self.floor})"
 
 
-def requests_of(tokenizer: Tokenizer, count: int, shortest: int, longest: int) -> list[Request]:
+def requests_of(tokenizer: Tokenizer, count: int, shortest: int, longest: int) -> list[Task]:
     """Prompts of four kinds in turn, and lengths spread evenly from `shortest` to `longest`, in random order."""
     columns = [load_prompts(name, -(-count // 4)) for name in ("alpaca", "gsm8k", "humaneval", "mt_bench")]
     prompts = [prompt for row in zip(*columns, strict=True) for prompt in row][:count]
     lengths = [shortest + i * (longest - shortest) // max(1, count - 1) for i in range(count)]
     random.Random(0).shuffle(lengths)
-    return [Request(prompt_ids=p.encode(tokenizer), num_tokens=n) for p, n in zip(prompts, lengths, strict=True)]
+    return [Task(prompt_ids=p.encode(tokenizer), num_tokens=n) for p, n in zip(prompts, lengths, strict=True)]
 
 
-def rate(run: Run, requests: list[Request]) -> float:
+def rate(run: Run, requests: list[Task]) -> float:
     return sum(r.num_tokens for r in requests) / run.seconds
 
 
-def measure(setup: Setup, requests: list[Request], repeats: int) -> dict[str, Any]:
-    """Rates in tokens/s and latencies in seconds, by contender; every repeat of them."""
+def measure(setup: Setup, requests: list[Task], repeats: int) -> dict[str, Any]:
+    """Rates in tokens/s and latencies in seconds, by contender; every repeat of them.
+
+    The turns are its own, not those of `hopskip.bench.turns`: contenders are processes that come one after the other,
+    one of them has another part of the requests each time, and single requests stand between the repeats.
+    """
     rates: dict[str, list[float]] = {}
     single: dict[str, list[list[float]]] = {}
     ids: dict[str, dict[int, list[int]]] = {}
     with ExitStack() as stack:
         ours = {name: stack.enter_context(process(name, setup)) for name in (ENGINE, PLAIN_BATCH, ALONE, SERVER)}
-        short = [Request(prompt_ids=r.prompt_ids, num_tokens=8) for r in requests]
+        short = [Task(prompt_ids=r.prompt_ids, num_tokens=8) for r in requests]
         for name, contender in ours.items():
             tell(f"{name}: warming up")
             contender.run(short[:2] if name == ALONE else short)
@@ -337,7 +348,7 @@ def compare(found: dict[str, Any], batch: int) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a folder or GGUF file, in place of the default model")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=get_args(DType))
     parser.add_argument("--num-requests", type=int, default=16, help="at least 4")
     parser.add_argument("--min-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)

@@ -20,7 +20,7 @@ class Scripted(Contender):
     is_absent: bool = False
     first_token: int = 7
 
-    def load(self, threads: int, max_model_len: int) -> Runner:
+    def start(self, threads: int, max_model_len: int) -> Runner:
         if self.is_absent:
             raise AbsentError("it is on holiday")
         print("chatter on stdout")

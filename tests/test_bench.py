@@ -1,38 +1,34 @@
-"""`hopskip bench`: turns, medians and ratios; contenders that are absent, fail or die; what it reports."""
+"""Benchmarks: turns, medians and ratios; contenders that are absent, fail or die; who takes part; what is reported."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import gguf
 import pytest
 import torch
-from hopskip.evaluate import bench
-from hopskip.evaluate.requantize import requantize
-from typer.testing import CliRunner
-from typer.testing import Result as ClickResult
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.backends.torch.weights import load_weights
+from hopskip.backends.native.isa import obstacle
 from hopskip.bench.contenders import (
     AbsentError,
     Contender,
     Footprint,
     Hopskip,
     LlamaCpp,
-    Precision,
     Transformers,
-    gguf_bytes_per_token,
 )
 from hopskip.bench.lineup import lineup, parse_setting
 from hopskip.bench.machine import measure_read_bandwidth, versions
-from hopskip.bench.measure import Result, measure, ratio, report
+from hopskip.bench.measure import PromptResult, Result, measure, ratio, report
+from hopskip.bench.turns import medians, take_turns
 from hopskip.checkpoint.checkpoint import open_checkpoint
-from hopskip.cli import app
-from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
-from hopskip.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, spread
+from hopskip.draft import timing
+from hopskip.errors import ConfigError
+from hopskip.loading import LoadConfig
+from hopskip.prompts import Prompt
 from tests.scripted import Scripted
 from tests.tiny import make_model, write_checkpoint, write_gguf
 
@@ -40,6 +36,19 @@ PROMPTS = [(Prompt("one", "a", "x"), [1, 2, 3]), (Prompt("one", "b", "x"), [4, 5
 
 
 # -- turns, with made-up contenders ------------------------------------------------------------------------------------
+
+
+def test_turns() -> None:
+    log: list[str] = []
+
+    def run(name: str, item: int) -> float:
+        log.append(f"{name}{item}")
+        return float(item**2)
+
+    found = take_turns({"a": lambda item: run("a", item), "b": lambda item: -run("b", item)}, [3, 1, 2])
+    assert log == ["a3", "b3", "a1", "b1", "a2", "b2"]
+    assert found == {"a": [9, 1, 4], "b": [-9, -1, -4]}
+    assert medians(found) == {"a": 4, "b": -4}
 
 
 def run(*contenders: Contender, repeats: int = 1) -> dict[str, Result]:
@@ -100,7 +109,7 @@ def test_figures_of_a_report() -> None:
         own = Result(contender=LlamaCpp(name=name, path=Path("x")))
         own.footprint = Footprint(weight_bytes=1000, kv_bytes_per_position=10)
         own.per_prompt = [
-            bench.PromptResult(
+            PromptResult(
                 set=prompt.set,
                 id=prompt.id,
                 num_prompt_tokens=10,
@@ -138,10 +147,10 @@ IDS = [5, 9, 2, 5, 9, 2, 5, 9]
 
 def test_hopskip_and_transformers_generate_the_same(checkpoint: Path) -> None:
     plain = SpeculativeConfig(draft="none")
-    torch_path = Precision(backend="torch", dtype="float32")
+    on_torch = LoadConfig(model=checkpoint, backend="torch", dtype="float32")
     contenders: list[Contender] = [
-        Hopskip(name="plain", path=checkpoint, precision=torch_path, speculative=plain),
-        Hopskip(name="ours", path=checkpoint, precision=torch_path, speculative=SpeculativeConfig(draft="early-exit")),
+        Hopskip(name="plain", load=on_torch, speculative=plain),
+        Hopskip(name="ours", load=on_torch, speculative=SpeculativeConfig(draft="early-exit")),
         Transformers(name="transformers", path=checkpoint, dtype=torch.float32),
         Transformers(name="early exit", path=checkpoint, dtype=torch.float32, exit_layer=1, num_draft_tokens=3),
     ]
@@ -150,7 +159,7 @@ def test_hopskip_and_transformers_generate_the_same(checkpoint: Path) -> None:
     )
     weight_bytes = set()
     for contender in contenders:
-        runner = contender.load(threads=torch.get_num_threads(), max_model_len=64)
+        runner = contender.start(threads=torch.get_num_threads(), max_model_len=64)
         for _ in range(2):  # nothing is kept from one run to the next
             got = runner.generate(IDS, 20)
             assert got.token_ids == expected[0].token_ids, contender.name
@@ -163,6 +172,24 @@ def test_hopskip_and_transformers_generate_the_same(checkpoint: Path) -> None:
     assert len(weight_bytes) == 1
 
 
+@pytest.mark.parametrize("load", [{"backend": "torch", "dtype": "float32"}, {"dtype": "bfloat16"}, {"quantize": "q8"}])
+def test_costs_that_another_has_measured_are_not_measured_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: dict[str, Any]
+) -> None:
+    if load.get("backend") != "torch" and obstacle() is not None:
+        pytest.skip("not built")
+    monkeypatch.setenv("HOPSKIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "_SECONDS", 0.01)
+    auto = SpeculativeConfig(draft="auto")
+    LLM(checkpoint, speculative=auto, threads=1, **load)
+    kept = sorted(tmp_path.glob("*.costs.json"))
+    assert len(kept) == 1
+    contenders = lineup(open_checkpoint(checkpoint), LoadConfig(**load), auto)
+    monkeypatch.setattr(timing, "measure", lambda *arguments, **options: pytest.fail("measured again"))
+    contenders[0].start(threads=1, max_model_len=64)
+    assert sorted(tmp_path.glob("*.costs.json")) == kept
+
+
 def test_assistant_early_exit_really_drafts(checkpoint: Path) -> None:
     """Drafting with all but no layers missing: everything is accepted, so every pass gives k + 1 tokens."""
     lengths = []
@@ -170,7 +197,7 @@ def test_assistant_early_exit_really_drafts(checkpoint: Path) -> None:
         contender = Transformers(
             name="x", path=checkpoint, dtype=torch.float32, exit_layer=3, num_draft_tokens=num_draft_tokens
         )
-        lengths.append(contender.load(2, 64).generate(IDS, 21).mean_acceptance_length)
+        lengths.append(contender.start(2, 64).generate(IDS, 21).mean_acceptance_length)
     assert lengths[0] == pytest.approx(2, abs=0.2)
     assert lengths[1] == pytest.approx(5, abs=0.8)
 
@@ -182,11 +209,11 @@ def test_ends_of_text_do_not_shorten_a_run(tmp_path: Path) -> None:
         settings = json.loads((tmp_path / name).read_text())
         (tmp_path / name).write_text(json.dumps({**settings, "eos_token_id": list(range(320))}))
     for contender in (
-        Hopskip(name="a", path=tmp_path, precision=Precision(backend="torch")),
+        Hopskip(name="a", load=LoadConfig(model=tmp_path, backend="torch")),
         Transformers(name="b", path=tmp_path, dtype=torch.float32),
         Transformers(name="c", path=tmp_path, dtype=torch.float32, exit_layer=1, num_draft_tokens=2),
     ):
-        assert len(contender.load(1, 64).generate(IDS, 9).token_ids) == 9
+        assert len(contender.start(1, 64).generate(IDS, 9).token_ids) == 9
 
 
 def test_llama_cpp(tmp_path: Path) -> None:
@@ -196,30 +223,29 @@ def test_llama_cpp(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, make_model("smollm2"), tokenizer=byte_level_tokenizer())
     # float32 weights, so llama.cpp's tokens are ours but for near-ties
-    ours = Hopskip(name="ours", path=path, precision=Precision(backend="torch", dtype="float32")).load(1, 128)
-    runner = LlamaCpp(name="x", path=path).load(1, 128)
+    ours = Hopskip(name="ours", load=LoadConfig(model=path, backend="torch", dtype="float32")).start(1, 128)
+    runner = LlamaCpp(name="x", path=path).start(1, 128)
     first, again = runner.generate(IDS, 12), runner.generate(IDS, 12)
     assert first.token_ids == again.token_ids
     assert first.token_ids[:4] == ours.generate(IDS, 12).token_ids[:4]
     assert first.num_decoded == 11
     assert runner.footprint.weight_bytes == ours.footprint.weight_bytes
-    drafting = LlamaCpp(name="y", path=path, num_lookup_tokens=3).load(1, 128)
+    drafting = LlamaCpp(name="y", path=path, num_lookup_tokens=3).start(1, 128)
     assert len(drafting.generate(IDS, 12).token_ids) == 12
 
 
 def test_llama_cpp_is_absent_without_a_gguf_file(checkpoint: Path) -> None:
     pytest.importorskip("llama_cpp")
     with pytest.raises(AbsentError, match="--llama-cpp-model"):
-        LlamaCpp(name="x", path=checkpoint).load(1, 64)
+        LlamaCpp(name="x", path=checkpoint).start(1, 64)
 
 
 # -- who takes part --------------------------------------------------------------------------------------------------
 
 
-def names(checkpoint: Path, **options: object) -> list[str]:
-    opened = open_checkpoint(checkpoint)
+def names(checkpoint: Path, **options: Any) -> list[str]:
     draft = options.pop("draft", SpeculativeConfig(draft="early-exit", exit_layer=2, num_draft_tokens=4))
-    return [c.name for c in lineup(opened.path, opened.config, Precision(), draft, **options)]  # type: ignore[arg-type]
+    return [c.name for c in lineup(open_checkpoint(checkpoint), LoadConfig(), draft, **options)]
 
 
 def test_lineup(checkpoint: Path) -> None:
@@ -245,9 +271,8 @@ def test_lineup(checkpoint: Path) -> None:
 
 
 def test_opponents_draft_as_we_do(checkpoint: Path) -> None:
-    opened = open_checkpoint(checkpoint)
     draft = SpeculativeConfig(draft="early-exit", exit_layer=2, num_draft_tokens=4)
-    contenders = lineup(opened.path, opened.config, Precision(), draft, against=["transformers-early-exit"])
+    contenders = lineup(open_checkpoint(checkpoint), LoadConfig(), draft, against=["transformers-early-exit"])
     early_exit = contenders[-1]
     assert isinstance(early_exit, Transformers)
     assert (early_exit.exit_layer, early_exit.num_draft_tokens) == (2, 4)
@@ -262,7 +287,11 @@ def test_opponents_draft_as_we_do(checkpoint: Path) -> None:
         ({"llama_cpp_models": [Path("x.gguf")]}, "llama-cpp-model has no effect"),
         ({"settings": ["exit_layer=99"]}, "exit_layer is 99"),
         ({"settings": ["exit_layer=two"]}, "exit_layer is 'two'"),
+        ({"settings": ["min-confidence=high"]}, "min_confidence is 'high'; it must be a number"),
+        ({"settings": ["skip_layers=1;2"]}, "setting 'skip_layers=1;2': skip_layers is '1;2'"),
+        ({"settings": ["kv_dtype=q4"]}, "kv_dtype is 'q4'"),
         ({"settings": ["speed=high"]}, "'speed=high'"),
+        ({"settings": ["threads=2"]}, "'threads=2'; give key=value, with keys from dtype, quantize, backend, kv_dtype"),
         ({"settings": ["draft=ngram", "draft=ngram"]}, "given twice"),
         ({"settings": ["ngram"]}, "give key=value"),
     ],
@@ -273,179 +302,24 @@ def test_wrong_lineups(checkpoint: Path, options: dict[str, object], message: st
 
 
 def test_settings_build_on_the_given_ones() -> None:
-    precision, draft = Precision(dtype="bfloat16"), SpeculativeConfig(draft="early-exit", exit_layer=2)
-    assert parse_setting("num-draft-tokens=3", precision, draft) == (precision, replace(draft, num_draft_tokens=3))
-    assert parse_setting("draft=ngram", precision, draft)[1] == SpeculativeConfig(draft="ngram")
-    assert parse_setting("quantize=q4", precision, draft) == (Precision(quantize="q4"), draft)
+    load, draft = LoadConfig(dtype="bfloat16"), SpeculativeConfig(draft="early-exit", exit_layer=2)
+    assert parse_setting("num-draft-tokens=3", load, draft) == (load, replace(draft, num_draft_tokens=3))
+    assert parse_setting("draft=ngram", load, draft)[1] == SpeculativeConfig(draft="ngram")
+    assert parse_setting("quantize=q4", load, draft) == (LoadConfig(quantize="q4"), draft)
+    assert parse_setting("dtype=float32", LoadConfig(quantize="q4"), draft) == (LoadConfig(dtype="float32"), draft)
+    text = "kv_dtype=int8, draft=layer-skip,skip_layers=3+1,min_confidence=0.5,exit_branch=folder"
+    with pytest.raises(ConfigError, match="exit_branch=folder has no effect"):
+        parse_setting(text, load, draft)
+    assert parse_setting(text.removesuffix(",exit_branch=folder"), load, draft) == (
+        replace(load, kv_dtype="int8"),
+        SpeculativeConfig(draft="layer-skip", skip_layers=(1, 3), min_confidence=0.5),
+    )
 
 
-# -- prompts, machine, requantize ------------------------------------------------------------------------------------
-
-
-def test_prompt_sets_are_in_the_package() -> None:
-    assert [len(load_prompts(name)) for name in PROMPT_SETS] == [80, 80, 80, 80, 12]
-    assert len(load_prompts("mt_bench", 7)) == 7
-    assert [p.set for p in mixed_prompts(7)] == [*PROMPT_SETS, *PROMPT_SETS[:2]]
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    file = tmp_path / "own.jsonl"
-    chat = [{"role": "user", "content": "hi"}]
-    lines = [{"prompt": "a"}, {"turns": ["b", "c"], "question_id": "q"}, {"messages": chat}]
-    file.write_text("\n\n".join(map(json.dumps, lines)))
-    assert load_prompts(str(file)) == [
-        Prompt("own", "1", "a"),
-        Prompt("own", "q", "b"),
-        Prompt("own", "5", tuple(chat)),
-    ]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"text": "x"}', '{"turns": []}', '{"messages": [1]}', '{"prompt": 1}']
-)
-def test_wrong_prompt_files(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "own.jsonl"
-    file.write_text(text)
-    with pytest.raises(PromptError, match=r"own\.jsonl"):
-        load_prompts(str(file))
-
-
-def test_prompts_that_cannot_be_found(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="alpaka"):
-        load_prompts("alpaka")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_prompts(str(tmp_path))
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(PromptError, match="not UTF-8"):
-        load_prompts(str(tmp_path / "x.jsonl"))
+# -- the machine -------------------------------------------------------------------------------------------------------
 
 
 def test_read_bandwidth_is_that_of_memory() -> None:
     before = torch.get_num_threads()
     assert 1e8 < measure_read_bandwidth(1, repeats=3) < 1e13
     assert torch.get_num_threads() == before
-
-
-def test_requantize(tmp_path: Path) -> None:
-    source, target = tmp_path / "f32.gguf", tmp_path / "q.gguf"
-    write_gguf(source, make_model("llama2-mha"), metadata={"general.name": "tiny"})
-    for kind, head, matrix in (("q8_0", "Q8_0", "Q8_0"), ("q4_0", "Q8_0", "Q4_0")):
-        requantize(source, target, kind)
-        checkpoint = open_checkpoint(target)
-        assert checkpoint.config == open_checkpoint(source).config
-        for name, wanted in (("lm_head.weight", head), ("model.layers.1.mlp.up_proj.weight", matrix)):
-            stored = checkpoint.quantized(name)
-            assert stored is not None
-            assert stored.type == wanted
-        assert checkpoint.quantized("model.norm.weight") is None
-        reader = gguf.GGUFReader(target)
-        name = reader.get_field("general.name")
-        assert name is not None
-        assert name.contents() == "tiny"
-        # all tensors but the embedding table, which is not the head here
-        table = next(t for t in reader.tensors if t.name == "token_embd.weight")
-        assert gguf_bytes_per_token(target) == sum(int(t.n_bytes) for t in reader.tensors) - int(table.n_bytes)
-    exact = load_weights(open_checkpoint(source), torch.float32, torch.device("cpu")).layers[0].down_proj
-    rounded = load_weights(open_checkpoint(target), torch.float32, torch.device("cpu")).layers[0].down_proj
-    error = (exact - rounded).abs().max() / exact.abs().max()
-    assert 0 < error < 0.13  # 4 bits: steps of an eighth of the largest value of a block
-
-
-def test_requantize_refuses(tmp_path: Path) -> None:
-    source = tmp_path / "f32.gguf"
-    write_gguf(source, make_model("llama2-mha"))
-    with pytest.raises(ConfigError, match="the input itself"):
-        requantize(source, source, "q8_0")
-    with pytest.raises(ConfigError, match="q5_k"):
-        requantize(source, tmp_path / "x.gguf", "q5_k")
-    with pytest.raises(CheckpointError, match="does not exist"):
-        requantize(tmp_path / "none.gguf", tmp_path / "x.gguf", "q8_0")
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(HopskipError, match=r"bad\.gguf cannot be read"):
-        requantize(tmp_path / "bad.gguf", tmp_path / "x.gguf", "q8_0")
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
-def invoke(checkpoint: Path, *arguments: str) -> ClickResult:
-    short = ["-n", "8", "--num-prompts", "2", "--repeats", "1", "--backend", "torch", "--threads", "1"]
-    return CliRunner().invoke(app, ["bench", "--model", str(checkpoint), *short, *arguments])
-
-
-def test_command_reports_json(checkpoint: Path, tmp_path: Path) -> None:
-    plot = tmp_path / "plot.png"
-    arguments = ["--against", "transformers,llama.cpp", "--draft", "ngram", "--prompts", "alpaca", "--prompts", "gsm8k"]
-    pytest.importorskip("matplotlib")
-    result = invoke(checkpoint, *arguments, "--json", "--plot", str(plot))
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert list(found) == ["machine", "versions", "settings", "contenders"]
-    assert found["machine"]["threads"] == 1
-    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in found["versions"]["torch"]
-    contenders = {c["name"]: c for c in found["contenders"]}
-    assert list(contenders)[:4] == ["hopskip", "hopskip-plain", "transformers-float32", "transformers-bfloat16"]
-    for name in list(contenders)[:4]:
-        entry = contenders[name]
-        assert entry["status"] == "measured"
-        assert entry["decode_tokens_per_second"] > 0
-        assert entry["prefill_tokens_per_second"] > 0
-        assert entry["mbu"] > 0
-        assert entry["mean_acceptance_length"] >= 1
-        assert [p["set"] for p in entry["per_prompt"]] == ["alpaca", "alpaca", "gsm8k", "gsm8k"]
-        assert set(entry["by_set"]) == {"alpaca", "gsm8k"}
-    assert contenders["hopskip"]["lossless"] is True
-    theirs = [c for name, c in contenders.items() if name.startswith("transformers")]
-    assert [c["quoted"] for c in sorted(theirs, key=lambda c: c["decode_tokens_per_second"])] == [False, True]
-    assert contenders["hopskip"]["quoted"]
-    assert contenders["hopskip-plain"]["lossless"] is None
-    assert set(contenders["hopskip"]["decode_ratio_to"]) == set(list(contenders)[1:4])
-    assert list(contenders.values())[4]["status"] == "absent"  # the checkpoint is no GGUF file
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_prints_a_table(checkpoint: Path) -> None:
-    result = invoke(checkpoint, "--draft", "none")
-    assert result.exit_code == 0, result.output
-    assert "hopskip-plain" in result.stdout
-    assert "mean of sets" not in result.stdout, "there is nothing to set beside plain decoding"
-    assert "…" not in result.stdout
-    assert "mean of sets" in invoke(checkpoint, "--draft", "ngram").stdout
-    assert "GB/s read" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--num-prompts", "0"], "--num-prompts is 0"),
-        (["--repeats", "-1"], "repeats is -1"),
-        (["-n", "1"], "--max-new-tokens is 1"),
-        (["-n", "5000"], "the model's context holds 1024"),
-        (["--against", "vllm"], "'vllm'"),
-        (["--against", "llama.cpp", "--llama-cpp-model", "none.gguf"], "none.gguf"),
-        (["--setting", "quantize=q8"], ": quantize=q8 needs the native CPU backend"),
-        (["--dtype", "int3"], "int3"),
-        (["--exit-layer", "3"], "--exit-layer is 3; this model has"),
-        (["--threads=0"], "--threads is 0"),
-        (["--device", "cuda"], "'cuda'"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, arguments: list[str], message: str) -> None:
-    result = invoke(checkpoint, *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    errors = [line for line in result.stderr.splitlines() if "error" in line]
-    assert len(errors) == 1
-    assert message in errors[0]
-
-
-def test_a_failure_of_our_own_is_exit_code_1(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(contenders: list[Contender], *rest: object, **options: object) -> list[Result]:
-        return [Result(contender=c, status="failed", reason="broken") for c in contenders]
-
-    monkeypatch.setattr(bench, "measure", fail)
-    result = invoke(checkpoint)
-    assert result.exit_code == 1
-    assert "hopskip: failed: broken" in result.stdout

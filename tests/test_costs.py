@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import doctest
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gguf
 import pytest
 import torch
-from hopskip.evaluate import costs
 
-from hopskip.backends.base import Cache
-from hopskip.backends.native import backend as native
+from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.native.isa import obstacle
+from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.weights import load_weights
-from hopskip.bench.expected import best_num_draft_tokens, expected_speedup, expected_tokens, model_costs
+from hopskip.bench import expected
+from hopskip.bench.expected import MAX_DRAFT_TOKENS, best_num_draft_tokens, model_costs
 from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor
+from hopskip.draft import costs
+from hopskip.draft.costs import expected_speedup, expected_tokens
 from tests.models import tiny_config
 from tests.tiny import make_model, write_checkpoint, write_gguf
 
@@ -112,7 +116,7 @@ def test_torch_bytes_are_those_loaded(tmp_path: Path, dtype: torch.dtype) -> Non
     assert found.bytes_by_format == {str(dtype).removeprefix("torch."): found.total_bytes}
 
 
-@pytest.mark.skipif(native.available() is not None, reason="needs the native extension")
+@pytest.mark.skipif(obstacle() is not None, reason="needs the native extension")
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "q8", "q4"])
 @pytest.mark.parametrize("stored", ["F32", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_native_bytes_are_those_loaded(tmp_path: Path, stored: str, precision: str) -> None:
@@ -120,13 +124,13 @@ def test_native_bytes_are_those_loaded(tmp_path: Path, stored: str, precision: s
     kind = gguf.GGMLQuantizationType[stored]
     write_gguf(path, make_model("llama2-mha"), types=kind)
     checkpoint = open_checkpoint(path)
-    model = native.NativeBackend.load(checkpoint, precision=precision)
+    backend = NativeBackend.load(checkpoint, precision=precision)
     found = model_costs(checkpoint, "native", precision)
     # the packing pads what is not a multiple of a strip, which the arithmetic leaves out
-    assert found.bytes_per_pass == pytest.approx(model.weight_bytes, rel=0.05)
-    cache = model.new_cache(1, 256)
+    assert found.bytes_per_pass == pytest.approx(backend.traits.bytes_per_pass, rel=0.05)
+    cache = backend.new_cache(1, 256)
     assert found.kv_bytes_per_token == cache.nbytes / 256
-    int8 = Cache(checkpoint.config, 1, 256, torch.int8)
+    int8 = TensorCache(checkpoint.config, 1, 256, torch.int8)
     assert model_costs(checkpoint, "native", precision, "int8").kv_bytes_per_token == int8.nbytes / 256
 
 
@@ -158,12 +162,13 @@ def test_expected_tokens_is_the_mean_of_rounds() -> None:
 def test_best_k_is_best(acceptance: float, step_cost: float) -> None:
     best = best_num_draft_tokens(acceptance, step_cost)
     speedup = expected_speedup(acceptance, best, step_cost)
-    assert all(speedup >= expected_speedup(acceptance, k, step_cost) for k in range(costs.MAX_DRAFT_TOKENS + 1))
+    assert all(speedup >= expected_speedup(acceptance, k, step_cost) for k in range(MAX_DRAFT_TOKENS + 1))
     assert (best == 0) == (acceptance <= step_cost)  # the first draft token pays exactly where a > c
     assert speedup >= 1
 
 
-def test_examples_in_docstrings() -> None:
-    failed, attempted = doctest.testmod(costs)
+@pytest.mark.parametrize("module", [expected, costs])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    failed, attempted = doctest.testmod(module)
     assert attempted
     assert not failed

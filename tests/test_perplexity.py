@@ -6,14 +6,13 @@ import json
 import math
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from hopskip.evaluate.requantize import requantize
+from benchmarks.requantize import requantize
 from typer.testing import CliRunner, Result
 
-from hopskip.backends.native.backend import available
+from hopskip.backends.native.isa import obstacle
 from hopskip.bench.perplexity import (
     cut_windows,
     difference,
@@ -24,21 +23,21 @@ from hopskip.bench.perplexity import (
 )
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.cli import app
-from hopskip.errors import CheckpointError, ConfigError, PromptError
-from hopskip.loading import load_model
+from hopskip.errors import ConfigError, PromptError
+from hopskip.loading import BackendName, LoadConfig, load_backend
 from hopskip.prompts import whole_prompts
 from hopskip.text.tokenizer import Tokenizer
 from tests.tiny import byte_level_tokenizer, make_model, write_checkpoint, write_gguf
 
 WINDOWS = [[(7 * i * i + n) % 320 for i in range(n)] for n in (2, 40, 300)]  # the last has more rows than one head pass
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(available() is not None, reason="not built"))]
+BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(obstacle() is not None, reason="not built"))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_losses_are_those_of_transformers_at_every_layer(tmp_path: Path, backend: str) -> None:
+def test_losses_are_those_of_transformers_at_every_layer(tmp_path: Path, backend: BackendName) -> None:
     theirs = write_checkpoint(tmp_path, "llama2-mha")
-    model = load_model(open_checkpoint(tmp_path), backend=backend, dtype="float32")  # type: ignore[arg-type]
-    found = negative_log_likelihoods(model, WINDOWS, places_to_read(3, [2, 1]))
+    ours = load_backend(open_checkpoint(tmp_path), LoadConfig(backend=backend, dtype="float32"))
+    found = negative_log_likelihoods(ours, WINDOWS, places_to_read(3, [2, 1]))
     assert list(found) == [1, 2, 3]
     expected: dict[int, list[torch.Tensor]] = {1: [], 2: [], 3: []}
     for window in WINDOWS:
@@ -68,7 +67,7 @@ def test_windows(tmp_path: Path) -> None:
     assert cut_windows(tokenizer, texts, max_tokens=len(first) + 1) == [first]
     for wrong in ({"context": 1}, {"max_tokens": 1}):
         with pytest.raises(ConfigError, match="must be at least 2"):
-            cut_windows(tokenizer, texts, **wrong)  # type: ignore[arg-type]
+            cut_windows(tokenizer, texts, **wrong)
     with pytest.raises(PromptError, match="fewer than two tokens"):
         cut_windows(tokenizer, ["", "a"])
 
@@ -116,7 +115,7 @@ def run(*arguments: str | Path) -> Result:
     return result
 
 
-@pytest.mark.skipif(available() is not None, reason="not built")
+@pytest.mark.skipif(obstacle() is not None, reason="not built")
 def test_the_report(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 4)
@@ -175,62 +174,3 @@ def test_wrong_options(model: Path, tmp_path: Path, arguments: list[str], messag
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert result.stdout == ""
-
-
-# -- requantize --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama3-gqa", "qwen2", "qwen3"])
-def test_a_shuffled_model_is_the_same_function(tmp_path: Path, family: str) -> None:
-    source, target = tmp_path / "source.gguf", tmp_path / "target.gguf"
-    write_gguf(source, make_model(family))
-    requantize(source, target, "f32", shuffle=1)
-    before, after = (open_checkpoint(path) for path in (source, target))
-    changed = {n for n in before.names() if not torch.equal(before.tensor(n), after.tensor(n))}
-    kept = {n for n in before.names() if "q_proj.bias" in n or "k_proj.bias" in n or "q_norm" in n or "k_norm" in n}
-    assert changed == before.names() - kept
-    found = [
-        negative_log_likelihoods(load_model(c, backend="torch", dtype="float32"), WINDOWS, [1, 3])
-        for c in (before, after)
-    ]
-    for stop in (1, 3):
-        torch.testing.assert_close(found[1][stop], found[0][stop], rtol=1e-4, atol=1e-3)
-    requantize(source, tmp_path / "other.gguf", "f32", shuffle=2)
-    name = "model.layers.0.mlp.down_proj.weight"
-    assert not torch.equal(open_checkpoint(tmp_path / "other.gguf").tensor(name), after.tensor(name))
-
-
-def test_a_shuffled_model_lies_on_no_grid(tmp_path: Path) -> None:
-    """What 4 bits hold without loss, they hold again; in other blocks they do not."""
-    kinds = gguf.GGMLQuantizationType
-    write_gguf(tmp_path / "q4_0.gguf", make_model("llama2-mha"), types=kinds.Q4_0)
-    errors = []
-    for shuffle in (None, 1):
-        requantize(tmp_path / "q4_0.gguf", tmp_path / "f32.gguf", "f32", shuffle=shuffle)
-        requantize(tmp_path / "f32.gguf", tmp_path / "again.gguf", "q4_0", pure=True)
-        name = "model.layers.0.mlp.down_proj.weight"
-        before, after = (open_checkpoint(tmp_path / f"{n}.gguf").tensor(name) for n in ("f32", "again"))
-        errors.append(float((after - before).norm() / before.norm()))
-    assert errors[0] < 1e-3
-    assert errors[1] > 0.02
-
-
-def test_types_of_edges(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "f32.gguf", make_model("llama2-mha"))
-    for kind, pure, edges in (("bf16", False, "BF16"), ("q4_0", False, "Q8_0"), ("q4_0", True, "Q4_0")):
-        requantize(tmp_path / "f32.gguf", tmp_path / "out.gguf", kind, pure=pure)
-        checkpoint = open_checkpoint(tmp_path / "out.gguf")
-        assert checkpoint.stored("lm_head.weight").type.name == edges
-        assert checkpoint.stored("model.embed_tokens.weight").type.name == edges
-        assert checkpoint.stored("model.layers.2.mlp.down_proj.weight").type.name == kind.upper()
-        assert checkpoint.stored("model.norm.weight").type.name == "F32"
-    with pytest.raises(ConfigError, match="shuffle is -1"):
-        requantize(tmp_path / "f32.gguf", tmp_path / "out.gguf", "f32", shuffle=-1)
-    # a file that is no model
-    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(CheckpointError, match=r"has no tensor blk\.0\.ffn_up\.weight"):
-        requantize(tmp_path / "empty.gguf", tmp_path / "out.gguf", "f32", shuffle=1)

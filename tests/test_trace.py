@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,48 @@ import torch
 from typer.testing import CliRunner, Result
 
 from hopskip import ConfigError, SamplingParams, SpeculativeConfig
-from hopskip.backends.base import Model
-from hopskip.bench.expected import best_measured, expected_speedup, measured_speedup
+from hopskip.backends.base import Backend
+from hopskip.bench.expected import best_measured, measured_speedup
 from hopskip.bench.replay import record, replay
 from hopskip.cli import app
-from hopskip.draft.costs import Costs, DraftCost
-from hopskip.engine.engine import Engine
+from hopskip.draft import timing
+from hopskip.draft.costs import Costs, DraftCost, expected_speedup
+from hopskip.draft.sources import Source
+from hopskip.engine import make_engine
+from hopskip.llm import LLM
+from hopskip.loading import LoadConfig, open_model
+from hopskip.sequence import Request
 from hopskip.trace import Proposals, Round, Trace, TraceWriter, read_trace
 from tests.models import tiny_model
-from tests.test_engine import PROMPTS
 from tests.tiny import write_checkpoint
 
 TABLE = Costs(
     layers={1: 0.010, 8: 0.012, 17: 0.020},
     head={1: 0.001, 17: 0.002},
-    drafts={"early-exit:1": DraftCost(begin=0.0, step=0.001), "early-exit:2": DraftCost(begin=0.0, step=0.003)},
+    drafts={
+        Source("early-exit", 1): DraftCost(begin=0.0, step=0.001),
+        Source("early-exit", 2): DraftCost(begin=0.0, step=0.003),
+    },
 )
+PROMPTS = [
+    torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() * 2 for n in (1, 3, 9, 20, 33)
+]
+HEADER = {"costs": json.loads(json.dumps(TABLE.as_json()))}
 NUM_TOKENS = 30
+FORMAT_1 = """\
+{"format": 1, "model": "tiny", "costs": {"layers": {"1": 0.01, "17": 0.02}, "head": {"1": 0.001, "17": 0.002}, \
+"drafts": {"exit-branch": {"begin": 0.0, "step": 0.001}}}, "priors": {"exit-branch": [0.7, 0.5]}}
+{"kind": "proposals", "request": 0, "position": 1, "num_correct": {"ngram": 0, "exit-branch": 2}, \
+"signs": {"ngram": [], "exit-branch": [0, 1, 2]}}
+{"kind": "proposals", "request": 0, "position": 2, "num_correct": {"ngram": 1, "exit-branch": 1}, \
+"signs": {"ngram": [3], "exit-branch": [0, 1, 2]}}
+{"kind": "proposals", "request": 0, "position": 3, "num_correct": {"ngram": 0, "exit-branch": 0}, \
+"signs": {"ngram": [], "exit-branch": [0, 1, 2]}}
+{"kind": "round", "draft_seconds": 0.001, "pass_seconds": 0.01, "choose_seconds": 0.001, "commit_seconds": 0.0, \
+"num_rows": 3, "num_chosen_by_logits": 0, "sequences": [{"request": 0, "position": 1, "source": "exit-branch", \
+"num_draft_tokens": 2, "num_accepted_tokens": 2, "num_committed": 3, "num_runner_ups": 0, "runner_up": null}]}
+"""
+"""A file as it was written before buckets had their name."""
 
 
 def hopskip(*arguments: str | Path) -> Result:
@@ -37,32 +61,37 @@ def hopskip(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Backend:
     torch.set_num_threads(1)
     return tiny_model()
 
 
 @pytest.fixture(scope="module")
-def recorded(model: Model) -> Trace:
+def recorded(model: Backend) -> Trace:
     found: list[Proposals] = []
     record(model, PROMPTS, max_new_tokens=NUM_TOKENS, on_proposals=found.append)
-    return Trace(header={"costs": json.loads(json.dumps(asdict(TABLE)))}, proposals=found)
+    return Trace(header=dict(HEADER), proposals=found)
 
 
-def test_files_keep_everything(model: Model, recorded: Trace, tmp_path: Path) -> None:
+def test_files_keep_everything(model: Backend, recorded: Trace, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     rounds: list[Round] = []
-    engine = Engine(model, SpeculativeConfig(draft="both", exit_layer=1, num_draft_tokens=3))
+    engine = make_engine(model, SpeculativeConfig(draft="both", exit_layer=1, num_draft_tokens=3))
     with TraceWriter(path, {"model": "tiny"}) as write:
-        engine.on_round = lambda outcome: (rounds.append(outcome), write(outcome))[0]
+
+        def keep(outcome: Round) -> None:
+            rounds.append(outcome)
+            write(outcome)
+
+        engine.on_round = keep
         for prompt in PROMPTS[:2]:
-            engine.add(prompt, SamplingParams(max_new_tokens=8))
+            engine.add(Request(prompt, SamplingParams(max_new_tokens=8)))
         while engine.has_work:
             engine.step()
         for proposals in recorded.proposals[:5]:
             write(proposals)
     found = read_trace(path)
-    assert found.header == {"format": 1, "model": "tiny"}
+    assert found.header == {"format": 2, "model": "tiny"}
     assert found.rounds == rounds
     assert found.proposals == recorded.proposals[:5]
     assert rounds
@@ -74,9 +103,10 @@ def test_files_keep_everything(model: Model, recorded: Trace, tmp_path: Path) ->
     [
         ("", "is empty"),
         ("not json\n", "1 is no line"),
-        ('{"format": 9}\n', "format 9"),
-        ('{"format": 1}\n{"kind": "round"}\n', "2 is no line"),
-        ('{"format": 1}\n{"kind": "proposals", "x": 1}\n', "2 is no line"),
+        ('{"format": 9}\n{"kind": "of the future"}\n', "format 9; this version of hopskip reads formats 1 to 2"),
+        ('{"format": 2}\n{"kind": "round"}\n', "2 is no line"),
+        ('{"format": 2}\n{"kind": "proposals", "x": 1}\n', "2 is no line"),
+        ('{"format": 1}\n{"kind": "proposals", "request": 0, "position": 1, "num_correct": {}}\n', "2 is no line"),
         ("[1]\n", "1 is no line"),
         (b"\xff\xfe", "not UTF-8"),
     ],
@@ -100,13 +130,13 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     ("draft", "setting"),
     [("early-exit", "early-exit:1, 3"), ("ngram", "ngram, 3"), ("both", "both, 3"), ("none", "none")],
 )
-def test_a_replay_takes_the_rounds_of_the_engine(model: Model, recorded: Trace, draft: str, setting: str) -> None:
+def test_a_replay_takes_the_rounds_of_the_engine(model: Backend, recorded: Trace, draft: str, setting: str) -> None:
     settings: dict[str, Any] = {"draft": draft}
     settings |= {} if draft == "none" else {"num_draft_tokens": 3}
     settings |= {"exit_layer": 1} if draft in ("early-exit", "both") else {}
     # at the shape of the recording: the model's bits depend on it
-    engine = Engine(model, SpeculativeConfig(**settings), max_num_seqs=1, rows_per_sequence=7)
-    sequences = [engine.add(prompt, SamplingParams(max_new_tokens=NUM_TOKENS)) for prompt in PROMPTS]
+    engine = make_engine(model, SpeculativeConfig(**settings), max_num_seqs=1, rows_per_sequence=7)
+    sequences = [engine.add(Request(prompt, SamplingParams(max_new_tokens=NUM_TOKENS))) for prompt in PROMPTS]
     while engine.has_work:
         engine.step()
     outcome = next(each for each in replay(recorded).fixed if each.setting == setting)
@@ -118,17 +148,17 @@ def test_a_replay_takes_the_rounds_of_the_engine(model: Model, recorded: Trace, 
 
 def scripted(num_correct: int, length: int = 400) -> Trace:
     """A text where one exit is right so many times in a row, at every position."""
-    signs = {"early-exit:1": list(range(16)), "early-exit:2": list(range(16)), "ngram": []}
+    buckets = {"early-exit:1": list(range(16)), "early-exit:2": list(range(16)), "ngram": []}
     proposals = [
         Proposals(
             request=0,
             position=position,
             num_correct={"early-exit:1": min(num_correct, length - position), "early-exit:2": 0, "ngram": 0},
-            signs=signs,
+            buckets=buckets,
         )
         for position in range(1, length)
     ]
-    return Trace(header={"costs": json.loads(json.dumps(asdict(TABLE)))}, proposals=proposals)
+    return Trace(header=dict(HEADER), proposals=proposals)
 
 
 def test_regret() -> None:
@@ -147,13 +177,43 @@ def test_what_cannot_be_replayed(recorded: Trace) -> None:
         replay(Trace(header={}))
     with pytest.raises(ConfigError, match="no cost table"):
         replay(Trace(header={}, proposals=recorded.proposals))
+    unknown = Proposals(request=0, position=1, num_correct={"oracle": 1}, buckets={"oracle": [0]})
+    with pytest.raises(ConfigError, match="'oracle' is no source"):
+        replay(Trace(header=dict(HEADER), proposals=[unknown]))
+
+
+def test_a_file_of_format_1_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.jsonl"
+    path.write_text(FORMAT_1)
+    found = read_trace(path)
+    assert found.header["format"] == 1
+    assert [proposals.buckets["ngram"] for proposals in found.proposals] == [[], [3], []]
+    assert found.rounds[0].sequences[0].source == "exit-branch"
+    outcomes = {outcome.setting: outcome for outcome in replay(found).fixed}
+    # one round drafts two tokens, as there are two more after the one that its pass yields, and both are right
+    assert (outcomes["exit-branch, 2"].num_tokens, outcomes["exit-branch, 2"].num_rounds) == (3, 1)
+    assert (outcomes["ngram, 1"].num_tokens, outcomes["ngram, 1"].num_rounds) == (3, 2)
+
+
+def test_recording_takes_the_costs_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOPSKIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(timing, "_SECONDS", 0.01)
+    write_checkpoint(tmp_path / "model", "llama2-mha", tokenizer=True)
+    auto = SpeculativeConfig(draft="auto")
+    LLM(tmp_path / "model", speculative=auto, backend="torch", dtype="float32")
+    (kept,) = (tmp_path / "cache").glob("*.costs.json")
+    monkeypatch.setattr(timing, "measure", lambda *arguments, **options: pytest.fail("measured again"))
+    opened = open_model(LoadConfig(model=tmp_path / "model", backend="torch", dtype="float32"), auto)
+    known = record(opened.backend, [], max_new_tokens=4, identity=opened.identity, on_proposals=print)
+    assert json.loads(json.dumps(known["costs"])) == json.loads(kept.read_text())["costs"]
 
 
 def test_measured_speedup() -> None:
-    flat = Costs(layers={1: 0.9, 17: 0.9}, head={1: 0.1, 17: 0.1}, drafts={"x": DraftCost(begin=0, step=0.2)})
+    source = Source("early-exit", 1)
+    flat = Costs(layers={1: 0.9, 17: 0.9}, head={1: 0.1, 17: 0.1}, drafts={source: DraftCost(begin=0, step=0.2)})
     for acceptance, k in ((0.3, 1), (0.8, 4), (0.9, 12)):
-        assert measured_speedup(flat, "x", acceptance, k) == pytest.approx(expected_speedup(acceptance, k, 0.2))
-    assert best_measured(flat, "x", 0.1) == (0, 1.0)
+        assert measured_speedup(flat, source, acceptance, k) == pytest.approx(expected_speedup(acceptance, k, 0.2))
+    assert best_measured(flat, source, 0.1) == (0, 1.0)
     assert best_measured(flat, None, 0.5)[0] == 16
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from hopskip.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, FORMAT)
+"""In format 1 the buckets of proposals are called `signs`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +69,14 @@ class Round:
 class Proposals:
     """What every source would have drafted at one position of a greedy text, for replays.
 
-    `num_correct` and `signs` are by source: how many of its tokens are those that the text went on with; and what was
-    known of each token when it was drafted (see `draft.base.Draft.signs`).
+    `num_correct` and `buckets` are by the name of the source: how many of its tokens are those that the text went on
+    with; and what was known of each token when it was drafted (see `draft.base.Draft.buckets`).
     """
 
     request: int
     position: int
     num_correct: Mapping[str, int]
-    signs: Mapping[str, list[int]]
+    buckets: Mapping[str, list[int]]
 
 
 Record = Round | Proposals
@@ -137,16 +139,19 @@ def read_trace(path: str | Path) -> Trace:
     try:
         trace = Trace(header=json.loads(lines[0]))
         version = trace.header["format"]
-        for line in lines[1:]:
-            number += 1
+        for number, line in enumerate(lines[1:] if version in _READABLE else (), start=2):  # noqa: B007
             entry: dict[str, Any] = json.loads(line)
             if entry.pop("kind") == "round":
                 parts = tuple(RoundOfSequence(**part) for part in entry.pop("sequences"))
                 trace.rounds.append(Round(**entry, sequences=parts))
             else:
+                if version == 1:
+                    entry["buckets"] = entry.pop("signs")
                 trace.proposals.append(Proposals(**entry))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}:{number} is no line of a trace ({error}); record it anew") from None
-    if version != FORMAT:
-        raise ConfigError(f"{path} is a trace of format {version}; this version of hopskip reads format {FORMAT}")
+    if version not in _READABLE:
+        raise ConfigError(
+            f"{path} is a trace of format {version}; this version of hopskip reads formats {_READABLE[0]} to {FORMAT}"
+        )
     return trace

@@ -5,23 +5,20 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hopskip.backends.base import Model
-from hopskip.backends.torch.backend import TorchBackend
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.engine.engine import Engine
-from hopskip.llm import find_exit
-from hopskip.loading import Backend, DType, KVDType, Quantize, attach_drafts, load_model
-from hopskip.prove.hf_reference import load_in_transformers
+from hopskip.checkpoint.in_transformers import load_in_transformers
+from hopskip.engine import make_engine
+from hopskip.loading import LoadConfig, OpenModel, open_model
 from hopskip.sampling import SamplingParams
+from hopskip.sequence import Request
 from hopskip.speculative import SpeculativeConfig
 
 
@@ -72,7 +69,7 @@ class Runner(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Contender(ABC):
-    """What a contender is, before it is loaded: sent to its process as it stands."""
+    """What a contender is, before it is started: sent to its process as it stands."""
 
     name: str
     plain: str | None = None
@@ -81,7 +78,7 @@ class Contender(ABC):
     """Contenders that are one opponent in several precisions share this name; the fastest of them is quoted."""
 
     @abstractmethod
-    def load(self, threads: int, max_model_len: int) -> Runner:
+    def start(self, threads: int, max_model_len: int) -> Runner:
         """Load the model, to run on `threads` threads and texts of at most `max_model_len` tokens.
 
         Raises:
@@ -93,46 +90,28 @@ class Contender(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision:
-    """How hopskip loads a model: see `load_model`."""
-
-    dtype: DType = "auto"
-    quantize: Quantize | None = None
-    backend: Backend = "auto"
-    kv_dtype: KVDType = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Hopskip(Contender):
-    path: Path
-    precision: Precision = field(default_factory=Precision)
+    """Our engine, as `LLM` with these options makes it: what it measures of the model here is remembered for both."""
+
+    load: LoadConfig
+    """Its `threads` are those that the contender is started with."""
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
 
-    def load(self, threads: int, max_model_len: int) -> Runner:
-        how = self.precision
-        checkpoint = open_checkpoint(self.path)
-        branch = find_exit(checkpoint, self.speculative)
-        model = load_model(
-            checkpoint,
-            dtype=how.dtype,
-            quantize=how.quantize,
-            device="cpu",
-            backend=how.backend,
-            threads=threads,
-            kv_dtype=how.kv_dtype,
-        )
-        attach_drafts(model, checkpoint, branch, self.speculative.draft_precision)
-        identity = {"weights": checkpoint.fingerprint, **asdict(how)}
-        return _HopskipRunner(model, self.speculative, identity)
+    def start(self, threads: int, max_model_len: int) -> Runner:
+        return _HopskipRunner(open_model(replace(self.load, threads=threads), self.speculative), self.speculative)
 
 
 class _HopskipRunner(Runner):
-    def __init__(self, model: Model, speculative: SpeculativeConfig, identity: Mapping[str, object]) -> None:
-        self._engine = Engine(model, speculative, max_num_seqs=1, prefix_caching=False, identity=identity)
-        self.footprint = Footprint(weight_bytes=weight_bytes(model), kv_bytes_per_position=model.new_cache(1, 1).nbytes)
+    def __init__(self, opened: OpenModel, speculative: SpeculativeConfig) -> None:
+        backend = opened.backend
+        self._engine = make_engine(backend, speculative, identity=opened.identity, max_num_seqs=1, prefix_caching=False)
+        self.footprint = Footprint(
+            weight_bytes=backend.traits.bytes_per_pass, kv_bytes_per_position=backend.new_cache(1, 1).nbytes
+        )
 
     def generate(self, prompt_ids: list[int], num_tokens: int) -> Measurement:
-        sequence = self._engine.add(prompt_ids, SamplingParams(max_new_tokens=num_tokens, ignore_eos=True))
+        params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+        sequence = self._engine.add(Request(prompt_ids, params))
         while self._engine.has_work:
             self._engine.step()
         stats = sequence.stats
@@ -144,16 +123,6 @@ class _HopskipRunner(Runner):
             tokens_per_pass=(stats.num_tokens - 1) / max(1, stats.num_target_passes),
             mean_acceptance_length=stats.mean_acceptance_length,
         )
-
-
-def weight_bytes(model: Model) -> int:
-    """Bytes of weights that one token needs: all but an embedding table of which it reads a single row."""
-    if not isinstance(model, TorchBackend):
-        return int(model.weight_bytes)  # type: ignore[attr-defined]  # the native model counts its packed weights
-    weights = model.weights
-    tensors = [weights.norm, weights.lm_head]
-    tensors += [tensor for layer in weights.layers for tensor in vars(layer).values() if tensor is not None]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
@@ -168,7 +137,7 @@ class Transformers(Contender):
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
 
-    def load(self, threads: int, max_model_len: int) -> Runner:
+    def start(self, threads: int, max_model_len: int) -> Runner:
         try:
             import transformers  # noqa: F401
         except ImportError:
@@ -236,7 +205,7 @@ class LlamaCpp(Contender):
     path: Path
     num_lookup_tokens: int | None = None
 
-    def load(self, threads: int, max_model_len: int) -> Runner:
+    def start(self, threads: int, max_model_len: int) -> Runner:
         try:
             import llama_cpp
         except ImportError:

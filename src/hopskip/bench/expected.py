@@ -15,7 +15,8 @@ from typing import Literal
 from hopskip.backends.native.packed import format_of
 from hopskip.backends.native.quantize import BLOCK
 from hopskip.checkpoint.checkpoint import Checkpoint
-from hopskip.draft.costs import Costs
+from hopskip.draft.costs import Costs, expected_speedup, expected_tokens
+from hopskip.draft.sources import Source
 
 MAX_DRAFT_TOKENS = 16
 """Longest draft that is considered: above it, rows stop being nearly free."""
@@ -62,7 +63,7 @@ class ModelCosts:
 def model_costs(
     checkpoint: Checkpoint, backend: Literal["native", "torch"], precision: str, kv_dtype: str = "auto"
 ) -> ModelCosts:
-    """The costs of a checkpoint as `load_model` would load it.
+    """The costs of a checkpoint as `load_backend` would load it.
 
     Args:
         precision: `auto`, `float32`, `bfloat16`, `float16`, `q8` or `q4`, of which each backend has its own.
@@ -101,20 +102,6 @@ def model_costs(
     )
 
 
-def expected_tokens(acceptance: float, num_draft_tokens: int) -> float:
-    """Tokens that a round yields, tau, if each draft token is accepted with this probability; the last one counted.
-
-    >>> expected_tokens(0.5, 2)
-    1.75
-    """
-    return sum(acceptance**i for i in range(num_draft_tokens + 1))
-
-
-def expected_speedup(acceptance: float, num_draft_tokens: int, step_cost: float) -> float:
-    """Decoding speed over plain decoding, S = tau / (1 + k c); 1 for no draft."""
-    return expected_tokens(acceptance, num_draft_tokens) / (1 + num_draft_tokens * step_cost)
-
-
 def best_num_draft_tokens(acceptance: float, step_cost: float) -> int:
     """The k of the largest expected speed-up, 0 to `MAX_DRAFT_TOKENS`; of equals the smallest.
 
@@ -124,7 +111,7 @@ def best_num_draft_tokens(acceptance: float, step_cost: float) -> int:
     return max(range(MAX_DRAFT_TOKENS + 1), key=lambda k: expected_speedup(acceptance, k, step_cost))
 
 
-def measured_speedup(costs: Costs, source: str | None, acceptance: float, num_draft_tokens: int) -> float:
+def measured_speedup(costs: Costs, source: Source | None, acceptance: float, num_draft_tokens: int) -> float:
     """Expected decoding speed over plain decoding, by measured costs, if each draft token is accepted with this
     probability.
 
@@ -138,7 +125,7 @@ def measured_speedup(costs: Costs, source: str | None, acceptance: float, num_dr
     return expected_tokens(acceptance, num_draft_tokens) * costs.pass_seconds(1) / seconds
 
 
-def best_measured(costs: Costs, source: str | None, acceptance: float) -> tuple[int, float]:
+def best_measured(costs: Costs, source: Source | None, acceptance: float) -> tuple[int, float]:
     """The k of the largest speed-up by measured costs, 0 to `MAX_DRAFT_TOKENS`, and that speed-up."""
     speedups = [measured_speedup(costs, source, acceptance, k) for k in range(MAX_DRAFT_TOKENS + 1)]
     best = max(range(len(speedups)), key=speedups.__getitem__)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hopskip.bench.plot import save
 from hopskip.errors import ConfigError
 from hopskip.prompts import Prompt
 
@@ -233,7 +234,4 @@ def write_load_plot(report: Mapping[str, Any], path: Path) -> None:
         axes.set_xlabel("concurrent requests")
         axes.set_ylim(bottom=0)
     figure.suptitle(f"{report['model']}, {report['max_tokens']} tokens", fontsize="medium")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the plot cannot be written to {str(path)!r} ({error}); give a .png file") from None
+    save(figure, path)

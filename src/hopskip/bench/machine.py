@@ -6,19 +6,15 @@ import importlib.metadata
 import os
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hopskip.machine import cpu_name, num_usable_cores
+
 _BUFFER_BYTES = 256 << 20
 """Far above any last-level cache, so that a sum over it streams from memory."""
 _PACKAGES = ("hopskip", "torch", "transformers", "llama-cpp-python", "numpy")
-
-
-def num_usable_cores() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_read_bandwidth(threads: int, repeats: int = 9) -> float:
@@ -47,7 +43,7 @@ def measure_read_bandwidth(threads: int, repeats: int = 9) -> float:
 def describe_machine(threads: int, read_bandwidth: float) -> dict[str, Any]:
     """What a reader needs to judge a number: JSON-ready."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "num_cores": num_usable_cores(),
         "threads": threads,
         "vector_isa": torch.backends.cpu.get_cpu_capability(),
@@ -68,10 +64,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

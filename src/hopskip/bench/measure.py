@@ -1,19 +1,20 @@
 """Measure contenders side by side: prompt by prompt in turn, prefill and decode apart, medians.
 
-Contenders alternate (A B C, A B C, ..), so that whatever else the machine does meets all of them alike; ratios are
-taken prompt by prompt, between runs that were neighbours in time.
+Contenders take turns; ratios are taken prompt by prompt, between runs that were neighbours in time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, median
 from typing import Any, Literal
 
 from hopskip.bench.contenders import Contender, Footprint, Measurement
+from hopskip.bench.turns import take_turns
 from hopskip.bench.worker import Worker, WorkerError
 from hopskip.prompts import Prompt
 
@@ -108,12 +109,18 @@ def measure(
                 workers[name] = stack.enter_context(Worker(result.contender, threads, max_model_len))
                 result.footprint = workers[name].footprint
                 workers[name].generate(prompts[0][1], num_tokens)
-        for name, index in _turns([n for n in workers if results[n].status == "measured"], len(prompts), repeats):
+
+        def run(name: str, index: int) -> None:
             result = results[name]
             if result.status == "measured":
                 on_step(name)
                 with _reporting(result):
                     result.runs[index].append(workers[name].generate(prompts[index][1], num_tokens))
+
+        take_turns(
+            {name: partial(run, name) for name in workers if results[name].status == "measured"},
+            [index for _ in range(repeats) for index in range(len(prompts))],
+        )
     for result in results.values():
         if result.status == "measured":
             plain = results.get(result.contender.plain or "")
@@ -122,18 +129,6 @@ def measure(
                 for i, (prompt, ids) in enumerate(prompts)
             ]
     return list(results.values())
-
-
-def _turns(names: Seq[str], num_prompts: int, repeats: int) -> Iterator[tuple[str, int]]:
-    """Who runs next, on which prompt.
-
-    >>> list(_turns(["a", "b"], num_prompts=2, repeats=1))
-    [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
-    """
-    for _ in range(repeats):
-        for index in range(num_prompts):
-            for name in names:
-                yield name, index
 
 
 class _reporting:  # noqa: N801  # reads as a statement: `with _reporting(result):`

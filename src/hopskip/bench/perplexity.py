@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hopskip.backends.base import Model
+from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.errors import ConfigError, PromptError
 from hopskip.text.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def places_to_read(num_layers: int, exit_layers: Seq[int]) -> list[int]:
 
 @torch.inference_mode()
 def negative_log_likelihoods(
-    model: Model, windows: Seq[Seq[int]], stops: Seq[int], on_window: Callable[[], None] = lambda: None
+    backend: Backend, windows: Seq[Seq[int]], stops: Seq[int], on_window: Callable[[], None] = lambda: None
 ) -> dict[int, Tensor]:
     """Of every token but the first of each window, float32 [tokens], in nats; by the number of layers it is read after.
 
@@ -106,16 +106,16 @@ def negative_log_likelihoods(
         stops: numbers of layers, rising (see `places_to_read`). All are read in one pass, through final norm and head.
         on_window: called after each window.
     """
-    cache = model.new_cache(1, max(map(len, windows)) - 1)
+    cache = backend.new_cache(1, max(map(len, windows)) - 1)
     parts: dict[int, list[Tensor]] = {stop: [] for stop in stops}
     for window in windows:
-        h_ND, start = model.embed(torch.tensor(window[:-1], dtype=torch.int32)), 0
-        all_rows, next_ids_N = Rows([Segment(0, 0, len(h_ND))]), torch.tensor(window[1:])
+        hidden_ND, start = backend.embed(window[:-1]), 0
+        all_rows, next_ids_N = Rows([Segment(0, 0, len(hidden_ND))]), torch.tensor(window[1:])
         for stop in stops:
-            h_ND, start = model.run_layers(h_ND, start, stop, all_rows, cache), stop
-            for first in range(0, len(h_ND), _ROWS_AT_ONCE):
+            hidden_ND, start = backend.run_layers(hidden_ND, start, stop, all_rows, cache).hidden_ND, stop
+            for first in range(0, len(hidden_ND), _ROWS_AT_ONCE):
                 rows = slice(first, first + _ROWS_AT_ONCE)
-                logits_NV = model.unembed(h_ND[rows]).cpu()
+                logits_NV = torch.as_tensor(backend.logits(hidden_ND[rows])).cpu()
                 parts[stop].append(F.cross_entropy(logits_NV, next_ids_N[rows], reduction="none"))
         on_window()
     return {stop: torch.cat(found) for stop, found in parts.items()}

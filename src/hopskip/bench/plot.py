@@ -1,4 +1,4 @@
-"""A benchmark as a picture."""
+"""Measurements as pictures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("decoded tokens per second")
     axes.set_title(f"{report['machine']['cpu']}, {report['machine']['threads']} threads", fontsize="medium")
     axes.margins(x=0.1)
-    _save(figure, path)
+    save(figure, path)
 
 
 def write_trace_plot(rounds: Seq[Round], path: Path) -> None:
@@ -77,10 +77,15 @@ def write_trace_plot(rounds: Seq[Round], path: Path) -> None:
     below.set_ylabel("milliseconds")
     below.set_xlabel("round")
     below.legend(fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib, in the format that the file's name says.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -12,22 +12,28 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from torch import Tensor
-
-from hopskip.backends.base import Cache, Model
+from hopskip.backends.base import Array, Backend, Cache
 from hopskip.backends.rows import Rows
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.base import Draft, Drafter
-from hopskip.draft.controller import LOOKUP, Choice, Controller, Drafting, LiveCosts
-from hopskip.draft.costs import Costs, DraftCost
-from hopskip.engine.engine import Engine
+from hopskip.draft.controller import Controller
+from hopskip.draft.costs import Costs
+from hopskip.draft.live_costs import DraftTiming, LiveCosts
+from hopskip.draft.make import Identity, prepare
+from hopskip.draft.plans import Choice
+from hopskip.draft.sources import LOOKUP, Source
+from hopskip.engine import Engine
+from hopskip.engine.slots import common_prefix
 from hopskip.errors import ConfigError
 from hopskip.sampling import SamplingParams
-from hopskip.sequence import Sequence
+from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.trace import Proposals, Round, RoundOfSequence, Trace
+
+T = TypeVar("T")
 
 BOTH = "both"
 """The fixed setting that drafts by lookup where there is a match of two tokens, else by the first exit."""
@@ -42,15 +48,15 @@ class Onlooker(Drafter):
     def __init__(self, auto: AutoDrafter) -> None:
         self._auto = auto
         self.taps = auto.taps
-        self._seen: dict[Sequence, list[dict[str, Draft]]] = defaultdict(list)
+        self._seen: dict[Sequence, list[dict[Source, Draft]]] = defaultdict(list)
 
-    def observe(self, rows: Rows, states_NAD: Tensor) -> None:
-        self._auto.observe(rows, states_NAD)
+    def observe(self, rows: Rows, features_NAD: Array) -> None:
+        self._auto.observe(rows, features_NAD)
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
-        drafts = {name: source.propose(sequences, limits, cache) for name, source in self._auto.sources.items()}
+        drafts = {source: drafter.propose(sequences, limits, cache) for source, drafter in self._auto.sources.items()}
         for index, sequence in enumerate(sequences):
-            self._seen[sequence].append({name: found[index] for name, found in drafts.items()})
+            self._seen[sequence].append({source: found[index] for source, found in drafts.items()})
         return [Draft() for _ in sequences]
 
     def proposals(self, sequence: Sequence) -> Iterator[Proposals]:
@@ -60,44 +66,41 @@ class Onlooker(Drafter):
             yield Proposals(
                 request=sequence.number,
                 position=position,
-                num_correct={name: _num_equal(draft.token_ids, text[position:]) for name, draft in drafts.items()},
-                signs={name: draft.signs for name, draft in drafts.items()},
+                num_correct={str(s): common_prefix(draft.token_ids, text[position:]) for s, draft in drafts.items()},
+                buckets={str(source): draft.buckets for source, draft in drafts.items()},
             )
 
 
 def record(
-    model: Model,
+    backend: Backend,
     prompts: Iterable[Seq[int]],
     *,
     max_new_tokens: int,
     eos_token_ids: Seq[int] | None = None,
-    identity: Mapping[str, object] | None = None,
+    identity: Identity | None = None,
+    progress: Callable[[str, float], None] = lambda what, share: None,
     on_proposals: Callable[[Proposals], None],
 ) -> dict[str, Any]:
     """Generate for each prompt in turn, greedily and plainly, and tell of what every source would have drafted.
 
     Args:
-        identity: of the model's weights and precision, see `Timings`.
+        eos_token_ids: end a text; None: those of the model's config.
+        identity, progress: see `hopskip.draft.make.prepare`; costs that are remembered are not measured again.
 
     Returns:
         What replays need to know of the model here, for the trace's header: `costs`, and `priors` of acceptance.
     """
-    config = SpeculativeConfig(draft="auto").resolve(model.config, model.branch, row_exact=model.row_exact)
-    auto = config.make_drafter(model, identity)
+    resolved, auto = prepare(backend, SpeculativeConfig(draft="auto"), identity, progress)
     assert isinstance(auto, AutoDrafter)
     onlooker = Onlooker(auto)
-    engine = Engine(model, config, eos_token_ids=eos_token_ids, max_num_seqs=1, drafter=onlooker)
+    engine = Engine(backend, resolved, onlooker, eos_token_ids=eos_token_ids, max_num_seqs=1)
     for prompt in prompts:
-        sequence = engine.add(prompt, SamplingParams(max_new_tokens=max_new_tokens))
+        sequence = engine.add(Request(prompt, SamplingParams(max_new_tokens=max_new_tokens)))
         while engine.has_work:
             engine.step()
         for proposals in onlooker.proposals(sequence):
             on_proposals(proposals)
-    return {"costs": asdict(auto.costs), "priors": auto.priors}
-
-
-def _num_equal(a: Seq[int], b: Seq[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return {"costs": auto.costs.as_json(), "priors": {str(source): rates for source, rates in auto.priors.items()}}
 
 
 # -- replaying ---------------------------------------------------------------------------------------------------------
@@ -149,7 +152,17 @@ class Replay:
         }
 
 
-Choose = Callable[[Proposals, int], Choice]
+@dataclass(frozen=True, kw_only=True)
+class _Position:
+    """`Proposals` by source."""
+
+    request: int
+    position: int
+    num_correct: Mapping[Source, int]
+    buckets: Mapping[Source, list[int]]
+
+
+Choose = Callable[[_Position, int], Choice]
 """A setting: the choice at a position, at most so many tokens long."""
 
 
@@ -157,46 +170,70 @@ def replay(trace: Trace, max_draft_tokens: int = 16) -> Replay:
     """Walk through the texts of a trace with the controller, and with every fixed setting.
 
     Raises:
-        ConfigError: the trace holds no proposals, or no costs.
+        ConfigError: the trace holds no proposals, or no costs, or names what is no source of drafts.
     """
     if not trace.proposals:
         raise ConfigError("this trace cannot be replayed: it holds only what was drafted; make one with trace record")
-    costs = costs_of(trace)
-    outcomes = [_walk(trace, costs, "none", lambda proposals, limit: Choice(None, 0))]
-    for source in [LOOKUP, *costs.drafts, BOTH]:
+    costs, priors = costs_of(trace), _by_source(trace.header.get("priors") or {})
+    text = [
+        _Position(
+            request=proposals.request,
+            position=proposals.position,
+            num_correct=_by_source(proposals.num_correct),
+            buckets=_by_source(proposals.buckets),
+        )
+        for proposals in trace.proposals
+    ]
+    outcomes = [_walk(text, costs, "none", lambda position, limit: Choice(None, 0))]
+    exits = tuple(costs.drafts)
+    settings: dict[str, Callable[[int], Choose]] = {
+        **{str(source): partial(_fixed, source) for source in (LOOKUP, *exits)},
+        BOTH: partial(_both, exits),
+    }
+    for name, of_length in settings.items():
         outcomes += [
-            _walk(trace, costs, f"{source}, {length}", _fixed(source, length, tuple(costs.drafts)))
-            for length in range(1, max_draft_tokens + 1)
+            _walk(text, costs, f"{name}, {length}", of_length(length)) for length in range(1, max_draft_tokens + 1)
         ]
-    controller = _Controlled(Controller(costs, max_draft_tokens, priors=trace.header.get("priors")))
-    auto = _walk(trace, costs, "auto", controller.choose, controller.learn)
+    controller = _Controlled(Controller(costs, max_draft_tokens, priors=priors))
+    auto = _walk(text, costs, "auto", controller.choose, controller.learn)
     return Replay(auto=auto, fixed=sorted(outcomes, key=lambda outcome: outcome.seconds))
 
 
 def costs_of(trace: Trace) -> Costs:
     """The cost table of a trace's header."""
     try:
-        table: Any = trace.header["costs"]
-        return Costs(
-            layers={int(rows): float(seconds) for rows, seconds in table["layers"].items()},
-            head={int(rows): float(seconds) for rows, seconds in table["head"].items()},
-            drafts={source: DraftCost(**cost) for source, cost in table["drafts"].items()},
-        )
+        return Costs.from_json(trace.header["costs"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ConfigError("the trace's header has no cost table; record it anew with trace record") from None
 
 
-def _fixed(source: str, length: int, exits: Seq[str]) -> Choose:
-    def choose(proposals: Proposals, limit: int) -> Choice:
-        chosen = source
-        if source == BOTH:
-            match = proposals.signs[LOOKUP][:1] or [0]
-            chosen = LOOKUP if match[0] >= 2 or not exits else exits[0]
-        most = min(length, limit, len(proposals.signs[chosen]))
+def _by_source(by_name: Mapping[str, T]) -> dict[Source, T]:
+    try:
+        return {Source.parse(name): value for name, value in by_name.items()}
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"the trace cannot be replayed ({error}); record it anew with trace record") from None
+
+
+def _fixed(source: Source, length: int) -> Choose:
+    """Always this source, and as many tokens."""
+
+    def choose(position: _Position, limit: int) -> Choice:
+        most = min(length, limit, len(position.buckets[source]))
         # lookup as such wants a match of two tokens
-        if chosen == LOOKUP and proposals.signs[LOOKUP][:1] < [2]:
+        if source == LOOKUP and position.buckets[LOOKUP][:1] < [2]:
             most = 0
-        return Choice(chosen if most else None, most)
+        return Choice(source if most else None, most)
+
+    return choose
+
+
+def _both(exits: Seq[Source], length: int) -> Choose:
+    """Lookup where there is a match of two tokens, else the first exit."""
+    by_lookup = _fixed(LOOKUP, length)
+    by_exit = _fixed(exits[0], length) if exits else by_lookup
+
+    def choose(position: _Position, limit: int) -> Choice:
+        return (by_exit if position.buckets[LOOKUP][:1] < [2] else by_lookup)(position, limit)
 
     return choose
 
@@ -207,45 +244,51 @@ class _Controlled:
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._request = -1
-        self._sequence = Sequence([0], SamplingParams(), frozenset(), 1)
+        self._sequence = _any_sequence()
 
-    def choose(self, proposals: Proposals, limit: int) -> Choice:
-        if proposals.request != self._request:
-            self._request = proposals.request
-            self._sequence = Sequence([0], SamplingParams(), frozenset(), 1)
-        return self._controller.plan([self._sequence], [limit], [proposals.signs[LOOKUP]])[0]
+    def choose(self, position: _Position, limit: int) -> Choice:
+        if position.request != self._request:
+            self._request = position.request
+            self._sequence = _any_sequence()
+        return self._controller.plan([self._sequence], [limit], [position.buckets[LOOKUP]])[0]
 
-    def learn(self, proposals: Proposals, outcome: Round) -> None:
-        part = outcome.sequences[0]
-        signs = proposals.signs[part.source] if part.source else []
-        drafting = []
-        if part.source not in (None, LOOKUP):
-            drafting.append(Drafting(str(part.source), part.num_draft_tokens, 1, 1, False, outcome.draft_seconds))
-        self._controller.learn([self._sequence], [signs], outcome, drafting)
+    def learn(self, position: _Position, choice: Choice, outcome: Round) -> None:
+        source, length, _ = choice
+        drafts = []
+        if source not in (None, LOOKUP):
+            drafts.append(DraftTiming(source, length, 1, 1, False, outcome.draft_seconds))
+        buckets = position.buckets[source] if source else []
+        self._controller.learn([self._sequence], [buckets], outcome, drafts)
+
+
+def _any_sequence() -> Sequence:
+    """For the controller, which tells the requests of a trace apart by it."""
+    return Sequence(Request([0]), frozenset(), 1)
 
 
 def _walk(
-    trace: Trace,
+    text: Seq[_Position],
     costs: Costs,
     setting: str,
     choose: Choose,
-    learn: Callable[[Proposals, Round], None] = lambda proposals, outcome: None,
+    learn: Callable[[_Position, Choice, Round], None] = lambda position, choice, outcome: None,
 ) -> Outcome:
     prices = LiveCosts(costs)
     num_tokens, num_rounds, seconds = 0, 0, 0.0
     request, due = -1, 0
-    last = {proposals.request: proposals.position for proposals in trace.proposals}
-    for proposals in trace.proposals:
-        if proposals.request != request:
-            request, due = proposals.request, proposals.position
-        if proposals.position < due:
+    last = {position.request: position.position for position in text}
+    for position in text:
+        if position.request != request:
+            request, due = position.request, position.position
+        if position.position < due:
             continue  # within what an earlier round has committed
-        num_left = last[request] - proposals.position  # tokens that follow the one which the pass itself yields
-        source, length, _ = choose(proposals, num_left)  # replays know nothing of runner-ups
-        accepted = min(length, proposals.num_correct[source]) if source else 0
+        num_left = last[request] - position.position  # tokens that follow the one which the pass itself yields
+        choice = choose(position, num_left)
+        source, length, _ = choice  # replays know nothing of runner-ups
+        num_accepted = min(length, position.num_correct[source]) if source else 0
         rows = length + 1
         outcome = Round(
-            draft_seconds=prices.draft_seconds(source, length, 1) if source not in (None, LOOKUP) else 0.0,
+            draft_seconds=0.0 if source is None or source == LOOKUP else prices.draft_seconds(source, length, 1),
             pass_seconds=prices.layers_seconds(rows),
             choose_seconds=prices.pass_seconds(rows) - prices.layers_seconds(rows),
             commit_seconds=0.0,
@@ -254,15 +297,15 @@ def _walk(
             sequences=(
                 RoundOfSequence(
                     request=request,
-                    position=proposals.position,
-                    source=source,
+                    position=position.position,
+                    source=str(source) if source else None,
                     num_draft_tokens=length,
-                    num_accepted_tokens=accepted,
-                    num_committed=accepted + 1,
+                    num_accepted_tokens=num_accepted,
+                    num_committed=num_accepted + 1,
                 ),
             ),
         )
-        learn(proposals, outcome)
-        due = proposals.position + accepted + 1
-        num_tokens, num_rounds, seconds = num_tokens + accepted + 1, num_rounds + 1, seconds + outcome.seconds
+        learn(position, choice, outcome)
+        due = position.position + num_accepted + 1
+        num_tokens, num_rounds, seconds = num_tokens + num_accepted + 1, num_rounds + 1, seconds + outcome.seconds
     return Outcome(setting=setting, num_tokens=num_tokens, num_rounds=num_rounds, seconds=seconds)

@@ -87,7 +87,7 @@ def _serve(contender: Contender, threads: int, max_model_len: int, connection: C
     sys.stdout.flush()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
-        runner = contender.load(threads, max_model_len)
+        runner = contender.start(threads, max_model_len)
         connection.send(("result", runner.footprint))
         while True:
             prompt_ids, num_tokens = connection.recv()

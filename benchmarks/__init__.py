@@ -1,0 +1,1 @@
+"""Measurements that are run by hand: each is a script with its own `--help`."""
