@@ -24,9 +24,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from benchmarks.requantize import requantize
 from tokenizers.pre_tokenizers import ByteLevel
 
+from benchmarks.requantize import requantize
 from hopskip.bench.contenders import Contender, Hopskip, LlamaCpp, Transformers
 from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
 from hopskip.bench.measure import Result, is_quoted, measure, ratio

@@ -26,7 +26,6 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.in_turn import decode_in_turn
-
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.machine import num_usable_cores

@@ -22,7 +22,6 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.gsm8k import plain_exit, speed
-
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.bench.perplexity import cut_windows, difference, negative_log_likelihoods, perplexity
 from hopskip.machine import num_usable_cores, replacing_file

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Cache, DraftTask
+from hopskip.backends.base import DraftTask
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.packed import PackedWeights
 from hopskip.backends.native.quantize import Packed, pack, quantize_q4, quantize_q8
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.rows import Cache, Rows, Segment
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.bench.turns import medians, take_turns
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint

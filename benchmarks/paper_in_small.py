@@ -22,10 +22,10 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from benchmarks.in_turn import decode_in_turn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.in_turn import decode_in_turn
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.machine import num_usable_cores
 from hopskip.train.checkpoint import replacing

@@ -17,9 +17,10 @@ from hopskip.draft import timing
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.controller import Controller
 from hopskip.draft.costs import Costs, DraftCost, interpolated
+from hopskip.draft.exit import source_of
 from hopskip.draft.make import exits_of
 from hopskip.draft.plans import Choice
-from hopskip.draft.sources import LOOKUP, early_exit, layer_skip, source_of
+from hopskip.draft.sources import LOOKUP, early_exit, layer_skip
 from hopskip.draft.timing import Timings, measure
 from hopskip.engine import make_engine
 from hopskip.sequence import Request, Sequence

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import hopskip.engine.choose
 import hopskip.prove.sampled
-from hopskip.backends.base import Cache, Head, Pass, Traits
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.base import Head, Pass, Traits
+from hopskip.backends.rows import Cache, Rows, Segment
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.layer import LayerWeights

@@ -12,9 +12,10 @@ from hopskip.bench.expected import best_num_draft_tokens
 from hopskip.draft.acceptance import Kind
 from hopskip.draft.controller import PROBE_SHARE, Controller
 from hopskip.draft.costs import Costs, DraftCost
+from hopskip.draft.exit import source_of
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.plans import Choice, Forecast, Plan, best_by_exits, best_by_lookup, priced
-from hopskip.draft.sources import LOOKUP, TRAINED_EXIT, early_exit, source_of
+from hopskip.draft.sources import LOOKUP, TRAINED_EXIT, early_exit
 from hopskip.sequence import Request, Sequence
 from hopskip.trace import Round, RoundOfSequence
 

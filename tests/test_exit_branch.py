@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hopskip import SamplingParams, SpeculativeConfig
-from hopskip.backends.base import Backend, Cache
+from hopskip.backends.base import Backend
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.isa import obstacle
-from hopskip.backends.steps import draft_step_by_step
+from hopskip.backends.rows import Cache
+from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.torch.weights import load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
@@ -29,7 +30,7 @@ from hopskip.engine import Engine, make_engine
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.prove import recorder
 from hopskip.sequence import Request, Sequence
-from hopskip.train.exit.collect import Conversation
+from hopskip.train.exit.conversations import Conversation
 from hopskip.train.exit.distill import ExitTrainer, make_batch
 from tests.models import tiny_model
 from tests.test_engine import PLAIN, new_ids, run
@@ -197,7 +198,7 @@ def test_one_call_drafts_what_steps_draft(
         _, branch = random_branch(checkpoint, config)
         model.attach_exit(branch)
         if hides:
-            monkeypatch.setattr(model, "draft", functools.partial(draft_step_by_step, model))
+            monkeypatch.setattr(model, "draft", functools.partial(StepwiseBackend.draft, model))
         engine = make_engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02))
         drafts.append(drafts_of(monkeypatch, engine, PROMPTS))
     (one_call, steps) = ([draft.token_ids for _, draft in found] for found in drafts)

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hopskip.backends.base import Cache, Backend
+from hopskip.backends.base import Backend
 from hopskip.backends.native import backend as native
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.packed import PackedWeights, format_of, quantized_to
 from hopskip.backends.native.quantize import from_gguf_blocks
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.rows import Cache, Rows, Segment
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.weights import load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_checkpoint

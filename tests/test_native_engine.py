@@ -13,7 +13,7 @@ from hopskip import SamplingParams, SpeculativeConfig
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.isa import obstacle
 from hopskip.backends.rows import Rows, Segment
-from hopskip.backends.steps import draft_step_by_step
+from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.draft.exit import ExitDrafter
@@ -93,7 +93,7 @@ def test_a_draft_in_one_call_is_the_draft_of_its_steps(
     found = []
     for goes_by_steps in (False, True):
         if goes_by_steps:
-            monkeypatch.setattr(model, "draft", partial(draft_step_by_step, model))
+            monkeypatch.setattr(model, "draft", partial(StepwiseBackend.draft, model))
         drafter = ExitDrafter(model, early_exit(2), min_confidence)
         cache = model.new_cache(5, 64)
         assert isinstance(cache, TensorCache)

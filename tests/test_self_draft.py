@@ -18,9 +18,10 @@ from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.draft import skip_search
+from hopskip.draft.exit import source_of
 from hopskip.draft.make import resolve
 from hopskip.draft.skip_search import search
-from hopskip.draft.sources import Source, early_exit, layer_skip, source_of
+from hopskip.draft.sources import Source, early_exit, layer_skip
 from hopskip.engine import make_engine
 from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig, load_backend

@@ -21,7 +21,8 @@ from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError, TrainingError
 from hopskip.loading import BackendName, LoadConfig, load_backend
-from hopskip.train.exit.collect import Conversation, collect, read_conversations
+from hopskip.train.exit.collect import collect
+from hopskip.train.exit.conversations import Conversation, read_conversations
 from hopskip.train.exit.distill import (
     Batch,
     ExitTrainer,
@@ -30,7 +31,8 @@ from hopskip.train.exit.distill import (
     distillation_loss,
     make_batch,
 )
-from hopskip.train.exit.fit import Evaluation, FitConfig, batches_from, fit
+from hopskip.train.exit.fit import Evaluation, batches_from, fit
+from hopskip.train.exit.recipe import FitConfig
 from tests.tiny import write_checkpoint
 
 PROMPTS = [[2 + i, 5, 7 * i + 3, 9] for i in range(12)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 
 class HopskipError(Exception):
     """Base class: `except HopskipError` catches whatever a user can put right."""
@@ -21,3 +23,9 @@ class PromptError(HopskipError, ValueError):
 
 class TrainingError(HopskipError):
     """Training cannot go on: the loss is not a number, or a checkpoint cannot be written."""
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises ConfigError unless a value is one of a Literal's, or None."""
+    if value is not None and value not in get_args(choices):
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")

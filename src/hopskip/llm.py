@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from hopskip.engine import make_engine
+from hopskip.engine.engine import make_engine
 from hopskip.errors import ConfigError, PromptError
 from hopskip.loading import LoadConfig, LoadOptions, Progress, open_model
 from hopskip.sampling import SamplingParams

@@ -19,8 +19,8 @@ from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import find_model, shipped_exit
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.draft.make import Identity, resolve
-from hopskip.errors import ConfigError
-from hopskip.options import check_choice, option
+from hopskip.errors import ConfigError, check_choice
+from hopskip.options import option
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
 

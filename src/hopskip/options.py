@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, get_args
-
-from hopskip.errors import ConfigError
+from typing import Any
 
 
 def option(default: Any, help: str, metavar: str | None = None, *, parse: Callable[[str], Any] | None = None) -> Any:
@@ -17,9 +15,3 @@ def option(default: Any, help: str, metavar: str | None = None, *, parse: Callab
         parse: makes the value from the text of the command line, where that is neither a number nor the value itself.
     """
     return field(default=default, metadata={"help": help, "metavar": metavar, "parse": parse})
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raises ConfigError unless a value is one of a Literal's, or None."""
-    if value is not None and value not in get_args(choices):
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")

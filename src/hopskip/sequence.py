@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from hopskip.sampling import Constraint, SamplingParams, TokenCounts
+from hopskip.speculative import DraftKind
 from hopskip.stats import SpeculativeStats
 
-DraftKind = Literal["early-exit", "exit-branch", "layer-skip", "ngram"]
 Origin = DraftKind | Literal["target", "bonus"]
 """Who came up with a token: an accepted draft's source; or the target, alone (plain decoding, or a *recovered* token in
 place of a rejected draft), or as the *bonus* after a draft accepted whole."""
@@ -95,6 +95,11 @@ class Sequence:
         return (
             not params.is_greedy or params.changes_logits or params.logprobs is not None or self.constraint is not None
         )
+
+    @property
+    def allows_runner_ups(self) -> bool:
+        """Penalties and grammars follow a chain of tokens, so its drafts can be no trees."""
+        return not self.params.changes_logits and self.constraint is None
 
     @property
     def is_prefilled(self) -> bool:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hopskip.errors import ConfigError
-from hopskip.options import check_choice, option
+from hopskip.errors import ConfigError, check_choice
+from hopskip.options import option
 
 DraftChoice = Literal["auto", "exit-branch", "early-exit", "layer-skip", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
 DraftPrecision = Literal["q8", "q4"]
+DraftKind = Literal["early-exit", "exit-branch", "layer-skip", "ngram"]
+"""Kinds of sources that a draft can come from, whatever chose among them."""
 
 MAX_RUNNER_UPS = 32
 

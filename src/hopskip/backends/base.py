@@ -11,7 +11,7 @@ Who owns what:
   device. Code above may take rows of them, concatenate them with `xp`, and hand them back; nothing else.
 
 A call is a whole pass over rows of any mix of sequences, or the whole draft of several sequences, so that a GPU can
-answer each with one captured graph. What is optional has a body here, made of the calls that are not.
+answer each with one captured graph. What is optional has a body here, or in `steps.py`, made of the calls that are not.
 
 Shape letters: N rows, D hidden size, V vocabulary, n tokens of a head, A features, B sequences, k draft tokens.
 """
@@ -25,15 +25,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from hopskip.backends.rows import Rows
+from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.trained_exit import Mixing, TrainedExit
+from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
 from hopskip.speculative import DraftPrecision
-
-Array = Any
-"""An array of a backend's namespace: a numpy array, or a PyTorch tensor."""
 
 Head = Literal["full", "exit"] | DraftPrecision
 """Which head reads hidden states, after the model's final norm: the model's own over the whole vocabulary; its rows of
@@ -58,37 +55,6 @@ class Traits:
     """Of hidden states: `float32`, `bfloat16`, `float16`."""
     bytes_per_pass: int
     """Weights that a full pass of one row reads: all layers and the head."""
-
-
-class Cache(ABC):
-    """Keys and values of every layer, for `num_slots` sequences of up to `length` positions. What it stores, and how,
-    is its backend's affair."""
-
-    num_slots: int
-    length: int
-    """Positions per slot."""
-    nbytes: int
-
-    @abstractmethod
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot to another."""
-
-    @abstractmethod
-    def keep_path(self, slot: int, start: int, rows: Seq[int]) -> None:
-        """Move what a tree's rows have left to where consecutive tokens have it.
-
-        Args:
-            start: position of the tree's first row.
-            rows: the path to keep, from the first row on; each comes after the one that it follows.
-        """
-
-    @abstractmethod
-    def copy_from(self, other: Cache) -> None:
-        """Take over every slot of a smaller cache of the same backend (when it must grow, never to reject)."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Set everything to zero: what lies in fresh memory may be slow to compute with."""
 
 
 class Pass(NamedTuple):
@@ -200,6 +166,11 @@ class Backend(ABC):
     def logits(self, hidden_ND: Array, head: Head = "full") -> Array:
         """Final norm and a head: float32 [N, n]."""
 
+    @abstractmethod
+    def draft(self, task: DraftTask, cache: Cache) -> Chains:
+        """Draft for several sequences, which share each step. `hopskip.backends.steps` has a body made of the other
+        calls."""
+
     # -- these have a body that may be left as it is -------------------------------------------------------------------
 
     def forward(self, token_ids: Seq[int], rows: Rows, cache: Cache, taps: Seq[int] = ()) -> Pass:
@@ -213,12 +184,6 @@ class Backend(ABC):
             return list(best)
         assert self.trained_exit is not None
         return [self.trained_exit.vocabulary_list[index] for index in best]
-
-    def draft(self, task: DraftTask, cache: Cache) -> Chains:
-        """Draft for several sequences, which share each step."""
-        from hopskip.backends.steps import draft_step_by_step
-
-        return draft_step_by_step(self, task, cache)
 
     def attach_copy(self, checkpoint: Checkpoint, precision: DraftPrecision) -> None:
         """Put a copy of all layers and the head beside the model, to draft with. Its layers write their keys and values
@@ -240,12 +205,6 @@ class Backend(ABC):
         """The numbers of some of the model's layers in a copy's precision; None is the model's own."""
         assert precision is None, "no copy is attached"
         return tuple(layers)
-
-    @property
-    def mixing(self) -> Mixing | None:
-        """What the attached exit does with features, in this backend's arrays; None if it has none. Only drafts that go
-        step by step need it."""
-        return None
 
     def synchronize(self) -> None:
         """Wait until everything that was asked for is computed: for timing."""

@@ -1,18 +1,24 @@
 """Which rows a pass computes: tokens of any mix of sequences, and where each of them lies in the cache.
 
 One call serves a prompt, a draft to verify, a batch and a tree. Positions and slots are plain integers that the caller
-owns; a backend gets them as int32 arrays on the host.
+owns; a backend gets them as int32 arrays on the host. A cache stores what they have left, and knows no lengths.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Array = Any
+"""An array of a backend's namespace: a numpy array, or a PyTorch tensor."""
 
 
 @dataclass(frozen=True)
@@ -96,3 +102,34 @@ class Rows:
     def last_rows(self) -> list[int]:
         """Index of the last row of each segment."""
         return [stop - 1 for stop in accumulate(segment.count for segment in self.segments)]
+
+
+class Cache(ABC):
+    """Keys and values of every layer, for `num_slots` sequences of up to `length` positions. What it stores, and how,
+    is its backend's affair."""
+
+    num_slots: int
+    length: int
+    """Positions per slot."""
+    nbytes: int
+
+    @abstractmethod
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
+
+    @abstractmethod
+    def keep_path(self, slot: int, start: int, rows: Seq[int]) -> None:
+        """Move what a tree's rows have left to where consecutive tokens have it.
+
+        Args:
+            start: position of the tree's first row.
+            rows: the path to keep, from the first row on; each comes after the one that it follows.
+        """
+
+    @abstractmethod
+    def copy_from(self, other: Cache) -> None:
+        """Take over every slot of a smaller cache of the same backend (when it must grow, never to reject)."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Set everything to zero: what lies in fresh memory may be slow to compute with."""

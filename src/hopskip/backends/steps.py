@@ -1,5 +1,7 @@
 """Drafts step by step, from the calls that every backend has: the readable version of what an engine does in one call.
 
+Derive a backend from `StepwiseBackend` to have `Backend.draft` without writing it.
+
 One loop covers every exit: the state of the latest token where the exit begins, the exit's own layers if it has any,
 final norm, head, a token.
 
@@ -8,32 +10,39 @@ Shape letters: N rows, B sequences that go on, D hidden size, n tokens of the he
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
-from hopskip.backends.base import Array, Backend, Cache, Chains, DraftTask, Head, run_by_number
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.base import Backend, Chains, DraftTask, Head, run_by_number
+from hopskip.backends.rows import Array, Cache, Rows, Segment
+from hopskip.checkpoint.trained_exit import Mixing
 
 
-def draft_step_by_step(backend: Backend, task: DraftTask, cache: Cache) -> Chains:
-    """As `Backend.draft`."""
-    steps = _Steps(backend, task, cache)
-    xp = backend.xp
-    num_sequences = len(task.limits)
-    chosen = [_Chosen() for _ in range(num_sequences)]
-    active = list(range(num_sequences))
-    hidden_BD = steps.enter()
-    while True:
-        logits_Bn = backend.logits(hidden_BD, steps.head)
-        goes_on = []
-        for row, index in enumerate(active):
-            chosen[index].states.append(hidden_BD[row])
-            is_sure = steps.choose(index, logits_Bn[row], chosen[index])
-            goes_on.append(is_sure and len(chosen[index].token_ids) < task.limits[index])
-        kept = [row for row, goes in enumerate(goes_on) if goes]
-        active = [active[row] for row in kept]
-        if not active:
-            return _chains(task, chosen, xp)
-        hidden_BD = steps.advance(active, chosen, hidden_BD[kept])
+class StepwiseBackend(Backend):
+    """A backend that drafts by its other calls."""
+
+    def draft(self, task: DraftTask, cache: Cache) -> Chains:
+        steps = _Steps(self, task, cache)
+        chosen = [_Chosen() for _ in task.limits]
+        active = list(range(len(chosen)))
+        hidden_BD = steps.enter()
+        while True:
+            logits_Bn = self.logits(hidden_BD, steps.head)
+            goes_on = []
+            for row, index in enumerate(active):
+                chosen[index].states.append(hidden_BD[row])
+                is_sure = steps.choose(index, logits_Bn[row], chosen[index])
+                goes_on.append(is_sure and len(chosen[index].token_ids) < task.limits[index])
+            kept = [row for row, goes in enumerate(goes_on) if goes]
+            active = [active[row] for row in kept]
+            if not active:
+                return _chains(task, chosen, self.xp)
+            hidden_BD = steps.advance(active, chosen, hidden_BD[kept])
+
+    @property
+    @abstractmethod
+    def mixing(self) -> Mixing | None:
+        """What the attached exit does with features, in this backend's arrays; None if it has none."""
 
 
 class _Chosen:
@@ -48,7 +57,7 @@ class _Chosen:
 
 
 class _Steps:
-    def __init__(self, backend: Backend, task: DraftTask, cache: Cache) -> None:
+    def __init__(self, backend: StepwiseBackend, task: DraftTask, cache: Cache) -> None:
         self._backend, self._task, self._cache = backend, task, cache
         self._own_layers: tuple[int, ...] = ()
         self._mixing = None

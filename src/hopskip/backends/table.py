@@ -13,15 +13,16 @@ import array_api_compat.torch
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Backend, Cache, Head, Pass, Traits
-from hopskip.backends.rows import Rows
+from hopskip.backends.base import Head, Pass, Traits
+from hopskip.backends.rows import Cache, Rows
+from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
 
 
-class TableBackend(Backend):
+class TableBackend(StepwiseBackend):
     """Two layers; logits depend on the last token only: `exit_VV` after the first layer, `target_VV` after the second.
 
     Args:
@@ -68,3 +69,7 @@ class TableBackend(Backend):
     def logits(self, hidden_ND: Tensor, head: Head = "full") -> Tensor:
         token_N, depth_N = hidden_ND[:, 0].long(), hidden_ND[:, 1].long()
         return self.tables[depth_N - 1, token_N]
+
+    @property
+    def mixing(self) -> None:
+        return None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Cache
+from hopskip.backends.rows import Cache
 from hopskip.checkpoint.config import ModelConfig
 
 

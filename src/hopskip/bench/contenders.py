@@ -15,7 +15,7 @@ import torch
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.in_transformers import load_in_transformers
-from hopskip.engine import make_engine
+from hopskip.engine.engine import make_engine
 from hopskip.loading import LoadConfig, OpenModel, open_model
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import Request

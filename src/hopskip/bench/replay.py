@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from hopskip.backends.base import Array, Backend, Cache
-from hopskip.backends.rows import Rows
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.controller import Controller
@@ -25,7 +25,7 @@ from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.make import Identity, prepare
 from hopskip.draft.plans import Choice
 from hopskip.draft.sources import LOOKUP, Source
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.engine.slots import common_prefix
 from hopskip.errors import ConfigError
 from hopskip.sampling import SamplingParams

@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from hopskip.backends.base import Array, Backend, Cache
-from hopskip.backends.rows import Rows
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.draft.base import Draft, Drafter, FirstOf
 from hopskip.draft.controller import Controller
 from hopskip.draft.costs import Costs
-from hopskip.draft.exit import ExitDrafter
+from hopskip.draft.exit import Exit, ExitDrafter, source_of
 from hopskip.draft.live_costs import DraftTiming
 from hopskip.draft.ngram import NgramDrafter
-from hopskip.draft.sources import LOOKUP, Exit, Source, source_of
+from hopskip.draft.sources import LOOKUP, Source
 from hopskip.sequence import Sequence
 from hopskip.trace import Round
 

@@ -8,8 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from hopskip.backends.base import Array, Cache
-from hopskip.backends.rows import Rows
+from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.draft.sources import LOOKUP, Source
 from hopskip.sequence import Sequence
 from hopskip.trace import Round

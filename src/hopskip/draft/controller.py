@@ -23,7 +23,6 @@ from weakref import WeakKeyDictionary
 
 from hopskip.draft.acceptance import MAX_BUCKET, MIN_RATE, Acceptance, Kind, RequestAcceptance
 from hopskip.draft.costs import Costs
-from hopskip.draft.exit import allows_runner_ups
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.plans import Choice, Forecast, Plan, best_by_exits, best_by_lookup, priced
 from hopskip.draft.sources import LOOKUP, Source
@@ -204,7 +203,7 @@ class Controller:
         survival = {exit: own.survival(exit, range(limit), temperature, floor) for exit in num_unseen}
         survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], temperature, floor)
         runner_ups: dict[Source, list[float]] = {}
-        if self._max_runner_ups and allows_runner_ups(sequence):
+        if self._max_runner_ups and sequence.allows_runner_ups:
             runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, temperature, floor) for exit in num_unseen}
         return Forecast(
             survival=survival,

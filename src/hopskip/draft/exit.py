@@ -18,16 +18,23 @@ import torch
 from array_api_compat import device
 from torch import Tensor
 
-from hopskip.backends.base import Array, Backend, Cache, Chains, DraftTask
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.base import Backend, Chains, DraftTask
+from hopskip.backends.rows import Array, Cache, Rows, Segment
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.features import Features
-from hopskip.draft.sources import Exit, OwnLayers, source_of
+from hopskip.draft.sources import TRAINED_EXIT, OwnLayers, Source
 from hopskip.sampling import adjust_logits, draw, probabilities
 from hopskip.sequence import Sequence
 
+Exit = OwnLayers | TrainedExit
+"""Layers of the model, or the trained exit that is attached to it."""
+
 _MAX_RUNNER_UPS_OF_A_STEP = 4
+
+
+def source_of(exit: Exit) -> Source:
+    return exit.source if isinstance(exit, OwnLayers) else TRAINED_EXIT
 
 
 class _Work(NamedTuple):
@@ -50,7 +57,6 @@ class ExitDrafter(Drafter):
     text (penalties, a grammar) get none.
 
     Args:
-        exit: layers of the model, or the trained exit that is attached to it.
         num_runner_ups: how many such others a draft has.
     """
 
@@ -85,7 +91,7 @@ class ExitDrafter(Drafter):
                 sequence,
                 limit,
                 Draft(self._source, probs=None if sequence.params.is_greedy else []),
-                number if allows_runner_ups(sequence) else 0,
+                number if sequence.allows_runner_ups else 0,
             )
             for sequence, limit, number in zip(sequences, limits, most, strict=True)
         ]
@@ -216,11 +222,6 @@ def _uniforms(part: _Work) -> list[float]:
 def _take(draft: Draft, found: Chains, index: int) -> None:
     draft.token_ids = found.token_ids[index]
     draft.exit_states = found.states[index]
-
-
-def allows_runner_ups(sequence: Sequence) -> bool:
-    """Penalties and grammars follow a chain of tokens."""
-    return not sequence.params.changes_logits and sequence.constraint is None
 
 
 def add_runner_ups(draft: Draft, tokens: Seq[Seq[int]], probs: Seq[Seq[float]], number: int) -> None:

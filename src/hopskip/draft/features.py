@@ -9,8 +9,7 @@ from collections import defaultdict
 from itertools import accumulate, pairwise
 from typing import Any
 
-from hopskip.backends.base import Array
-from hopskip.backends.rows import Rows
+from hopskip.backends.rows import Array, Rows
 
 _MOST_PASSES = 32
 """That are kept as they are, before their features are sorted by slot."""

@@ -10,10 +10,10 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.base import Drafter, FirstOf
-from hopskip.draft.exit import ExitDrafter
+from hopskip.draft.exit import Exit, ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
 from hopskip.draft.skip_search import search
-from hopskip.draft.sources import Exit, OwnLayers, early_exit, layer_skip
+from hopskip.draft.sources import OwnLayers, early_exit, layer_skip
 from hopskip.draft.timing import MAX_ROWS, Timings
 from hopskip.errors import ConfigError
 from hopskip.machine import kept_path

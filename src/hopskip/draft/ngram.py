@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from weakref import WeakKeyDictionary
 
-from hopskip.backends.base import Cache
+from hopskip.backends.rows import Cache
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.sources import LOOKUP
 from hopskip.sequence import Sequence

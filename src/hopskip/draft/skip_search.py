@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from hopskip.backends.base import Array, Backend, run_by_number
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.base import Backend, run_by_number
+from hopskip.backends.rows import Array, Rows, Segment
 from hopskip.draft.costs import expected_speedup
 from hopskip.draft.sources import OwnLayers, layer_skip
 from hopskip.machine import replacing_file

@@ -6,9 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from hopskip.checkpoint.trained_exit import TrainedExit
-from hopskip.sequence import DraftKind
-from hopskip.speculative import DraftPrecision
+from hopskip.speculative import DraftKind, DraftPrecision
 
 
 class Source(NamedTuple):
@@ -60,6 +58,10 @@ class OwnLayers:
     """Rising."""
     precision: DraftPrecision | None = None
 
+    @property
+    def source(self) -> Source:
+        return Source(self.kind, len(self.layers), self.precision)
+
 
 def early_exit(exit_layer: int, precision: DraftPrecision | None = None) -> OwnLayers:
     """The layers before an exit layer."""
@@ -70,10 +72,3 @@ def layer_skip(skipped: Seq[int], num_layers: int, precision: DraftPrecision | N
     """All of `num_layers` layers but these."""
     layers = tuple(layer for layer in range(num_layers) if layer not in skipped)
     return OwnLayers(kind="layer-skip", layers=layers, precision=precision)
-
-
-Exit = OwnLayers | TrainedExit
-
-
-def source_of(exit: Exit) -> Source:
-    return Source(exit.kind, len(exit.layers), exit.precision) if isinstance(exit, OwnLayers) else TRAINED_EXIT

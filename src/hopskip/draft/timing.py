@@ -17,8 +17,8 @@ from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.draft.costs import Costs, DraftCost
-from hopskip.draft.exit import ExitDrafter
-from hopskip.draft.sources import Exit, Source, source_of
+from hopskip.draft.exit import Exit, ExitDrafter, source_of
+from hopskip.draft.sources import Source
 from hopskip.machine import cpu_name, kept_path, num_usable_cores, replacing_file
 from hopskip.sequence import Request, Sequence
 

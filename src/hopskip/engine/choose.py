@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Array, Backend
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Array
 from hopskip.draft.base import Draft
 from hopskip.engine.verify import Verdict, verify_greedy, verify_sampled
 from hopskip.sampling import adjust_logits, probabilities

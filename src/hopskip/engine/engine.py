@@ -88,7 +88,7 @@ class Engine:
             speculative,
             drafter,
             self._slots,
-            drafters_by_exit=self._drafters_by_exit,
+            drafter_at=self._drafters_by_exit.at,
             rows_per_sequence=rows_per_sequence,
         )
 

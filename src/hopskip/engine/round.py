@@ -6,12 +6,12 @@ Shape letters: N rows, A features, D hidden size.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hopskip.backends.base import Array, Backend, Pass
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.base import Backend, Pass
+from hopskip.backends.rows import Array, Rows, Segment
 from hopskip.draft.base import Draft, Drafter
-from hopskip.draft.make import DraftersByExit
 from hopskip.engine.choose import Choice, choose
 from hopskip.engine.slots import Slots
 from hopskip.sequence import Sequence
@@ -41,7 +41,7 @@ class Rounds:
 
     Args:
         speculative: as it was resolved.
-        drafters_by_exit: of requests that ask for an exit layer of their own.
+        drafter_at: gives the drafter of requests that ask for an exit layer of their own.
         rows_per_sequence: least rows of a verify pass per sequence; see `Engine`.
     """
 
@@ -52,13 +52,13 @@ class Rounds:
         drafter: Drafter | None,
         slots: Slots,
         *,
-        drafters_by_exit: DraftersByExit,
+        drafter_at: Callable[[int], Drafter],
         rows_per_sequence: int,
     ) -> None:
         self._backend = backend
         self._speculative = speculative
         self._drafter = drafter
-        self._drafters_by_exit = drafters_by_exit
+        self._drafter_at = drafter_at
         self._slots = slots
         self._rows_per_sequence = rows_per_sequence
         self._taps = () if drafter is None or drafter.taps is None else drafter.taps
@@ -100,7 +100,7 @@ class Rounds:
             by_exit.setdefault(sequence.request.exit_layer, []).append(index)
         drafts = [Draft() for _ in sequences]
         for exit_layer, members in by_exit.items():
-            drafter = self._drafter if exit_layer is None else self._drafters_by_exit.at(exit_layer)
+            drafter = self._drafter if exit_layer is None else self._drafter_at(exit_layer)
             own = [sequences[i] for i in members]
             # the verify pass itself yields one token, so a sequence never needs a draft of all it has left
             asked = [s.request.max_draft_tokens for s in own]

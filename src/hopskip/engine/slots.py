@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from hopskip.backends.base import Backend, Cache
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Cache
 from hopskip.errors import ConfigError
 from hopskip.sequence import Sequence
 

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Array, Backend
-from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Array, Rows, Segment
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.prove.proof import Proof, Tie
 from hopskip.prove.recorder import Run, first_difference, run, same_bits

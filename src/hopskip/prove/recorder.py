@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Array, Backend, Cache
-from hopskip.backends.rows import Rows
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.make import prepare
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig

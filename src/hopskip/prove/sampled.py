@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hopskip.backends.base import Backend
 from hopskip.backends.table import TableBackend
-from hopskip.engine import make_engine
+from hopskip.engine.engine import make_engine
 from hopskip.prove.greedy import exits_to_try, hidden_states, last_logits
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import run

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Protocol
 
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError, HopskipError
 from hopskip.serve.batch import Batch, Generation, Job, Piece
 from hopskip.text.stream import IncrementalDecoder, TextStream

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hopskip.backends.base import Backend, Cache, Chains, DraftTask, Head, Pass, Traits
+from hopskip.backends.base import Chains, DraftTask, Head, Pass, Traits
 from hopskip.backends.native.isa import extension, obstacle
 from hopskip.backends.native.load import add_copy, add_exit, make_engine
 from hopskip.backends.native.packed import PackedWeights
-from hopskip.backends.rows import Rows
+from hopskip.backends.rows import Cache, Rows
+from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
@@ -37,7 +38,7 @@ _LOWER: tuple[DraftPrecision, ...] = ("q4", "q8")
 Array = NDArray[np.float32]
 
 
-class NativeBackend(Backend):
+class NativeBackend(StepwiseBackend):
     """A Llama-family decoder on packed weights.
 
     Hidden states are float32 [N, D] on the CPU in every precision. Arrays of the wrong shape, type or layout, and

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hopskip.backends.base import Backend, Cache, Head, Pass, Traits
-from hopskip.backends.rows import Rows
+from hopskip.backends.base import Head, Pass, Traits
+from hopskip.backends.rows import Cache, Rows
+from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.attention import attend
 from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
@@ -25,7 +26,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import Mixing, TrainedExit
 
 
-class TorchBackend(Backend):
+class TorchBackend(StepwiseBackend):
     """A Llama-family decoder on any device that PyTorch has."""
 
     xp = array_api_compat.torch

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hopskip.backends.base import Backend
 from hopskip.checkpoint.trained_exit import TrainedExit
-from hopskip.engine import Engine, make_engine
+from hopskip.engine.engine import Engine, make_engine
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.trace import Round
-from hopskip.train.exit.collect import Conversation
+from hopskip.train.exit.conversations import Conversation
 from hopskip.train.exit.recipe import SearchRecipe
 
 

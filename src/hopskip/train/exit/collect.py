@@ -11,36 +11,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hopskip.backends.base import Array, Backend, Cache
-from hopskip.backends.rows import Rows
+from hopskip.backends.base import Backend
+from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.draft.base import Draft, Drafter
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.sampling import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.train.checkpoint import replacing_file
+from hopskip.train.exit.conversations import Conversation, shard_metadata
 
 SHARD_PROMPTS = 256
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One prompt and the model's greedy answer."""
-
-    ids_T: Tensor
-    """int64, the prompt first. The last token has no states: it was not fed back, and is only a target."""
-    num_prompt_tokens: int
-    states_TAD: Tensor
-    """bfloat16, outputs of the tapped layers at all tokens but the last."""
 
 
 class _States(Drafter):
@@ -95,7 +83,7 @@ def collect(
         raise ConfigError(f"taps are {list(taps)}; they must be rising layers from 1 to {depth - 1}")
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("shard-*.safetensors"))[:1]:
-        collected = json.loads(_metadata(path)["taps"])[:-1]
+        collected = json.loads(shard_metadata(path)["taps"])[:-1]
         taps = collected if set(taps) <= set(collected) else taps
     metadata = {"fingerprint": fingerprint, "taps": json.dumps([*taps, depth])}
     longest = max(map(len, prompts)) + max_new_tokens
@@ -109,7 +97,7 @@ def collect(
         path = folder / f"shard-{first // SHARD_PROMPTS:05}.safetensors"
         batch = prompts[first : first + SHARD_PROMPTS]
         if path.exists():
-            if (found := _metadata(path)) != metadata:
+            if (found := shard_metadata(path)) != metadata:
                 raise ConfigError(f"{path} was collected with {found}, not {metadata}; use another folder")
             continue
         waiting = [engine.add(Request(prompt, params)) for prompt in batch]
@@ -125,34 +113,6 @@ def collect(
         _write(path, done, metadata)
         if progress:
             progress(first + len(batch), num_tokens)
-
-
-def read_conversations(folder: Path) -> tuple[dict[str, str], list[Conversation]]:
-    """All that has been collected so far, memory-mapped, and how: `fingerprint` and `taps` (JSON).
-
-    Raises:
-        ConfigError: there is none.
-    """
-    conversations: list[Conversation] = []
-    metadata: dict[str, str] = {}
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            ids, counts, prompts, states = (file.get_tensor(name) for name in ("ids", "counts", "prompts", "states"))
-        start = 0
-        for count, num_prompt_tokens in zip(counts.tolist(), prompts.tolist(), strict=True):
-            own = slice(start, start + count)
-            conversations.append(Conversation(ids[own].long(), num_prompt_tokens, states[own][: count - 1]))
-            start += count
-    if not conversations:
-        raise ConfigError(f"{folder} holds no collected text; collect some first")
-    return metadata, conversations
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        metadata: dict[str, str] = file.metadata()
-    return metadata
 
 
 def _write(path: Path, conversations: list[Conversation], metadata: dict[str, str]) -> None:

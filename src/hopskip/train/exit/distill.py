@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, Mixing, TrainedExit
-from hopskip.train.exit.collect import Conversation
+from hopskip.train.exit.conversations import Conversation
 
 
 @dataclass(frozen=True)

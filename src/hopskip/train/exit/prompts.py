@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 
-from hopskip.engine import Engine
+from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.prompts import content_of, encode_content
 from hopskip.sampling import SamplingParams

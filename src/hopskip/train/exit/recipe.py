@@ -8,7 +8,6 @@ from typing import Any, get_args
 from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig, Quantize
-from hopskip.train.exit.fit import FitConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,42 @@ class CollectRecipe:
     """As `dtype` of `LLM`; on the native backend also q8 or q4."""
     max_new_tokens: int = 256
     max_num_seqs: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How long and how to train."""
+
+    num_tokens: int
+    """Tokens to train on, counted with repetition and padding left out."""
+    batch_tokens: int = 512
+    learning_rate: float = 3e-3
+    warmup: float = 0.02
+    """Share of the tokens over which the learning rate rises."""
+    decay: float = 0.3
+    """Share of the tokens, at the end, over which it falls to zero; between, it stays."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    unroll_steps: int = 3
+    step_discount: float = 0.8
+    """The loss of unroll step j weighs this to the power j - 1."""
+    hard_weight: float = 0.3
+    """Weight of the model's own next token beside its distribution."""
+    seed: int = 0
+    eval_every: int = 100_000
+    """Tokens between evaluations, which also write a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "batch_tokens", "unroll_steps", "eval_every", "learning_rate", "warmup", "decay"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.hard_weight <= 1:
+            raise ConfigError(f"hard_weight is {self.hard_weight}; it must be between 0 and 1")
+
+    def rate(self, num_tokens: int) -> float:
+        """Learning rate after so many tokens: warm-up, constant, linear decay."""
+        done = num_tokens / self.num_tokens
+        return self.learning_rate * max(0.0, min(1.0, done / self.warmup, (1 - done) / self.decay))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,15 @@ from hopskip.backends.base import Backend
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import DEFAULT_EXIT, find_model
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
-from hopskip.engine import Engine, make_engine
+from hopskip.engine.engine import Engine, make_engine
 from hopskip.errors import ConfigError
 from hopskip.loading import load_backend
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.train.checkpoint import replacing, replacing_file
 from hopskip.train.exit.choose import Candidate, draft_vocabulary, measure
-from hopskip.train.exit.collect import Conversation, collect, read_conversations
+from hopskip.train.exit.collect import collect
+from hopskip.train.exit.conversations import Conversation, read_conversations
 from hopskip.train.exit.distill import ExitTrainer
 from hopskip.train.exit.fit import Evaluation, fit
 from hopskip.train.exit.prompts import encode_prompts, write_prompts
