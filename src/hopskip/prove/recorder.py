@@ -13,8 +13,8 @@ from hopskip.backends.base import Cache, Model, run_tapped
 from hopskip.backends.rows import Rows
 from hopskip.engine.engine import Engine
 from hopskip.sampling import SamplingParams
+from hopskip.sequence import SpeculativeStats
 from hopskip.speculative import SpeculativeConfig
-from hopskip.stats import SpeculativeStats
 
 
 @dataclass(frozen=True)
