@@ -139,14 +139,13 @@ def _against_transformers(
 ) -> Iterator[tuple[str, Proof]]:
     import torch
 
-    from hopskip.prove.greedy import PLAIN
-    from hopskip.prove.hf_reference import (
+    from hopskip.checkpoint.in_transformers import (
         encode_in_transformers,
         load_in_transformers,
         load_tokenizer_in_transformers,
-        tokenizer_proof,
-        transformers_proof,
     )
+    from hopskip.prove.greedy import PLAIN
+    from hopskip.prove.hf_reference import tokenizer_proof, transformers_proof
     from hopskip.prove.recorder import run
     from hopskip.sampling_params import SamplingParams
 
@@ -157,7 +156,7 @@ def _against_transformers(
         )
     ids = [prompt.encode(tokenizer) for prompt in prompts]
     theirs = load_tokenizer_in_transformers(checkpoint.path)
-    yield "", tokenizer_proof(ids, [encode_in_transformers(theirs, prompt) for prompt in prompts])
+    yield "", tokenizer_proof(ids, [encode_in_transformers(theirs, prompt.content) for prompt in prompts])
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
     for name, backend in load_each(load, precisions, checkpoint, quiet=quiet):
         runs = run(backend, ids, PLAIN, params, max_num_seqs=16)

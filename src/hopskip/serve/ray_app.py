@@ -215,7 +215,7 @@ def _report_to_ray(metrics: Metrics) -> None:
 def _checked(arguments: dict[str, Any]) -> RayOptions:
     """Options whose mistakes show here, and not on some machine after three attempts to start there."""
     try:
-        options = RayOptions.model_validate(arguments)
+        options: RayOptions = RayOptions.model_validate(arguments)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
