@@ -14,14 +14,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import pytest
+from typer import Typer
 from typer.testing import CliRunner, Result
 
-from hopskip import LLM, SamplingParams, SpeculativeConfig, load, native
+from hopskip import LLM, SamplingParams, SpeculativeConfig
+from hopskip.backends.native import isa
 from hopskip.cli import app
-from hopskip.draft import config as draft_config
+from hopskip.cli.options import DraftGroup, Group, LoadGroup, with_options
+from hopskip.loading import BackendName, DType, LoadConfig, Quantize
+from hopskip.speculative import DraftChoice, VerifyMode
 from tests.tiny import byte_level_tokenizer, make_model, write_checkpoint, write_gguf, write_tokenizer
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -197,7 +201,7 @@ def test_bugs_show_a_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.filterwarnings("default")
 def test_warnings_are_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", lambda: "the extension\nis not built")
+    monkeypatch.setattr(isa, "obstacle", lambda: "the extension\nis not built")
     result = run("info", model)
     assert result.exit_code == 0
     assert re.fullmatch(r"hopskip: warning: running on torch, .*: the extension is not built\n", result.stderr)
@@ -340,7 +344,7 @@ def test_ctrl_c_keeps_text_and_statistics(model: Path) -> None:
 
 def test_help_names_all_choices() -> None:
     text = run("generate", "--help", COLUMNS="300").stdout
-    for choices in (load.DType, load.Quantize, load.Backend, draft_config.DraftChoice, draft_config.VerifyMode):
+    for choices in (DType, Quantize, BackendName, DraftChoice, VerifyMode):
         for choice in get_args(choices):
             assert choice in text
 
@@ -355,6 +359,45 @@ def test_help_is_quick(arguments: list[str]) -> None:
     )
     started = subprocess_arguments()
     subprocess.run([sys.executable, "-c", code, *arguments], env=started["env"], check=True, capture_output=True)
+
+
+def test_groups_of_options() -> None:
+    """What is not given is as declared, or as the command has it; what is given has the type of the field."""
+    found: list[tuple[LoadConfig, SpeculativeConfig, SamplingParams]] = []
+
+    @with_options
+    def command(
+        *,
+        load: LoadGroup,
+        draft: DraftGroup,
+        params: Annotated[SamplingParams, Group("Sampling", {"max_new_tokens": 1024})],
+    ) -> None:
+        found.append((load, draft, params))
+
+    one = Typer()
+    one.command()(command)
+    drafting = ["--skip-layers", "11+10", "--min-confidence", "0.5"]
+    for arguments in ([], ["-m", "x", "--threads", "2", *drafting, "--stop", "a", "--stop", "b", "--ignore-eos"]):
+        result = CliRunner().invoke(one, arguments)
+        assert result.exit_code == 0, result.output
+    assert found == [
+        (LoadConfig(), SpeculativeConfig(), SamplingParams(max_new_tokens=1024)),
+        (
+            LoadConfig(model="x", threads=2),
+            SpeculativeConfig(skip_layers=(10, 11), min_confidence=0.5),
+            SamplingParams(max_new_tokens=1024, stop=("a", "b"), ignore_eos=True),
+        ),
+    ]
+
+
+def test_preparing_is_shown_as_loading_is(model: Path) -> None:
+    """Draft auto measures costs, which takes a second, where they are not remembered."""
+    options = ("-n", "2", "--raw", "--draft", "auto", "Hello")
+    shown = generate(model, *options, FORCE_COLOR="1", TERM="xterm", COLUMNS="200").stderr
+    assert f"Loading {model}" in shown
+    assert "Measuring costs" in shown
+    quiet = generate(model, *options).stderr
+    assert "Measuring" not in quiet
 
 
 # -- a real process ----------------------------------------------------------------------------------------------------
@@ -541,6 +584,6 @@ def test_info_shows_the_recommended_exit(model: Path, tmp_path: Path) -> None:
     assert "early-exit, up to 5 tokens" in text
 
 
-@pytest.mark.skipif(native.available() is not None, reason="needs the native extension")
+@pytest.mark.skipif(isa.obstacle() is not None, reason="needs the native extension")
 def test_info_names_the_instruction_set(model: Path) -> None:
-    assert json.loads(run("info", model, "--json").stdout)["isa"] == native.choose_isa()
+    assert json.loads(run("info", model, "--json").stdout)["isa"] == isa.choose_isa()

@@ -15,7 +15,7 @@ from hopskip.draft.costs import Costs, DraftCost
 from hopskip.draft.exit import source_of
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.plans import Choice, Forecast, Plan, best_by_exits, best_by_lookup, priced
-from hopskip.draft.sources import LOOKUP, TRAINED_EXIT, early_exit
+from hopskip.draft.sources import LOOKUP, TRAINED_EXIT, Source, early_exit
 from hopskip.sequence import Request, Sequence
 from hopskip.trace import Round, RoundOfSequence
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hopskip.errors import CheckpointError, ConfigError, HopskipError, PromptError
     from hopskip.llm import LLM, GenerationResult, StreamPiece
-    from hopskip.sampling import SamplingParams
-    from hopskip.sequence import Token
+    from hopskip.sampling_params import SamplingParams
+    from hopskip.sequence import SpeculativeStats, Token
     from hopskip.speculative import SpeculativeConfig
-    from hopskip.stats import SpeculativeStats
 
 __version__ = "0.1.0"
 
@@ -22,9 +21,9 @@ _HOMES = {
     "GenerationResult": "llm",
     "HopskipError": "errors",
     "PromptError": "errors",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
     "SpeculativeConfig": "speculative",
-    "SpeculativeStats": "stats",
+    "SpeculativeStats": "sequence",
     "StreamPiece": "llm",
     "Token": "sequence",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, cast
 from hopskip.engine.engine import make_engine
 from hopskip.errors import ConfigError, PromptError
 from hopskip.loading import LoadConfig, LoadOptions, Progress, open_model
-from hopskip.sampling import SamplingParams
-from hopskip.sequence import FinishReason, Request, Sequence, Token
+from hopskip.sampling_params import SamplingParams
+from hopskip.sequence import FinishReason, Request, Sequence, SpeculativeStats, Token
 from hopskip.speculative import SpeculativeConfig
-from hopskip.stats import SpeculativeStats
 from hopskip.text.stream import TextStream
 from hopskip.text.tokenizer import Detokenizer
 
@@ -76,6 +75,7 @@ class LLM:
         speculative: how to draft and verify; None leaves everything to the model's recommendation.
         max_model_len, max_num_seqs, prefix_caching: see `Engine`.
         progress: told the share of the weights loaded so far, up to 1.
+        on_preparing: told what must be measured or searched for first, and the share of it that is done.
         options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
 
     Raises:
@@ -92,6 +92,7 @@ class LLM:
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
         progress: Progress | None = None,
+        on_preparing: Callable[[str, float], None] = lambda what, share: None,
         **options: Unpack[LoadOptions],
     ) -> None:
         opened = open_model(LoadConfig(model=model, **options), speculative, progress)
@@ -101,6 +102,7 @@ class LLM:
             opened.backend,
             speculative,
             identity=opened.identity,
+            progress=on_preparing,
             eos_token_ids=opened.tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

@@ -1,4 +1,7 @@
-"""From the name of a model to a decoder that is ready to draft: which backend, which precision, which device."""
+"""From the name of a model to a decoder that is ready to draft: which backend, which precision, which device.
+
+`hopskip --help` reads the options here, so PyTorch and what needs it are imported where they are used.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,25 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-import torch
-
-from hopskip.backends.base import Backend
-from hopskip.backends.native import isa
-from hopskip.backends.native.backend import NativeBackend
-from hopskip.backends.torch.backend import TorchBackend
-from hopskip.backends.torch.weights import load_weights
-from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from hopskip.checkpoint.hub import find_model, shipped_exit
-from hopskip.checkpoint.trained_exit import TrainedExit
-from hopskip.draft.make import Identity, resolve
 from hopskip.errors import ConfigError, check_choice
 from hopskip.options import option
 from hopskip.speculative import SpeculativeConfig
-from hopskip.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from hopskip.backends.base import Backend
+    from hopskip.checkpoint.checkpoint import Checkpoint
+    from hopskip.checkpoint.trained_exit import TrainedExit
+    from hopskip.draft.make import Identity
+    from hopskip.text.tokenizer import Tokenizer
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["q8", "q4"]
 BackendName = Literal["auto", "native", "torch"]
 KVDType = Literal["auto", "float32", "bfloat16", "int8"]
-_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 Progress = Callable[[float], None]
 """Told the share that is done, up to 1."""
@@ -47,6 +45,7 @@ class LoadConfig:
         None,
         "A folder with a Hugging Face checkpoint, a GGUF file, or a Hub id (default: SmolLM2-135M-Instruct).",
         "MODEL",
+        short="-m",
     )
     dtype: DType = option(
         "auto",
@@ -63,8 +62,8 @@ class LoadConfig:
     kv_dtype: KVDType = option(
         "auto", "Precision of cached keys and values: float32, bfloat16, int8, or auto (native backend).", "TYPE"
     )
-    """`auto` is float32 beside float32 weights, else bfloat16. `int8` halves the memory of long contexts and the time of
-    reading it, at a small loss of precision."""
+    """`auto` is float32 beside float32 weights, else bfloat16. `int8` halves the memory of long contexts and the time
+    of reading it, at a small loss of precision."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DType)
@@ -103,6 +102,8 @@ class LoadConfig:
         """Whether the C++ engine runs the model; says so in one line where it was to be expected and cannot."""
         if self.backend == "torch":
             return False
+        from hopskip.backends.native import isa
+
         obstacle = isa.obstacle()
         if device.type != "cpu":
             obstacle = f"it runs on CPUs, not on {device.type}"
@@ -152,6 +153,11 @@ def open_model(
         CheckpointError: the model or the exit cannot be found or read.
         ConfigError: an option cannot work with this model.
     """
+    from hopskip.checkpoint.checkpoint import open_checkpoint
+    from hopskip.checkpoint.hub import find_model
+    from hopskip.draft.make import resolve
+    from hopskip.text.tokenizer import Tokenizer
+
     speculative = speculative or SpeculativeConfig()
     checkpoint = open_checkpoint(find_model(load.model))
     tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
@@ -173,18 +179,25 @@ def load_backend(checkpoint: Checkpoint, load: LoadConfig, progress: Progress | 
         ConfigError: an option cannot work here.
         CheckpointError: the weights are missing, damaged, or of an unsupported kind.
     """
+    import torch
+
     kind, device = load.where()
     if kind == "native":
+        from hopskip.backends.native.backend import NativeBackend
+
         return NativeBackend.load(
             checkpoint,
             precision=load.precision,
             threads=load.threads,
-            kv_dtype=_KV_DTYPES[load.kv_dtype],
+            kv_dtype=None if load.kv_dtype == "auto" else getattr(torch, load.kv_dtype),
             progress=progress,
         )
+    from hopskip.backends.torch.backend import TorchBackend
+    from hopskip.backends.torch.weights import load_weights
+
     if load.threads is not None:
         torch.set_num_threads(load.threads)
-    dtype = checkpoint.dtype if load.dtype == "auto" else _TORCH_DTYPES[load.dtype]
+    dtype = checkpoint.dtype if load.dtype == "auto" else getattr(torch, load.dtype)
     return TorchBackend(checkpoint.config, load_weights(checkpoint, dtype, device, progress))
 
 
@@ -195,6 +208,9 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
         CheckpointError: the exit cannot be read.
         ConfigError: it was trained for other weights.
     """
+    from hopskip.checkpoint.hub import shipped_exit
+    from hopskip.checkpoint.trained_exit import TrainedExit
+
     folder = speculative.exit_branch
     if folder is None and speculative.may_use_trained_exit:
         folder = shipped_exit(checkpoint.fingerprint)
@@ -206,6 +222,8 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
 
 
 def _device(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -7,11 +7,19 @@ from dataclasses import field
 from typing import Any
 
 
-def option(default: Any, help: str, metavar: str | None = None, *, parse: Callable[[str], Any] | None = None) -> Any:
+def option(
+    default: Any,
+    help_text: str,
+    metavar: str | None = None,
+    *,
+    short: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
     """A dataclass field that is an option of the command line as well.
 
     Args:
         metavar: what the help shows for its value; None for a switch.
+        short: another name, such as -m.
         parse: makes the value from the text of the command line, where that is neither a number nor the value itself.
     """
-    return field(default=default, metadata={"help": help, "metavar": metavar, "parse": parse})
+    return field(default=default, metadata={"help": help_text, "metavar": metavar, "short": short, "parse": parse})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,17 +10,56 @@ import typer
 
 from hopskip.cli.bench_serve import bench_serve
 from hopskip.cli.console import loading, print_json
-from hopskip.cli.options import DraftOptions, LoadOptions, max_new_tokens_option, with_options
+from hopskip.cli.options import DraftGroup, Group, JsonOption, LoadGroup, with_options
 from hopskip.errors import ConfigError
+from hopskip.options import option
 
 if TYPE_CHECKING:
     from hopskip.bench.contenders import Contender
     from hopskip.bench.measure import Result
+    from hopskip.loading import LoadConfig
     from hopskip.prompts import Prompt
+    from hopskip.speculative import SpeculativeConfig
 
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 app.command("serve")(bench_serve)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What is measured, how often, and against whom.
+
+    Raises:
+        ConfigError: a number is too small.
+    """
+
+    prompts: tuple[str, ...] = option(
+        ("alpaca",),
+        "alpaca, gsm8k, humaneval, mt_bench, copy, or a .jsonl file; may be given several times (default: alpaca).",
+        "SET|FILE",
+    )
+    num_prompts: int = option(10, "Prompts of each set, evenly spread.", "N")
+    max_new_tokens: int = option(64, "Tokens to generate per prompt (default: 64).", "N", short="-n")
+    repeats: int = option(3, "Runs of every prompt; the median counts.", "N")
+    against: str | None = option(
+        None,
+        "Opponents, with commas between: transformers, transformers-early-exit, llama.cpp, llama.cpp-lookup.",
+        "LIST",
+    )
+    llama_cpp_model: tuple[Path, ...] = option((), "A GGUF file for llama.cpp; may be given several times.", "FILE")
+    setting: tuple[str, ...] = option(
+        (),
+        "A further contender of ours: draft=ngram,num_draft_tokens=3 or quantize=q8,draft=none; may be given several "
+        "times.",
+        "KEY=VALUE,...",
+    )
+    plot: Path | None = option(None, "Draw the result.", "FILE.png")
+
+    def __post_init__(self) -> None:
+        for name, least in ("num_prompts", 1), ("repeats", 1), ("max_new_tokens", 2):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 @app.callback()
@@ -27,42 +67,10 @@ app.command("serve")(bench_serve)
 def bench(
     *,
     context: typer.Context,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SET|FILE",
-            help="alpaca, gsm8k, humaneval, mt_bench, copy, or a .jsonl file; may be given several times "
-            "(default: alpaca).",
-            show_default=False,
-        ),
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(metavar="N", help="Prompts of each set, evenly spread.")] = 10,
-    max_new_tokens: Annotated[int, max_new_tokens_option("Tokens to generate per prompt (default: 64).")] = 64,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Runs of every prompt; the median counts.")] = 3,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Opponents, with commas between: transformers, transformers-early-exit, llama.cpp, llama.cpp-lookup.",
-        ),
-    ] = None,
-    llama_cpp_model: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A GGUF file for llama.cpp; may be given several times.", show_default=False),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE,...",
-            help="A further contender of ours: draft=ngram,num_draft_tokens=3 or quantize=q8,draft=none; may be given "
-            "several times.",
-            show_default=False,
-        ),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    load: LoadOptions,
-    draft: DraftOptions,
+    what: Annotated[BenchOptions, Group()],
+    as_json: JsonOption = False,
+    load: LoadGroup,
+    draft: DraftGroup,
 ) -> None:
     """Measure decoding and prefill, greedy, on a CPU.
 
@@ -71,46 +79,40 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    _require(num_prompts >= 1, "num_prompts", num_prompts, 1)
-    _require(repeats >= 1, "repeats", repeats, 1)
-    _require(max_new_tokens >= 2, "max_new_tokens", max_new_tokens, 2)
     if load.device not in ("auto", "cpu"):
         raise ConfigError(f"device is {load.device!r}; this benchmark runs on a CPU, so leave it out")
     with loading(load.model, quiet=as_json):
-        from hopskip.bench.machine import describe_machine, measure_read_bandwidth, num_usable_cores, versions
+        from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
+        from hopskip.bench.measure import report as report_of
         from hopskip.bench.plot import require_matplotlib, write_plot
-        from hopskip.evaluate import bench as measuring
+        from hopskip.machine import num_usable_cores
 
-        if plot is not None:
+        if what.plot is not None:
             require_matplotlib()
-        sources = prompts or ["alpaca"]
-        contenders, encoded = _prepare(
-            load, draft, sources, num_prompts, max_new_tokens, setting, against, llama_cpp_model
-        )
-        threads = num_usable_cores() if load.threads is None else load.threads
-        _require(threads >= 1, "threads", threads, 1)
+        contenders, encoded = _prepare(what, load, draft)
+        threads = load.threads or num_usable_cores()
         bandwidth = measure_read_bandwidth(threads)
-    results = _measure(contenders, encoded, max_new_tokens, repeats, threads, quiet=as_json)
+    results = _measure(contenders, encoded, what, threads, quiet=as_json)
     # measured at both ends: a limit that others' work has lowered would flatter everybody
     bandwidth = max(bandwidth, measure_read_bandwidth(threads))
-    report = measuring.report(
+    report = report_of(
         results,
         machine=describe_machine(threads, bandwidth),
         versions=versions(),
         settings={
             "model": load.model,
-            "prompts": sources,
+            "prompts": what.prompts,
             "num_prompts": len(encoded),
-            "max_new_tokens": max_new_tokens,
-            "repeats": repeats,
+            "max_new_tokens": what.max_new_tokens,
+            "repeats": what.repeats,
             "dtype": load.dtype,
             "quantize": load.quantize,
             "backend": load.backend,
-            "draft": vars(draft),
+            "draft": asdict(draft),
         },
     )
-    if plot is not None:
-        write_plot(report, plot)
+    if what.plot is not None:
+        write_plot(report, what.plot)
     if as_json:
         print_json(report)
     else:
@@ -120,75 +122,48 @@ def bench(
         raise typer.Exit(1)
 
 
-def _require(holds: bool, name: str, value: int, least: int) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {value}; it must be at least {least}")
-
-
 def _prepare(
-    load: LoadOptions,
-    draft: DraftOptions,
-    sources: list[str],
-    num_prompts: int,
-    max_new_tokens: int,
-    settings: list[str] | None,
-    against: str | None,
-    llama_cpp_models: list[Path] | None,
+    what: BenchOptions, load: LoadConfig, speculative: SpeculativeConfig
 ) -> tuple[list[Contender], list[tuple[Prompt, list[int]]]]:
     """The contenders, and the prompts with their token ids; whatever is wrong with the options is found here."""
-    from hopskip.bench.contenders import Hopskip, Precision
+    from hopskip.bench.contenders import Hopskip
     from hopskip.bench.lineup import lineup
     from hopskip.checkpoint.checkpoint import open_checkpoint
     from hopskip.checkpoint.hub import find_model
     from hopskip.errors import PromptError
-    from hopskip.loading import resolve_backend
     from hopskip.prompts import load_prompts
     from hopskip.text.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
     tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
-    arguments = load.arguments()
-    for file in llama_cpp_models or ():
+    for file in what.llama_cpp_model:
         if not file.is_file():
             raise ConfigError(f"llama-cpp-model {str(file)!r} does not exist; give a GGUF file")
-    encoded = [(p, p.encode(tokenizer)) for source in dict.fromkeys(sources) for p in load_prompts(source, num_prompts)]
-    longest = max(len(ids) for _, ids in encoded) + max_new_tokens
+    prompts = [prompt for source in dict.fromkeys(what.prompts) for prompt in load_prompts(source, what.num_prompts)]
+    encoded = [(prompt, prompt.encode(tokenizer)) for prompt in prompts]
+    longest = max(len(ids) for _, ids in encoded) + what.max_new_tokens
     if longest > checkpoint.config.max_position_embeddings:
         raise PromptError(
-            f"a prompt with its {max_new_tokens} new tokens has {longest} tokens; the model's context holds "
+            f"a prompt with its {what.max_new_tokens} new tokens has {longest} tokens; the model's context holds "
             f"{checkpoint.config.max_position_embeddings}"
         )
     contenders = lineup(
-        checkpoint.path,
-        checkpoint.config,
-        Precision(
-            dtype=arguments["dtype"],
-            quantize=arguments["quantize"],
-            backend=arguments["backend"],
-            kv_dtype=arguments["kv_dtype"],
-        ),
-        draft.config(),
-        settings=settings or (),
-        against=[name.strip() for name in against.split(",")] if against else (),
-        llama_cpp_models=llama_cpp_models or (),
+        checkpoint,
+        load,
+        speculative,
+        settings=what.setting,
+        against=[name.strip() for name in what.against.split(",")] if what.against else (),
+        llama_cpp_models=what.llama_cpp_model,
     )
-    for how in dict.fromkeys(c.precision for c in contenders if isinstance(c, Hopskip)):
-        resolve_backend(
-            dtype=how.dtype,
-            quantize=how.quantize,
-            device="cpu",
-            backend=how.backend,
-            threads=load.threads,
-            kv_dtype=how.kv_dtype,
-        )
+    for own_load in dict.fromkeys(contender.load for contender in contenders if isinstance(contender, Hopskip)):
+        own_load.where()
     return contenders, encoded
 
 
 def _measure(
     contenders: list[Contender],
     prompts: list[tuple[Prompt, list[int]]],
-    max_new_tokens: int,
-    repeats: int,
+    what: BenchOptions,
     threads: int,
     *,
     quiet: bool,
@@ -200,7 +175,7 @@ def _measure(
     from hopskip.bench.measure import measure
 
     console = Console(stderr=True)
-    num_steps = len(contenders) * (1 + repeats * len(prompts))
+    num_steps = len(contenders) * (1 + what.repeats * len(prompts))
     # drawn between runs only: a bar that redraws itself by a clock would take time from what is measured
     with Progress(console=console, transient=True, auto_refresh=False, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=num_steps)
@@ -209,7 +184,12 @@ def _measure(
             bar.update(task, description=name, advance=1, refresh=True)
 
         return measure(
-            contenders, prompts, num_tokens=max_new_tokens, repeats=repeats, threads=threads, on_step=on_step
+            contenders,
+            prompts,
+            num_tokens=what.max_new_tokens,
+            repeats=what.repeats,
+            threads=threads,
+            on_step=on_step,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hopskip.cli.console import print_json
+from hopskip.cli.options import JsonOption
 from hopskip.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ def bench_serve(
         typer.Option(metavar="JSON", help="Further fields of every request, such as '{\"ignore_eos\": true}'."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure time to the first token, time per token and throughput of any OpenAI server."""
     levels = _levels(concurrency)

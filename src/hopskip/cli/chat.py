@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hopskip.cli.console import PieceWriter, loading, print_error, print_note, print_summary
+from hopskip.cli.console import PieceWriter, load_llm, print_error, print_note, print_summary
 from hopskip.cli.generate import Answer
-from hopskip.cli.options import DraftOptions, LoadOptions, SamplingOptions, with_options
+from hopskip.cli.options import DraftGroup, Group, LoadGroup, with_options
 from hopskip.errors import PromptError
+from hopskip.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM
-    from hopskip.sampling import SamplingParams
 
-_MAX_NEW_TOKENS = 1024
 _HELP = "/reset starts a new chat, /exit or Ctrl-D ends it, Ctrl-C stops an answer, /help shows this"
 
 
@@ -27,17 +26,15 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="System message that the chat starts with.")
     ] = None,
     *,
-    load: LoadOptions,
-    draft: DraftOptions,
-    sampling: SamplingOptions,
+    load: LoadGroup,
+    draft: DraftGroup,
+    params: Annotated[SamplingParams, Group("Sampling", {"max_new_tokens": 1024})],
 ) -> None:
     """Chat with a model.
 
     Questions are read line by line, from the terminal or from a pipe.
     """
-    with loading(load.model, quiet=False) as progress:
-        params = sampling.params(_MAX_NEW_TOKENS)
-        llm = load.load(draft.config(), prefix_caching=True, progress=progress)
+    llm = load_llm(load, draft, prefix_caching=True)
     if not llm.tokenizer.has_chat_template:
         raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
     if sys.stdin.isatty():

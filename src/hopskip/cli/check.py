@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hopskip.cli.console import print_json
-from hopskip.cli.options import LoadOptions, ModelArgument, max_new_tokens_option, with_options
+from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
 from hopskip.errors import ConfigError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hopskip.checkpoint.checkpoint import Checkpoint
+    from hopskip.loading import LoadConfig
     from hopskip.prompts import Prompt
     from hopskip.prove.proof import Proof
     from hopskip.text.tokenizer import Tokenizer
@@ -42,10 +43,16 @@ def check(
         typer.Option(metavar="N", help="Prompts per proof (default: 20; with --against 80).", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, max_new_tokens_option("Tokens to generate per prompt (default: 32; with --against 64).")
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            metavar="N",
+            help="Tokens to generate per prompt (default: 32; with --against 64).",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    load: LoadOptions,
+    as_json: JsonOption = False,
+    load: LoadGroup,
 ) -> None:
     """Prove that speculation changes no token and no distribution; exit code 1 if a proof fails.
 
@@ -54,7 +61,7 @@ def check(
     """
     from hopskip.prove.proof import all_hold
 
-    load = load.at(place)
+    load = at(load, place)
     precisions = choose_precisions(load, precision if against is None else precision or "float32")
     if against not in (None, "transformers"):
         raise ConfigError(f"against is {against!r}; only 'transformers' can be compared with")
@@ -76,7 +83,7 @@ def check(
 
 
 def _proofs(
-    load: LoadOptions,
+    load: LoadConfig,
     precisions: list[str],
     against: str | None,
     num_prompts: int | None,
@@ -111,18 +118,18 @@ def _proofs(
     prompts = mixed_prompts(_NUM_PROMPTS if num_prompts is None else num_prompts)
     ids = [prompt.encode(tokenizer) for prompt in prompts]
     length = max_new_tokens or _MAX_NEW_TOKENS
-    for name, model in load_each(load, precisions, checkpoint, quiet=quiet):
+    for name, backend in load_each(load, precisions, checkpoint, quiet=quiet):
         for proofs in (
-            greedy_proofs(model, ids, length),
-            sampling_proofs(model, ids),
-            context_proofs(model, ids, length),
+            greedy_proofs(backend, ids, length),
+            sampling_proofs(backend, ids),
+            context_proofs(backend, ids, length),
         ):
             for proof in proofs:
                 yield name, proof
 
 
 def _against_transformers(
-    load: LoadOptions,
+    load: LoadConfig,
     precisions: list[str],
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
@@ -132,16 +139,15 @@ def _against_transformers(
 ) -> Iterator[tuple[str, Proof]]:
     import torch
 
-    from hopskip.prove.greedy import PLAIN
-    from hopskip.prove.hf_reference import (
+    from hopskip.checkpoint.in_transformers import (
         encode_in_transformers,
         load_in_transformers,
         load_tokenizer_in_transformers,
-        tokenizer_proof,
-        transformers_proof,
     )
+    from hopskip.prove.greedy import PLAIN
+    from hopskip.prove.hf_reference import tokenizer_proof, transformers_proof
     from hopskip.prove.recorder import run
-    from hopskip.sampling import SamplingParams
+    from hopskip.sampling_params import SamplingParams
 
     if precisions != ["float32"]:
         raise ConfigError(
@@ -150,10 +156,10 @@ def _against_transformers(
         )
     ids = [prompt.encode(tokenizer) for prompt in prompts]
     theirs = load_tokenizer_in_transformers(checkpoint.path)
-    yield "", tokenizer_proof(ids, [encode_in_transformers(theirs, prompt) for prompt in prompts])
+    yield "", tokenizer_proof(ids, [encode_in_transformers(theirs, prompt.content) for prompt in prompts])
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
-    for name, model in load_each(load, precisions, checkpoint, quiet=quiet):
-        runs = run(model, ids, PLAIN, params, max_num_seqs=16)
+    for name, backend in load_each(load, precisions, checkpoint, quiet=quiet):
+        runs = run(backend, ids, PLAIN, params, max_num_seqs=16)
         reference = load_in_transformers(checkpoint.path, torch.float32)
         yield name, transformers_proof(reference, ids, [r.token_ids for r in runs], "plain decoding")
 

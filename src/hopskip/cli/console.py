@@ -7,18 +7,21 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
 
-    from hopskip.llm import StreamPiece
-    from hopskip.sequence import Token
-    from hopskip.stats import SpeculativeStats
+    from hopskip.llm import LLM, StreamPiece
+    from hopskip.loading import LoadConfig
+    from hopskip.sequence import SpeculativeStats, Token
+    from hopskip.speculative import SpeculativeConfig
 
 _STYLES = {
     "early-exit": "green",
@@ -68,22 +71,52 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+class LoadingBar:
+    """How far a model is; see `loading`."""
+
+    def __init__(self, model: str | Path | None, bar: Progress | None) -> None:
+        self._loading = f"loading {model or 'SmolLM2-135M-Instruct'}"
+        self._bar = bar
+        self._task = bar.add_task(self._description(self._loading), total=1.0) if bar is not None else None
+
+    def loaded(self, share: float) -> None:
+        """The share of the weights that is loaded."""
+        self.doing(self._loading, share)
+
+    def doing(self, what: str, share: float) -> None:
+        """What is done now, and the share of it that is done."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=self._description(what), completed=share)
+
+    @staticmethod
+    def _description(what: str) -> str:
+        from rich.markup import escape
+
+        return escape(what[:1].upper() + what[1:])
+
+
 @contextmanager
-def loading(model: str | None, *, quiet: bool) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar while a model is loaded, in a terminal and unless `quiet`. Yields what moves it: told the
-    share loaded so far."""
+def loading(model: str | Path | None, *, quiet: bool) -> Iterator[LoadingBar]:
+    """Show a progress bar while a model is loaded and got ready, in a terminal and unless `quiet`."""
     console = _stderr()
     if quiet or not console.is_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield lambda share: None
+        yield LoadingBar(model, None)
         return
-    from rich.markup import escape
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (SpinnerColumn(style="dim"), TextColumn("{task.description}"), BarColumn(bar_width=30))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"Loading {escape(model or 'SmolLM2-135M-Instruct')}", total=1.0)
-        yield lambda share: bar.update(task, completed=share)
+        yield LoadingBar(model, bar)
+
+
+def load_llm(load: LoadConfig, speculative: SpeculativeConfig, *, quiet: bool = False, **options: Any) -> LLM:
+    """Load a model, and show how far it is unless `quiet`. Takes further options of `LLM`."""
+    with loading(load.model, quiet=quiet) as bar:
+        from hopskip.llm import LLM
+
+        arguments = {**vars(load), **options}
+        return LLM(speculative=speculative, progress=bar.loaded, on_preparing=bar.doing, **arguments)
 
 
 class PieceWriter:

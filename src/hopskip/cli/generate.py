@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hopskip.cli.console import PieceWriter, loading, print_json, print_statistics
-from hopskip.cli.options import DraftOptions, LoadOptions, SamplingOptions, with_options
+from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
+from hopskip.cli.options import DraftGroup, JsonOption, LoadGroup, SamplingGroup, with_options
 from hopskip.errors import ConfigError, PromptError
 from hopskip.trace import TraceWriter
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM, Prompt, StreamPiece
-    from hopskip.sampling import SamplingParams
-    from hopskip.sequence import Token
-    from hopskip.stats import SpeculativeStats
-
-_MAX_NEW_TOKENS = 256
+    from hopskip.loading import LoadConfig
+    from hopskip.sampling_params import SamplingParams
+    from hopskip.sequence import SpeculativeStats, Token
 
 
 @with_options
@@ -33,14 +31,14 @@ def generate(
     *,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: JsonOption = False,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write every round to a file, for `hopskip trace show`.", show_default=False),
     ] = None,
-    load: LoadOptions,
-    draft: DraftOptions,
-    sampling: SamplingOptions,
+    load: LoadGroup,
+    draft: DraftGroup,
+    params: SamplingGroup,
 ) -> None:
     """Generate text for one prompt.
 
@@ -50,10 +48,8 @@ def generate(
     text = read_prompt(prompt or [])
     if raw and system is not None:
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
-    with loading(load.model, quiet=as_json) as progress:
-        params = sampling.params(_MAX_NEW_TOKENS)
-        llm = load.load(draft.config(), progress=progress)
-        wrapped = _with_template(llm, text, raw, system)
+    llm = load_llm(load, draft, quiet=as_json)
+    wrapped = _with_template(llm, text, raw, system)
     writer = None if as_json else PieceWriter()
     with contextlib.ExitStack() as open_files:
         if trace is not None:
@@ -149,7 +145,7 @@ def _with_template(llm: LLM, text: str, raw: bool, system: str | None) -> Prompt
     return [{"role": "system", "content": system}, *messages] if system is not None else messages
 
 
-def _describe_model(llm: LLM, load: LoadOptions) -> dict[str, Any]:
+def _describe_model(llm: LLM, load: LoadConfig) -> dict[str, Any]:
     from hopskip.checkpoint.hub import DEFAULT_MODEL
 
     config = llm.backend.config
@@ -159,17 +155,16 @@ def _describe_model(llm: LLM, load: LoadOptions) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_parameters": config.num_parameters,
         "max_model_len": llm.engine.max_model_len,
-        "device": str(llm.backend.device),
+        "device": llm.backend.traits.device,
     }
 
 
-def _settings(llm: LLM, load: LoadOptions, params: SamplingParams) -> dict[str, Any]:
+def _settings(llm: LLM, load: LoadConfig, params: SamplingParams) -> dict[str, Any]:
     """Everything needed to run the same again: options with the values that were chosen for those left out."""
-    from hopskip.backends.native.backend import NativeBackend
-
+    options = {name: value for name, value in vars(load).items() if name != "model"}
     return {
         "sampling": asdict(params),
         "speculative": asdict(llm.engine.speculative),
-        **load.arguments(),
-        "backend": "native" if isinstance(llm.backend, NativeBackend) else "torch",
+        **options,
+        "backend": llm.backend.traits.name,
     }

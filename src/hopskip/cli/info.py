@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from hopskip.cli.console import print_json
-from hopskip.cli.options import LoadOptions, ModelArgument, with_options
+from hopskip.cli.console import loading, print_json
+from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hopskip.checkpoint.config import ModelConfig
     from hopskip.checkpoint.trained_exit import TrainedExit
     from hopskip.draft.costs import Costs
+    from hopskip.loading import LoadConfig
 
 _ACCEPTANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MAX_EXITS = 8  # rows of the table
@@ -27,17 +28,17 @@ _MEASURE_SECONDS = 5.0
 def info(
     place: ModelArgument = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: JsonOption = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the model, and time its passes and draft steps here.")
     ] = False,
-    load: LoadOptions,
+    load: LoadGroup,
 ) -> None:
     """Show a model's size, how it would run here, and what drafting may gain by exit layer.
 
     Reads the checkpoint's header only, unless it is to measure; so it is quick with models of any size.
     """
-    load = load.at(place)
+    load = at(load, place)
     facts = _collect(load)
     costs = _measure(facts, load) if measure else None
     if as_json:
@@ -60,7 +61,7 @@ class _Facts:
     threads: int
     costs: ModelCosts
     default_draft: str
-    branch: TrainedExit | None
+    trained_exit: TrainedExit | None
     """The trained exit that ships for the model."""
     exit_layer: int | None
     """None for a model of one layer, which has no early exit."""
@@ -95,13 +96,13 @@ class _Facts:
             },
             "default_draft": self.default_draft,
             "exit_branch": None
-            if self.branch is None
+            if self.trained_exit is None
             else {
-                **asdict(self.branch.config),
-                "vocabulary": len(self.branch.vocabulary),
-                "num_draft_tokens": self.branch.num_draft_tokens,
-                "memory_bytes": self.branch_bytes,
-                "kv_bytes_per_token": self.branch_kv_bytes,
+                **asdict(self.trained_exit.config),
+                "vocabulary": len(self.trained_exit.vocabulary),
+                "num_draft_tokens": self.trained_exit.num_draft_tokens,
+                "memory_bytes": self.exit_bytes,
+                "kv_bytes_per_token": self.exit_kv_bytes,
             },
             "exit_layer": self.exit_layer,
             "is_exit_layer_recommended": self.is_recommended,
@@ -118,17 +119,17 @@ class _Facts:
         }
 
     @property
-    def branch_bytes(self) -> int:
+    def exit_bytes(self) -> int:
         """Memory of the trained exit: its layers and a copy of the head's rows, in 8 bits on the native engine."""
-        assert self.branch is not None
-        num_weights = sum(tensor.numel() for tensor in self.branch.tensors().values())
-        num_weights += len(self.branch.vocabulary) * self.config.hidden_size
+        assert self.trained_exit is not None
+        num_weights = sum(tensor.numel() for tensor in self.trained_exit.tensors().values())
+        num_weights += len(self.trained_exit.vocabulary) * self.config.hidden_size
         return num_weights * 34 // 32 if self.backend == "native" else num_weights * 2
 
     @property
-    def branch_kv_bytes(self) -> int:
-        assert self.branch is not None
-        return self.costs.kv_bytes_per_token * self.branch.config.num_layers // self.config.num_hidden_layers
+    def exit_kv_bytes(self) -> int:
+        assert self.trained_exit is not None
+        return self.costs.kv_bytes_per_token * self.trained_exit.config.num_layers // self.config.num_hidden_layers
 
     @property
     def is_recommended(self) -> bool:
@@ -136,7 +137,8 @@ class _Facts:
 
 
 def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
-    from hopskip.bench.expected import best_num_draft_tokens, expected_speedup
+    from hopskip.bench.expected import best_num_draft_tokens
+    from hopskip.draft.costs import expected_speedup
 
     best = best_num_draft_tokens(acceptance, step_cost)
     return {
@@ -146,30 +148,30 @@ def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
     }
 
 
-def _collect(load: LoadOptions) -> _Facts:
+def _collect(load: LoadConfig) -> _Facts:
     import torch
 
-    from hopskip.backends.native import backend as native
+    from hopskip.backends.native.isa import choose_isa
     from hopskip.bench.expected import model_costs
     from hopskip.checkpoint.checkpoint import open_checkpoint
     from hopskip.checkpoint.hub import find_model
-    from hopskip.llm import find_exit
-    from hopskip.loading import resolve_backend
+    from hopskip.draft.make import resolve
+    from hopskip.loading import find_exit
+    from hopskip.machine import num_usable_cores
     from hopskip.speculative import DraftPrecision, SpeculativeConfig
 
-    arguments = load.arguments()
-    backend, device = resolve_backend(**arguments)
+    kind, device = load.where()
     checkpoint = open_checkpoint(find_model(load.model))
     config = checkpoint.config
-    is_native = backend == "native"
-    branch = find_exit(checkpoint, SpeculativeConfig())
-    default = SpeculativeConfig().resolve(config, branch, row_exact=is_native)
+    is_native = kind == "native"
+    trained_exit = find_exit(checkpoint, SpeculativeConfig())
+    default = resolve(SpeculativeConfig(), config, trained_exit, row_exact=is_native)
     exit_layer = None
     if config.num_hidden_layers > 1:
-        exit_layer = SpeculativeConfig(draft="early-exit").resolve(config).exit_layer
-    costs = model_costs(checkpoint, backend, load.quantize or load.dtype, arguments["kv_dtype"])
+        exit_layer = resolve(SpeculativeConfig(draft="early-exit"), config).exit_layer
+    costs = model_costs(checkpoint, kind, load.precision, load.kv_dtype)
     copies = {
-        name: model_costs(checkpoint, backend, name, "auto").bytes_per_pass
+        name: model_costs(checkpoint, kind, name, "auto").bytes_per_pass
         for name in get_args(DraftPrecision)
         if is_native
     }
@@ -179,13 +181,13 @@ def _collect(load: LoadOptions) -> _Facts:
         path=checkpoint.path,
         config=config,
         stored_as=checkpoint.quantization or str(checkpoint.dtype).removeprefix("torch."),
-        backend=backend,
-        isa=native.choose_isa() if is_native else None,
+        backend=kind,
+        isa=choose_isa() if is_native else None,
         device=str(device),
-        threads=load.threads or (native.default_threads() if is_native else torch.get_num_threads()),
+        threads=load.threads or (num_usable_cores() if is_native else torch.get_num_threads()),
         costs=costs,
         default_draft=default.draft,
-        branch=branch,
+        trained_exit=trained_exit,
         exit_layer=exit_layer,
         num_draft_tokens=default.num_draft_tokens,
         copy_bytes={name: size for name, size in copies.items() if size < costs.bytes_per_pass},
@@ -220,15 +222,15 @@ def _print_facts(facts: _Facts) -> None:
         f"{_memory(costs.kv_bytes_per_token)} a token, {_memory(costs.kv_bytes_per_token * context)} at full context",
     )
     table.add_row("default draft", f"{facts.default_draft}, up to {facts.num_draft_tokens} tokens")
-    if facts.branch is not None:
-        branch = facts.branch
-        features = ", ".join(map(str, branch.config.features))
+    if facts.trained_exit is not None:
+        exit_config = facts.trained_exit.config
+        features = ", ".join(map(str, exit_config.features))
         table.add_row(
             "trained exit",
-            f"{branch.config.num_layers} layer(s) after layer {branch.config.start} of the model"
+            f"{exit_config.num_layers} layer(s) after layer {exit_config.start} of the model"
             + (f", seeing its layers {features}" if features else "")
-            + f"; {len(branch.vocabulary):,} tokens; {_memory(facts.branch_bytes)} and "
-            f"{_memory(facts.branch_kv_bytes)} a token",
+            + f"; {len(facts.trained_exit.vocabulary):,} tokens; {_memory(facts.exit_bytes)} and "
+            f"{_memory(facts.exit_kv_bytes)} a token",
         )
     if facts.copy_bytes:
         sizes = ", ".join(f"{name} {_memory(num_bytes)}" for name, num_bytes in facts.copy_bytes.items())
@@ -271,31 +273,35 @@ def _gains(facts: _Facts) -> Any:
     return table
 
 
-def _measure(facts: _Facts, load: LoadOptions) -> Costs:
+def _measure(facts: _Facts, load: LoadConfig) -> Costs:
     """Time the trained exit, if there is one, and the early exits of the table."""
-    from hopskip.cli.console import loading
+    from functools import partial
+
+    from hopskip.draft.sources import early_exit
     from hopskip.draft.timing import measure
+    from hopskip.loading import open_model
     from hopskip.speculative import SpeculativeConfig
 
-    with loading(load.model, quiet=False) as progress:
-        model = load.load(SpeculativeConfig(draft="exit-branch" if facts.branch else "none"), progress=progress).model
-    exits = [] if model.branch is None else [model.branch]
-    return measure(model, [*exits, *facts.exits], seconds=_MEASURE_SECONDS)
+    speculative = SpeculativeConfig(draft="exit-branch" if facts.trained_exit else "none")
+    with loading(load.model, quiet=False) as bar:
+        backend = open_model(load, speculative, bar.loaded).backend
+        exits = [] if backend.trained_exit is None else [backend.trained_exit]
+        progress = partial(bar.doing, "measuring costs")
+        return measure(backend, [*exits, *map(early_exit, facts.exits)], _MEASURE_SECONDS, progress)
 
 
 def _measured(costs: Costs) -> dict[str, Any]:
     """JSON-ready: the table, and for each source and acceptance the best length and its expected speed-up."""
     from hopskip.bench.expected import best_measured
 
-    sources: list[str | None] = [None, *costs.drafts]
     best = {
-        source or "ngram": [
+        "ngram" if source is None else str(source): [
             dict(zip(("acceptance", "num_draft_tokens", "speedup"), (a, *best_measured(costs, source, a)), strict=True))
             for a in _ACCEPTANCES
         ]
-        for source in sources
+        for source in (None, *costs.drafts)
     }
-    return {**asdict(costs), "expected": best}
+    return {**costs.as_json(), "expected": best}
 
 
 def _print_measured(costs: Costs, facts: _Facts) -> None:
@@ -327,7 +333,7 @@ def _print_measured(costs: Costs, facts: _Facts) -> None:
         found = [best_measured(costs, source, acceptance) for acceptance in _ACCEPTANCES]
         cells = [f"{k} {speedup:.2f}x" if k else "-" for k, speedup in found]
         step = "" if source is None else f"{1e3 * costs.drafts[source].step:.2f}"
-        drafts.add_row(source or "ngram", step, *cells)
+        drafts.add_row("ngram" if source is None else str(source), step, *cells)
     for table in (passes, drafts):
         console.print()
         console.print(table)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hopskip.cli.console import print_json
-from hopskip.cli.options import LoadOptions, ModelArgument, with_options
+from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
 from hopskip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hopskip.backends.base import Model
+    from hopskip.backends.base import Backend
     from hopskip.checkpoint.checkpoint import Checkpoint
+    from hopskip.loading import LoadConfig
 
 
 @with_options
@@ -57,15 +58,15 @@ def perplexity(
         int | None,
         typer.Option(metavar="N", help="Use only the first N tokens of all texts.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    load: LoadOptions,
+    as_json: JsonOption = False,
+    load: LoadGroup,
 ) -> None:
     """Measure perplexity on a text, in each precision and at early exits.
 
     Differences are against the first precision, read after the same layer, with their standard error. Every token of a
     window but its first counts.
     """
-    load = load.at(place)
+    load = at(load, place)
     precisions = choose_precisions(load, precision)
     from hopskip.bench.machine import versions
     from hopskip.bench.perplexity import MAX_CONTEXT, cut_windows, places_to_read, read_text
@@ -84,7 +85,7 @@ def perplexity(
     texts = [read_text(file) for file in text] if text else whole_prompts()
     windows = cut_windows(tokenizer, texts, min(MAX_CONTEXT, longest) if context is None else context, max_tokens)
     rows = _measure(
-        _models(load, precisions, checkpoint, others),
+        _backends(load, precisions, checkpoint, others),
         windows,
         stops,
         len(precisions) + len(others),
@@ -127,25 +128,25 @@ def _numbers(text: str | None) -> list[int]:
         raise ConfigError(f"exit_layers is {text!r}; give numbers with commas between, such as 4,8,12") from None
 
 
-def _models(
-    load: LoadOptions,
+def _backends(
+    load: LoadConfig,
     precisions: list[str],
     checkpoint: Checkpoint,
     others: list[tuple[str, Checkpoint]],
-) -> Iterator[tuple[str, Model]]:
-    from hopskip.loading import load_model
+) -> Iterator[tuple[str, Backend]]:
+    from hopskip.loading import load_backend
 
     # quiet: a terminal shows one progress bar at a time, and `_measure` has it
     yield from load_each(load, precisions, checkpoint, quiet=True)
     for name, other in others:
-        yield name, load_model(other, **load.arguments())
+        yield name, load_backend(other, load)
 
 
 def _measure(
-    models: Iterator[tuple[str, Model]],
+    backends: Iterator[tuple[str, Backend]],
     windows: list[list[int]],
     stops: list[int],
-    num_models: int,
+    num_backends: int,
     *,
     quiet: bool,
 ) -> list[dict[str, Any]]:
@@ -154,7 +155,6 @@ def _measure(
     from rich.progress import Progress
     from torch import Tensor
 
-    from hopskip.bench.contenders import weight_bytes
     from hopskip.bench.perplexity import difference, negative_log_likelihoods
     from hopskip.bench.perplexity import perplexity as perplexity_of
 
@@ -162,10 +162,10 @@ def _measure(
     first: dict[int, Tensor] = {}
     rows = []
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("", total=num_models * len(windows))
-        for name, model in models:
+        task = bar.add_task("", total=num_backends * len(windows))
+        for name, backend in backends:
             bar.update(task, description=name)
-            found = negative_log_likelihoods(model, windows, stops, lambda: bar.update(task, advance=1))
+            found = negative_log_likelihoods(backend, windows, stops, lambda: bar.update(task, advance=1))
             first = first or found
             for stop, nll_N in found.items():
                 gap = difference(nll_N, first[stop])
@@ -176,7 +176,7 @@ def _measure(
                         "perplexity": perplexity_of(nll_N),
                         "delta": gap.delta,
                         "delta_error": gap.error,
-                        "weight_bytes": weight_bytes(model),
+                        "weight_bytes": backend.traits.bytes_per_pass,
                     }
                 )
     return rows

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from hopskip.cli.console import loading
-from hopskip.cli.options import LoadOptions
 from hopskip.errors import ConfigError
+from hopskip.loading import LoadConfig, Quantize
 
 if TYPE_CHECKING:
-    from hopskip.backends.base import Model
+    from hopskip.backends.base import Backend
     from hopskip.checkpoint.checkpoint import Checkpoint
-    from hopskip.speculative import DraftPrecision
 
 _NAMES = {
     "auto": "auto",
@@ -52,47 +51,36 @@ def parse_precisions(text: str) -> list[str]:
     return names
 
 
-def choose_precisions(load: LoadOptions, text: str | None) -> list[str]:
+def choose_precisions(load: LoadConfig, text: str | None) -> list[str]:
     """The precisions of a `PrecisionList`; where none is given, all that the backend has.
 
     Raises:
         ConfigError: one is unknown or given twice; or the options name a single one as well, without effect.
     """
-    from hopskip.loading import resolve_backend
-
     if load.dtype != "auto" or load.quantize is not None:
         given = f"--quantize {load.quantize}" if load.quantize is not None else f"--dtype {load.dtype}"
         raise ConfigError(f"{given} has no effect here; name the precisions, such as --precision bfloat16,q8")
     if text is not None:
         return parse_precisions(text)
-    backend, _ = resolve_backend(**load.arguments())
-    return ["float32", "bfloat16", "q8", "q4"] if backend == "native" else ["float32", "bfloat16"]
+    kind, _ = load.where()
+    return ["float32", "bfloat16", "q8", "q4"] if kind == "native" else ["float32", "bfloat16"]
 
 
 def load_each(
-    load: LoadOptions, precisions: list[str], checkpoint: Checkpoint, *, quiet: bool
-) -> Iterator[tuple[str, Model]]:
-    """The model in one precision after the other, with the trained exit that ships for it, if any."""
-    from hopskip.llm import find_exit
-    from hopskip.loading import attach_drafts, load_model
+    load: LoadConfig, precisions: list[str], checkpoint: Checkpoint, *, quiet: bool
+) -> Iterator[tuple[str, Backend]]:
+    """The model in one precision after the other, with what may draft for it: the trained exit that ships for it, and a
+    copy in the lowest precision, where that is lower than the model's own."""
+    from hopskip.loading import find_exit, load_backend
     from hopskip.speculative import SpeculativeConfig
 
-    branch = find_exit(checkpoint, SpeculativeConfig())
-
+    trained_exit = find_exit(checkpoint, SpeculativeConfig())
     for name in precisions:
-        chosen = replace(load, quantize=name) if name in ("q8", "q4") else replace(load, dtype=name)
-        with loading(load.model, quiet=quiet) as progress:
-            model = load_model(checkpoint, progress=progress, **chosen.arguments())
-        attach_drafts(model, checkpoint, branch, _draft_precision(model, checkpoint))
-        yield name, model
-
-
-def _draft_precision(model: Model, checkpoint: Checkpoint) -> DraftPrecision | None:
-    """That of a copy to draft with: the lowest, where that is lower than the model's own."""
-    from hopskip.backends.native.backend import NativeBackend
-    from hopskip.backends.native.packed import PackedWeights
-
-    if not isinstance(model, NativeBackend):
-        return None
-    gains = PackedWeights.load(checkpoint, "q4").bytes_per_pass < model.weight_bytes
-    return "q4" if gains else None
+        chosen: dict[str, Any] = {"quantize" if name in get_args(Quantize) else "dtype": name}
+        with loading(load.model, quiet=quiet) as bar:
+            backend = load_backend(checkpoint, replace(load, **chosen), bar.loaded)
+        if trained_exit is not None:
+            backend.attach_exit(trained_exit)
+        if copies := backend.useful_copies(checkpoint):
+            backend.attach_copy(checkpoint, min(copies))  # q4 before q8
+        yield name, backend

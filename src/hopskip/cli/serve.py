@@ -4,98 +4,69 @@ from __future__ import annotations
 
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hopskip.cli.console import loading
-from hopskip.cli.options import DraftOptions, LoadOptions, with_options
+from hopskip.cli.console import load_llm
+from hopskip.cli.options import DraftGroup, Group, LoadGroup, with_options
 from hopskip.errors import ConfigError
+from hopskip.options import option
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM
+    from hopskip.serve.settings import ServeSettings
 
-_SERVER, _CAPACITY = "Server", "Capacity"
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where to serve, to whom, and as what."""
+
+    host: str = option("127.0.0.1", "Where to listen; 0.0.0.0 is everywhere.", "ADDRESS")
+    port: int = option(8000, "0 takes a free one.", "N")
+    served_model_name: str | None = option(None, "What clients call the model.", "NAME")
+    api_key_file: Path | None = option(None, "API keys, one a line; or in the environment: HOPSKIP_API_KEY.", "FILE")
+    allowed_host: tuple[str, ...] = option(
+        (),
+        "Answer for this Host only; may be given several times (default: on a loopback address its names, "
+        "elsewhere any).",
+        "NAME",
+    )
+    cors_origin: tuple[str, ...] = option(
+        (), "Let pages of this origin call the API; may be given several times.", "ORIGIN"
+    )
+    shutdown_timeout: float = option(30.0, "After SIGTERM, running requests have so long to end.", "SECONDS")
+    restart: bool = option(False, "Start the server again when it dies.")
+
+    def __post_init__(self) -> None:
+        if self.shutdown_timeout < 0:
+            raise ConfigError(f"shutdown-timeout is {self.shutdown_timeout}; it must be 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityOptions:
+    """For how much a server has room."""
+
+    max_model_len: int | None = option(
+        None, "Longest sequence, prompt and output (default: the model's context, or what fits the memory).", "N"
+    )
+    max_num_seqs: int = option(16, "Sequences that are stepped together.", "N")
+    max_queue: int = option(256, "Sequences that may wait; more get 429.", "N")
+    kv_memory: str | None = option(
+        None, "Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free).", "SIZE"
+    )
 
 
 @with_options
 def serve(
     *,
-    host: Annotated[
-        str,
-        typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.", rich_help_panel=_SERVER),
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="0 takes a free one.", rich_help_panel=_SERVER)] = 8000,
-    served_model_name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="What clients call the model.", show_default=False, rich_help_panel=_SERVER),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="API keys, one a line; or in the environment: HOPSKIP_API_KEY.",
-            show_default=False,
-            rich_help_panel=_SERVER,
-        ),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Answer for this Host only; may be given several times (default: on a loopback address its names, "
-            "elsewhere any).",
-            show_default=False,
-            rich_help_panel=_SERVER,
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ORIGIN",
-            help="Let pages of this origin call the API; may be given several times.",
-            show_default=False,
-            rich_help_panel=_SERVER,
-        ),
-    ] = None,
-    shutdown_timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", help="After SIGTERM, running requests have so long to end.", rich_help_panel=_SERVER
-        ),
-    ] = 30.0,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start the server again when it dies.", rich_help_panel=_SERVER)
-    ] = False,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Longest sequence, prompt and output (default: the model's context, or what fits the memory).",
-            show_default=False,
-            rich_help_panel=_CAPACITY,
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(metavar="N", help="Sequences that are stepped together.", rich_help_panel=_CAPACITY)
-    ] = 16,
-    max_queue: Annotated[
-        int, typer.Option(metavar="N", help="Sequences that may wait; more get 429.", rich_help_panel=_CAPACITY)
-    ] = 256,
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free).",
-            show_default=False,
-            rich_help_panel=_CAPACITY,
-        ),
-    ] = None,
+    server: Annotated[ServerOptions, Group("Server")],
+    capacity: Annotated[CapacityOptions, Group("Capacity")],
     inherit_socket: Annotated[str | None, typer.Option(hidden=True)] = None,
-    load: LoadOptions,
-    draft: DraftOptions,
+    load: LoadGroup,
+    draft: DraftGroup,
 ) -> None:
     """Serve a model over the OpenAI protocol, with a page to chat at `/`.
 
@@ -106,23 +77,20 @@ def serve(
     from hopskip.serve.run import bind, die_with_parent
     from hopskip.serve.settings import LOOPBACK, ServeSettings, model_name, read_api_keys
 
-    if shutdown_timeout < 0:
-        raise ConfigError(f"shutdown-timeout is {shutdown_timeout}; it must be 0 or above")
-    budget = parse_size(kv_memory) if kv_memory is not None else None
+    budget = parse_size(capacity.kv_memory) if capacity.kv_memory is not None else None
     settings = ServeSettings(
-        model_name=served_model_name or model_name(load.model),
-        api_keys=read_api_keys(api_key_file),
-        max_queue=max_queue,
-        allowed_hosts=tuple(allowed_host) if allowed_host else (LOOPBACK if host in LOOPBACK else None),
-        cors_origins=tuple(cors_origin or ()),
+        model_name=server.served_model_name or model_name(None if load.model is None else str(load.model)),
+        api_keys=read_api_keys(server.api_key_file),
+        max_queue=capacity.max_queue,
+        allowed_hosts=server.allowed_host or (LOOPBACK if server.host in LOOPBACK else None),
+        cors_origins=server.cors_origin,
         exit_when_dead=inherit_socket is not None,
     )
-    speculative = draft.config()
-    if speculative.draft is None and speculative.verify != "reuse":
-        speculative = replace(speculative, draft="auto")  # what pays depends on how many requests there are
+    if draft.draft is None and draft.verify != "reuse":
+        draft = replace(draft, draft="auto")  # what pays depends on how many requests there are
     if inherit_socket is None:
-        listener = bind(host, port)
-        if restart:
+        listener = bind(server.host, server.port)
+        if server.restart:
             from hopskip.serve.supervisor import Supervisor
 
             listener.listen(1024)
@@ -131,13 +99,12 @@ def serve(
         listening, pipe = map(int, inherit_socket.split(","))
         listener = socket.socket(fileno=listening)
         die_with_parent(pipe)
-    with loading(load.model, quiet=False) as progress:
-        llm = load.load(speculative, max_model_len=max_model_len, max_num_seqs=max_num_seqs, progress=progress)
-        llm.engine.reserve(free_memory() * 7 // 10 if budget is None else budget, shrink=max_model_len is None)
-    raise typer.Exit(_run(llm, settings, listener, host, shutdown_timeout))
+    llm = load_llm(load, draft, max_model_len=capacity.max_model_len, max_num_seqs=capacity.max_num_seqs)
+    llm.engine.reserve(free_memory() * 7 // 10 if budget is None else budget, shrink=capacity.max_model_len is None)
+    raise typer.Exit(_run(llm, settings, listener, server))
 
 
-def _run(llm: LLM, settings: object, listener: socket.socket, host: str, shutdown_timeout: float) -> int:
+def _run(llm: LLM, settings: ServeSettings, listener: socket.socket, server: ServerOptions) -> int:
     import asyncio
 
     from prometheus_client import disable_created_metrics
@@ -145,9 +112,9 @@ def _run(llm: LLM, settings: object, listener: socket.socket, host: str, shutdow
     from hopskip.serve.app import create_app
     from hopskip.serve.guard import log_to_stderr
     from hopskip.serve.run import Runner
-    from hopskip.serve.settings import LOOPBACK, ServeSettings
+    from hopskip.serve.settings import LOOPBACK
 
-    assert isinstance(settings, ServeSettings)
+    host = server.host
     log_to_stderr()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter, which nobody reads
     port = listener.getsockname()[1]
@@ -159,7 +126,7 @@ def _run(llm: LLM, settings: object, listener: socket.socket, host: str, shutdow
     )
     if host not in LOOPBACK and not settings.api_keys:
         print("hopskip: warning: everybody who can connect is served; set HOPSKIP_API_KEY", file=sys.stderr)
-    runner = Runner(create_app(llm, settings), host=host, port=port, shutdown_timeout=shutdown_timeout)
+    runner = Runner(create_app(llm, settings), host=host, port=port, shutdown_timeout=server.shutdown_timeout)
     asyncio.run(runner.serve([listener]))
     return runner.exit_code
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hopskip.cli.console import loading, print_json
-from hopskip.cli.options import LoadOptions, with_options
+from hopskip.cli.options import JsonOption, LoadGroup, with_options
 
 if TYPE_CHECKING:
     from hopskip.trace import Round
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look into traces of decoding.", no_args_is_help=True, rich_markup_mode="markdown")
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A trace.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _NUM_SHOWN = 5  # fixed settings, the best first
 
 
@@ -59,7 +58,7 @@ def record(
     ] = ["alpaca", "gsm8k", "humaneval", "mt_bench"],  # noqa: B006 (typer copies it)
     num_prompts: Annotated[int, typer.Option(metavar="N", help="Prompts of each set.")] = 4,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Tokens per text.")] = 128,
-    load: LoadOptions,
+    load: LoadGroup,
 ) -> None:
     """Record texts for replays: at each position, what every source would have drafted.
 
@@ -67,6 +66,7 @@ def record(
     """
     from hopskip.bench.replay import record as record_texts
     from hopskip.errors import ConfigError
+    from hopskip.loading import open_model
     from hopskip.prompts import load_prompts
     from hopskip.speculative import SpeculativeConfig
     from hopskip.trace import Proposals, TraceWriter
@@ -74,19 +74,26 @@ def record(
     if max_new_tokens < 2:
         raise ConfigError(f"--max-new-tokens is {max_new_tokens}; a replay needs at least 2")
     chosen = [prompt for source in prompts for prompt in load_prompts(source, num_prompts)]
-    with loading(load.model, quiet=False) as progress:
-        llm = load.load(SpeculativeConfig(draft="auto"), progress=progress)
-    proposals: list[Proposals] = []
-    known = record_texts(
-        llm.backend,
-        (prompt.encode(llm.tokenizer) for prompt in chosen),
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=llm.tokenizer.eos_token_ids,
-        on_proposals=proposals.append,
-    )
-    with TraceWriter(file, {"prompts": prompts, **load.arguments(), "model": load.model, **known}) as out:
-        for each in proposals:
-            out(each)
+    found: list[Proposals] = []
+    with loading(load.model, quiet=False) as bar:
+        opened = open_model(load, SpeculativeConfig(draft="auto"), bar.loaded)
+
+        def keep(proposals: Proposals) -> None:
+            bar.doing("recording texts", proposals.request / len(chosen))
+            found.append(proposals)
+
+        known = record_texts(
+            opened.backend,
+            (prompt.encode(opened.tokenizer) for prompt in chosen),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=opened.tokenizer.eos_token_ids,
+            identity=opened.identity,
+            progress=bar.doing,
+            on_proposals=keep,
+        )
+    with TraceWriter(file, {"prompts": prompts, **vars(load), **known}) as out:
+        for proposals in found:
+            out(proposals)
 
 
 @app.command()

@@ -36,8 +36,8 @@ def layerskip(
     print(run(settings))
 
 
-@app.command()
-def exit(
+@app.command("exit")
+def train_exit(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For which model, on what, and how.")],
     overrides: Overrides = None,
 ) -> None:

@@ -14,9 +14,8 @@ from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.make import prepare
 from hopskip.engine.engine import Engine
 from hopskip.sampling import SamplingParams
-from hopskip.sequence import Request, Sequence
+from hopskip.sequence import Request, Sequence, SpeculativeStats
 from hopskip.speculative import SpeculativeConfig
-from hopskip.stats import SpeculativeStats
 from hopskip.trace import Round
 
 

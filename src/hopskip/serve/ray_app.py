@@ -10,20 +10,21 @@ of `hopskip serve`. Ray's proxies pass on streams as they come and disconnects a
 from __future__ import annotations
 
 import importlib.util
-import os
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from hopskip.errors import ConfigError
-from hopskip.loading import Backend, DType, KVDType, Quantize
+from hopskip.loading import LoadConfig
+from hopskip.machine import num_usable_cores
 from hopskip.serve.memory import free_memory, parse_size
 from hopskip.serve.settings import LOOPBACK, ServeSettings, model_name, read_api_keys
-from hopskip.speculative import DraftChoice, DraftPrecision, SpeculativeConfig, VerifyMode
+from hopskip.speculative import SpeculativeConfig
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -35,10 +36,23 @@ _METRICS_SECONDS = 5.0
 _Count = Annotated[int, Field(ge=1)]
 
 
-class RayOptions(BaseModel):
+def _declared_in(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass for pydantic: name to type and default."""
+    hints = get_type_hints(config)
+    return {item.name: (hints[item.name], item.default) for item in fields(config) if item.name != "device"}
+
+
+_Declared: Any = create_model(
+    "_Declared", __module__=__name__, **_declared_in(LoadConfig), **_declared_in(SpeculativeConfig)
+)
+
+
+class RayOptions(_Declared):  # type: ignore[misc]  # mypy cannot see through a class that is made by a call
     """What the application is built from: `name=value` behind `serve run`, `args` in a configuration file of Ray Serve.
 
-    Where nothing else is said, names, values and defaults are those of `hopskip serve`.
+    Every field of `LoadConfig` and of `SpeculativeConfig` is one here, but the device, which follows from `num_gpus`. A
+    model's folder or file is one on every machine that has a replica. Where nothing else is said, names, values and
+    defaults are those of `hopskip serve`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,22 +65,6 @@ class RayOptions(BaseModel):
     """Of each replica; Ray reserves so many processors for it. None: this machine's, shared by `max_replicas`."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """That Ray reserves for each replica. Without any it runs on processors."""
-
-    model: str | None = None
-    """A folder or file is one on every machine that has a replica."""
-    dtype: DType = "auto"
-    quantize: Quantize | None = None
-    backend: Backend = "auto"
-    kv_dtype: KVDType = "auto"
-    draft: DraftChoice | None = None
-    exit_branch: str | None = None
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    num_runner_ups: int | None = None
-    skip_layers: tuple[int, ...] | None = None
-    draft_precision: DraftPrecision | None = None
-    verify: VerifyMode | None = None
-    min_confidence: float = 0.0
 
     served_model_name: str | None = None
     api_key_file: Path | None = None
@@ -91,31 +89,28 @@ class RayOptions(BaseModel):
 
     @property
     def num_threads(self) -> int:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.threads or max(1, num_cores // self.most_replicas)
+        return self.threads or max(1, num_usable_cores() // self.most_replicas)
+
+    def load(self) -> LoadConfig:
+        """Raises ConfigError: two values contradict each other."""
+        device = "cuda" if self.num_gpus else "cpu"
+        return LoadConfig(**self._values_of(LoadConfig) | {"device": device, "threads": self.num_threads})
 
     def speculative(self) -> SpeculativeConfig:
         """Raises ConfigError: a value is out of range, or would have no effect."""
-        return SpeculativeConfig(
-            draft=self.draft,
-            exit_branch=self.exit_branch,
-            exit_layer=self.exit_layer,
-            num_draft_tokens=self.num_draft_tokens,
-            num_runner_ups=self.num_runner_ups,
-            skip_layers=self.skip_layers,
-            draft_precision=self.draft_precision,
-            verify=self.verify,
-            min_confidence=self.min_confidence,
-        )
+        return SpeculativeConfig(**self._values_of(SpeculativeConfig))
 
     def settings(self, api_keys: tuple[str, ...] = ()) -> ServeSettings:
         return ServeSettings(
-            model_name=self.served_model_name or model_name(self.model),
+            model_name=self.served_model_name or model_name(None if self.model is None else str(self.model)),
             api_keys=api_keys,
             max_queue=self.max_queue,
             allowed_hosts=None if self.allowed_hosts == "*" else _names(self.allowed_hosts),
             cors_origins=_names(self.cors_origins),
         )
+
+    def _values_of(self, config: Any) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _declared_in(config)}
 
 
 class Replica:
@@ -185,14 +180,8 @@ def make_replica(options: RayOptions) -> FastAPI:
     disable_created_metrics()  # type: ignore[no-untyped-call]
     settings = options.settings(read_api_keys(options.api_key_file))
     llm = LLM(
-        options.model,
+        **vars(options.load()),
         speculative=options.speculative(),
-        dtype=options.dtype,
-        quantize=options.quantize,
-        device="cuda" if options.num_gpus else "cpu",
-        backend=options.backend,
-        threads=options.num_threads,
-        kv_dtype=options.kv_dtype,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
     )
@@ -226,7 +215,7 @@ def _report_to_ray(metrics: Metrics) -> None:
 def _checked(arguments: dict[str, Any]) -> RayOptions:
     """Options whose mistakes show here, and not on some machine after three attempts to start there."""
     try:
-        options = RayOptions.model_validate(arguments)
+        options: RayOptions = RayOptions.model_validate(arguments)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -237,6 +226,7 @@ def _checked(arguments: dict[str, Any]) -> RayOptions:
             f"max_replicas is {options.max_replicas}, below num_replicas, {options.num_replicas}; "
             "raise it or leave it out"
         )
+    options.load()
     options.speculative()
     options.settings()
     if options.kv_memory is not None:

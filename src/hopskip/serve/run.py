@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hopskip.errors import ConfigError
-from hopskip.serve.app import Server
+from hopskip.serve.engine_thread import EngineThread
+from hopskip.serve.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ class Runner(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, *, host: str, port: int, shutdown_timeout: float) -> None:
-        state: Server = app.state.server
-        limits = state.settings.limits
+        self._engine: EngineThread = app.state.server.engine
+        self._settings: ServeSettings = app.state.server.settings
+        limits = self._settings.limits
         protocol = type("Protocol", (PromptProtocol,), {"header_seconds": limits.header_seconds})
         super().__init__(
             uvicorn.Config(
@@ -66,7 +68,6 @@ class Runner(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self._state = state
         self._shutdown_timeout = shutdown_timeout
         self._stopping: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -90,11 +91,11 @@ class Runner(uvicorn.Server):
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._drain())
         else:
-            _log.warning("aborting %d sequences", self._state.engine.num_outstanding)
+            _log.warning("aborting %d sequences", self._engine.num_outstanding)
             self._abort()
 
     async def _drain(self) -> None:
-        engine = self._state.engine
+        engine = self._engine
         _log.info("draining %d sequences, for at most %g s", engine.num_outstanding, self._shutdown_timeout)
         if await engine.drain(self._shutdown_timeout):
             # answers have ended; give the last bytes of them the time to leave
@@ -105,15 +106,15 @@ class Runner(uvicorn.Server):
 
     def _abort(self) -> None:
         self.exit_code = 1
-        self._state.engine.abort_all()
+        self._engine.abort_all()
         self.should_exit = True
 
     async def _watch(self) -> None:
         """End the process when the engine has died, if that is wanted."""
         while True:
             await asyncio.sleep(_DEATH_CHECK_SECONDS)
-            if self._state.engine.death is not None and self._state.settings.exit_when_dead:
-                _log.critical("exiting: %s", self._state.engine.death)
+            if self._engine.death is not None and self._settings.exit_when_dead:
+                _log.critical("exiting: %s", self._engine.death)
                 self.exit_code = 1
                 await asyncio.sleep(_DEATH_CHECK_SECONDS)  # for the errors to reach their clients
                 self.should_exit = True
