@@ -91,16 +91,10 @@ def perplexity(
         len(precisions) + len(others),
         quiet=as_json,
     )
-    report = {
-        "model": str(checkpoint.path),
-        "text": {
-            "files": [str(file) for file in text or ()] or "prompts: alpaca, gsm8k, humaneval, mt_bench",
-            "num_windows": len(windows),
-            "num_tokens": sum(map(len, windows)) - len(windows),
-        },
-        "versions": versions(),
-        "rows": rows,
-    }
+    files = [str(file) for file in text or ()] or "prompts: alpaca, gsm8k, humaneval, mt_bench"
+    num_tokens = sum(map(len, windows)) - len(windows)
+    about_text = {"files": files, "num_windows": len(windows), "num_tokens": num_tokens}
+    report = {"model": str(checkpoint.path), "text": about_text, "versions": versions(), "rows": rows}
     if as_json:
         print_json(report)
     else:
