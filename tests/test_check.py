@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,11 +28,12 @@ from hopskip.evaluate.greedy import PLAIN, compare_with_ties, exits_to_try, gree
 from hopskip.evaluate.hf_reference import tokenizer_proof, transformers_proof
 from hopskip.evaluate.proof import Proof, Tie, all_hold
 from hopskip.evaluate.recorder import run, same_bits
-from hopskip.evaluate.sampled import chi_squared_p_value, sampling_proofs
+from hopskip.evaluate.sampled import TableModel, _exact_joint, chi_squared_p_value, sampling_proofs
 from hopskip.model import LayerWeights, Transformer
 from hopskip.sampling import SamplingParams
 from hopskip.verify import Verdict, verify_greedy, verify_sampled
 from tests.models import tiny_model
+from tests.oracle import exact_joint
 from tests.tiny import write_checkpoint
 
 VOCAB = 12  # so few that any two tokens in a row have stood in the prompt before, and n-gram lookup has drafts
@@ -275,8 +277,17 @@ def test_a_seed_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert sampling(num_draws=100)[-1].status == "failed"
 
 
+def test_the_exact_distribution_follows_the_rule_for_ties() -> None:
+    """Of equal logits the lowest ids stay, as in the sampler."""
+    target_VV = torch.randint(0, 3, (5, 5), generator=torch.Generator().manual_seed(0)).float()
+    target_VV[0] = 1.0
+    table = TableModel(small_model(), target_VV, target_VV)
+    params = SamplingParams(max_new_tokens=4, temperature=1.0, top_k=3)
+    expected = exact_joint(target_VV.double().numpy(), table.prompt, params, skip=1, length=2)
+    np.testing.assert_allclose(_exact_joint(table, params), expected, rtol=1e-12)
+
+
 def test_chi_squared_p_value() -> None:
-    import numpy as np
     from scipy.stats import chisquare
 
     expected = np.array([50.0, 30.0, 20.0])

@@ -166,8 +166,10 @@ def _exact_joint(table: TableModel, params: SamplingParams) -> NDArray[np.float6
     """
     table_VV = table.target_VV.double().numpy()
     scaled = np.exp((table_VV - table_VV.max(axis=1, keepdims=True)) / params.temperature)
-    kth_best = np.sort(scaled, axis=1)[:, -params.top_k, None]
-    chain = np.where(scaled >= kth_best, scaled, 0.0)
+    # of equal logits the lower token id comes first
+    best = np.argsort(-table_VV, axis=1, kind="stable")[:, : params.top_k]
+    chain = np.zeros_like(scaled)
+    np.put_along_axis(chain, best, np.take_along_axis(scaled, best, axis=1), axis=1)
     chain /= chain.sum(axis=1, keepdims=True)
     second = chain[table.prompt[-1]] @ chain  # distribution of token 1, over all first tokens
     vocab = len(chain)
