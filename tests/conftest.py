@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from pathlib import Path
 
 # Triton's kernels are tested by its interpreter, which it must know before torch imports it.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -37,6 +39,14 @@ torch.set_num_threads(1)
 
 # Tests of the cache of packed weights name a folder of their own.
 os.environ["HOPSKIP_CACHE"] = ""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same random numbers for a test on every run, whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
