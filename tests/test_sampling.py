@@ -189,21 +189,70 @@ def test_draw_never_takes_an_impossible_token(seed: int, weights: list[float]) -
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
         ({"temperature": 1.0, "top_k": -1}, "top_k"),
-        ({"temperature": 1.0, "min_p": 2.0}, "min_p"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"temperature": 1.0, "min_p": 2.0}, "min_p is 2.0"),
+        ({"temperature": 1.0, "min_p": -0.1}, "min_p is -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
         ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
         ({"logprobs": -1}, "logprobs"),
         ({"stop": ("",)}, "stop"),
         ({"logit_bias": {3: float("nan")}}, "logit_bias"),
         ({"top_p": 0.9}, "top_p=0.9 has no effect"),
+        ({"top_k": 1}, "top_k=1 has no effect"),
+        ({"min_p": 0.1}, "min_p=0.1 has no effect"),
         ({"seed": 1}, "seed=1 has no effect"),
     ],
 )
 def test_bad_values_are_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         SamplingParams(**settings)  # type: ignore[arg-type]
+
+
+def test_values_at_the_bounds_are_taken() -> None:
+    SamplingParams(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=0)
+    SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0, repetition_penalty=1e-9, logprobs=1)
+    assert SamplingParams(stop="end").stop == ("end",)
+    assert SamplingParams(logit_bias={3: -math.inf}).changes_logits
+
+
+def test_what_params_say_of_themselves() -> None:
+    plain = SamplingParams()
+    assert (plain.is_greedy, plain.truncates, plain.changes_logits, plain.has_penalties) == (True, False, False, False)
+    assert not SamplingParams(temperature=1.0).is_greedy
+    for settings in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert SamplingParams(temperature=1.0, **settings).truncates  # type: ignore[arg-type]
+    assert not SamplingParams(temperature=1.0).truncates
+    for settings in ({"repetition_penalty": 0.9}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}):
+        params = SamplingParams(**settings)  # type: ignore[arg-type]
+        assert params.has_penalties
+        assert params.changes_logits
+    biased = SamplingParams(logit_bias={0: 1.0})
+    assert biased.changes_logits
+    assert not biased.has_penalties
+
+
+def test_counts_grow_along_a_draft() -> None:
+    counts = TokenCounts([0, 0], vocab_size=3)
+    counts.add(1)
+    counts.add(1)
+    assert counts.in_prompt_V.tolist() == [True, False, False]
+    assert counts.along([2, 1]).tolist() == [[0, 2, 0], [0, 2, 1], [0, 3, 1]]
+    assert counts.along([]).tolist() == [[0, 2, 0]], "the counts themselves stay"
+
+
+def test_a_draw_at_the_very_end_takes_the_last_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uniform so near to 1 that its share of the total rounds to the total: no token without probability follows."""
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1.0, dtype=torch.float64))
+    generator = torch.Generator()
+    assert draw(torch.tensor([0.25, 0.0, 0.5, 0.0]), generator) == 2
+    assert draw(torch.tensor([0.0, 0.3]), generator) == 1
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(0.0, dtype=torch.float64))
+    assert draw(torch.tensor([0.0, 0.0, 0.5, 0.5]), generator) == 2
 
 
 def test_the_smallest_top_p_keeps_the_best_token() -> None:
