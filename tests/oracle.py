@@ -16,11 +16,11 @@ def exact_probabilities(logits: Array, params: SamplingParams) -> Array:
     scaled = logits.astype(np.float64) / params.temperature
     probs = np.exp(scaled - scaled.max())
     probs /= probs.sum()
+    order = np.argsort(-logits, kind="stable")  # of equal logits the lower token id comes first
     if params.top_k:
-        probs[np.argsort(-probs)[params.top_k :]] = 0
+        probs[order[params.top_k :]] = 0
         probs /= probs.sum()
     if params.top_p < 1:
-        order = np.argsort(-probs)
         total = 0.0
         for rank, token in enumerate(order):
             if total >= params.top_p:

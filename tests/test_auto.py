@@ -7,12 +7,15 @@ import random
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hopskip import ConfigError, SpeculativeConfig
-from hopskip.backends.base import Backend
+from hopskip.backends.base import Backend, Pass
 from hopskip.draft import timing
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.controller import Controller
@@ -59,7 +62,9 @@ class Whims(Controller):
 class Restless(Whims):
     """Chooses otherwise each time, as the clock may make a controller do."""
 
-    dice = random.Random(0)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.dice = random.Random(0)
 
     def whim(self, sequence: Sequence) -> int:
         return self.dice.randrange(12)
@@ -135,8 +140,9 @@ def test_a_seed_gives_the_same_text_whatever_the_clock_and_the_companions_do(mod
     assert 0 < alone.stats.num_accepted_tokens < alone.stats.num_draft_tokens
     assert {part.source for each in rounds for part in each.sequences} == {"ngram", "early-exit:1", None}
     assert max(part.num_draft_tokens for each in rounds for part in each.sequences) == 3
-    for _ in range(3):
-        sequences = run(engine, [PROMPTS[0], *PROMPTS], [seeded, *(drawn for _ in PROMPTS)])
+    for number in range(1, 4):
+        companions = [replace(drawn, seed=10 * number + n) for n in range(len(PROMPTS))]
+        sequences = run(engine, [PROMPTS[0], *PROMPTS], [seeded, *companions])
         assert new_ids(sequences)[0] == new_ids([alone])[0]
 
 
@@ -167,13 +173,34 @@ def test_what_auto_may_draft_from() -> None:
         SpeculativeConfig(draft="auto", verify="reuse")
 
 
-def test_measured_costs_are_plausible(model: Backend) -> None:
-    found = measure(model, [early_exit(1), early_exit(3)], seconds=0.1)
+def test_measured_costs_are_those_of_the_work_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts: a layer takes a second for one row, a tenth more for each other; the head takes half."""
+    model = tiny_model()
+    clock = SimpleNamespace(now=0.0)
+    run_layers, greedy = model.run_layers, model.greedy
+
+    def slow_layers(hidden_ND: Tensor, start: int, stop: int, *rest: Any) -> Pass:
+        clock.now += (stop - start) * (0.9 + 0.1 * len(hidden_ND))
+        return run_layers(hidden_ND, start, stop, *rest)
+
+    def slow_greedy(hidden_ND: Tensor) -> list[int]:
+        clock.now += 0.5 * (0.9 + 0.1 * len(hidden_ND))
+        return greedy(hidden_ND)
+
+    monkeypatch.setattr(model, "run_layers", slow_layers)
+    monkeypatch.setattr(model, "greedy", slow_greedy)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    found = measure(model, [early_exit(1), early_exit(3)], seconds=100.0)
     assert next(iter(found.layers)) == 1
     assert max(found.layers) == timing._MOST_ROWS
-    assert all(seconds > 0 for seconds in [*found.layers.values(), *found.head.values()])
-    one, three = (found.drafts[source_of(early_exit(exit))] for exit in (1, 3))
-    assert 0 < one.begin + 4 * one.step < three.begin + 4 * three.step
+    depth = model.config.num_hidden_layers
+    for rows in found.layers:
+        assert found.layers[rows] == pytest.approx(depth * (0.9 + 0.1 * rows))
+        assert found.head[rows] == pytest.approx(0.5 * (0.9 + 0.1 * rows))
+    for layers in (1, 3):
+        cost = found.drafts[source_of(early_exit(layers))]
+        assert cost.step >= layers, "at least the layers of one row"
+        assert cost.begin < 1, "the rest is the same for every step"
 
 
 def test_interpolation() -> None:
@@ -195,10 +222,10 @@ def test_costs_are_measured_once(model: Backend, monkeypatch: pytest.MonkeyPatch
     first = Timings(model, EXITS, {"weights": "a"}).get()
     assert Timings(model, EXITS, {"weights": "a"}).get() == first
     assert len(calls) == 1
+    (path,) = (tmp_path / "cache").iterdir()
     for other in (Timings(model, EXITS, {"weights": "b"}), Timings(model, EXITS), Timings(model, EXITS)):
         other.get()
     assert len(calls) == 4, "other weights, and a model without identity"
-    (path, *_) = sorted((tmp_path / "cache").iterdir(), key=lambda p: p.stat().st_mtime)
     good = json.loads(path.read_text())
     for damaged in (
         "",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ import hopskip.engine.choose
 import hopskip.prove.sampled
 from hopskip.backends.base import Head, Pass, Traits
 from hopskip.backends.rows import Cache, Rows, Segment
+from hopskip.backends.table import TableBackend
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.layer import LayerWeights
@@ -33,9 +35,10 @@ from hopskip.prove.greedy import PLAIN, compare_with_ties, exits_to_try, greedy_
 from hopskip.prove.hf_reference import tokenizer_proof, transformers_proof
 from hopskip.prove.proof import Proof, Tie, all_hold
 from hopskip.prove.recorder import run, same_bits
-from hopskip.prove.sampled import chi_squared_p_value, sampling_proofs
-from hopskip.sampling import SamplingParams
+from hopskip.prove.sampled import _exact_joint, _prompt, chi_squared_p_value, sampling_proofs
+from hopskip.sampling_params import SamplingParams
 from tests.models import tiny_model
+from tests.oracle import exact_joint
 from tests.tiny import write_checkpoint
 
 VOCAB = 12  # so few that any two tokens in a row have stood in the prompt before, and n-gram lookup has drafts
@@ -216,13 +219,14 @@ def test_only_a_tie_excuses_a_difference() -> None:
     assert twin not in plain
     model = with_twin(tiny_model(), token, twin)
     expected = run(model, PROMPTS[:1], PLAIN, params, max_num_seqs=1)[0].token_ids
-    # equal weights, but a product may sum in another order at another column: the two may come in either order
-    other = twin if expected[3] == token else token
-    assert expected == [*plain[:3], token + twin - other, *plain[4:]]
-    taken_the_other_way = [*plain[:3], other, *plain[4:]]
+    # equal weights, but a product may sum in another order at another column: either of the two may be the better
+    assert [token if other == twin else other for other in expected] == plain
+    chosen = expected[3]
+    passed_over = token if chosen == twin else twin
+    taken_the_other_way = [*expected[:3], passed_over, *expected[4:]]
     ties: list[Tie] = []
     assert compare_with_ties(model, 0, PROMPTS[0], expected, taken_the_other_way, ties) is None
-    assert ties == [Tie(0, 3, expected[3], other, pytest.approx(0.0, abs=1e-5))]
+    assert ties == [Tie(0, 3, chosen, passed_over, pytest.approx(0.0, abs=1e-5))]
     # the same difference without the tie, and a difference behind a tie
     assert compare_with_ties(tiny_model(), 0, PROMPTS[0], expected, taken_the_other_way, []) is not None
     wrong_later = [*taken_the_other_way[:6], (taken_the_other_way[6] + 1) % 90, taken_the_other_way[7]]
@@ -293,8 +297,17 @@ def test_a_seed_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert sampling(num_draws=100)[-1].status == "failed"
 
 
+def test_the_exact_distribution_follows_the_rule_for_ties() -> None:
+    """Of equal logits the lowest ids stay, as in the sampler."""
+    target_VV = torch.randint(0, 3, (5, 5), generator=torch.Generator().manual_seed(0)).float()
+    target_VV[0] = 1.0
+    table = TableBackend(small_model().config, target_VV, target_VV)
+    params = SamplingParams(max_new_tokens=4, temperature=1.0, top_k=3)
+    expected = exact_joint(target_VV.double().numpy(), _prompt(table), params, skip=1, length=2)
+    np.testing.assert_allclose(_exact_joint(table, params), expected, rtol=1e-12)
+
+
 def test_chi_squared_p_value() -> None:
-    import numpy as np
     from scipy.stats import chisquare
 
     expected = np.array([50.0, 30.0, 20.0])

@@ -171,10 +171,9 @@ class World:
                 )
             )
         rows = len(choices) + sum(choice.num_tokens + choice.num_runner_ups for choice in choices)
-        exits = {choice.source for choice in choices} - {None, LOOKUP}
+        exits = {choice.source for choice in choices} - {LOOKUP}
         drafting = []
-        for exit in exits:
-            assert exit is not None
+        for exit in sorted(source for source in exits if source):
             own = [choice.num_tokens for choice in choices if choice.source == exit]
             seconds = self.truth.draft_seconds(exit, max(own), len(own)) * self.slowdown["draft"]
             drafting.append(DraftTiming(exit, max(own), len(own), len(own), False, seconds))

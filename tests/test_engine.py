@@ -145,7 +145,7 @@ def test_sampling_is_seeded_and_ignores_companions(model: Backend) -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12), st.booleans()), min_size=1, max_size=6),
     st.integers(1, 4),

@@ -271,7 +271,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_truncated_file(share: float, whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
@@ -282,7 +282,10 @@ def test_truncated_file(share: float, whole: bytes, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=3 * settings.default.max_examples,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_damaged_header(data: st.DataObject, whole: bytes, tmp_path: Path) -> None:
     """Whatever bytes stand in the header: it opens, or it is a CheckpointError, at once and with little memory."""

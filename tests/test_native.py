@@ -231,7 +231,6 @@ def prefilled(checkpoints: dict[str, Checkpoint]) -> list[tuple[list[NativeBacke
     return made
 
 
-@settings(max_examples=60, deadline=None)
 @given(segments=batches(), threads=st.sampled_from([0, 1, 2]), precision=st.integers(0, 3))
 def test_rows_are_bit_identical_in_any_company(
     prefilled: list[tuple[list[NativeBackend], Cache, Tensor]], segments: list[Segment], threads: int, precision: int
@@ -639,7 +638,7 @@ def test_bad_arrays_are_refused_before_anything_runs(
     assert bool(cache.k_LSHTD.isnan().all())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(
     slots=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 2), max_size=5),
     positions=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 17), max_size=5),

@@ -414,7 +414,7 @@ def test_a_character_is_held_back_until_it_is_complete(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(data=st.data())
 def test_pieces_of_a_text(tokenizer: Any, data: st.DataObject) -> None:
     """Any text comes back whole, and no piece ever has to be taken back."""
@@ -426,7 +426,7 @@ def test_pieces_of_a_text(tokenizer: Any, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(data=st.data())
 def test_pieces_of_any_ids(tokenizer: Any, data: st.DataObject) -> None:
     """Joined, the pieces are the decoded whole, for ids that are no text too; every piece is valid Unicode."""
@@ -438,7 +438,7 @@ def test_pieces_of_any_ids(tokenizer: Any, data: st.DataObject) -> None:
         piece.encode("utf-8")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=7))
 def test_bytes_that_are_no_text_decode_as_in_the_library(ids: list[int]) -> None:
     assert byte_level().decode(ids) == byte_level()._backend.decode(ids, skip_special_tokens=True)

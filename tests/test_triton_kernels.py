@@ -30,11 +30,10 @@ pytestmark = [
         triton.__version__ < "3.7" and np.__version__ >= "2.4", reason="Triton 3.6's interpreter needs NumPy < 2.4"
     ),
 ]
-GENERATOR = torch.Generator().manual_seed(0)
 
 
 def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=GENERATOR)
+    return torch.randn(shape)
 
 
 @pytest.mark.parametrize("precision", [None, "int8", "int4"])

@@ -217,7 +217,7 @@ def test_shards(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_truncated_file(folder: Path, share: float) -> None:
     file = folder / "model.safetensors"
@@ -230,7 +230,7 @@ def test_truncated_file(folder: Path, share: float) -> None:
         file.write_bytes(whole)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_header(folder: Path, data: st.DataObject) -> None:
     """Whatever bytes stand in the header: it opens, or it is a CheckpointError."""

@@ -9,9 +9,10 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hopskip.sampling_params import SamplingParams as SamplingParams
+from hopskip.sampling_params import SamplingParams
 
 _MAX_CANDIDATES = 256
 
@@ -83,37 +84,61 @@ def probabilities(logits_NV: Tensor, params: SamplingParams) -> Tensor:
     """The distribution a token is drawn from: temperature, then top-k, top-p and min-p. Float32 [N, V], rows sum to 1.
 
     The truncations apply in the order of Hugging Face's warpers; each sees what the ones before left, renormalised.
+
+    Tokens are ordered by their logits, best first; of equal logits the lower token id comes first. top-k keeps the
+    first k tokens of that order, exactly k; top-p the first ones whose probabilities reach the sum, and not one more.
+    min-p is a threshold: it keeps every token that reaches it.
+
+    transformers differs where logits are equal. Its top-k keeps all tokens that are as good as the k-th, so that more
+    than k may stay. Its top-p keeps as many as here, but its sort is not stable: which of equals stay is left open.
     """
     assert not params.is_greedy
-    probs_NV = (logits_NV.float() / params.temperature).softmax(dim=-1)
-    if params.top_k:
-        kept = probs_NV.topk(min(params.top_k, probs_NV.shape[-1])).values[:, -1:]
-        probs_NV = _renormalised(probs_NV, probs_NV >= kept)
-    if params.top_p < 1:
-        probs_NV = _renormalised(probs_NV, probs_NV >= _nucleus_threshold(probs_NV, params.top_p))
+    logits_NV = logits_NV.float()
+    if params.top_k or params.top_p < 1:
+        probs_NV = _probabilities_of_best(logits_NV, params)
+    else:
+        probs_NV = (logits_NV / params.temperature).softmax(dim=-1)
     if params.min_p > 0:
         probs_NV = _renormalised(probs_NV, probs_NV >= params.min_p * probs_NV.amax(dim=-1, keepdim=True))
     return probs_NV
 
 
 def _renormalised(probs_NV: Tensor, keep_NV: Tensor) -> Tensor:
-    probs_NV = probs_NV * keep_NV
+    probs_NV = torch.where(keep_NV, probs_NV, 0.0)
     return probs_NV / probs_NV.sum(dim=-1, keepdim=True)
 
 
-def _nucleus_threshold(probs_NV: Tensor, top_p: float) -> Tensor:
-    """Probability of the last token that the nucleus takes in, [N, 1].
+def _probabilities_of_best(logits_NV: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution after temperature, top-k and top-p, [N, V]. C stands for the candidates, best first.
 
     A full sort of the vocabulary costs more than a draft step; nearly always the nucleus lies in the best few hundred.
     """
-    num_candidates = min(_MAX_CANDIDATES, probs_NV.shape[-1])
-    best_NC = probs_NV.topk(num_candidates).values
-    if not bool((best_NC.sum(dim=-1) >= top_p).all()):
-        best_NC = probs_NV.sort(dim=-1, descending=True).values
-    before_NC = best_NC.cumsum(dim=-1) - best_NC
-    # the best token is always in, also where top_p is 0 in the precision of the probabilities
-    last = (before_NC < top_p).sum(dim=-1, keepdim=True).clamp_min(1) - 1
-    return best_NC.gather(-1, last)
+    # one more than can be kept, to see whether the last one kept has an equal behind it
+    num_candidates = params.top_k + 1 if params.top_k else _MAX_CANDIDATES
+    best_NC, ids_NC = logits_NV.topk(min(num_candidates, logits_NV.shape[-1]))
+    if params.top_k:
+        probs_NC = (best_NC[:, : params.top_k] / params.temperature).softmax(dim=-1)
+    else:
+        probs_NV = (logits_NV / params.temperature).softmax(dim=-1)
+        probs_NC = probs_NV.gather(-1, ids_NC)
+        if not bool((probs_NC[:, :-1].sum(dim=-1) >= params.top_p).all()):
+            best_NC, ids_NC = logits_NV.sort(dim=-1, descending=True)
+            probs_NC = (best_NC / params.temperature).softmax(dim=-1)
+    if params.top_p < 1:
+        is_short_NC = probs_NC.cumsum(dim=-1)[:, :-1] < params.top_p
+        probs_NC = _renormalised(probs_NC, F.pad(is_short_NC, (1, 0), value=True))
+    _prefer_lower_ids(logits_NV, best_NC, ids_NC, (probs_NC != 0).sum(dim=-1, keepdim=True))
+    return torch.zeros_like(logits_NV).scatter_(-1, ids_NC[:, : probs_NC.shape[-1]], probs_NC)
+
+
+def _prefer_lower_ids(logits_NV: Tensor, best_NC: Tensor, ids_NC: Tensor, num_kept_N1: Tensor) -> None:
+    """Of tokens as good as the last one kept, put those with the lowest ids into `ids_NC`: topk takes any of them."""
+    last_N1 = best_NC.gather(-1, num_kept_N1 - 1)
+    is_tied_N1 = (best_NC >= last_N1).sum(dim=-1, keepdim=True) > num_kept_N1
+    for row in is_tied_N1[:, 0].nonzero()[:, 0].tolist():
+        tied_ids = (logits_NV[row] == last_N1[row]).nonzero()[:, 0]
+        first = int((best_NC[row] > last_N1[row]).sum())
+        ids_NC[row, first : first + len(tied_ids)] = tied_ids[: ids_NC.shape[-1] - first]
 
 
 def draw(probs_V: Tensor, generator: torch.Generator) -> int:

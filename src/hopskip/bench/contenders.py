@@ -17,7 +17,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.in_transformers import load_in_transformers
 from hopskip.engine.engine import make_engine
 from hopskip.loading import LoadConfig, OpenModel, open_model
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request
 from hopskip.speculative import SpeculativeConfig
 

@@ -28,7 +28,7 @@ from hopskip.draft.sources import LOOKUP, Source
 from hopskip.engine.engine import Engine
 from hopskip.engine.slots import common_prefix
 from hopskip.errors import ConfigError
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.trace import Proposals, Round, RoundOfSequence, Trace

@@ -10,7 +10,7 @@ from hopskip.engine.engine import Engine, make_engine
 from hopskip.prove.greedy import exits_to_try
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import first_difference, run, same_bits
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request
 from hopskip.speculative import SpeculativeConfig
 

@@ -14,7 +14,7 @@ from hopskip.backends.rows import Array, Rows, Segment
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.prove.proof import Proof, Tie
 from hopskip.prove.recorder import Run, first_difference, run, same_bits
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import SpeculativeConfig
 
 TIE_GAP = 1e-4

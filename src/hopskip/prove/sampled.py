@@ -23,7 +23,7 @@ from hopskip.engine.engine import make_engine
 from hopskip.prove.greedy import exits_to_try, hidden_states, last_logits
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import run
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request
 from hopskip.speculative import SpeculativeConfig
 
@@ -138,8 +138,10 @@ def _exact_joint(table: TableBackend, params: SamplingParams) -> NDArray[np.floa
     """
     table_VV = table.tables[1].double().numpy()
     scaled = np.exp((table_VV - table_VV.max(axis=1, keepdims=True)) / params.temperature)
-    kth_best = np.sort(scaled, axis=1)[:, -params.top_k, None]
-    chain = np.where(scaled >= kth_best, scaled, 0.0)
+    # of equal logits the lower token id comes first
+    best = np.argsort(-table_VV, axis=1, kind="stable")[:, : params.top_k]
+    chain = np.zeros_like(scaled)
+    np.put_along_axis(chain, best, np.take_along_axis(scaled, best, axis=1), axis=1)
     chain /= chain.sum(axis=1, keepdims=True)
     second = chain[_prompt(table)[-1]] @ chain  # distribution of token 1, over all first tokens
     vocab = len(chain)

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from hopskip.errors import ConfigError, PromptError
 from hopskip.llm import LLM
-from hopskip.sampling import Constraint, SamplingParams
+from hopskip.sampling import Constraint
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request
 from hopskip.serve import schema
 from hopskip.serve.batch import Job

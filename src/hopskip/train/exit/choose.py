@@ -15,7 +15,7 @@ from torch import Tensor
 from hopskip.backends.base import Backend
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.engine.engine import Engine, make_engine
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.trace import Round

@@ -22,7 +22,7 @@ from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.draft.base import Draft, Drafter
 from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.train.checkpoint import replacing_file

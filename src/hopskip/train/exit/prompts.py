@@ -16,7 +16,7 @@ from pathlib import Path
 from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.prompts import content_of, encode_content
-from hopskip.sampling import SamplingParams
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.train.checkpoint import replacing_file
