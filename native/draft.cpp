@@ -85,7 +85,8 @@ void Model::draft(const Branch& branch, const CacheView& cache, const DraftTask&
         if (!branch.entry.empty()) {
             std::copy_n(task.token_states, token_states.size(), token_states.data());
             enter(0, hidden.data());
-            for (int i = 0; i < sequences; ++i) std::copy_n(&hidden[i * size], size, &token_states[last_rows[i] * size]);
+            for (int i = 0; i < sequences; ++i)
+                std::copy_n(&hidden[i * size], size, &token_states[last_rows[i] * size]);
         } else {
             embed(task.ids, rows.count, token_states.data());
         }
@@ -104,7 +105,9 @@ void Model::draft(const Branch& branch, const CacheView& cache, const DraftTask&
     std::fill_n(task.counts, sequences, 0);
     const bool wants_logits = task.min_confidence > 0 || task.probabilities || task.temperatures;
     const int runner_ups = task.num_runner_ups;
-    const auto best_of = [&](const float* row) { return static_cast<int32_t>(std::max_element(row, row + vocabulary) - row); };
+    const auto best_of = [&](const float* row) {
+        return static_cast<int32_t>(std::max_element(row, row + vocabulary) - row);
+    };
     const auto token_of = [&](int32_t row) { return branch.vocabulary ? branch.vocabulary[row] : row; };
     for (int step = 0;; ++step) {
         const int count = static_cast<int>(open.size());
@@ -123,7 +126,8 @@ void Model::draft(const Branch& branch, const CacheView& cache, const DraftTask&
             if (wants_logits) {
                 float* row = logits.data() + vocabulary * i;
                 const float temperature = task.temperatures ? task.temperatures[sequence] : 0;
-                const float total = kernels_.exponentiate(row, vocabulary, row[best[i]], temperature > 0 ? 1 / temperature : 1);
+                const float total =
+                    kernels_.exponentiate(row, vocabulary, row[best[i]], temperature > 0 ? 1 / temperature : 1);
                 if (temperature > 0) {
                     best[i] = drawn(row, vocabulary, task.uniforms[place] * total);
                     float* distribution = task.distributions + vocabulary * place;

@@ -1,5 +1,6 @@
-// One pass of the decoder. All threads walk through the layers together; a phase (threads.h) ends wherever one needs what
-// another has written. Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head dimension.
+// One pass of the decoder. All threads walk through the layers together; a phase (threads.h) ends wherever one needs
+// what another has written. Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head
+// dimension.
 #include "model.h"
 
 #include <bit>
@@ -10,8 +11,8 @@ namespace hopskip {
 
 namespace {
 
-constexpr int MAX_PASS_ROWS = 128;    // more go in several passes: their activations then stay in the second-level cache
-constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread makes inputs for itself, to save a phase
+constexpr int MAX_PASS_ROWS = 128;   // more go in several passes: their activations then stay in the second-level cache
+constexpr int MAX_PRIVATE_ROWS = 4;  // up to which every thread makes inputs for itself, to save a phase
 
 unsigned bit(Format format) { return 1u << static_cast<int>(format); }
 
@@ -50,7 +51,8 @@ void unpack_row(const Matrix& m, int row, float* out) {
 
 Model::Model(const Shape& shape, const Kernels& kernels, int threads)
     : shape_(shape), kernels_(kernels), pool_(threads),
-      widest_(padded(std::max({shape.hidden_size, shape.intermediate_size, shape.queries_size()}))), workers_(threads + 1) {}
+      widest_(padded(std::max({shape.hidden_size, shape.intermediate_size, shape.queries_size()}))),
+      workers_(threads + 1) {}
 
 void Model::set_edges(const Matrix& embedding, const Matrix& head, std::vector<float> norm) {
     embedding_ = embedding;
@@ -92,22 +94,26 @@ void Model::reserve(int rows) {
     }
 }
 
-// Makes inputs and shares out the items that multiply with them: make_row(row, to) writes one row, which is then put in every
-// form that the weights' formats want; use(inputs, item) is called for every item.
+// Makes inputs and shares out the items that multiply with them: make_row(row, to) writes one row, which is then put in
+// every form that the weights' formats want; use(inputs, item) is called for every item.
 //
-// Few rows are made by every thread for itself, when it takes its first item; many are made once, in a phase of their own.
+// Few rows are made by every thread for itself, when it takes its first item; many are made once, in a phase of their
+// own.
 template <class MakeRow, class Use>
-void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items, const Use& use) {
+void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items,
+                              const Use& use) {
     const bool is_shared = rows > MAX_PRIVATE_ROWS;
     Worker& worker = is_shared ? workers_.back() : workers_[team.thread()];
-    const Activations x{worker.f32.get(),    worker.bf16.get(),   worker.q8.get(),
-                        worker.scales.get(), worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
+    const Activations x{worker.f32.get(),    worker.bf16.get(),        worker.q8.get(), worker.scales.get(),
+                        worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
     const auto make = [&](int row) {
         const ptrdiff_t block = x.block(row), at = block * BLOCK;
         make_row(row, x.f32 + at);
         if (formats & (bit(Format::q8) | bit(Format::q4)))
-            kernels_.quantize(x.f32 + at, x.blocks, x.q8 + at, x.scales + block, x.starts + block, x.scaled_sums + block);
-        if (kernels_.multiplies_bf16 && formats & bit(Format::bf16)) kernels_.to_bf16(x.f32 + at, padded(cols), x.bf16 + at);
+            kernels_.quantize(x.f32 + at, x.blocks, x.q8 + at, x.scales + block, x.starts + block,
+                              x.scaled_sums + block);
+        if (kernels_.multiplies_bf16 && formats & bit(Format::bf16))
+            kernels_.to_bf16(x.f32 + at, padded(cols), x.bf16 + at);
     };
     if (is_shared) team.share(rows, make);
     bool is_ready = is_shared;
@@ -120,7 +126,8 @@ void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, 
 
 // The rows times matrices of the same inputs: use(matrix, strip, products) gets each strip's products [row][16].
 template <class MakeRow, class Use>
-void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use) {
+void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row,
+                     const Use& use) {
     unsigned formats = 0;
     int strips = 0, items = 0;
     for (const Matrix* m : matrices) {
@@ -132,23 +139,25 @@ void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> 
     const auto items_of = [&](const Matrix* m) { return (m->strips + per_item - 1) / per_item; };
     for (const Matrix* m : matrices) items += items_of(m);
     float* products = workers_[team.thread()].products.get();
-    share_with_inputs(team, rows, (*matrices.begin())->cols, formats, make_row, items, [&](const Activations& x, int item) {
-        int index = 0;
-        const Matrix* const* m = matrices.begin();
-        for (; item >= items_of(*m); ++m, ++index) item -= items_of(*m);
-        const int end = std::min((*m)->strips, (item + 1) * per_item);
-        for (int strip = item * per_item; strip < end; ++strip) {
-            kernels_.multiply(**m, strip, x, rows, products);
-            use(index, strip, products);
-        }
-    });
+    share_with_inputs(team, rows, (*matrices.begin())->cols, formats, make_row, items,
+                      [&](const Activations& x, int item) {
+                          int index = 0;
+                          const Matrix* const* m = matrices.begin();
+                          for (; item >= items_of(*m); ++m, ++index) item -= items_of(*m);
+                          const int end = std::min((*m)->strips, (item + 1) * per_item);
+                          for (int strip = item * per_item; strip < end; ++strip) {
+                              kernels_.multiply(**m, strip, x, rows, products);
+                              use(index, strip, products);
+                          }
+                      });
 }
 
 namespace {
 
 // Writes or adds one strip's products [rows][16] to columns of a row-major matrix.
 template <class Put>
-void scatter(const Matrix& m, int strip, const float* products, int rows, float* out, ptrdiff_t stride, const Put& put) {
+void scatter(const Matrix& m, int strip, const float* products, int rows, float* out, ptrdiff_t stride,
+             const Put& put) {
     const int first = strip * TILE, lanes = std::min(TILE, m.rows - first);
     for (int row = 0; row < rows; ++row, products += TILE) {
         float* to = out + stride * row + first;
@@ -175,33 +184,40 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
         };
     };
     const auto add_to_hidden = [&](const Matrix& matrix) {
-        return [&, h](int, int strip, const float* products) { scatter(matrix, strip, products, rows, h, hidden, add); };
+        return
+            [&, h](int, int strip, const float* products) { scatter(matrix, strip, products, rows, h, hidden, add); };
     };
 
     const Matrix* parts[] = {&layer.q, &layer.k, &layer.v};
     const std::vector<float>* biases[] = {&layer.q_bias, &layer.k_bias, &layer.v_bias};
     const int offsets[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
-    multiply(team, rows, {&layer.q, &layer.k, &layer.v}, norm(layer.input_norm), [&](int part, int strip, const float* products) {
-        const float* bias = biases[part]->empty() ? nullptr : biases[part]->data();
-        scatter(*parts[part], strip, products, rows, qkv_.get() + offsets[part], shape_.qkv_size(),
-                [&](float& to, float y, int column) { to = bias ? y + bias[column] : y; });
-    });
+    multiply(team, rows, {&layer.q, &layer.k, &layer.v}, norm(layer.input_norm),
+             [&](int part, int strip, const float* products) {
+                 const float* bias = biases[part]->empty() ? nullptr : biases[part]->data();
+                 scatter(*parts[part], strip, products, rows, qkv_.get() + offsets[part], shape_.qkv_size(),
+                         [&](float& to, float y, int column) { to = bias ? y + bias[column] : y; });
+             });
     team.share(rows * shape_.num_kv_heads, [&](int item) { rotate_and_store(item, index, pass); });
     team.share(static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads * (pass.is_split ? pass.max_chunks : 1),
                [&](int item) { attend(item, index, worker, pass); });
-    multiply(team, rows, {&layer.o}, [&](int row, float* out) { merge_attention(row, pass, worker, out); }, add_to_hidden(layer.o));
+    multiply(
+        team, rows, {&layer.o}, [&](int row, float* out) { merge_attention(row, pass, worker, out); },
+        add_to_hidden(layer.o));
     // Gate and up go together, so that their product needs no phase of its own.
     const unsigned formats = bit(layer.gate.format) | bit(layer.up.format);
     const auto make_row = norm(layer.post_norm);
-    share_with_inputs(team, rows, shape_.hidden_size, formats, make_row, layer.gate.strips, [&](const Activations& x, int strip) {
-        const int size = rows * TILE;
-        float* products = worker.products.get();
-        kernels_.multiply(layer.gate, strip, x, rows, products);
-        kernels_.multiply(layer.up, strip, x, rows, products + size);
-        kernels_.silu_multiply(products, products + size, size, products);
-        scatter(layer.gate, strip, products, rows, activation_.get(), intermediate, assign);
-    });
-    const auto copy = [&](int row, float* out) { std::copy_n(activation_.get() + intermediate * row, intermediate, out); };
+    share_with_inputs(team, rows, shape_.hidden_size, formats, make_row, layer.gate.strips,
+                      [&](const Activations& x, int strip) {
+                          const int size = rows * TILE;
+                          float* products = worker.products.get();
+                          kernels_.multiply(layer.gate, strip, x, rows, products);
+                          kernels_.multiply(layer.up, strip, x, rows, products + size);
+                          kernels_.silu_multiply(products, products + size, size, products);
+                          scatter(layer.gate, strip, products, rows, activation_.get(), intermediate, assign);
+                      });
+    const auto copy = [&](int row, float* out) {
+        std::copy_n(activation_.get() + intermediate * row, intermediate, out);
+    };
     multiply(team, rows, {&layer.down}, copy, add_to_hidden(layer.down));
 }
 
@@ -223,7 +239,8 @@ void Model::find_places(Pass& pass) {
         // a row does not look behind itself, so there any place will do
         pass.places.insert(pass.places.end(), pass.places_per_row, pass.place_of_row[row]);
         int* own = pass.places.data() + row * pass.places_per_row;
-        for (int ancestor = row; depths[ancestor]; ancestor -= rows.back[ancestor]) own[depths[ancestor] - 1] = pass.place_of_row[ancestor];
+        for (int ancestor = row; depths[ancestor]; ancestor -= rows.back[ancestor])
+            own[depths[ancestor] - 1] = pass.place_of_row[ancestor];
     }
 }
 
@@ -271,7 +288,8 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     copy_rows(hidden_.get(), stride, rows, size, out, size);
 }
 
-void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache, Taps taps) {
+void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows,
+                       const CacheView& cache, Taps taps) {
     const auto turn = pool_.take_turn();
     const ptrdiff_t size = shape_.hidden_size;
     Pass pass{};
@@ -288,11 +306,12 @@ void Model::run_layers(const float* in, float* out, std::span<const int32_t> lay
 }
 
 void Model::embed(const int32_t* ids, int count, float* out) const {
-    for (int i = 0; i < count; ++i) unpack_row(embedding_, ids[i], out + static_cast<ptrdiff_t>(i) * shape_.hidden_size);
+    for (int i = 0; i < count; ++i)
+        unpack_row(embedding_, ids[i], out + static_cast<ptrdiff_t>(i) * shape_.hidden_size);
 }
 
-// Rows [count, matrix columns], through a norm if there is one, times a matrix: use(thread, first row, rows, strip, products)
-// gets each strip's products [rows][16].
+// Rows [count, matrix columns], through a norm if there is one, times a matrix: use(thread, first row, rows, strip,
+// products) gets each strip's products [rows][16].
 template <class Use>
 void Model::apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use) {
     const int cols = matrix.cols;
@@ -331,7 +350,8 @@ void Model::greedy(const float* in, int count, const Matrix& head, int32_t* out)
         for (int row = 0; row < rows; ++row, products += TILE) {
             Best& best = workers_[thread].best[first + row];
             Best found{products[0], strip * TILE};
-            for (int lane = 1; lane < lanes; ++lane) found.value = products[lane] > found.value ? products[lane] : found.value;
+            for (int lane = 1; lane < lanes; ++lane)
+                found.value = products[lane] > found.value ? products[lane] : found.value;
             if (!(best < found)) continue;
             found.id += static_cast<int32_t>(std::find(products, products + lanes, found.value) - products);
             best = found;

@@ -55,11 +55,12 @@ struct Shape {
 };
 
 struct Layer {
-    int cache_layer;  // where its keys and values lie; a copy of a layer in lower precision shares those of the original
+    int cache_layer;  // where its keys and values lie; a copy of a layer in lower precision shares those of the
+                      // original
     Matrix q, k, v, o, gate, up, down;
-    std::vector<float> input_norm, post_norm;       // padded to whole blocks
-    std::vector<float> q_bias, k_bias, v_bias;      // empty: none
-    std::vector<float> q_norm, k_norm;              // padded; empty: none
+    std::vector<float> input_norm, post_norm;   // padded to whole blocks
+    std::vector<float> q_bias, k_bias, v_bias;  // empty: none
+    std::vector<float> q_norm, k_norm;          // padded; empty: none
 };
 
 // Keys and values [layers, slots, kv heads, positions, head_dim]; int8 ones have a scale per [.., positions].
@@ -77,15 +78,18 @@ struct CacheView {
     }
 };
 
-// Where each row lives. Rows of one sequence are consecutive. With `back` null they are in the order of their positions; else
-// they may be a tree of tokens, each after its parent: back[row] is how many rows before it its parent is, 0 for the first row of
-// a sequence. A tree's keys and values lie in the order of the rows, so that its branches do not overwrite each other.
+// Where each row lives. Rows of one sequence are consecutive. With `back` null they are in the order of their
+// positions; else they may be a tree of tokens, each after its parent: back[row] is how many rows before it its parent
+// is, 0 for the first row of a sequence. A tree's keys and values lie in the order of the rows, so that its branches do
+// not overwrite each other.
 struct RowsView {
     int count;
     const int32_t *slots, *positions;
     const int32_t* back = nullptr;
 
-    bool goes_on(int row) const { return row > 0 && slots[row] == slots[row - 1]; }  // with the sequence of the row before
+    bool goes_on(int row) const {
+        return row > 0 && slots[row] == slots[row - 1];
+    }  // with the sequence of the row before
 };
 
 // Hidden states to keep on the way: out [rows, count, hidden_size] of the outputs of layers layers[i] - 1, rising.
@@ -95,7 +99,8 @@ struct Taps {
     float* out = nullptr;
 };
 
-// An exit: the embedding, then the layers of `entry`, then num_layers from first_layer on, whose cache is the branch's own, norm, head.
+// An exit: the embedding, then the layers of `entry`, then num_layers from first_layer on, whose cache is the branch's
+// own, norm, head.
 struct Branch {
     std::vector<int32_t> entry;
     int first_layer, num_layers;
@@ -106,16 +111,17 @@ struct Branch {
     std::vector<float> token_norm, feature_norm;
 };
 
-// Up to k draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a branch has yet
-// to see.
+// Up to k draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a
+// branch has yet to see.
 struct DraftTask {
     const int32_t* ids;  // of the rows
     RowsView rows;
     int k;
-    const int32_t* limits;      // [sequences], fewer than k steps, if any
-    float min_confidence;       // a sequence stops after its first token less probable
-    const float* features;      // [rows, num_features, hidden_size], what the model left behind of the token before
-    const float* token_states;  // [rows, hidden_size], outputs of the entry; those of each sequence's last row are not used
+    const int32_t* limits;  // [sequences], fewer than k steps, if any
+    float min_confidence;   // a sequence stops after its first token less probable
+    const float* features;  // [rows, num_features, hidden_size], what the model left behind of the token before
+    const float*
+        token_states;  // [rows, hidden_size], outputs of the entry; those of each sequence's last row are not used
     const float* temperatures;  // [sequences], 0: takes the best token; null: all do
     const double* uniforms;     // [sequences, k], one for each token that is drawn, from 0 to below 1
 
@@ -123,7 +129,8 @@ struct DraftTask {
     int32_t* tokens;       // [sequences, k]
     int32_t* counts;       // [sequences]
     float* states;         // [sequences, k, hidden_size], which the tokens were read from
-    float* probabilities;  // [sequences, k, 1 + num_runner_ups], of the tokens and their runner-ups at the exit; null: not wanted
+    float* probabilities;  // [sequences, k, 1 + num_runner_ups], of the tokens and their runner-ups at the exit; null:
+                           // not wanted
     int num_runner_ups;
     int32_t* runner_ups;   // [sequences, k, num_runner_ups], next best tokens, best first
     float* distributions;  // [sequences, k, head rows], which tokens were drawn from; null: not wanted
@@ -149,10 +156,12 @@ public:
     int threads() const { return pool_.threads(); }
     const char* isa() const { return kernels_.name; }
 
-    // Everything below takes f32 rows of hidden_size, unpadded, and may be called from several threads: calls take turns.
+    // Everything below takes f32 rows of hidden_size, unpadded, and may be called from several threads: calls take
+    // turns.
     void embed(const int32_t* ids, int count, float* out) const;
     // The layers in the order given.
-    void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache, Taps taps = {});
+    void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache,
+                    Taps taps = {});
     // Logits [count, head rows] of hidden states, through the final norm.
     void logits(const float* in, int count, const Matrix& head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
@@ -163,7 +172,9 @@ private:
     struct Best {
         float value;
         int32_t id;
-        bool operator<(const Best& other) const { return value < other.value || (value == other.value && id > other.id); }
+        bool operator<(const Best& other) const {
+            return value < other.value || (value == other.value && id > other.id);
+        }
     };
     struct Worker {  // what each thread has for itself
         Buffer<float> f32, products, scratch, partials;
@@ -199,13 +210,16 @@ private:
     void rotate_and_store(int item, int index, const Pass& pass);
     float* queries_of(int row, int kv_head, const Pass& pass);
     void attend(int item, int index, Worker& worker, const Pass& pass);
-    void attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass, float* partials);
+    void attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass,
+                      float* partials);
     void write_head(const float* state, int head, float* row) const;
     void merge_attention(int row, const Pass& pass, Worker& worker, float* out);
     template <class MakeRow, class Use>
-    void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items, const Use& use);
+    void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items,
+                           const Use& use);
     template <class MakeRow, class Use>
-    void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use);
+    void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row,
+                  const Use& use);
     template <class Use>
     void apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use);
     void linear(const Matrix& matrix, const float* norm, const float* in, int count, float* out);

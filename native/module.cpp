@@ -29,7 +29,8 @@ template <class... Parts>
 constexpr int64_t ANY = -1;
 
 // The data of a contiguous CPU array of this shape (ANY: whatever it is) and type.
-void* checked(const Array& array, const char* name, nb::dlpack::dtype type, std::initializer_list<int64_t> shape, size_t alignment) {
+void* checked(const Array& array, const char* name, nb::dlpack::dtype type, std::initializer_list<int64_t> shape,
+              size_t alignment) {
     if (array.device_type() != nb::device::cpu::value) refuse(name, " is not in the CPU's memory; pass .cpu()");
     if (array.dtype() != type) refuse(name, " has the wrong element type; see the method's documentation");
     bool fits = array.ndim() == shape.size();
@@ -43,7 +44,8 @@ void* checked(const Array& array, const char* name, nb::dlpack::dtype type, std:
     if (!fits) {
         std::ostringstream found, wanted;
         for (size_t i = 0; i < array.ndim(); ++i) found << (i ? ", " : "") << array.shape(i);
-        for (int64_t size : shape) wanted << (&size == shape.begin() ? "" : ", ") << (size == ANY ? "any" : std::to_string(size));
+        for (int64_t size : shape)
+            wanted << (&size == shape.begin() ? "" : ", ") << (size == ANY ? "any" : std::to_string(size));
         refuse(name, " has shape [", found.str(), "]; it must be [", wanted.str(), "]");
     }
     if (reinterpret_cast<uintptr_t>(array.data()) % alignment) refuse(name, " is misaligned; pass a copy");
@@ -57,7 +59,8 @@ T* checked(const Array& array, const char* name, std::initializer_list<int64_t> 
 
 // The same for an array that is asked for if `is_needed`, and else not looked at.
 template <class T>
-T* checked_if(bool is_needed, const char* who_needs, const OptionalArray& array, const char* name, std::initializer_list<int64_t> shape) {
+T* checked_if(bool is_needed, const char* who_needs, const OptionalArray& array, const char* name,
+              std::initializer_list<int64_t> shape) {
     if (!is_needed) return nullptr;
     if (!array) refuse(who_needs, " ", name);
     return checked<T>(*array, name, shape);
@@ -83,8 +86,10 @@ PackedMatrix make_matrix(int format_number, int64_t rows, int64_t cols, const Ar
     m.strips = (m.rows + TILE - 1) / TILE;
     m.blocks = blocks_of(m.cols);
     const int per_head = blocks_of_head(m.format), heads = per_head ? (m.blocks + per_head - 1) / per_head : 0;
-    m.strip_bytes = static_cast<ptrdiff_t>(heads) * HEAD_BYTES + static_cast<ptrdiff_t>(m.blocks) * units_of_block(m.format) * UNIT_BYTES;
-    m.data = static_cast<const uint8_t*>(checked(data, "data", nb::dtype<int32_t>(), {m.strips, m.strip_bytes / 4}, 64));
+    m.strip_bytes = static_cast<ptrdiff_t>(heads) * HEAD_BYTES +
+                    static_cast<ptrdiff_t>(m.blocks) * units_of_block(m.format) * UNIT_BYTES;
+    m.data =
+        static_cast<const uint8_t*>(checked(data, "data", nb::dtype<int32_t>(), {m.strips, m.strip_bytes / 4}, 64));
     return m;
 }
 
@@ -102,8 +107,9 @@ struct PackedBranch : Branch {
     std::vector<Array> owners;
 };
 
-PackedBranch make_branch(const Array& entry, int64_t first_layer, int64_t num_layers, const std::optional<PackedMatrix>& head,
-                         const OptionalArray& vocabulary, const std::optional<PackedMatrix>& fuse, const std::optional<PackedMatrix>& mix,
+PackedBranch make_branch(const Array& entry, int64_t first_layer, int64_t num_layers,
+                         const std::optional<PackedMatrix>& head, const OptionalArray& vocabulary,
+                         const std::optional<PackedMatrix>& fuse, const std::optional<PackedMatrix>& mix,
                          int64_t num_features, const OptionalArray& token_norm, const OptionalArray& feature_norm) {
     PackedBranch branch{};
     const auto* layers = checked<int32_t>(entry, "entry", {ANY});
@@ -132,10 +138,12 @@ bool runs_here(const std::string& isa) {
 #endif
 #ifdef HOPSKIP_X86
     __builtin_cpu_init();
-    if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == "avx2")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == "avx512")
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #endif
     return isa == "portable";
 }
@@ -156,14 +164,16 @@ public:
 
     const Model& model() const { return model_; }
 
-    void add_layer(const PackedMatrix& q, const PackedMatrix& k, const PackedMatrix& v, const PackedMatrix& o, const PackedMatrix& gate,
-                   const PackedMatrix& up, const PackedMatrix& down, const Array& input_norm, const Array& post_norm,
-                   const OptionalArray& q_bias, const OptionalArray& k_bias, const OptionalArray& v_bias,
-                   const OptionalArray& q_norm, const OptionalArray& k_norm, std::optional<int64_t> cache_layer) {
+    void add_layer(const PackedMatrix& q, const PackedMatrix& k, const PackedMatrix& v, const PackedMatrix& o,
+                   const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, const Array& input_norm,
+                   const Array& post_norm, const OptionalArray& q_bias, const OptionalArray& k_bias,
+                   const OptionalArray& v_bias, const OptionalArray& q_norm, const OptionalArray& k_norm,
+                   std::optional<int64_t> cache_layer) {
         const int hidden = shape_.hidden_size, intermediate = shape_.intermediate_size;
         const int queries = shape_.queries_size(), keys = shape_.num_kv_heads * shape_.head_dim;
         Layer layer;
-        layer.cache_layer = in_range(cache_layer.value_or(model_.num_cache_layers()), "cache_layer", 0, model_.num_cache_layers());
+        layer.cache_layer =
+            in_range(cache_layer.value_or(model_.num_cache_layers()), "cache_layer", 0, model_.num_cache_layers());
         layer.q = own(q, "q_proj", queries, hidden);
         layer.k = own(k, "k_proj", keys, hidden);
         layer.v = own(v, "v_proj", keys, hidden);
@@ -183,7 +193,8 @@ public:
 
     void set_edges(const PackedMatrix& embedding, const PackedMatrix& head, const Array& norm) {
         model_.set_edges(own(embedding, "embed_tokens", shape_.vocab_size, shape_.hidden_size),
-                         own(head, "lm_head", shape_.vocab_size, shape_.hidden_size), padded_vector(norm, "norm", shape_.hidden_size));
+                         own(head, "lm_head", shape_.vocab_size, shape_.hidden_size),
+                         padded_vector(norm, "norm", shape_.hidden_size));
         is_complete_ = true;
     }
 
@@ -200,10 +211,12 @@ public:
         model_.embed(from, length_of(ids), to);
     }
 
-    void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots, const Array& positions,
-                    const Array& k, const Array& v, const OptionalArray& k_scales, const OptionalArray& v_scales,
-                    const OptionalArray& back, const OptionalArray& taps, const OptionalArray& tapped) {
-        const int first = in_range(start, "start", 0, model_.num_layers()), last = in_range(stop, "stop", first, model_.num_layers());
+    void run_layers(const Array& h, const Array& out, int64_t start, int64_t stop, const Array& slots,
+                    const Array& positions, const Array& k, const Array& v, const OptionalArray& k_scales,
+                    const OptionalArray& v_scales, const OptionalArray& back, const OptionalArray& taps,
+                    const OptionalArray& tapped) {
+        const int first = in_range(start, "start", 0, model_.num_layers()),
+                  last = in_range(stop, "stop", first, model_.num_layers());
         const CacheView cache = check_cache(k, v, k_scales, v_scales);
         const RowsView rows = check_rows(slots, positions, back, cache);
         const float* in = hidden(h, "h", rows.count);
@@ -214,7 +227,8 @@ public:
             kept.layers = checked<int32_t>(*taps, "taps", {ANY});
             kept.count = length_of(*taps);
             kept.out = checked<float>(*tapped, "tapped", {rows.count, kept.count, shape_.hidden_size});
-            for (int i = 0; i < kept.count; ++i) in_range(kept.layers[i], "a tap", i ? kept.layers[i - 1] + 1 : first + 1, last);
+            for (int i = 0; i < kept.count; ++i)
+                in_range(kept.layers[i], "a tap", i ? kept.layers[i - 1] + 1 : first + 1, last);
         }
         std::vector<int32_t> layers(last - first);
         std::iota(layers.begin(), layers.end(), first);
@@ -238,13 +252,15 @@ public:
         model_.greedy(in, length_of(h), head, to);
     }
 
-    void draft(const PackedBranch& branch, const Array& ids, const Array& slots, const Array& positions, const OptionalArray& features,
-               const OptionalArray& token_states, int64_t k, const Array& limits, float min_confidence, const Array& keys,
-               const Array& values, const OptionalArray& k_scales, const OptionalArray& v_scales, const Array& tokens,
-               const Array& counts, const Array& states, const OptionalArray& probabilities, const OptionalArray& runner_ups,
-               const OptionalArray& temperatures, const OptionalArray& uniforms, const OptionalArray& distributions) {
+    void draft(const PackedBranch& branch, const Array& ids, const Array& slots, const Array& positions,
+               const OptionalArray& features, const OptionalArray& token_states, int64_t k, const Array& limits,
+               float min_confidence, const Array& keys, const Array& values, const OptionalArray& k_scales,
+               const OptionalArray& v_scales, const Array& tokens, const Array& counts, const Array& states,
+               const OptionalArray& probabilities, const OptionalArray& runner_ups, const OptionalArray& temperatures,
+               const OptionalArray& uniforms, const OptionalArray& distributions) {
         const int size = shape_.hidden_size, steps = in_range(k, "num_draft_tokens", 1, 1 << 20);
-        if (!(min_confidence >= 0 && min_confidence <= 1)) refuse("min_confidence is ", min_confidence, "; it must be 0 to 1");
+        if (!(min_confidence >= 0 && min_confidence <= 1))
+            refuse("min_confidence is ", min_confidence, "; it must be 0 to 1");
         check_branch(branch);
         DraftTask task{};
         task.ids = check_ids(ids);
@@ -268,22 +284,28 @@ public:
         }
         if (sequence + 1 != sequences) refuse("there are more limits than sequences");
         const bool enters_later = !branch.entry.empty() && branch.num_layers;
-        task.features = checked_if<float>(!!branch.fuse, "the branch needs", features, "features", {rows.count, branch.num_features, size});
-        task.token_states = checked_if<float>(enters_later, "the branch needs", token_states, "token_states", {rows.count, size});
+        task.features = checked_if<float>(!!branch.fuse, "the branch needs", features, "features",
+                                          {rows.count, branch.num_features, size});
+        task.token_states =
+            checked_if<float>(enters_later, "the branch needs", token_states, "token_states", {rows.count, size});
         task.tokens = checked<int32_t>(tokens, "tokens", {sequences, steps});
         task.counts = checked<int32_t>(counts, "counts", {sequences});
         task.states = checked<float>(states, "states", {sequences, steps, size});
         const int vocabulary = head_of(branch).rows;
         if (probabilities) {
-            task.runner_ups = checked_if<int32_t>(true, "probabilities need", runner_ups, "runner_ups", {sequences, steps, ANY});
-            task.num_runner_ups = in_range(static_cast<int64_t>(runner_ups->shape(2)), "the number of runner-ups", 0, vocabulary - 1);
-            task.probabilities = checked<float>(*probabilities, "probabilities", {sequences, steps, task.num_runner_ups + 1});
+            task.runner_ups =
+                checked_if<int32_t>(true, "probabilities need", runner_ups, "runner_ups", {sequences, steps, ANY});
+            task.num_runner_ups =
+                in_range(static_cast<int64_t>(runner_ups->shape(2)), "the number of runner-ups", 0, vocabulary - 1);
+            task.probabilities =
+                checked<float>(*probabilities, "probabilities", {sequences, steps, task.num_runner_ups + 1});
         }
         if (temperatures) {
             const float* given = task.temperatures = checked<float>(*temperatures, "temperatures", {sequences});
             const char* who = "temperatures need";
             task.uniforms = checked_if<double>(true, who, uniforms, "uniforms", {sequences, steps});
-            task.distributions = checked_if<float>(true, who, distributions, "distributions", {sequences, steps, vocabulary});
+            task.distributions =
+                checked_if<float>(true, who, distributions, "distributions", {sequences, steps, vocabulary});
             for (int i = 0; i < sequences; ++i)
                 if (!(given[i] >= 0)) refuse("a temperature is ", given[i], "; it must be at least 0");
         }
@@ -295,12 +317,15 @@ public:
 private:
     Matrix own(const PackedMatrix& packed, const char* name, int rows, int cols) {
         if (packed.rows != rows || packed.cols != cols)
-            refuse(name, " is [", packed.rows, ", ", packed.cols, "]; the model's config asks for [", rows, ", ", cols, "]");
+            refuse(name, " is [", packed.rows, ", ", packed.cols, "]; the model's config asks for [", rows, ", ", cols,
+                   "]");
         owners_.push_back(packed.owner);
         return packed;
     }
 
-    float* hidden(const Array& array, const char* name, int64_t rows) { return checked<float>(array, name, {rows, shape_.hidden_size}); }
+    float* hidden(const Array& array, const char* name, int64_t rows) {
+        return checked<float>(array, name, {rows, shape_.hidden_size});
+    }
 
     const Matrix& head_of(const Branch& branch) const { return branch.head ? *branch.head : model_.head(); }
 
@@ -325,28 +350,35 @@ private:
         if (branch.head && branch.head->cols != size) refuse("the branch's head has ", branch.head->cols, " columns");
         const auto fits = [&](const Matrix& m, int64_t cols) { return m.rows == size && m.cols == cols; };
         const int64_t width = static_cast<int64_t>(size) * branch.num_features;
-        if (branch.fuse && !(fits(*branch.fuse, width) && fits(*branch.mix, 2 * size) && std::ssize(branch.token_norm) >= size &&
-                             std::ssize(branch.feature_norm) >= size))
+        if (branch.fuse && !(fits(*branch.fuse, width) && fits(*branch.mix, 2 * size) &&
+                             std::ssize(branch.token_norm) >= size && std::ssize(branch.feature_norm) >= size))
             refuse("the branch's mixing does not fit the model");
         const OptionalArray& vocabulary = branch.vocabulary_array;
         if (vocabulary) check_ids(*vocabulary);
-        if (!vocabulary && head_of(branch).rows != shape_.vocab_size) refuse("a head that lacks tokens needs a draft vocabulary");
-        if (vocabulary && length_of(*vocabulary) != head_of(branch).rows) refuse("a draft vocabulary needs a token id per row of its head");
+        if (!vocabulary && head_of(branch).rows != shape_.vocab_size)
+            refuse("a head that lacks tokens needs a draft vocabulary");
+        if (vocabulary && length_of(*vocabulary) != head_of(branch).rows)
+            refuse("a draft vocabulary needs a token id per row of its head");
     }
 
-    CacheView check_cache(const Array& k, const Array& v, const OptionalArray& k_scales, const OptionalArray& v_scales) {
+    CacheView check_cache(const Array& k, const Array& v, const OptionalArray& k_scales,
+                          const OptionalArray& v_scales) {
         const nb::dlpack::dtype bf16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1}, type = k.dtype();
         CacheView cache{};
         cache.type = type == bf16 ? CacheType::bf16 : type == nb::dtype<int8_t>() ? CacheType::int8 : CacheType::f32;
-        if (cache.type == CacheType::f32 && type != nb::dtype<float>()) refuse("the cache's k is neither float32, bfloat16 nor int8");
+        if (cache.type == CacheType::f32 && type != nb::dtype<float>())
+            refuse("the cache's k is neither float32, bfloat16 nor int8");
         const int64_t layers = cache.layers = model_.num_cache_layers(), heads = cache.kv_heads = shape_.num_kv_heads;
         const int64_t head_dim = cache.head_dim = shape_.head_dim, alignment = element_size(cache.type);
         cache.k.data = checked(k, "the cache's k", type, {layers, ANY, heads, ANY, head_dim}, alignment);
-        const int64_t slots = cache.slots = static_cast<int>(k.shape(1)), length = cache.length = static_cast<int>(k.shape(3));
+        const int64_t slots = cache.slots = static_cast<int>(k.shape(1)),
+                      length = cache.length = static_cast<int>(k.shape(3));
         cache.v.data = checked(v, "the cache's v", type, {layers, slots, heads, length, head_dim}, alignment);
         const bool is_int8 = cache.type == CacheType::int8;
-        cache.k.scales = checked_if<float>(is_int8, "an int8 cache needs", k_scales, "k_scales", {layers, slots, heads, length});
-        cache.v.scales = checked_if<float>(is_int8, "an int8 cache needs", v_scales, "v_scales", {layers, slots, heads, length});
+        cache.k.scales =
+            checked_if<float>(is_int8, "an int8 cache needs", k_scales, "k_scales", {layers, slots, heads, length});
+        cache.v.scales =
+            checked_if<float>(is_int8, "an int8 cache needs", v_scales, "v_scales", {layers, slots, heads, length});
         return cache;
     }
 
@@ -384,8 +416,9 @@ private:
     bool is_complete_ = false;
 };
 
-void make_engine(Engine* self, const std::string& isa, int threads, int64_t hidden_size, int64_t intermediate_size, int64_t num_heads,
-                 int64_t num_kv_heads, int64_t head_dim, int64_t vocab_size, float rms_norm_eps, int64_t sliding_window) {
+void make_engine(Engine* self, const std::string& isa, int threads, int64_t hidden_size, int64_t intermediate_size,
+                 int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t vocab_size, float rms_norm_eps,
+                 int64_t sliding_window) {
     Shape s{};
     s.hidden_size = in_range(hidden_size, "hidden_size", 1, 1 << 20);
     s.intermediate_size = in_range(intermediate_size, "intermediate_size", 1, 1 << 20);
@@ -403,28 +436,30 @@ void make_engine(Engine* self, const std::string& isa, int threads, int64_t hidd
 
 NB_MODULE(_native, m) {
     const auto none = nb::none();
-    m.def("runs_here", &runs_here, "isa"_a, "Whether this processor has the instruction set: avx512, avx2 or portable.");
+    m.def("runs_here", &runs_here, "isa"_a,
+          "Whether this processor has the instruction set: avx512, avx2 or portable.");
     nb::class_<PackedMatrix>(m, "Matrix").def(nb::new_(&make_matrix), "format"_a, "rows"_a, "cols"_a, "data"_a);
     nb::class_<PackedBranch>(m, "Branch")
-        .def(nb::new_(&make_branch), nb::kw_only(), "entry"_a, "first_layer"_a, "num_layers"_a, "head"_a = none, "vocabulary"_a = none,
-             "fuse"_a = none, "mix"_a = none, "num_features"_a = 0, "token_norm"_a = none, "feature_norm"_a = none);
+        .def(nb::new_(&make_branch), nb::kw_only(), "entry"_a, "first_layer"_a, "num_layers"_a, "head"_a = none,
+             "vocabulary"_a = none, "fuse"_a = none, "mix"_a = none, "num_features"_a = 0, "token_norm"_a = none,
+             "feature_norm"_a = none);
     nb::class_<Engine>(m, "Engine")
-        .def("__init__", &make_engine, "isa"_a, "threads"_a, nb::kw_only(), "hidden_size"_a, "intermediate_size"_a, "num_heads"_a,
-             "num_kv_heads"_a, "head_dim"_a, "vocab_size"_a, "rms_norm_eps"_a, "sliding_window"_a)
-        .def("add_layer", &Engine::add_layer, nb::kw_only(), "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a, "up"_a, "down"_a, "input_norm"_a,
-             "post_norm"_a, "q_bias"_a = none, "k_bias"_a = none, "v_bias"_a = none, "q_norm"_a = none, "k_norm"_a = none,
-             "cache_layer"_a = none)
+        .def("__init__", &make_engine, "isa"_a, "threads"_a, nb::kw_only(), "hidden_size"_a, "intermediate_size"_a,
+             "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "vocab_size"_a, "rms_norm_eps"_a, "sliding_window"_a)
+        .def("add_layer", &Engine::add_layer, nb::kw_only(), "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a, "up"_a, "down"_a,
+             "input_norm"_a, "post_norm"_a, "q_bias"_a = none, "k_bias"_a = none, "v_bias"_a = none, "q_norm"_a = none,
+             "k_norm"_a = none, "cache_layer"_a = none)
         .def("set_edges", &Engine::set_edges, "embedding"_a, "head"_a, "norm"_a)
         .def("set_rope", &Engine::set_rope, "cos"_a, "sin"_a)
         .def("embed", &Engine::embed, "ids"_a, "out"_a)
-        .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a, "v"_a,
-             "k_scales"_a = none, "v_scales"_a = none, "back"_a = none, "taps"_a = none, "tapped"_a = none)
+        .def("run_layers", &Engine::run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "slots"_a, "positions"_a, "k"_a,
+             "v"_a, "k_scales"_a = none, "v_scales"_a = none, "back"_a = none, "taps"_a = none, "tapped"_a = none)
         .def("logits", &Engine::logits, "h"_a, "out"_a, "subset"_a = none)
         .def("greedy", &Engine::greedy, "h"_a, "out"_a, "subset"_a = none)
         .def("draft", &Engine::draft, "branch"_a, "ids"_a, "slots"_a, "positions"_a, "features"_a, "token_states"_a,
-             "num_draft_tokens"_a, "limits"_a, "min_confidence"_a, "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "tokens"_a, "counts"_a,
-             "states"_a, "probabilities"_a = none, "runner_ups"_a = none, "temperatures"_a = none, "uniforms"_a = none,
-             "distributions"_a = none)
+             "num_draft_tokens"_a, "limits"_a, "min_confidence"_a, "k"_a, "v"_a, "k_scales"_a, "v_scales"_a, "tokens"_a,
+             "counts"_a, "states"_a, "probabilities"_a = none, "runner_ups"_a = none, "temperatures"_a = none,
+             "uniforms"_a = none, "distributions"_a = none)
         .def_prop_ro("isa", [](const Engine& engine) { return engine.model().isa(); })
         .def_prop_ro("threads", [](const Engine& engine) { return engine.model().threads(); })
         .def_prop_ro("rope_length", [](const Engine& engine) { return engine.model().rope_length(); });
