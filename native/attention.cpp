@@ -10,14 +10,14 @@ namespace hopskip {
 
 // Queries lie [K, N, G, E padded], so that those of a block of rows and one key/value head are consecutive.
 float* Model::queries_of(int row, int kv_head, const Pass& pass) {
-    return queries_.get() + (kv_head * pass.rows.count + row) * shape_.group() * padded(shape_.head_dim);
+    return queries_.get() + (kv_head * pass.rows.count + row) * shape_.group_size() * padded(shape_.head_dim);
 }
 
 // One row's share of one key/value head: q and k normed and rotated, k and v written to the cache.
 void Model::rotate_and_store(int item, int index, const Pass& pass) {
     const Layer& layer = layers_[index];
     const int row = item / shape_.num_kv_heads, kv_head = item % shape_.num_kv_heads;
-    const int group = shape_.group(), head_dim = shape_.head_dim, half = head_dim / 2;
+    const int group = shape_.group_size(), head_dim = shape_.head_dim, half = head_dim / 2;
     const ptrdiff_t position = pass.rows.positions[row];
     const float *cos = cos_.data() + position * half, *sin = sin_.data() + position * half;
     const float* heads = qkv_.get() + row * shape_.qkv_size();
@@ -34,8 +34,8 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
     const ptrdiff_t place =
         pass.cache.place_of(layer.cache_layer, pass.rows.slots[row], kv_head, pass.place_of_row[row]);
     const auto store = [&](const float* x, const CacheVectors& all) {
-        alignas(64) char
-            narrow[MAX_HEAD_DIM * sizeof(float)];  // whole registers are written, which the cache has no room for
+        // whole registers are written, which the cache has no room for
+        alignas(64) char narrow[MAX_HEAD_DIM * sizeof(float)];
         const CacheVectors to = pass.cache.from(all, place);
         const int size = shape_.padded_head_dim();
         if (pass.cache.type == CacheType::bf16) kernels_.to_bf16(x, size, reinterpret_cast<uint16_t*>(narrow));
@@ -56,23 +56,23 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
         rotate(kv_head * group + g, layer.q_norm, scale, queries + g * shape_.padded_head_dim());
 }
 
-void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass,
+void Model::attend_chunk(const QueryBlock& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass,
                          float* partials) {
-    const int group = shape_.group(), num_queries = block.count * group;
+    const int group = shape_.group_size(), num_queries = block.count * group;
     int *first = worker.range.data(), *last = first + num_queries;
     for (int i = 0; i < num_queries; ++i) {
         last[i] = pass.rows.positions[block.row + i / group];
-        first[i] = shape_.first_seen_from(last[i]);
+        first[i] = shape_.window_start(last[i]);
     }
     const CacheView& cache = pass.cache;
     const ptrdiff_t start = cache.place_of(layers_[index].cache_layer, pass.rows.slots[block.row], kv_head, 0);
     ChunkTask task;
     task.queries = queries_of(block.row, kv_head, pass);
     task.num_queries = num_queries;
-    task.first = first;
-    task.last = last;
+    task.first_seen = first;
+    task.last_seen = last;
     task.queries_per_row = group;
-    task.tail = block.tail;
+    task.shared_end = block.shared_end;
     task.places = pass.places.data() + block.row * pass.places_per_row;
     task.places_per_row = pass.places_per_row;
     task.keys = cache.from(cache.k, start);
@@ -86,9 +86,9 @@ void Model::attend_chunk(const Block& block, int index, int kv_head, int chunk, 
 }
 
 void Model::attend(int item, int index, Worker& worker, const Pass& pass) {
-    const int group = shape_.group(), stride = shape_.partial_size();
+    const int group = shape_.group_size(), stride = shape_.partial_size();
     const int chunks = pass.is_split ? pass.max_chunks : 1;
-    const Block& block = pass.blocks[item / chunks / shape_.num_kv_heads];
+    const QueryBlock& block = pass.blocks[item / chunks / shape_.num_kv_heads];
     const int kv_head = item / chunks % shape_.num_kv_heads;
     if (pass.is_split) {
         const int chunk = item % chunks;
@@ -125,9 +125,9 @@ void Model::merge_attention(int row, const Pass& pass, Worker& worker, float* ou
         return;
     }
     std::fill_n(out, width, 0.0f);
-    const int group = shape_.group(), stride = shape_.partial_size();
+    const int group = shape_.group_size(), stride = shape_.partial_size();
     const int index = pass.block_of_row[row];
-    const Block& block = pass.blocks[index];
+    const QueryBlock& block = pass.blocks[index];
     float* state = worker.partials.get();
     for (int head = 0; head < shape_.num_heads; ++head) {
         state[PARTIAL_SUM] = 0;

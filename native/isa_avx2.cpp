@@ -15,8 +15,7 @@ constexpr int MAX_QUERIES = 3;
 using V = __m256;
 using I = __m256i;
 
-// Keeps sums in registers, in the order of the source: GCC 12 would load all rows' x first, and spill the sums for
-// them.
+// Keeps sums in registers, in the order of the source: GCC 12 would load all rows' x first, and spill the sums.
 inline void pin(V& x) { asm volatile("" : "+x"(x)); }
 inline void pin(I& x) { asm volatile("" : "+x"(x)); }
 

@@ -63,9 +63,8 @@ inline V sums(const V x[LANES]) {
 inline V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); }
 inline V load_int8(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(load_as<__m128i>(p))); }
 inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }
-inline V dot_bf16(V sum, V w, V x) {
-    return _mm512_dpbf16_ps(sum, bits<__m512bh>(w), bits<__m512bh>(x));
-}  // a unit's columns
+// The two columns of a unit.
+inline V dot_bf16(V sum, V w, V x) { return _mm512_dpbf16_ps(sum, bits<__m512bh>(w), bits<__m512bh>(x)); }
 inline void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
 
 inline V magnitude(V x) { return absolute(x); }

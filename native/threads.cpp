@@ -49,8 +49,8 @@ Pool::~Pool() {
 }
 
 std::unique_lock<std::recursive_mutex> Pool::take_turn() {
-    // A fork copies the caller's thread only: whoever held the lock no longer exists, and the old state is the parent's
-    // threads'.
+    // A fork copies the caller's thread only: whoever held the lock no longer exists, and the old state belongs to the
+    // parent's threads.
     if (process_ != getpid()) start();
     return std::unique_lock(state_->turn);
 }

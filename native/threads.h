@@ -14,8 +14,7 @@
 
 namespace hopskip {
 
-// Sleeps while the value is `old`, after spinning for about 50 microseconds: phases are far shorter than waking up
-// takes.
+// Sleeps while the value is `old`, after spinning for about 50 microseconds: waking up takes far longer than a phase.
 void wait_while_equal(const std::atomic<int>& value, int old);
 
 // What a thread sees of a run. All threads must ask for the same phases in the same order.

@@ -115,26 +115,26 @@ class NativeModel:
         self._engine = _native.Engine(
             choose_isa(),
             default_threads() if threads is None else threads,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            sliding_window=config.sliding_window or 0,
+            _native.Shape(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                vocab_size=config.vocab_size,
+                rms_norm_eps=config.rms_norm_eps,
+                sliding_window=config.sliding_window or 0,
+            ),
         )
         for index in range(config.num_hidden_layers):
             prefix = f"model.layers.{index}."
-            self._engine.add_layer(
-                **_layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
-            )
+            self._engine.add_layer(_layer(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix)))
         self._num_layers = config.num_hidden_layers
         self._copies: dict[str, _Copy] = {}
         self.branch: ExitBranch | None = None
         self._draft_head: HeadSubset | None = None
         self._packed_branch: object | None = None
-        self._engine.set_edges(
+        self._engine.set_embedding_and_head(
             _matrix(weights.matrices["model.embed_tokens.weight"]),
             _matrix(weights.head),
             weights.vectors["model.norm.weight"],
@@ -191,17 +191,16 @@ class NativeModel:
         for layer in branch.layers:
             matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
             vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
-            self._engine.add_layer(**_layer_arguments(self.config, matrices, vectors))
+            self._engine.add_layer(_layer(self.config, matrices, vectors))
         self._num_layers += len(branch.layers)
         self._draft_head = HeadSubset(branch.vocabulary, _matrix(rows_in_q8(self._weights.head, branch.vocabulary)))
         mixing: dict[str, object] = {}
         if branch.mixing:
             mixing = {name: _matrix(_pack_q8(branch.mixing[name])) for name in ("fuse", "mix")}
             mixing |= {name: branch.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
-        self._packed_branch = _native.Branch(
-            entry=_int32(torch.arange(branch.config.start)),
-            first_layer=self.config.num_hidden_layers,
-            num_layers=branch.config.num_layers,
+        self._packed_branch = _native.Exit(
+            model_layers=_int32(torch.arange(branch.config.start)),
+            own_layers=_int32(torch.arange(branch.config.num_layers) + self.config.num_hidden_layers),
             head=self._draft_head.matrix,
             vocabulary=_int32(branch.vocabulary),
             num_features=len(branch.config.features),
@@ -229,10 +228,8 @@ class NativeModel:
             )
         for index in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{index}."
-            arguments = _layer_arguments(
-                self.config, _within(weights.matrices, prefix), _within(weights.vectors, prefix)
-            )
-            self._engine.add_layer(**arguments, cache_layer=index)
+            layer = _layer(self.config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
+            self._engine.add_layer(layer, cache_layer=index)
         head = HeadSubset(torch.arange(self.config.vocab_size), _matrix(weights.head))
         first_layer = self._num_layers + len(self._copies) * self.config.num_hidden_layers
         self._copies[precision] = _Copy(first_layer, head)
@@ -258,9 +255,7 @@ class NativeModel:
     def run_layers(self, h_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
         out_ND = torch.empty(h_ND.shape)
         self._extend_rope(cache.length)
-        self._engine.run_layers(
-            h_ND, out_ND, start, stop, rows.slots, rows.positions, back=rows.back, **_cache_arguments(cache)
-        )
+        self._engine.run_layers(h_ND, out_ND, start, stop, _rows(rows), _cache(cache))
         return out_ND
 
     def run_tapped(self, h_ND: Tensor, taps: Seq[int], rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
@@ -269,8 +264,8 @@ class NativeModel:
         tapped_NAD = torch.empty((len(h_ND), len(taps), h_ND.shape[1]))
         self._extend_rope(cache.length)
         self._engine.run_layers(
-            h_ND, out_ND, 0, self.config.num_hidden_layers, rows.slots, rows.positions, back=rows.back,
-            taps=_int32_of(tuple(taps)), tapped=tapped_NAD, **_cache_arguments(cache),
+            h_ND, out_ND, 0, self.config.num_hidden_layers, _rows(rows), _cache(cache),
+            taps=_int32_of(tuple(taps)), tapped=tapped_NAD,
         )  # fmt: skip
         return out_ND, tapped_NAD
 
@@ -348,10 +343,8 @@ class NativeModel:
         """
         branch = self._packed_branch
         if layers is not None:
-            branch = _native.Branch(
-                entry=torch.tensor(layers, dtype=torch.int32),
-                first_layer=self.config.num_hidden_layers,
-                num_layers=0,
+            branch = _native.Exit(
+                model_layers=torch.tensor(layers, dtype=torch.int32),
                 head=None if head is None else head.matrix,
                 vocabulary=None if head is None else _int32(head.ids),
             )
@@ -370,14 +363,22 @@ class NativeModel:
             num_tokens = self.config.vocab_size if vocabulary is None else len(vocabulary.ids)
             distributions = torch.empty((size, k, num_tokens))
         self._extend_rope(cache.length)
-        self._engine.draft(
-            branch, _int32(ids_N), rows.slots, rows.positions, features_NAD, token_states_ND,
-            k, torch.tensor(limits, dtype=torch.int32), min_confidence,
-            **_cache_arguments(cache), tokens=tokens, counts=counts, states=states,
-            probabilities=probs, runner_ups=runner_ups,
+        task = _native.DraftTask(
+            ids=_int32(ids_N),
+            limits=torch.tensor(limits, dtype=torch.int32),
+            min_confidence=min_confidence,
+            features=features_NAD,
+            token_states=token_states_ND,
             temperatures=None if temperatures is None else torch.tensor(temperatures, dtype=torch.float32),
-            uniforms=uniforms_Bk, distributions=distributions,
-        )  # fmt: skip
+            uniforms=uniforms_Bk,
+            tokens=tokens,
+            counts=counts,
+            states=states,
+            probabilities=probs,
+            runner_ups=runner_ups,
+            distributions=distributions,
+        )
+        self._engine.draft(branch, _rows(rows), _cache(cache), task)
         return Chains(tokens, counts, states, runner_ups, probs, distributions)
 
     def _extend_rope(self, length: int) -> None:
@@ -386,10 +387,8 @@ class NativeModel:
             self._engine.set_rope(cos.contiguous(), sin.contiguous())
 
 
-def _layer_arguments(
-    config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]
-) -> dict[str, object]:
-    """Arguments of `Engine.add_layer`, from the tensors of a layer by their names in it."""
+def _layer(config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]) -> object:
+    """A layer, from its tensors by their names in it."""
     arguments: dict[str, object] = {
         part: _matrix(matrices[f"{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
         for part in ("q", "k", "v", "o", "gate", "up", "down")
@@ -400,7 +399,7 @@ def _layer_arguments(
         arguments |= {f"{x}_bias": vectors[f"self_attn.{x}_proj.bias"] for x in "qkv"}
     if config.qk_norm:
         arguments |= {f"{x}_norm": vectors[f"self_attn.{x}_norm.weight"] for x in "qk"}
-    return arguments
+    return _native.Layer(**arguments)
 
 
 def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
@@ -411,13 +410,12 @@ def _pack_q8(weight_OI: Tensor) -> Packed:
     return pack(quantize_q8(weight_OI.float()), weight_OI.shape[1])
 
 
-def _cache_arguments(cache: Cache) -> dict[str, Tensor | None]:
-    return {
-        "k": cache.k_LSHTD,
-        "v": cache.v_LSHTD,
-        "k_scales": cache.k_scales_LSHT,
-        "v_scales": cache.v_scales_LSHT,
-    }
+def _cache(cache: Cache) -> object:
+    return _native.Cache(k=cache.k_LSHTD, v=cache.v_LSHTD, k_scales=cache.k_scales_LSHT, v_scales=cache.v_scales_LSHT)
+
+
+def _rows(rows: Rows) -> object:
+    return _native.Rows(slots=rows.slots, positions=rows.positions, parent_offsets=rows.back)
 
 
 def _matrix(packed: Packed) -> object:
