@@ -17,6 +17,10 @@ void unit_rms(const float* in, const float* weight, int size, float eps, float* 
     for (int i = 0; i < size; ++i) out[i] = in[i] * scale * (weight ? weight[i] : 1.0f);
 }
 
+int32_t best_of(const float* weights, ptrdiff_t count) {
+    return static_cast<int32_t>(std::max_element(weights, weights + count) - weights);
+}
+
 // The token at a point of the cumulative sum of their weights.
 int32_t drawn(const float* weights, ptrdiff_t count, double point) {
     double sum = 0;
@@ -30,136 +34,171 @@ int32_t drawn(const float* weights, ptrdiff_t count, double point) {
 
 }  // namespace
 
-// What enters a branch's layers: features + mix . [norm(token state), norm(features)]. `out` may be `features`.
-void Model::mix(const Branch& branch, const float* token_states, const float* features, int count, float* out) {
-    const ptrdiff_t size = shape_.hidden_size;
-    float* both = mixed_.reserve(count * size * 3);
-    float* added = both + count * size * 2;
-    for (int row = 0; row < count; ++row) {
-        float* to = both + row * size * 2;
-        unit_rms(token_states + row * size, branch.token_norm.data(), shape_.hidden_size, shape_.rms_norm_eps, to);
-        unit_rms(features + row * size, branch.feature_norm.data(), shape_.hidden_size, shape_.rms_norm_eps, to + size);
-    }
-    linear(*branch.mix, nullptr, both, count, added);
-    for (ptrdiff_t i = 0; i < count * size; ++i) out[i] = features[i] + added[i];
-}
-
-void Model::draft(const Branch& branch, const CacheView& cache, const DraftTask& task) {
-    const auto turn = pool_.take_turn();
-    const ptrdiff_t size = shape_.hidden_size, k = task.k;
-    const RowsView& rows = task.rows;
-    const Matrix& head = branch.head ? *branch.head : head_;
-    const ptrdiff_t vocabulary = head.rows;
-    std::vector<int32_t> own_layers(branch.num_layers);
-    std::iota(own_layers.begin(), own_layers.end(), branch.first_layer);
-    std::vector<int> last_rows;  // of each sequence
-    for (int row = 0; row < rows.count; ++row) {
-        if (!rows.goes_on(row)) last_rows.push_back(row);
-        last_rows.back() = row;
-    }
-    const int sequences = static_cast<int>(last_rows.size());
-
-    std::vector<int> open(sequences);  // sequences that go on
-    std::iota(open.begin(), open.end(), 0);
-    std::vector<int32_t> slots, positions;
-    // The states of the open sequences' latest tokens where the branch begins.
-    const auto enter = [&](int step, float* out) {
-        std::vector<int32_t> last_ids;
-        slots.clear();
-        positions.clear();
-        for (int sequence : open) {
-            const int row = last_rows[sequence];
-            last_ids.push_back(step ? task.tokens[sequence * k + step - 1] : task.ids[row]);
-            slots.push_back(rows.slots[row]);
-            positions.push_back(rows.positions[row] + step);
+// The drafts of one call. Sequences that go on are open. What is kept of each open sequence moves up as others close.
+class Model::Drafter {
+public:
+    Drafter(Model& model, const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task)
+        : model_(model), exit_(exit), rows_(rows), cache_(cache), task_(task),
+          head_(exit.head ? *exit.head : model.head_), size_(model.shape_.hidden_size), open_(task.limits.size()),
+          token_states_(rows.count * size_), hidden_(open_.size() * size_), best_(open_.size()) {
+        std::iota(open_.begin(), open_.end(), 0);
+        for (int row = 0; row < rows.count; ++row) {
+            if (rows.starts_sequence(row)) last_rows_.push_back(row);
+            last_rows_.back() = row;
         }
-        const int count = static_cast<int>(open.size());
-        embed(last_ids.data(), count, out);
-        if (!branch.entry.empty()) run_layers(out, out, branch.entry, {count, slots.data(), positions.data()}, cache);
-    };
+        for (int row : last_rows_) {
+            ids_.push_back(task.ids[row]);
+            slots_.push_back(rows.slots[row]);
+            positions_.push_back(rows.positions[row]);
+        }
+    }
 
-    std::vector<float> token_states(rows.count * size), hidden(sequences * size), logits;
-    if (branch.num_layers == 0) {
-        enter(0, hidden.data());
-    } else {
-        if (!branch.entry.empty()) {
-            std::copy_n(task.token_states, token_states.size(), token_states.data());
-            enter(0, hidden.data());
-            for (int i = 0; i < sequences; ++i) std::copy_n(&hidden[i * size], size, &token_states[last_rows[i] * size]);
+    // Brings the exit's own layers up to date with all rows, and gives the first hidden states.
+    void enter() {
+        if (exit_.own_layers.empty()) return run_model_layers(hidden_.data());
+        float* states = token_states_.data();
+        if (exit_.model_layers.empty()) {
+            model_.embed(task_.ids.data(), rows_.count, states);
         } else {
-            embed(task.ids, rows.count, token_states.data());
+            std::copy_n(task_.token_states, token_states_.size(), states);
+            run_model_layers(hidden_.data());
+            for (int sequence : open_)
+                std::copy_n(&hidden_[sequence * size_], size_, states + last_rows_[sequence] * size_);
         }
-        if (branch.fuse) {
-            std::vector<float> normed(rows.count * branch.num_features * size), fused(token_states.size());
-            for (ptrdiff_t i = 0; i < std::ssize(normed); i += size)
-                unit_rms(task.features + i, nullptr, shape_.hidden_size, shape_.rms_norm_eps, &normed[i]);
-            linear(*branch.fuse, nullptr, normed.data(), rows.count, fused.data());
-            mix(branch, token_states.data(), fused.data(), rows.count, token_states.data());
-        }
-        run_layers(token_states.data(), token_states.data(), own_layers, rows, cache);
-        for (int i = 0; i < sequences; ++i) std::copy_n(&token_states[last_rows[i] * size], size, &hidden[i * size]);
+        if (exit_.fuse) mix(states, fused_features().data(), rows_.count, states);
+        model_.run_layers(states, states, exit_.own_layers, rows_, cache_);
+        for (int sequence : open_)
+            std::copy_n(states + last_rows_[sequence] * size_, size_, &hidden_[sequence * size_]);
     }
 
-    std::vector<int32_t> best(sequences);
-    std::fill_n(task.counts, sequences, 0);
-    const bool wants_logits = task.min_confidence > 0 || task.probabilities || task.temperatures;
-    const int runner_ups = task.num_runner_ups;
-    const auto best_of = [&](const float* row) { return static_cast<int32_t>(std::max_element(row, row + vocabulary) - row); };
-    const auto token_of = [&](int32_t row) { return branch.vocabulary ? branch.vocabulary[row] : row; };
-    for (int step = 0;; ++step) {
-        const int count = static_cast<int>(open.size());
+    // Chooses the tokens of one step, and closes the sequences that end with them. Says whether any is still open.
+    bool choose(int step) {
+        const int count = static_cast<int>(open_.size());
+        const bool wants_logits = task_.min_confidence > 0 || task_.probabilities || !task_.temperatures.empty();
         if (wants_logits) {
-            logits.resize(vocabulary * count);
-            this->logits(hidden.data(), count, head, logits.data());
-            for (int i = 0; i < count; ++i) best[i] = best_of(logits.data() + vocabulary * i);
+            logits_.resize(static_cast<ptrdiff_t>(head_.rows) * count);
+            model_.logits(hidden_.data(), count, head_, logits_.data());
         } else {
-            greedy(hidden.data(), count, head, best.data());
+            model_.greedy(hidden_.data(), count, head_, best_.data());
         }
-        std::vector<int> still_open;
+        int num_open = 0;
         for (int i = 0; i < count; ++i) {
-            const int sequence = open[i];
-            const ptrdiff_t place = sequence * k + step;
-            float probability = 1;
-            if (wants_logits) {
-                float* row = logits.data() + vocabulary * i;
-                const float temperature = task.temperatures ? task.temperatures[sequence] : 0;
-                const float total = kernels_.exponentiate(row, vocabulary, row[best[i]], temperature > 0 ? 1 / temperature : 1);
-                if (temperature > 0) {
-                    best[i] = drawn(row, vocabulary, task.uniforms[place] * total);
-                    float* distribution = task.distributions + vocabulary * place;
-                    for (ptrdiff_t token = 0; token < vocabulary; ++token) distribution[token] = row[token] / total;
-                }
-                probability = row[best[i]] / total;
-                for (int next = 0; task.probabilities && next <= runner_ups; ++next) {
-                    const int32_t token = next ? best_of(row) : best[i];
-                    task.probabilities[(runner_ups + 1) * place + next] = row[token] / total;
-                    if (next) task.runner_ups[runner_ups * place + next - 1] = token_of(token);
-                    row[token] = -1;  // below all others
-                }
-            }
-            task.tokens[place] = token_of(best[i]);
-            task.counts[sequence] = step + 1;
-            std::copy_n(&hidden[i * size], size, task.states + size * place);
-            if (probability >= task.min_confidence && step + 1 < std::min(task.k, task.limits[sequence])) {
-                // moves to the front, where the next step looks for it
-                std::copy_n(&hidden[i * size], size, hidden.data() + size * std::ssize(still_open));
-                still_open.push_back(sequence);
-            }
+            const int sequence = open_[i];
+            const ptrdiff_t at = static_cast<ptrdiff_t>(sequence) * task_.num_draft_tokens + step;
+            const float probability = wants_logits ? choose_by_logits(i, at) : 1;
+            const int32_t token = task_.tokens[at] = token_of(best_[i]);
+            const float* state = &hidden_[i * size_];
+            std::copy_n(state, size_, task_.states + size_ * at);
+            task_.counts[sequence] = step + 1;
+            if (probability < task_.min_confidence || step + 1 == task_.limits[sequence]) continue;
+            std::copy_n(state, size_, &hidden_[num_open * size_]);
+            open_[num_open] = sequence;
+            ids_[num_open] = token;
+            slots_[num_open] = slots_[i];
+            positions_[num_open] = positions_[i] + 1;
+            ++num_open;
         }
-        open = std::move(still_open);
-        if (open.empty()) return;
-        if (branch.num_layers == 0) {
-            enter(step + 1, hidden.data());
-            continue;
-        }
-        enter(step + 1, token_states.data());
-        const RowsView next{static_cast<int>(open.size()), slots.data(), positions.data()};
-        if (branch.mix)
-            mix(branch, token_states.data(), hidden.data(), next.count, hidden.data());
-        else
-            std::copy_n(token_states.data(), next.count * size, hidden.data());
-        run_layers(hidden.data(), hidden.data(), own_layers, next, cache);
+        open_.resize(num_open);
+        return num_open > 0;
     }
+
+    // Runs the open sequences' latest tokens, and gives the next step's hidden states.
+    void advance() {
+        if (exit_.own_layers.empty()) return run_model_layers(hidden_.data());
+        run_model_layers(token_states_.data());
+        const RowsView latest = latest_rows();
+        if (exit_.mix)
+            mix(token_states_.data(), hidden_.data(), latest.count, hidden_.data());
+        else
+            std::copy_n(token_states_.data(), latest.count * size_, hidden_.data());
+        model_.run_layers(hidden_.data(), hidden_.data(), exit_.own_layers, latest, cache_);
+    }
+
+private:
+    RowsView latest_rows() const { return {static_cast<int>(open_.size()), slots_.data(), positions_.data()}; }
+
+    // The states of the open sequences' latest tokens after the model's layers.
+    void run_model_layers(float* out) {
+        model_.embed(ids_.data(), latest_rows().count, out);
+        if (!exit_.model_layers.empty()) model_.run_layers(out, out, exit_.model_layers, latest_rows(), cache_);
+    }
+
+    // Features of the rows, each normed, as one vector a row.
+    std::vector<float> fused_features() {
+        std::vector<float> normed(rows_.count * exit_.num_features * size_), fused(rows_.count * size_);
+        for (ptrdiff_t i = 0; i < std::ssize(normed); i += size_) unit_rms(task_.features + i, nullptr, &normed[i]);
+        model_.linear(*exit_.fuse, nullptr, normed.data(), rows_.count, fused.data());
+        return fused;
+    }
+
+    // What enters the exit's own layers: features + mix . [norm(token state), norm(features)]. `out` may be `features`.
+    void mix(const float* token_states, const float* features, int count, float* out) {
+        float* both = model_.mixed_.reserve(count * size_ * 3);
+        float* added = both + count * size_ * 2;
+        for (int row = 0; row < count; ++row) {
+            float* to = both + row * size_ * 2;
+            unit_rms(token_states + row * size_, exit_.token_norm.data(), to);
+            unit_rms(features + row * size_, exit_.feature_norm.data(), to + size_);
+        }
+        model_.linear(*exit_.mix, nullptr, both, count, added);
+        for (ptrdiff_t i = 0; i < count * size_; ++i) out[i] = features[i] + added[i];
+    }
+
+    void unit_rms(const float* in, const float* weight, float* out) const {
+        hopskip::unit_rms(in, weight, model_.shape_.hidden_size, model_.shape_.rms_norm_eps, out);
+    }
+
+    int32_t token_of(int32_t head_row) const {
+        return exit_.vocabulary.empty() ? head_row : exit_.vocabulary[head_row];
+    }
+
+    // Chooses the token of the i-th open sequence, into best_, and writes what is wanted beside it; `at` is its place
+    // in the results. Returns the token's probability.
+    float choose_by_logits(int i, ptrdiff_t at) {
+        const ptrdiff_t count = head_.rows;
+        float* weights = logits_.data() + count * i;
+        best_[i] = best_of(weights, count);
+        const float temperature = task_.temperatures.empty() ? 0 : task_.temperatures[open_[i]];
+        const float total =
+            model_.kernels_.exponentiate(weights, count, weights[best_[i]], temperature > 0 ? 1 / temperature : 1);
+        if (temperature > 0) {
+            best_[i] = drawn(weights, count, task_.uniforms[at] * total);
+            float* distribution = task_.distributions + count * at;
+            for (ptrdiff_t token = 0; token < count; ++token) distribution[token] = weights[token] / total;
+        }
+        const float probability = weights[best_[i]] / total;
+        if (!task_.probabilities) return probability;
+        const int runner_ups = task_.num_runner_ups;
+        float* probabilities = task_.probabilities + (runner_ups + 1) * at;
+        probabilities[0] = probability;
+        for (int next = 0, row = best_[i]; next < runner_ups; ++next) {
+            weights[row] = -1;  // below all others
+            row = best_of(weights, count);
+            probabilities[next + 1] = weights[row] / total;
+            task_.runner_ups[runner_ups * at + next] = token_of(row);
+        }
+        return probability;
+    }
+
+    Model& model_;
+    const Exit& exit_;
+    const RowsView rows_;
+    const CacheView& cache_;
+    const DraftTask& task_;
+    const Matrix& head_;
+    const ptrdiff_t size_;
+    std::vector<int> open_, last_rows_;                  // sequences; the last row of each sequence
+    std::vector<int32_t> ids_, slots_, positions_;       // of the open sequences' latest tokens
+    std::vector<float> token_states_, hidden_, logits_;  // the next tokens are read from hidden_
+    std::vector<int32_t> best_;                          // the head's rows that the open sequences take
+};
+
+void Model::draft(const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task) {
+    const auto turn = pool_.take_turn();
+    if (exit.fuse) widest_ = std::max(widest_, padded(std::max(exit.fuse->cols, exit.mix->cols)));
+    Drafter drafter(*this, exit, rows, cache, task);
+    drafter.enter();
+    for (int step = 0; drafter.choose(step); ++step) drafter.advance();
 }
 
 }  // namespace hopskip

@@ -15,7 +15,7 @@ constexpr int MAX_QUERIES = 3;
 using V = __m256;
 using I = __m256i;
 
-// Keeps sums in registers, in the order of the source: GCC 12 would load all rows' x first, and spill the sums for them.
+// Keeps sums in registers, in the order of the source: GCC 12 would load all rows' x first, and spill the sums.
 inline void pin(V& x) { asm volatile("" : "+x"(x)); }
 inline void pin(I& x) { asm volatile("" : "+x"(x)); }
 
@@ -33,7 +33,9 @@ inline float reduce(V x, const Fold& fold) {
     s = fold(s, _mm_movehl_ps(s, s));
     return fold(s, _mm_movehdup_ps(s))[0];
 }
-inline I load_words(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline I load_words(const uint16_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 #include "simd.inl"
 
 inline V sums(const V x[LANES]) {
@@ -42,7 +44,9 @@ inline V sums(const V x[LANES]) {
     return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
 }
 inline V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(load_as<__m128i>(p)); }
-inline V load_int8(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+inline V load_int8(const int8_t* p) {
+    return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline V odd_bf16(I x) {
     x = _mm256_srli_epi32(x, 16);
     pin(x);  // or the two shifts become a mask, which takes a register
@@ -53,8 +57,9 @@ inline void store_bytes(int8_t* p, I x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
-// vpmaddubsw adds two products of an unsigned w + 128 and a signed x in 16 bits, where 255 * 128 still fits: so activations are
-// scaled by pairs, not alone, and no two neighbours' magnitudes sum to more than 128 (see quantize in rows.inl).
+// vpmaddubsw adds two products of an unsigned w + 128 and a signed x in 16 bits, where 255 * 128 still fits: so
+// activations are scaled by pairs, not alone, and no two neighbours' magnitudes sum to more than 128 (see quantize in
+// rows.inl).
 inline V magnitude(V x) { return absolute(x) + absolute(_mm256_permute_ps(x, 0xb1)); }
 inline I sum_pairs(I words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
 inline I dot_bytes(I sum, I w, I x) { return _mm256_add_epi32(sum, sum_pairs(_mm256_maddubs_epi16(w, x))); }

@@ -47,7 +47,7 @@ inline void store_bytes(int8_t* p, I x) {
 
 // The magnitude that counts for the scale of int8 activations.
 inline V magnitude(V x) { return absolute(x); }
-// sum + the dot products of four bytes, unsigned w and signed x, per lane. A product fits 16 bits, and so do two of nibbles.
+// sum + the dot products of four bytes, unsigned w and signed x, per lane. 16 bits hold a product, and two of nibbles.
 typedef int16_t W __attribute__((vector_size(16)));
 typedef uint16_t UW __attribute__((vector_size(16)));
 inline W even_products(I w, I x) { return (bits<W>(w) & 255) * (bits<W>(bits<UW>(x) << 8) >> 8); }

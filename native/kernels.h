@@ -1,7 +1,7 @@
 // What the engine and the kernels share: the layout of packed weights and activations, and the table of kernels.
 //
-// A kernel file is compiled once per instruction set (isa_*.cpp), each in a namespace of its own. Kernels see raw pointers
-// only: every size, alignment and range has been checked by module.cpp before one of them runs.
+// A kernel file is compiled once per instruction set (isa_*.cpp), each in a namespace of its own. Kernels see raw
+// pointers only: load.cpp and module.cpp have checked every size, alignment and range before one of them runs.
 #pragma once
 
 #include <cstddef>
@@ -15,48 +15,51 @@ constexpr int CHUNK = 256;  // cache positions that one softmax partial covers
 
 enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
 
-// Packed weights [rows, cols]: strips of 16 output rows, contiguous in memory. A strip is a sequence of units, u32 [16]: lane r
-// belongs to output row r. A unit holds of each row one f32 column; two bf16 columns; four q8 columns, each as value + 128; or
-// eight q4 columns, byte j holding column j of the unit's group in its low nibble and column j + 16 in its high one (GGUF's own
-// order). So one load takes the same columns of all lanes' rows, and multiplying it by one broadcast activation needs no shuffle.
+// Packed weights [rows, cols]: strips of 16 output rows, contiguous in memory. A strip is a sequence of units, u32
+// [16]: lane r belongs to output row r. A unit holds of each row one f32 column; two bf16 columns; four q8 columns,
+// each as value + 128; or eight q4 columns, byte j holding column j of the unit's group in its low nibble and column j
+// + 16 in its high one (GGUF's own order). So one load takes the same columns of all lanes' rows, and multiplying it by
+// one broadcast activation needs no shuffle.
 //
-// Among the units of q8 and q4 lie heads of 64 bytes, f16 [2][16]: before every two blocks of q8 their scales, before every block
-// of q4 its scales and its minima. A kernel thus reads one stream; with the scales elsewhere it reached half the bandwidth.
+// Among the units of q8 and q4 lie headers of 64 bytes, f16 [2][16]: before every two blocks of q8 their scales, before
+// every block of q4 its scales and its minima. A kernel thus reads one stream; with the scales elsewhere it reached
+// half the bandwidth.
 struct Matrix {
     const uint8_t* data;
     Format format;
-    int rows, cols;       // as in the model, unpadded
-    int strips, blocks;   // padded: rows <= strips * 16, cols <= blocks * 32
+    int rows, cols;      // as in the model, unpadded
+    int strips, blocks;  // padded: rows <= strips * 16, cols <= blocks * 32
     ptrdiff_t strip_bytes;
 
     const uint8_t* strip(int index) const { return data + strip_bytes * index; }
 };
 
-constexpr int UNIT_BYTES = TILE * 4, HEAD_BYTES = TILE * 4;
+constexpr int UNIT_BYTES = TILE * 4, HEADER_BYTES = TILE * 4;
 
-constexpr int units_of_block(Format format) {
+constexpr int units_per_block(Format format) {
     return format == Format::f32 ? 32 : format == Format::bf16 ? 16 : format == Format::q8 ? 8 : 4;
 }
 
-constexpr int blocks_of_head(Format format) { return format == Format::q8 ? 2 : format == Format::q4 ? 1 : 0; }
+constexpr int blocks_per_header(Format format) { return format == Format::q8 ? 2 : format == Format::q4 ? 1 : 0; }
 
-// Bytes from the start of a strip to a block's head, and to its units; q8 and q4.
-constexpr ptrdiff_t head_offset(Format format, int block) {
-    const int blocks = blocks_of_head(format);
-    return static_cast<ptrdiff_t>(block / blocks) * (HEAD_BYTES + blocks * units_of_block(format) * UNIT_BYTES);
+// Bytes from the start of a strip to a block's header, and to its units; q8 and q4.
+constexpr ptrdiff_t header_offset(Format format, int block) {
+    const int blocks = blocks_per_header(format);
+    return static_cast<ptrdiff_t>(block / blocks) * (HEADER_BYTES + blocks * units_per_block(format) * UNIT_BYTES);
 }
 
 constexpr ptrdiff_t units_offset(Format format, int block) {
-    return head_offset(format, block) + HEAD_BYTES + block % blocks_of_head(format) * units_of_block(format) * UNIT_BYTES;
+    return header_offset(format, block) + HEADER_BYTES +
+           block % blocks_per_header(format) * units_per_block(format) * UNIT_BYTES;
 }
 
 // Rows of input, in each of the forms that some weight format multiplies with. Columns beyond the model's are zero.
 struct Activations {
-    float* f32;       // [rows][blocks * 32]
-    uint16_t* bf16;   // [rows][blocks * 32], only where the instruction set multiplies bf16
-    int8_t* q8;       // [rows][blocks * 32], -127..127
-    float* scales;    // [rows][blocks] of q8
-    int32_t* starts;     // [rows][blocks] -128 * (sum of q8's integers): q8 weights are stored as w + 128, sums start from this
+    float* f32;          // [rows][blocks * 32]
+    uint16_t* bf16;      // [rows][blocks * 32], only where the instruction set multiplies bf16
+    int8_t* q8;          // [rows][blocks * 32], -127..127
+    float* scales;       // [rows][blocks] of q8
+    int32_t* starts;     // [rows][blocks] -128 * (sum of q8's integers): where sums begin, as q8 weights are w + 128
     float* scaled_sums;  // [rows][blocks] of q8's integers, times the scale
     int blocks;
 
@@ -72,33 +75,33 @@ struct CacheVectors {  // keys or values
     float* scales;  // one per vector, int8 only
 };
 
-// One chunk of positions begin..end-1 of one key/value head, for the queries of all rows that share it. What lies at a position
-// from `tail` on depends on the row: there its branch of a tree of tokens has parted from the others.
+// One chunk of positions begin..end-1 of one key/value head, for the queries of all rows that share it. They see the
+// same keys and values before `shared_end`; from there on a tree of tokens has branched, and rows have places of their
+// own in the cache.
 struct ChunkTask {
-    const float* queries;     // [num_queries][padded head_dim], scaled by 1 / sqrt(head_dim), RoPE applied
+    const float* queries;  // [num_queries][padded head_dim], scaled by 1 / sqrt(head_dim), RoPE applied
     int num_queries;
-    const int* first;         // [num_queries] first and last position that a query sees
-    const int* last;
+    const int *first_seen, *last_seen;  // [num_queries] positions
     int queries_per_row;
-    int tail;                 // INT_MAX: the rows are no tree
-    const int* places;        // [rows][places_per_row] where the keys and values of positions tail, tail + 1, .. lie
+    int shared_end;     // INT_MAX: the rows are no tree
+    const int* places;  // [rows][places_per_row], where positions shared_end, shared_end + 1, .. lie in the cache
     int places_per_row;
-    CacheVectors keys, values;  // [places][head_dim], from place 0; before the tail a position is its own place
+    CacheVectors keys, values;  // [places][head_dim], from place 0; a position before shared_end is its own place
     CacheType type;
     int head_dim, padded_head_dim;
-    int begin, end;           // begin is a multiple of CHUNK, end <= begin + CHUNK
+    int begin, end;  // begin is a multiple of CHUNK, end <= begin + CHUNK
 };
 
-// Result of one or more chunks for one query, float [2 + padded_head_dim]: maximum score, sum of exp(score - maximum), and
-// the sum of values weighted by it. A sum of zero says that the query sees no position there.
+// Result of one or more chunks for one query, float [2 + padded_head_dim]: maximum score, sum of exp(score - maximum),
+// and the sum of values weighted by it. A sum of zero says that the query sees no position there.
 constexpr int PARTIAL_MAX = 0, PARTIAL_SUM = 1, PARTIAL_VALUES = 2;
 
 struct Kernels {
     const char* name;
     bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights
 
-    // out[row][16] = weights[strip] . x[row] for all rows. Every output has one accumulator that takes the columns in order, so
-    // its bits do not depend on `rows`.
+    // out[row][16] = weights[strip] . x[row] for all rows. Every output has one accumulator that takes the columns in
+    // order, so its bits do not depend on `rows`.
     void (*multiply)(const Matrix&, int strip, const Activations&, int rows, float* out);
 
     void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
@@ -106,7 +109,8 @@ struct Kernels {
     void (*to_bf16)(const float* x, size_t count, uint16_t* out);
     float (*to_int8)(const float* x, int count, int8_t* out);  // returns the scale; count: a multiple of 16
     void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16
-    float (*exponentiate)(float* x, size_t count, float maximum, float scale);  // x <- exp((x - maximum) * scale), returns their sum
+    // x <- exp((x - maximum) * scale); returns their sum
+    float (*exponentiate)(float* x, size_t count, float maximum, float scale);
 
     // scratch: float [TILE * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
     void (*attend_chunk)(const ChunkTask&, float* scratch, float* partials);

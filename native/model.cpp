@@ -1,5 +1,6 @@
-// One pass of the decoder. All threads walk through the layers together; a phase (threads.h) ends wherever one needs what
-// another has written. Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head dimension.
+// One pass of the decoder. All threads walk through the layers together; a phase (threads.h) ends wherever one needs
+// what another has written.
+// Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head dimension.
 #include "model.h"
 
 #include <bit>
@@ -10,8 +11,8 @@ namespace hopskip {
 
 namespace {
 
-constexpr int MAX_PASS_ROWS = 128;    // more go in several passes: their activations then stay in the second-level cache
-constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread makes inputs for itself, to save a phase
+constexpr int MAX_PASS_ROWS = 128;   // more go in several passes: their activations then stay in the second-level cache
+constexpr int MAX_PRIVATE_ROWS = 4;  // up to which every thread makes inputs for itself, to save a phase
 
 unsigned bit(Format format) { return 1u << static_cast<int>(format); }
 
@@ -33,14 +34,14 @@ void unpack_row(const Matrix& m, int row, float* out) {
             out[c] = std::bit_cast<float>(c % 2 ? unit & 0xffff0000u : unit << 16);
         } else {
             const int block = c / BLOCK, in_block = c % BLOCK, column = in_block % 16;
-            const auto* head = reinterpret_cast<const uint16_t*>(strip + head_offset(m.format, block)) + lane;
+            const auto* header = reinterpret_cast<const uint16_t*>(strip + header_offset(m.format, block)) + lane;
             const uint32_t* units = units_at(units_offset(m.format, block));
             if (m.format == Format::q8) {
                 const int q = static_cast<int>(units[in_block / 4 * TILE] >> (in_block % 4 * 8) & 255) - 128;
-                out[c] = from_f16(head[block % 2 * TILE]) * static_cast<float>(q);
+                out[c] = from_f16(header[block % 2 * TILE]) * static_cast<float>(q);
             } else {
                 const uint32_t q = units[column / 4 * TILE] >> (column % 4 * 8 + in_block / 16 * 4) & 15;
-                out[c] = from_f16(head[0]) * static_cast<float>(q) + from_f16(head[TILE]);
+                out[c] = from_f16(header[0]) * static_cast<float>(q) + from_f16(header[TILE]);
             }
         }
     }
@@ -48,31 +49,9 @@ void unpack_row(const Matrix& m, int row, float* out) {
 
 }  // namespace
 
-Model::Model(const Shape& shape, const Kernels& kernels, int threads)
-    : shape_(shape), kernels_(kernels), pool_(threads),
-      widest_(padded(std::max({shape.hidden_size, shape.intermediate_size, shape.queries_size()}))), workers_(threads + 1) {}
-
-void Model::set_edges(const Matrix& embedding, const Matrix& head, std::vector<float> norm) {
-    embedding_ = embedding;
-    head_ = head;
-    norm_ = std::move(norm);
-}
-
-void Model::make_room_for(const Branch& branch) {
-    if (branch.fuse) widest_ = std::max(widest_, padded(std::max(branch.fuse->cols, branch.mix->cols)));
-}
-
-void Model::set_rope(const float* cos, const float* sin, int length) {
-    const auto turn = pool_.take_turn();
-    const ptrdiff_t size = static_cast<ptrdiff_t>(length) * (shape_.head_dim / 2);
-    cos_.assign(cos, cos + size);
-    sin_.assign(sin, sin + size);
-    rope_length_ = length;
-}
-
 // All memory of a pass is taken here, on the caller's thread, where running out of it can still be reported.
 void Model::reserve(int rows) {
-    const ptrdiff_t n = rows, head_dim = shape_.padded_head_dim(), queries = MAX_BLOCK_ROWS * shape_.group();
+    const ptrdiff_t n = rows, head_dim = shape_.padded_head_dim(), queries = MAX_BLOCK_ROWS * shape_.group_size();
     hidden_.reserve(n * padded(shape_.hidden_size));
     qkv_.reserve(n * shape_.qkv_size());
     queries_.reserve(n * shape_.num_heads * head_dim);
@@ -92,22 +71,25 @@ void Model::reserve(int rows) {
     }
 }
 
-// Makes inputs and shares out the items that multiply with them: make_row(row, to) writes one row, which is then put in every
-// form that the weights' formats want; use(inputs, item) is called for every item.
+// Makes inputs and shares out the items that multiply with them: make_row(row, to) writes one row, which is then put in
+// every form that the weights' formats want; use(inputs, item) is called for every item.
 //
-// Few rows are made by every thread for itself, when it takes its first item; many are made once, in a phase of their own.
+// Few rows are made by every thread for itself, when it takes its first item; many are made once, in their own phase.
 template <class MakeRow, class Use>
-void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items, const Use& use) {
+void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items,
+                              const Use& use) {
     const bool is_shared = rows > MAX_PRIVATE_ROWS;
     Worker& worker = is_shared ? workers_.back() : workers_[team.thread()];
-    const Activations x{worker.f32.get(),    worker.bf16.get(),   worker.q8.get(),
-                        worker.scales.get(), worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
+    const Activations x{worker.f32.get(),    worker.bf16.get(),        worker.q8.get(), worker.scales.get(),
+                        worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
     const auto make = [&](int row) {
         const ptrdiff_t block = x.block(row), at = block * BLOCK;
         make_row(row, x.f32 + at);
         if (formats & (bit(Format::q8) | bit(Format::q4)))
-            kernels_.quantize(x.f32 + at, x.blocks, x.q8 + at, x.scales + block, x.starts + block, x.scaled_sums + block);
-        if (kernels_.multiplies_bf16 && formats & bit(Format::bf16)) kernels_.to_bf16(x.f32 + at, padded(cols), x.bf16 + at);
+            kernels_.quantize(x.f32 + at, x.blocks, x.q8 + at, x.scales + block, x.starts + block,
+                              x.scaled_sums + block);
+        if (kernels_.multiplies_bf16 && formats & bit(Format::bf16))
+            kernels_.to_bf16(x.f32 + at, padded(cols), x.bf16 + at);
     };
     if (is_shared) team.share(rows, make);
     bool is_ready = is_shared;
@@ -120,7 +102,8 @@ void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, 
 
 // The rows times matrices of the same inputs: use(matrix, strip, products) gets each strip's products [row][16].
 template <class MakeRow, class Use>
-void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use) {
+void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row,
+                     const Use& use) {
     unsigned formats = 0;
     int strips = 0, items = 0;
     for (const Matrix* m : matrices) {
@@ -132,7 +115,7 @@ void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> 
     const auto items_of = [&](const Matrix* m) { return (m->strips + per_item - 1) / per_item; };
     for (const Matrix* m : matrices) items += items_of(m);
     float* products = workers_[team.thread()].products.get();
-    share_with_inputs(team, rows, (*matrices.begin())->cols, formats, make_row, items, [&](const Activations& x, int item) {
+    const auto multiply_item = [&](const Activations& x, int item) {
         int index = 0;
         const Matrix* const* m = matrices.begin();
         for (; item >= items_of(*m); ++m, ++index) item -= items_of(*m);
@@ -141,14 +124,16 @@ void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> 
             kernels_.multiply(**m, strip, x, rows, products);
             use(index, strip, products);
         }
-    });
+    };
+    share_with_inputs(team, rows, (*matrices.begin())->cols, formats, make_row, items, multiply_item);
 }
 
 namespace {
 
 // Writes or adds one strip's products [rows][16] to columns of a row-major matrix.
 template <class Put>
-void scatter(const Matrix& m, int strip, const float* products, int rows, float* out, ptrdiff_t stride, const Put& put) {
+void scatter(const Matrix& m, int strip, const float* products, int rows, float* out, ptrdiff_t stride,
+             const Put& put) {
     const int first = strip * TILE, lanes = std::min(TILE, m.rows - first);
     for (int row = 0; row < rows; ++row, products += TILE) {
         float* to = out + stride * row + first;
@@ -174,34 +159,37 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
             kernels_.rms_norm(h + hidden * row, weight.data(), shape_.rms_norm_eps, shape_.hidden_size, out);
         };
     };
-    const auto add_to_hidden = [&](const Matrix& matrix) {
-        return [&, h](int, int strip, const float* products) { scatter(matrix, strip, products, rows, h, hidden, add); };
+    const auto add_to_hidden = [&](const Matrix& m) {
+        return [&, h](int, int strip, const float* products) { scatter(m, strip, products, rows, h, hidden, add); };
     };
 
     const Matrix* parts[] = {&layer.q, &layer.k, &layer.v};
     const std::vector<float>* biases[] = {&layer.q_bias, &layer.k_bias, &layer.v_bias};
     const int offsets[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
-    multiply(team, rows, {&layer.q, &layer.k, &layer.v}, norm(layer.input_norm), [&](int part, int strip, const float* products) {
+    const auto put_qkv = [&](int part, int strip, const float* products) {
         const float* bias = biases[part]->empty() ? nullptr : biases[part]->data();
-        scatter(*parts[part], strip, products, rows, qkv_.get() + offsets[part], shape_.qkv_size(),
-                [&](float& to, float y, int column) { to = bias ? y + bias[column] : y; });
-    });
+        const auto put = [&](float& to, float y, int column) { to = bias ? y + bias[column] : y; };
+        scatter(*parts[part], strip, products, rows, qkv_.get() + offsets[part], shape_.qkv_size(), put);
+    };
+    multiply(team, rows, {&layer.q, &layer.k, &layer.v}, norm(layer.input_norm), put_qkv);
     team.share(rows * shape_.num_kv_heads, [&](int item) { rotate_and_store(item, index, pass); });
     team.share(static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads * (pass.is_split ? pass.max_chunks : 1),
                [&](int item) { attend(item, index, worker, pass); });
-    multiply(team, rows, {&layer.o}, [&](int row, float* out) { merge_attention(row, pass, worker, out); }, add_to_hidden(layer.o));
+    const auto merge = [&](int row, float* out) { merge_attention(row, pass, worker, out); };
+    multiply(team, rows, {&layer.o}, merge, add_to_hidden(layer.o));
     // Gate and up go together, so that their product needs no phase of its own.
     const unsigned formats = bit(layer.gate.format) | bit(layer.up.format);
-    const auto make_row = norm(layer.post_norm);
-    share_with_inputs(team, rows, shape_.hidden_size, formats, make_row, layer.gate.strips, [&](const Activations& x, int strip) {
+    const auto activate = [&](const Activations& x, int strip) {
         const int size = rows * TILE;
         float* products = worker.products.get();
         kernels_.multiply(layer.gate, strip, x, rows, products);
         kernels_.multiply(layer.up, strip, x, rows, products + size);
         kernels_.silu_multiply(products, products + size, size, products);
         scatter(layer.gate, strip, products, rows, activation_.get(), intermediate, assign);
-    });
-    const auto copy = [&](int row, float* out) { std::copy_n(activation_.get() + intermediate * row, intermediate, out); };
+    };
+    share_with_inputs(team, rows, shape_.hidden_size, formats, norm(layer.post_norm), layer.gate.strips, activate);
+    const float* activation = activation_.get();
+    const auto copy = [&](int row, float* out) { std::copy_n(activation + intermediate * row, intermediate, out); };
     multiply(team, rows, {&layer.down}, copy, add_to_hidden(layer.down));
 }
 
@@ -211,10 +199,10 @@ void Model::find_places(Pass& pass) {
     pass.place_of_row.assign(rows.positions, rows.positions + rows.count);
     pass.places.clear();
     pass.places_per_row = 0;
-    if (!rows.back) return;
+    if (!rows.parent_offsets) return;
     std::vector<int> depths(rows.count);
     for (int row = 0, root = 0; row < rows.count; ++row) {
-        if (rows.back[row] == 0) root = row;
+        if (rows.parent_offsets[row] == 0) root = row;
         pass.place_of_row[row] = rows.positions[root] + row - root;
         depths[row] = rows.positions[row] - rows.positions[root];
         pass.places_per_row = std::max(pass.places_per_row, depths[row]);
@@ -223,26 +211,28 @@ void Model::find_places(Pass& pass) {
         // a row does not look behind itself, so there any place will do
         pass.places.insert(pass.places.end(), pass.places_per_row, pass.place_of_row[row]);
         int* own = pass.places.data() + row * pass.places_per_row;
-        for (int ancestor = row; depths[ancestor]; ancestor -= rows.back[ancestor]) own[depths[ancestor] - 1] = pass.place_of_row[ancestor];
+        for (int ancestor = row; depths[ancestor]; ancestor -= rows.parent_offsets[ancestor])
+            own[depths[ancestor] - 1] = pass.place_of_row[ancestor];
     }
 }
 
-void Model::run_pass(const float* in, float* out, Pass& pass) {
-    const int rows = pass.rows.count;
-    find_places(pass);
+// Rows of one sequence, up to MAX_BLOCK_ROWS, share one reading of its keys and values.
+void Model::find_blocks(Pass& pass) {
+    const RowsView& rows = pass.rows;
     pass.blocks.clear();
-    pass.block_of_row.resize(rows);
+    pass.block_of_row.resize(rows.count);
     pass.max_chunks = 0;
-    for (int row = 0; row < rows; ++row) {
-        const int position = pass.rows.positions[row];
-        const bool goes_on = pass.rows.goes_on(row);
-        if (goes_on && pass.blocks.back().count < MAX_BLOCK_ROWS) {
-            ++pass.blocks.back().count;
-        } else {
-            const int tail = !pass.rows.back ? INT_MAX : goes_on ? pass.blocks.back().tail : position + 1;
-            pass.blocks.push_back({row, 1, shape_.first_seen_from(position) / CHUNK, 0, 0, tail});
+    for (int row = 0; row < rows.count; ++row) {
+        const int position = rows.positions[row];
+        const bool starts_sequence = rows.starts_sequence(row);
+        if (starts_sequence || pass.blocks.back().count == MAX_BLOCK_ROWS) {
+            // blocks of one tree share what comes up to its root
+            const int root_end = starts_sequence ? position + 1 : pass.blocks.back().shared_end;
+            const int shared_end = rows.parent_offsets ? root_end : INT_MAX;
+            pass.blocks.push_back({row, 0, shape_.window_start(position) / CHUNK, 0, 0, shared_end});
         }
-        Block& block = pass.blocks.back();
+        QueryBlock& block = pass.blocks.back();
+        ++block.count;
         block.end = std::max(block.end, position + 1);
         block.num_chunks = (block.end - 1) / CHUNK + 1 - block.first_chunk;
         pass.max_chunks = std::max(pass.max_chunks, block.num_chunks);
@@ -250,8 +240,14 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     }
     const int items = static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads;
     pass.is_split = pass.max_chunks > 1 && items < 4 * pool_.threads();
-    const ptrdiff_t partials = static_cast<ptrdiff_t>(items) * pass.max_chunks * MAX_BLOCK_ROWS * shape_.group();
+    const ptrdiff_t partials = static_cast<ptrdiff_t>(items) * pass.max_chunks * MAX_BLOCK_ROWS * shape_.group_size();
     if (pass.is_split) partials_.reserve(partials * shape_.partial_size());
+}
+
+void Model::run_pass(const float* in, float* out, Pass& pass) {
+    const int rows = pass.rows.count;
+    find_places(pass);
+    find_blocks(pass);
     reserve(rows);
     const int size = shape_.hidden_size;
     const ptrdiff_t stride = padded(size);
@@ -271,16 +267,18 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     copy_rows(hidden_.get(), stride, rows, size, out, size);
 }
 
-void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache, Taps taps) {
+void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows,
+                       const CacheView& cache, Taps taps) {
     const auto turn = pool_.take_turn();
     const ptrdiff_t size = shape_.hidden_size;
+    const int32_t* offsets = rows.parent_offsets;
     Pass pass{};
     pass.cache = cache;
     pass.layers = layers;
     for (int first = 0, next; first < rows.count; first = next) {
         next = std::min(first + MAX_PASS_ROWS, rows.count);
-        while (rows.back && next < rows.count && rows.back[next]) --next;  // a tree stays whole
-        pass.rows = {next - first, rows.slots + first, rows.positions + first, rows.back ? rows.back + first : nullptr};
+        while (offsets && next < rows.count && offsets[next]) --next;  // a tree stays whole
+        pass.rows = {next - first, rows.slots + first, rows.positions + first, offsets ? offsets + first : nullptr};
         pass.taps = taps;
         taps.out += (next - first) * taps.count * size;
         run_pass(in + size * first, out + size * first, pass);
@@ -288,11 +286,12 @@ void Model::run_layers(const float* in, float* out, std::span<const int32_t> lay
 }
 
 void Model::embed(const int32_t* ids, int count, float* out) const {
-    for (int i = 0; i < count; ++i) unpack_row(embedding_, ids[i], out + static_cast<ptrdiff_t>(i) * shape_.hidden_size);
+    for (int i = 0; i < count; ++i)
+        unpack_row(embedding_, ids[i], out + static_cast<ptrdiff_t>(i) * shape_.hidden_size);
 }
 
-// Rows [count, matrix columns], through a norm if there is one, times a matrix: use(thread, first row, rows, strip, products)
-// gets each strip's products [rows][16].
+// Rows [count, matrix columns], through a norm if there is one, times a matrix: use(thread, first row, rows, strip,
+// products) gets each strip's products [rows][16].
 template <class Use>
 void Model::apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use) {
     const int cols = matrix.cols;
@@ -331,7 +330,8 @@ void Model::greedy(const float* in, int count, const Matrix& head, int32_t* out)
         for (int row = 0; row < rows; ++row, products += TILE) {
             Best& best = workers_[thread].best[first + row];
             Best found{products[0], strip * TILE};
-            for (int lane = 1; lane < lanes; ++lane) found.value = products[lane] > found.value ? products[lane] : found.value;
+            for (int lane = 1; lane < lanes; ++lane)
+                found.value = products[lane] > found.value ? products[lane] : found.value;
             if (!(best < found)) continue;
             found.id += static_cast<int32_t>(std::find(products, products + lanes, found.value) - products);
             best = found;

@@ -1,8 +1,10 @@
-// The decoder on packed weights: ranges of layers, the head, and a loop of greedy draft steps.
+// The decoder on packed weights: layers, the head, and drafts. load.cpp sets it up; model.cpp, attention.cpp and
+// draft.cpp run it.
 #pragma once
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -46,20 +48,24 @@ struct Shape {
     float rms_norm_eps;
     int sliding_window;  // 0: none
 
-    int group() const { return num_heads / num_kv_heads; }
+    int group_size() const { return num_heads / num_kv_heads; }
     int queries_size() const { return num_heads * head_dim; }
     int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
     int padded_head_dim() const { return blocks_of(head_dim) * BLOCK; }
     int partial_size() const { return PARTIAL_VALUES + padded_head_dim(); }
-    int first_seen_from(int position) const { return sliding_window ? std::max(0, position - sliding_window + 1) : 0; }
+    int window_start(int position) const { return sliding_window ? std::max(0, position - sliding_window + 1) : 0; }
+};
+
+struct PackedMatrix : Matrix {
+    std::shared_ptr<const void> owner;  // of the data
 };
 
 struct Layer {
-    int cache_layer;  // where its keys and values lie; a copy of a layer in lower precision shares those of the original
-    Matrix q, k, v, o, gate, up, down;
-    std::vector<float> input_norm, post_norm;       // padded to whole blocks
-    std::vector<float> q_bias, k_bias, v_bias;      // empty: none
-    std::vector<float> q_norm, k_norm;              // padded; empty: none
+    PackedMatrix q, k, v, o, gate, up, down;
+    std::vector<float> input_norm, post_norm;
+    std::vector<float> q_bias, k_bias, v_bias;  // empty: none
+    std::vector<float> q_norm, k_norm;          // empty: none
+    int cache_layer = 0;  // where its keys and values lie; a copy of a layer in lower precision shares the original's
 };
 
 // Keys and values [layers, slots, kv heads, positions, head_dim]; int8 ones have a scale per [.., positions].
@@ -77,15 +83,15 @@ struct CacheView {
     }
 };
 
-// Where each row lives. Rows of one sequence are consecutive. With `back` null they are in the order of their positions; else
-// they may be a tree of tokens, each after its parent: back[row] is how many rows before it its parent is, 0 for the first row of
-// a sequence. A tree's keys and values lie in the order of the rows, so that its branches do not overwrite each other.
+// Where each row lives. Rows of one sequence are consecutive. Without parent offsets they are in the order of their
+// positions; else they may be a tree of tokens, each after its parent. A tree's keys and values lie in the order of the
+// rows, so that its branches do not overwrite each other.
 struct RowsView {
     int count;
     const int32_t *slots, *positions;
-    const int32_t* back = nullptr;
+    const int32_t* parent_offsets = nullptr;  // how many rows before each its parent is; 0: starts a sequence
 
-    bool goes_on(int row) const { return row > 0 && slots[row] == slots[row - 1]; }  // with the sequence of the row before
+    bool starts_sequence(int row) const { return row == 0 || slots[row] != slots[row - 1]; }
 };
 
 // Hidden states to keep on the way: out [rows, count, hidden_size] of the outputs of layers layers[i] - 1, rising.
@@ -95,75 +101,77 @@ struct Taps {
     float* out = nullptr;
 };
 
-// An exit: the embedding, then the layers of `entry`, then num_layers from first_layer on, whose cache is the branch's own, norm, head.
-struct Branch {
-    std::vector<int32_t> entry;
-    int first_layer, num_layers;
-    std::optional<Matrix> head;       // none: the model's own
-    const int32_t* vocabulary;        // tokens that the head's rows stand for; null: all, in order
-    std::optional<Matrix> fuse, mix;  // none: without features; see `Mixing` in branch.py
-    int num_features;
+// Where drafts are read: after the embedding, layers of the model, and layers of the exit's own, which have keys and
+// values of their own.
+struct Exit {
+    std::vector<int32_t> model_layers, own_layers;
+    std::optional<PackedMatrix> head;       // none: the model's
+    std::vector<int32_t> vocabulary;        // tokens that the head's rows stand for; empty: all, in order
+    int32_t largest_token = -1;             // of the vocabulary
+    std::optional<PackedMatrix> fuse, mix;  // none: without features; see `Mixing` in branch.py
+    int num_features = 0;
     std::vector<float> token_norm, feature_norm;
+
+    bool needs_token_states() const { return !model_layers.empty() && !own_layers.empty(); }
 };
 
-// Up to k draft steps for each sequence; its last row of `rows` holds its last token, those before it tokens that a branch has yet
-// to see.
+// Draft tokens for some sequences. A sequence's last row holds its last token; those before it, tokens that an exit
+// with layers of its own has yet to see.
 struct DraftTask {
-    const int32_t* ids;  // of the rows
-    RowsView rows;
-    int k;
-    const int32_t* limits;      // [sequences], fewer than k steps, if any
-    float min_confidence;       // a sequence stops after its first token less probable
+    std::vector<int32_t> ids;         // [rows]
+    std::vector<int32_t> limits;      // [sequences], most tokens to draft, at most num_draft_tokens
+    std::vector<float> temperatures;  // [sequences], 0: takes the best token; empty: all do
+    float min_confidence;             // a sequence stops after its first token that is less probable
+    int num_draft_tokens, num_runner_ups;
     const float* features;      // [rows, num_features, hidden_size], what the model left behind of the token before
-    const float* token_states;  // [rows, hidden_size], outputs of the entry; those of each sequence's last row are not used
-    const float* temperatures;  // [sequences], 0: takes the best token; null: all do
-    const double* uniforms;     // [sequences, k], one for each token that is drawn, from 0 to below 1
+    const float* token_states;  // [rows, hidden_size], outputs of the model's layers; a sequence's last one is not read
+    const double* uniforms;     // [sequences, num_draft_tokens], from 0 to below 1, for the tokens that are drawn
 
-    // Results: k steps for each sequence, as many of them as `counts` says.
-    int32_t* tokens;       // [sequences, k]
+    // Results [sequences, num_draft_tokens, ..], of as many tokens as `counts` says; null: not wanted.
+    int32_t* tokens;
     int32_t* counts;       // [sequences]
-    float* states;         // [sequences, k, hidden_size], which the tokens were read from
-    float* probabilities;  // [sequences, k, 1 + num_runner_ups], of the tokens and their runner-ups at the exit; null: not wanted
-    int num_runner_ups;
-    int32_t* runner_ups;   // [sequences, k, num_runner_ups], next best tokens, best first
-    float* distributions;  // [sequences, k, head rows], which tokens were drawn from; null: not wanted
+    float* states;         // [.., hidden_size], which the tokens were read from
+    float* probabilities;  // [.., 1 + num_runner_ups], of the token and its runner-ups
+    int32_t* runner_ups;   // [.., num_runner_ups], next best tokens, best first
+    float* distributions;  // [.., rows of the head], which the tokens were drawn from
 };
 
 class Model {
 public:
     Model(const Shape& shape, const Kernels& kernels, int threads);
 
-    void add_layer(Layer layer) {
-        num_cache_layers_ = std::max(num_cache_layers_, layer.cache_layer + 1);
-        layers_.push_back(std::move(layer));
-    }
-    void set_edges(const Matrix& embedding, const Matrix& head, std::vector<float> norm);
-    void make_room_for(const Branch& branch);
+    void add_layer(Layer layer);
+    void set_embedding_and_head(const PackedMatrix& embedding, const PackedMatrix& head, std::vector<float> norm);
     void set_rope(const float* cos, const float* sin, int length);
 
     const Shape& shape() const { return shape_; }
     const Matrix& head() const { return head_; }
+    bool has_embedding_and_head() const { return head_.data; }
     int num_layers() const { return static_cast<int>(layers_.size()); }
     int num_cache_layers() const { return num_cache_layers_; }
     int rope_length() const { return rope_length_; }
     int threads() const { return pool_.threads(); }
     const char* isa() const { return kernels_.name; }
 
-    // Everything below takes f32 rows of hidden_size, unpadded, and may be called from several threads: calls take turns.
+    // All that follow take f32 rows of hidden_size, unpadded. Calls from several threads take turns.
     void embed(const int32_t* ids, int count, float* out) const;
     // The layers in the order given.
-    void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache, Taps taps = {});
+    void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache,
+                    Taps taps = {});
     // Logits [count, head rows] of hidden states, through the final norm.
     void logits(const float* in, int count, const Matrix& head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
     void greedy(const float* in, int count, const Matrix& head, int32_t* out);
-    void draft(const Branch& branch, const CacheView& cache, const DraftTask& task);
+    void draft(const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task);
 
 private:
+    class Drafter;
     struct Best {
         float value;
         int32_t id;
-        bool operator<(const Best& other) const { return value < other.value || (value == other.value && id > other.id); }
+        bool operator<(const Best& other) const {
+            return value < other.value || (value == other.value && id > other.id);
+        }
     };
     struct Worker {  // what each thread has for itself
         Buffer<float> f32, products, scratch, partials;
@@ -174,18 +182,18 @@ private:
         std::vector<int> range;  // first and last position of each query
         std::vector<Best> best;  // of each row
     };
-    struct Block {  // rows of one sequence that attend together
+    struct QueryBlock {  // rows of one sequence that attend together
         int row, count;
-        int first_chunk, num_chunks;  // of the positions that any of them sees
-        int end;                      // those are before it
-        int tail;                     // first position where the rows differ; see ChunkTask
+        int first_chunk, num_chunks;  // of the positions that any of them sees, all before `end`
+        int end;
+        int shared_end;  // see ChunkTask
     };
     struct Pass {
         RowsView rows;
         CacheView cache;
         std::span<const int32_t> layers;
         Taps taps;
-        std::vector<Block> blocks;
+        std::vector<QueryBlock> blocks;
         std::vector<int> block_of_row, place_of_row;
         std::vector<int> places;  // [rows][places_per_row], of trees
         int places_per_row;
@@ -195,21 +203,24 @@ private:
 
     void run_pass(const float* in, float* out, Pass& pass);
     void find_places(Pass& pass);
+    void find_blocks(Pass& pass);
     void run_layer(Team& team, int index, const Pass& pass);
     void rotate_and_store(int item, int index, const Pass& pass);
     float* queries_of(int row, int kv_head, const Pass& pass);
     void attend(int item, int index, Worker& worker, const Pass& pass);
-    void attend_chunk(const Block& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass, float* partials);
+    void attend_chunk(const QueryBlock& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass,
+                      float* partials);
     void write_head(const float* state, int head, float* row) const;
     void merge_attention(int row, const Pass& pass, Worker& worker, float* out);
     template <class MakeRow, class Use>
-    void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items, const Use& use);
+    void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items,
+                           const Use& use);
     template <class MakeRow, class Use>
-    void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row, const Use& use);
+    void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row,
+                  const Use& use);
     template <class Use>
     void apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use);
     void linear(const Matrix& matrix, const float* norm, const float* in, int count, float* out);
-    void mix(const Branch& branch, const float* token_states, const float* features, int count, float* out);
     void reserve(int rows);
 
     Shape shape_;
@@ -218,7 +229,7 @@ private:
     std::vector<Layer> layers_;
     int num_cache_layers_ = 0;
     ptrdiff_t widest_;  // padded columns of the widest input
-    Matrix embedding_{}, head_{};
+    PackedMatrix embedding_{}, head_{};
     std::vector<float> norm_, cos_, sin_;
     int rope_length_ = 0;
     std::vector<Worker> workers_;  // the last one is shared: inputs of many rows, prepared once for all threads

@@ -85,12 +85,13 @@ struct IntProduct {
             x_scaled_sums[r] = x.scaled_sums + start;
         }
         V sum[PARTS][R] = {};
-        constexpr int UNITS = units_of_block(FORMAT);
+        constexpr int UNITS = units_per_block(FORMAT);
         for (int b = 0; b < m.blocks; ++b) {
-            const uint16_t* head = reinterpret_cast<const uint16_t*>(m.strip(strip) + head_offset(FORMAT, b));
-            const uint16_t *scales = head + b % blocks_of_head(FORMAT) * TILE, *minima = head + TILE;
+            const uint16_t* header = reinterpret_cast<const uint16_t*>(m.strip(strip) + header_offset(FORMAT, b));
+            const uint16_t *scales = header + b % blocks_per_header(FORMAT) * TILE, *minima = header + TILE;
             const uint8_t* units = m.strip(strip) + units_offset(FORMAT, b);
-            const auto* first = b % blocks_of_head(FORMAT) ? units : units - HEAD_BYTES;  // every line, or the rest is in vain
+            // every line, or the rest is in vain
+            const auto* first = b % blocks_per_header(FORMAT) ? units : units - HEADER_BYTES;
             for (const uint8_t* p = first; p < units + UNITS * UNIT_BYTES; p += 64) prefetch_to_l2(p + WEIGHTS_AHEAD);
             UNROLL_FOR (int p = 0; p < PARTS; ++p) {
                 const auto unit = [&](int u) { return load_units(units + (u * PARTS + p) * LANES * 4); };
@@ -115,7 +116,8 @@ struct IntProduct {
                         }
                     }
                     const V minimum = load_f16(minima + p * LANES);
-                    UNROLL_FOR (int r = 0; r < R; ++r) {  // w = scale * nibble + minimum: the minimum multiplies the sum of x
+                    // w = scale * nibble + minimum: the minimum multiplies the sum of x
+                    UNROLL_FOR (int r = 0; r < R; ++r) {
                         const V with_minimum = fma(minimum, splat(x_scaled_sums[r][b]), sum[p][r]);
                         sum[p][r] = fma(to_float(finish_nibbles(dot[r])), scale * x_scales[r][b], with_minimum);
                     }

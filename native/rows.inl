@@ -4,7 +4,7 @@
 constexpr int CACHE_AHEAD = 4 * 1024;  // bytes of keys or values to prefetch
 
 inline V exponential(V x) {
-    // exp(x) = 2^n * exp(r), |r| <= ln 2 / 2; the polynomial is that of Cephes, good to about one unit in the last place.
+    // exp(x) = 2^n * exp(r), |r| <= ln 2 / 2; the polynomial is that of Cephes, good to about a unit in the last place.
     V clamped = min(max(x, splat(-87.0f)), splat(88.0f));
     V n = round_even(clamped * 1.44269504f);
     V r = fma(n, splat(-0.693359375f), clamped);
@@ -87,7 +87,8 @@ inline V widened(const float* p, float) { return load(p); }
 inline V widened(const uint16_t* p, float) { return load_bf16(p); }
 inline V widened(const int8_t* p, float scale) { return load_int8(p) * scale; }
 
-// Keys or values, straight from the cache or from a tile of f32: (t, e) gives elements e.. of position t. The bits are the same.
+// Keys or values, straight from the cache or from a tile of f32, with the same bits: (t, e) gives elements e.. of
+// position t.
 template <class Element>
 struct VectorsOf {
     const Element* first;
@@ -106,7 +107,7 @@ void widen(const ChunkTask& task, const VectorsOf<Element>& cache, int position,
             for (int e = 0; e < task.padded_head_dim; e += LANES) store(tile + e, V{});
             continue;
         }
-        const int place = position + t < task.tail ? position + t : places[position + t - task.tail];
+        const int place = position + t < task.shared_end ? position + t : places[position + t - task.shared_end];
         const Element* from = cache.first + place * cache.size;
         const float scale = cache.scale(place);
         const auto put = [&](const Element* block, float* to) {
@@ -129,22 +130,26 @@ inline void in_groups(int first, int end, const Use& use) {
     if constexpr (R > 1) in_groups<R - 1>(first, end, use);
 }
 
-// Calls use.operator()<n>(vectors, position, query) for each LANES positions and n queries that find the same there. Few queries
-// take them straight from the cache; for many they are widened to f32 once.
+// Calls use.operator()<n>(vectors, position, query) for each LANES positions and n queries that find the same there.
+// Few queries take them straight from the cache; for many they are widened to f32 once.
 template <class Element, class Use>
 inline void with_vectors(const ChunkTask& task, const VectorsOf<Element>& cache, float* tile, const Use& use) {
     const VectorsOf<float> in_tile{tile, nullptr, task.padded_head_dim};
     for (int position = task.begin; position < task.end; position += LANES) {
         // not inlined: together with the code around it, sums would not stay in registers
         const auto use_for = [&](const auto& vectors, int first, int end) __attribute__((noinline)) {
-            in_groups<MAX_QUERIES>(first, end, [&]<int R>(int query) { use.template operator()<R>(vectors, position, query); });
+            in_groups<MAX_QUERIES>(first, end,
+                                   [&]<int R>(int query) { use.template operator()<R>(vectors, position, query); });
         };
         const Element* first = cache.first + position * cache.size;
         const ptrdiff_t bytes = LANES * cache.size * static_cast<ptrdiff_t>(sizeof(Element));
-        for (ptrdiff_t i = 0; i < bytes; i += 64) prefetch_to_l2(reinterpret_cast<const uint8_t*>(first) + CACHE_AHEAD + i);
-        const bool is_tree = position + LANES > task.tail, is_whole = position + LANES <= task.end && task.head_dim == task.padded_head_dim;
+        for (ptrdiff_t i = 0; i < bytes; i += 64)
+            prefetch_to_l2(reinterpret_cast<const uint8_t*>(first) + CACHE_AHEAD + i);
+        const bool is_tree = position + LANES > task.shared_end;
+        const bool is_whole = position + LANES <= task.end && task.head_dim == task.padded_head_dim;
         if (!is_tree && is_whole && task.num_queries <= MAX_QUERIES) {
-            use_for(VectorsOf<Element>{first, cache.scales ? cache.scales + position : nullptr, cache.size}, 0, task.num_queries);
+            use_for(VectorsOf<Element>{first, cache.scales ? cache.scales + position : nullptr, cache.size}, 0,
+                    task.num_queries);
             continue;
         }
         const int step = is_tree ? task.queries_per_row : task.num_queries;
@@ -157,7 +162,9 @@ inline void with_vectors(const ChunkTask& task, const VectorsOf<Element>& cache,
 
 template <class Use>
 inline void with_vectors(const ChunkTask& task, const CacheVectors& cache, float* tile, const Use& use) {
-    const auto run = [&](const auto* data) { with_vectors(task, VectorsOf{data, cache.scales, task.head_dim}, tile, use); };
+    const auto run = [&](const auto* data) {
+        with_vectors(task, VectorsOf{data, cache.scales, task.head_dim}, tile, use);
+    };
     switch (task.type) {
         case CacheType::f32: return run(static_cast<const float*>(cache.data));
         case CacheType::bf16: return run(static_cast<const uint16_t*>(cache.data));
@@ -211,7 +218,8 @@ void attend_chunk(const ChunkTask& task, float* scratch, float* partials) {
         for (int t = 0; t < LANES; t += 4) dot_keys<R>(task.queries + query * padded, keys, padded, products, t);
         const V index = lane_indices() + static_cast<float>(position);
         UNROLL_FOR (int r = 0; r < R; ++r) {
-            const V first = splat(static_cast<float>(task.first[query + r])), last = splat(static_cast<float>(task.last[query + r]));
+            const V first = splat(static_cast<float>(task.first_seen[query + r]));
+            const V last = splat(static_cast<float>(task.last_seen[query + r]));
             const V seen = where_less(index, first, hidden, sums(products[r]));
             store(scores + (query + r) * CHUNK + position - task.begin, where_less(last, index, hidden, seen));
         }

@@ -1,5 +1,5 @@
-// What every instruction set has alike. Included by isa_*.cpp, which begin with LANES, V (that many floats) and I (as many
-// 32-bit integers, or the bytes and words inside them). Arithmetic on V is the compiler's own: a + b, a * b.
+// What every instruction set has alike. Included by isa_*.cpp, which begin with LANES, V (that many floats) and I (as
+// many 32-bit integers, or the bytes and words inside them). Arithmetic on V is the compiler's own: a + b, a * b.
 
 typedef uint32_t U __attribute__((vector_size(LANES * 4)));
 

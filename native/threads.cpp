@@ -34,7 +34,8 @@ void Pool::start() {
     sigset_t all, before;  // signals go to the program's own threads, where Python handles them
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (int thread = 1; thread < threads_; ++thread) state_->workers.emplace_back([this, thread] { work(*state_, thread); });
+    for (int thread = 1; thread < threads_; ++thread)
+        state_->workers.emplace_back([this, thread] { work(*state_, thread); });
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
@@ -48,7 +49,8 @@ Pool::~Pool() {
 }
 
 std::unique_lock<std::recursive_mutex> Pool::take_turn() {
-    // A fork copies the caller's thread only: whoever held the lock no longer exists, and the old state is the parent's threads'.
+    // A fork copies the caller's thread only: whoever held the lock no longer exists, and the old state belongs to the
+    // parent's threads.
     if (process_ != getpid()) start();
     return std::unique_lock(state_->turn);
 }
@@ -65,7 +67,8 @@ void Pool::run_erased(int phases, std::function<void(Team&)> body) {
     Team team(0, threads_, state.counters.data());
     state.body(team);
     state.inside.fetch_add(CLOSED, std::memory_order_acq_rel);
-    for (int inside; (inside = state.inside.load(std::memory_order_acquire)) != CLOSED;) wait_while_equal(state.inside, inside);
+    for (int inside; (inside = state.inside.load(std::memory_order_acquire)) != CLOSED;)
+        wait_while_equal(state.inside, inside);
 }
 
 void Pool::work(State& state, int thread) const {

@@ -1,8 +1,8 @@
 // A pool of threads that share out work item by item, phase by phase: no queue, no allocation between calls.
 //
-// A phase ends when its items are done, not when its threads have met: one that the system has put to sleep between two items
-// holds nobody up, and finds the phases behind it finished when it wakes. On a busy machine that is worth several times the
-// speed of a barrier.
+// A phase ends when its items are done, not when its threads have met: one that the system has put to sleep between two
+// items holds nobody up, and finds the phases behind it finished when it wakes. On a busy machine that is worth several
+// times the speed of a barrier.
 #pragma once
 
 #include <atomic>
@@ -14,19 +14,21 @@
 
 namespace hopskip {
 
-// Sleeps while the value is `old`, after spinning for about 50 microseconds: phases are far shorter than waking up takes.
+// Sleeps while the value is `old`, after spinning for about 50 microseconds: waking up takes far longer than a phase.
 void wait_while_equal(const std::atomic<int>& value, int old);
 
 // What a thread sees of a run. All threads must ask for the same phases in the same order.
 class Team {
 public:
     // counters: for each phase the number of items done, then for each thread how many of its items are taken.
-    Team(int thread, int threads, std::atomic<int>* counters) : thread_(thread), threads_(threads), counters_(counters) {}
+    Team(int thread, int threads, std::atomic<int>* counters)
+        : thread_(thread), threads_(threads), counters_(counters) {}
 
     int thread() const { return thread_; }
 
-    // Calls use(item) for every item from 0 to count-1, each on some thread; returns when all of them are done. A thread begins
-    // with consecutive items of its own, so that it reads memory in one stream, and then helps the others with theirs.
+    // Calls use(item) for every item from 0 to count-1, each on some thread; returns when all of them are done. A
+    // thread begins with consecutive items of its own, so that it reads memory in one stream, and then helps the others
+    // with theirs.
     template <class Use>
     void share(int count, const Use& use) {
         std::atomic<int>& done = counters_[0];
@@ -48,7 +50,9 @@ public:
     }
 
 private:
-    int first_of(int thread, int count) const { return static_cast<int>(static_cast<int64_t>(count) * thread / threads_); }
+    int first_of(int thread, int count) const {
+        return static_cast<int>(static_cast<int64_t>(count) * thread / threads_);
+    }
 
     int thread_, threads_;
     std::atomic<int>* counters_;
@@ -65,8 +69,8 @@ public:
     // Callers of `run` take turns: each holds this lock. After a fork the child gets a lock and threads of its own.
     std::unique_lock<std::recursive_mutex> take_turn();
 
-    // Calls body(Team&), with at most `phases` phases, on the caller's thread (number 0) and whichever of the others come in
-    // time; returns when all have left it. The body must not throw.
+    // Calls body(Team&), with at most `phases` phases, on the caller's thread (number 0) and whichever of the others
+    // come in time; returns when all have left it. The body must not throw.
     template <class Body>
     void run(int phases, const Body& body) {
         run_erased(phases, std::cref(body));

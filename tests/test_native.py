@@ -567,8 +567,15 @@ def test_rows_of_a_tree_have_the_bits_of_its_branches(
         assert torch.equal(tensor[:, 1, :, : start + len(branch)], expected[:, 0])
 
 
+def run_layers(engine: Any, h: Tensor, out: Tensor, start: int, stop: int, **arrays: Tensor) -> None:
+    """`Engine.run_layers` on rows and a cache of these arrays."""
+    of_rows = {name: arrays[name] for name in ("slots", "positions", "parent_offsets") if name in arrays}
+    of_cache = {name: array for name, array in arrays.items() if name not in of_rows}
+    engine.run_layers(h, out, start, stop, native._native.Rows(**of_rows), native._native.Cache(**of_cache))
+
+
 def bad_calls() -> Iterator[Any]:
-    """Arguments of `Engine.run_layers` that must be refused: name -> what replaces the good one."""
+    """Arguments of `run_layers` that must be refused: name -> what replaces the good one."""
     good = {"slots": torch.tensor([0, 0, 1]), "positions": torch.tensor([3, 4, 2])}
     ints = {name: value.int() for name, value in good.items()}
     yield pytest.param({"h": torch.zeros(3, 63)}, id="hidden size")
@@ -589,12 +596,12 @@ def bad_calls() -> Iterator[Any]:
     yield pytest.param({"positions": torch.tensor([-1, 0, 2], dtype=torch.int32)}, id="negative position")
     yield pytest.param({"positions": torch.tensor([3, 4, 16], dtype=torch.int32)}, id="position beyond the cache")
     yield pytest.param({"positions": torch.tensor([3, 5, 2], dtype=torch.int32)}, id="gap in a segment")
-    yield pytest.param({"back": torch.tensor([0, 2, 0], dtype=torch.int32)}, id="parent in no row")
-    yield pytest.param({"back": torch.tensor([0, 0, 0], dtype=torch.int32)}, id="two roots")
-    yield pytest.param({"back": torch.tensor([0, 1, 1], dtype=torch.int32)}, id="parent in another sequence")
-    yield pytest.param({"back": torch.tensor([0, 1], dtype=torch.int32)}, id="fewer parents")
-    yield pytest.param({"back": good["slots"]}, id="int64 parents")
-    same = {"slots": torch.zeros(3, dtype=torch.int32), "back": torch.tensor([0, 1, 2], dtype=torch.int32)}
+    yield pytest.param({"parent_offsets": torch.tensor([0, 2, 0], dtype=torch.int32)}, id="parent in no row")
+    yield pytest.param({"parent_offsets": torch.tensor([0, 0, 0], dtype=torch.int32)}, id="two roots")
+    yield pytest.param({"parent_offsets": torch.tensor([0, 1, 1], dtype=torch.int32)}, id="parent in another sequence")
+    yield pytest.param({"parent_offsets": torch.tensor([0, 1], dtype=torch.int32)}, id="fewer parents")
+    yield pytest.param({"parent_offsets": good["slots"]}, id="int64 parents")
+    same = {"slots": torch.zeros(3, dtype=torch.int32), "parent_offsets": torch.tensor([0, 1, 2], dtype=torch.int32)}
     yield pytest.param({**same, "positions": torch.tensor([3, 4, 5], dtype=torch.int32)}, id="position unlike parent's")
     yield pytest.param(
         {**same, "positions": torch.tensor([14, 15, 15], dtype=torch.int32)}, id="place beyond the cache"
@@ -610,6 +617,16 @@ def bad_calls() -> Iterator[Any]:
     yield pytest.param(int8, id="int8 without scales")
     yield pytest.param({**int8, **scales, "v_scales": torch.zeros(3, 2, 2, 15)}, id="too few scales")
     yield pytest.param({**int8, **scales, "k_scales": torch.zeros(3, 2, 2, 16).double()}, id="float64 scales")
+    yield pytest.param({**int8, "k_scales": scales["k_scales"]}, id="scales of the keys alone")
+    yield pytest.param(scales, id="float32 with scales")
+    yield pytest.param({"k": torch.zeros(3, 2, 2, 16)}, id="cache without a dimension")
+    long = torch.arange(65, dtype=torch.int32)
+    tree = {"slots": long * 0, "positions": long.clamp(max=1), "parent_offsets": long}
+    yield pytest.param({**tree, "h": torch.zeros(65, 64), "out": torch.zeros(65, 64)}, id="large tree")
+    largest = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32)
+    yield pytest.param({"slots": largest[:1].repeat(3)}, id="largest slot")
+    yield pytest.param({"positions": largest[[0, 1, 0]]}, id="positions that overflow")
+    yield pytest.param({**same, "positions": largest[:1].repeat(3)}, id="places that overflow")
 
 
 @pytest.mark.parametrize("change", list(bad_calls()))
@@ -631,7 +648,7 @@ def test_bad_arrays_are_refused_before_anything_runs(
         "v": cache.v_LSHTD,
     }
     with pytest.raises(ValueError, match=r"."):
-        model._engine.run_layers(**{**arguments, **change})
+        run_layers(model._engine, **{**arguments, **change})  # type: ignore[arg-type]
     out = arguments["out"]
     assert isinstance(out, Tensor)
     assert torch.equal(out, torch.full((3, 64), 5.0))
@@ -669,7 +686,10 @@ def test_fuzzed_rows_run_or_are_refused(
         and 0 <= start <= stop <= 3
     )
     try:
-        model._engine.run_layers(torch.ones(rows, 64), out, start, stop, *as_int, cache.k_LSHTD, cache.v_LSHTD)
+        run_layers(
+            model._engine, torch.ones(rows, 64), out, start, stop,
+            slots=as_int[0], positions=as_int[1], k=cache.k_LSHTD, v=cache.v_LSHTD,
+        )  # fmt: skip
     except ValueError:
         assert not is_good
     else:
@@ -682,9 +702,9 @@ def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) ->
         with pytest.raises(ValueError, match="token id"):
             model.embed(torch.tensor([bad]))
     one, cache = torch.tensor([1]), model.new_cache(1, 8)
-    with pytest.raises(ValueError, match="branch needs a layer"):
+    with pytest.raises(ValueError, match="exit needs a layer"):
         model.draft_chains(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=())
-    with pytest.raises(ValueError, match="entry is 99"):
+    with pytest.raises(ValueError, match="a layer of the exit is 99"):
         model.draft_chains(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=(0, 99))
     with pytest.raises(ValueError, match="position is 7"):  # the second step would be beyond the cache
         model.draft_chains(one, Rows([Segment(0, 7, 1)]), [2], cache, layers=(0,))

@@ -149,7 +149,7 @@ class NativeBackend(StepwiseBackend):
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def new_cache(self, num_slots: int, length: int) -> Cache:
-        return TensorCache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
+        return NativeCache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
 
     def embed(self, token_ids: Seq[int]) -> Array:
         out_ND = np.empty((len(token_ids), self.config.hidden_size), dtype=np.float32)
@@ -163,8 +163,8 @@ class NativeBackend(StepwiseBackend):
         tapped_NAD = np.empty((len(hidden_ND), len(taps), hidden_ND.shape[1]), dtype=np.float32) if taps else None
         self._extend_rope(cache.length)
         self._engine.run_layers(
-            hidden_ND, out_ND, start, stop, rows.slots, rows.positions, back=rows.parent_offsets,
-            taps=_int32(tuple(taps)) if taps else None, tapped=tapped_NAD, **_cache_arguments(cache),
+            hidden_ND, out_ND, start, stop, _rows(rows), _handle(cache),
+            taps=_int32(tuple(taps)) if taps else None, tapped=tapped_NAD,
         )  # fmt: skip
         return Pass(out_ND, tapped_NAD)
 
@@ -202,14 +202,22 @@ class NativeBackend(StepwiseBackend):
             for row, own in zip(uniforms_Bk, task.uniforms or (), strict=True):
                 row[: len(own)] = own
         self._extend_rope(cache.length)
-        self._engine.draft(
-            packed_exit, np.array(task.token_ids, dtype=np.int32), task.rows.slots, task.rows.positions,
-            _contiguous(task.features_NAD), _contiguous(task.token_states_ND),
-            k, np.array(task.limits, dtype=np.int32), task.min_confidence,
-            **_cache_arguments(cache), tokens=tokens_Bk, counts=counts_B, states=states_BkD,
-            probabilities=probs_Bkt, runner_ups=runner_ups_Bkt,
-            temperatures=temperatures_B, uniforms=uniforms_Bk, distributions=distributions_Bkn,
-        )  # fmt: skip
+        native_task = extension.DraftTask(
+            ids=np.array(task.token_ids, dtype=np.int32),
+            limits=np.array(task.limits, dtype=np.int32),
+            min_confidence=task.min_confidence,
+            features=_contiguous(task.features_NAD),
+            token_states=_contiguous(task.token_states_ND),
+            temperatures=temperatures_B,
+            uniforms=uniforms_Bk,
+            tokens=tokens_Bk,
+            counts=counts_B,
+            states=states_BkD,
+            probabilities=probs_Bkt,
+            runner_ups=runner_ups_Bkt,
+            distributions=distributions_Bkn,
+        )
+        self._engine.draft(packed_exit, _rows(task.rows), _handle(cache), native_task)
         counts: list[int] = counts_B.tolist()
         return Chains(
             _cut(tokens_Bk, counts),
@@ -238,12 +246,8 @@ class NativeBackend(StepwiseBackend):
 
     def _own_layers(self, layers: tuple[int, ...], precision: DraftPrecision | None) -> Any:
         """An exit that is nothing but some of the model's layers and a head over the whole vocabulary."""
-        return extension.Branch(
-            entry=_int32(self.layer_numbers(layers, precision)),
-            first_layer=self.config.num_hidden_layers,
-            num_layers=0,
-            head=self._heads[precision or "full"],
-            vocabulary=None,
+        return extension.Exit(
+            model_layers=_int32(self.layer_numbers(layers, precision)), head=self._heads[precision or "full"]
         )
 
     def _extend_rope(self, length: int) -> None:
@@ -261,14 +265,23 @@ def _contiguous(array: Array | None) -> Array | None:
     return None if array is None else np.ascontiguousarray(array)
 
 
-def _cache_arguments(cache: Cache) -> dict[str, Any]:
-    assert isinstance(cache, TensorCache)
-    return {
-        "k": cache.k_LSHTD,
-        "v": cache.v_LSHTD,
-        "k_scales": cache.k_scales_LSHT,
-        "v_scales": cache.v_scales_LSHT,
-    }
+class NativeCache(TensorCache):
+    """Tensors, and the engine's own view of them."""
+
+    def __init__(self, config: ModelConfig, num_slots: int, length: int, dtype: torch.dtype) -> None:
+        super().__init__(config, num_slots, length, dtype)
+        self.handle: Any = extension.Cache(
+            k=self.k_LSHTD, v=self.v_LSHTD, k_scales=self.k_scales_LSHT, v_scales=self.v_scales_LSHT
+        )
+
+
+def _handle(cache: Cache) -> Any:
+    assert isinstance(cache, NativeCache)
+    return cache.handle
+
+
+def _rows(rows: Rows) -> Any:
+    return extension.Rows(slots=rows.slots, positions=rows.positions, parent_offsets=rows.parent_offsets)
 
 
 @lru_cache

@@ -26,18 +26,20 @@ def make_engine(config: ModelConfig, weights: PackedWeights, threads: int) -> An
     engine = extension.Engine(
         choose_isa(),
         threads,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        rms_norm_eps=config.rms_norm_eps,
-        sliding_window=config.sliding_window or 0,
+        extension.Shape(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.rms_norm_eps,
+            sliding_window=config.sliding_window or 0,
+        ),
     )
     for index in range(config.num_hidden_layers):
-        engine.add_layer(**_layer_of(config, weights, index))
-    engine.set_edges(
+        engine.add_layer(_layer_of(config, weights, index))
+    engine.set_embedding_and_head(
         _matrix(weights.matrices["model.embed_tokens.weight"]),
         _matrix(weights.head),
         weights.vectors["model.norm.weight"],
@@ -54,16 +56,16 @@ def add_exit(engine: Any, config: ModelConfig, weights: PackedWeights, trained_e
     for layer in trained_exit.layers:
         matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
         vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
-        engine.add_layer(**_layer_arguments(config, matrices, vectors))
+        engine.add_layer(_layer(config, matrices, vectors))
     mixing: dict[str, object] = {}
     if trained_exit.mixing:
         mixing = {name: _matrix(_pack_q8(trained_exit.mixing[name])) for name in ("fuse", "mix")}
         mixing |= {name: trained_exit.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
     head = _matrix(rows_in_q8(weights.head, trained_exit.vocabulary))
-    packed = extension.Branch(
-        entry=np.arange(trained_exit.config.start, dtype=np.int32),
-        first_layer=config.num_hidden_layers,
-        num_layers=trained_exit.config.num_layers,
+    depth = config.num_hidden_layers
+    packed = extension.Exit(
+        model_layers=np.arange(trained_exit.config.start, dtype=np.int32),
+        own_layers=np.arange(depth, depth + trained_exit.config.num_layers, dtype=np.int32),
         head=head,
         vocabulary=trained_exit.vocabulary.int(),
         num_features=len(trained_exit.config.features),
@@ -75,19 +77,17 @@ def add_exit(engine: Any, config: ModelConfig, weights: PackedWeights, trained_e
 def add_copy(engine: Any, config: ModelConfig, weights: PackedWeights) -> Any:
     """Put all layers of a model in another precision behind the engine's, whose caches they share; the copy's head."""
     for index in range(config.num_hidden_layers):
-        engine.add_layer(**_layer_of(config, weights, index), cache_layer=index)
+        engine.add_layer(_layer_of(config, weights, index), cache_layer=index)
     return _matrix(weights.head)
 
 
-def _layer_of(config: ModelConfig, weights: PackedWeights, index: int) -> dict[str, object]:
+def _layer_of(config: ModelConfig, weights: PackedWeights, index: int) -> Any:
     prefix = f"model.layers.{index}."
-    return _layer_arguments(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
+    return _layer(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
 
 
-def _layer_arguments(
-    config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]
-) -> dict[str, object]:
-    """Arguments of `Engine.add_layer`, from the tensors of a layer by their names in it."""
+def _layer(config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]) -> Any:
+    """A layer, from its tensors by their names in it."""
     arguments: dict[str, object] = {
         part: _matrix(matrices[f"{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
         for part in ("q", "k", "v", "o", "gate", "up", "down")
@@ -98,7 +98,7 @@ def _layer_arguments(
         arguments |= {f"{x}_bias": vectors[f"self_attn.{x}_proj.bias"] for x in "qkv"}
     if config.qk_norm:
         arguments |= {f"{x}_norm": vectors[f"self_attn.{x}_norm.weight"] for x in "qk"}
-    return arguments
+    return extension.Layer(**arguments)
 
 
 def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
