@@ -16,23 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hopskip.backends.base import Backend
+from hopskip.backends.base import Backend, DraftTask, Head
 from hopskip.backends.native import backend as native
+from hopskip.backends.native import isa as isa_module
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.packed import PackedWeights, format_of, quantized_to
 from hopskip.backends.native.quantize import from_gguf_blocks
 from hopskip.backends.rows import Cache, Rows, Segment
+from hopskip.backends.tensor_cache import TensorCache
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.weights import load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.errors import CheckpointError, ConfigError
 
 from .models import tiny_config
 from .test_gguf import random_blocks
 from .tiny import FAMILIES, make_model, write_checkpoint, write_gguf
 
-pytestmark = pytest.mark.skipif(native.available() is not None, reason=native.available() or "")
+pytestmark = pytest.mark.skipif(isa_module.obstacle() is not None, reason=isa_module.obstacle() or "")
 
 PRECISIONS = ("float32", "bfloat16", "q8", "q4")
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.02, "q8": 0.07, "q4": 0.07}
@@ -42,7 +45,7 @@ to bfloat16 (all but float32)."""
 
 
 def runnable_isas() -> list[str]:
-    return [] if native.available() else [isa for isa in native.ISAS if native._native.runs_here(isa)]
+    return [] if isa_module.obstacle() else [name for name in isa_module.ISAS if isa_module.extension.runs_here(name)]
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +107,34 @@ def tokens(model: Backend, count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+def embed(model: Backend, ids: Tensor) -> Tensor:
+    return torch.as_tensor(model.embed(ids.tolist()))
+
+
+def layers(model: Backend, h: Tensor, start: int, stop: int, rows: Rows, cache: Cache) -> Tensor:
+    return torch.as_tensor(model.run_layers(h, start, stop, rows, cache).hidden_ND)
+
+
+def logits(model: Backend, h: Tensor, head: Head = "full") -> Tensor:
+    return torch.as_tensor(model.logits(h, head))
+
+
+def greedy(model: Backend, h: Tensor) -> Tensor:
+    return torch.tensor(model.greedy(h), dtype=torch.int64)
+
+
 def run(model: Backend, ids: Tensor, segments: Sequence[Segment], cache: Cache) -> Tensor:
-    return model.run_layers(model.embed(ids), 0, model.config.num_hidden_layers, Rows(segments), cache)
+    return torch.as_tensor(model.forward(ids.tolist(), Rows(segments), cache).hidden_ND)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().mean().sqrt() / expected.std())
 
 
-def garbage_cache(model: Backend, slots: int, length: int) -> Cache:
+def garbage_cache(model: Backend, slots: int, length: int) -> TensorCache:
     """A cache full of what must never be read."""
     cache = model.new_cache(slots, length)
+    assert isinstance(cache, TensorCache)
     for tensor in cache.tensors:
         tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
     return cache
@@ -128,14 +148,14 @@ def test_logits_are_those_of_pytorch(
 ) -> None:
     monkeypatch.setenv("HOPSKIP_ISA", isa)
     model = NativeBackend.load(checkpoints[family], precision, threads=2)
-    assert model.isa == isa
+    assert model.traits.instruction_set == isa
     torch_model = reference(checkpoints[family], precision)
     ids = tokens(model, 70)
-    expected = torch_model.unembed(run(torch_model, ids, [Segment(0, 0, 70)], torch_model.new_cache(1, 128)))
+    expected = logits(torch_model, run(torch_model, ids, [Segment(0, 0, 70)], torch_model.new_cache(1, 128)))
     cache, segments = garbage_cache(model, 3, 128), [Segment(1, 0, 45), Segment(1, 45, 1), Segment(1, 46, 24)]
     found, first = [], 0
     for segment in segments:
-        found.append(model.unembed(run(model, ids[first : first + segment.count], [segment], cache)))
+        found.append(logits(model, run(model, ids[first : first + segment.count], [segment], cache)))
         first += segment.count
     assert error(torch.cat(found), expected) < TOLERANCES[precision]
 
@@ -167,9 +187,9 @@ def test_products_are_exact_given_the_rounded_activations(
         x = ((x_blocks / scale).round() * scale).reshape(9, -1)[:, :cols]
     elif precision == "bfloat16" and isa == "avx512":
         x = x.bfloat16().double()
-    rounded = model.embed(torch.arange(50)).double()  # the head is tied: its rows as they are stored
+    rounded = embed(model, torch.arange(50)).double()  # the head is tied: its rows as they are stored
     assert error(rounded, weight.double()) < {"float32": 1e-9, "bfloat16": 0.01, "q8": 0.01, "q4": 0.15}[precision]
-    torch.testing.assert_close(model.unembed(h).double(), x @ rounded.T, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(logits(model, h).double(), x @ rounded.T, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("isa", runnable_isas())
@@ -182,12 +202,12 @@ def test_every_number_of_rows(
     model = NativeBackend.load(checkpoints["smollm2"], precision, threads=2)
     ids, cache = tokens(model, 140), garbage_cache(model, 2, 160)
     one_by_one = torch.cat([run(model, ids[i : i + 1], [Segment(0, i, 1)], cache) for i in range(140)])
-    logits = model.unembed(one_by_one)
+    expected = logits(model, one_by_one)
     for count in (*range(1, 18), 140):
         together = run(model, ids[:count], [Segment(1, 0, count)], cache)
         assert torch.equal(together, one_by_one[:count])
-        assert torch.equal(model.unembed(together), logits[:count])
-        assert torch.equal(model.greedy(together), logits[:count].argmax(-1))
+        assert torch.equal(logits(model, together), expected[:count])
+        assert torch.equal(greedy(model, together), expected[:count].argmax(-1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -245,11 +265,11 @@ def test_ranges_of_layers_compose(checkpoints: dict[str, Checkpoint]) -> None:
     model = NativeBackend.load(checkpoints["qwen3"], "q8")
     ids, cache = tokens(model, 9), garbage_cache(model, 1, 32)
     whole = run(model, ids, [Segment(0, 0, 9)], cache)
-    h, rows = model.embed(ids), Rows([Segment(0, 0, 9)])
+    h, rows = embed(model, ids), Rows([Segment(0, 0, 9)])
     for layer in range(model.config.num_hidden_layers):
-        h = model.run_layers(h, layer, layer + 1, rows, cache)
+        h = layers(model, h, layer, layer + 1, rows, cache)
     assert torch.equal(h, whole)
-    assert torch.equal(model.run_layers(h, 1, 1, rows, cache), h)
+    assert torch.equal(layers(model, h, 1, 1, rows, cache), h)
 
 
 @pytest.mark.parametrize("count", [3, 150])  # one pass, and more rows than go in one
@@ -258,14 +278,14 @@ def test_states_on_the_way(checkpoints: dict[str, Checkpoint], count: int) -> No
     depth = model.config.num_hidden_layers
     ids, rows = tokens(model, count), Rows([Segment(0, 0, count)])
     cache = model.new_cache(1, count)
-    found, states_NAD = model.run_tapped(model.embed(ids), [1, depth], rows, cache)
-    first = model.run_layers(model.embed(ids), 0, 1, rows, cache)
+    found, states_NAD = map(torch.as_tensor, model.run_layers(embed(model, ids), 0, depth, rows, cache, [1, depth]))
+    first = layers(model, embed(model, ids), 0, 1, rows, cache)
     assert torch.equal(states_NAD[:, 0], first)
-    assert torch.equal(found, model.run_layers(first, 1, depth, rows, cache))
+    assert torch.equal(found, layers(model, first, 1, depth, rows, cache))
     assert torch.equal(states_NAD[:, 1], found)
     for taps in ([0], [1, 1], [depth, 1], [depth + 1], [-1]):
         with pytest.raises(ValueError, match="a tap is"):
-            model.run_tapped(model.embed(ids), taps, rows, cache)
+            model.run_layers(embed(model, ids), 0, depth, rows, cache, taps)
 
 
 def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
@@ -276,107 +296,113 @@ def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     found = NativeBackend.load(open_checkpoint(tmp_path), threads=3)
     h = torch.randn((40, found.config.hidden_size), generator=torch.Generator().manual_seed(0))
-    logits = found.unembed(h)
-    assert torch.equal(found.greedy(h), logits.argmax(-1))
-    assert set(found.greedy(h).tolist()) == {0, 39}
+    assert torch.equal(greedy(found, h), logits(found, h).argmax(-1))
+    assert set(greedy(found, h).tolist()) == {0, 39}
 
 
-def test_head_subsets(checkpoints: dict[str, Checkpoint]) -> None:
+def plain_exit(vocabulary: Tensor, start: int = 2) -> TrainedExit:
+    """The model's own layer `start` - 1, read over some of the tokens."""
+    return TrainedExit(ExitConfig(start=start, num_layers=0), vocabulary, [], {}, "", 1)
+
+
+def test_the_head_of_an_exit_has_rows_of_the_models(checkpoints: dict[str, Checkpoint]) -> None:
+    vocabulary = torch.tensor([0, 5, 17, 18, 99, 250, 300])
     for precision in PRECISIONS:
         model = NativeBackend.load(checkpoints["smollm2"], precision)
         h = torch.randn((7, model.config.hidden_size), generator=torch.Generator().manual_seed(1))
-        subset = model.head_subset(torch.tensor([300, 5, 17, 18, 250, 0, 99]))
-        expected = model.unembed(h)[:, subset.ids]
-        assert torch.equal(model.unembed_subset(h, subset), expected)
-        assert torch.equal(model.greedy_subset(h, subset), subset.ids[expected.argmax(-1)])
-        values, ids = model.topk(h, 3)
-        assert torch.equal(model.unembed(h).gather(1, ids), values)
-        assert torch.equal(ids[:, 0], model.greedy(h))
-    for bad in (torch.tensor([], dtype=torch.int64), torch.tensor([-1]), torch.tensor([10_000])):
-        with pytest.raises(ConfigError, match="token ids from 0 to"):
-            model.head_subset(bad)
+        model.attach_exit(plain_exit(vocabulary))
+        found, expected = logits(model, h, "exit"), logits(model, h)[:, vocabulary]
+        if precision in ("q8", "q4"):  # whose heads have 8 bits
+            assert torch.equal(found, expected)
+        else:  # packed to 8 bits
+            assert error(found, expected) < TOLERANCES["q8"]
+        assert model.greedy(h, "exit") == vocabulary[found.argmax(-1)].tolist()
+
+
+def exit_of(model: NativeBackend, is_subset: bool) -> tuple[tuple[int, ...] | None, Head, Tensor]:
+    """The first two layers, over all tokens or as an exit over half of them: layers of a task, head, tokens."""
+    ids = torch.arange(is_subset, model.config.vocab_size, 1 + is_subset)
+    if not is_subset:
+        return (0, 1), "full", ids
+    model.attach_exit(plain_exit(ids))
+    return None, "exit", ids
 
 
 @pytest.mark.parametrize("is_subset", [False, True])
 def test_drawn_drafts_are_drawn_from_what_they_say(checkpoints: dict[str, Checkpoint], is_subset: bool) -> None:
     model = NativeBackend.load(checkpoints["llama3-gqa"], "float32", threads=2)
-    ids = torch.arange(1, model.config.vocab_size, 2) if is_subset else torch.arange(model.config.vocab_size)
-    head = model.head_subset(ids) if is_subset else None
+    exit_layers, head, ids = exit_of(model, is_subset)
     cache = garbage_cache(model, 3, 16)
     temperatures = [0.7, 0.0, 3.0]
     uniforms = torch.rand((3, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     uniforms[2, 1], uniforms[2, 2] = 0.0, 1 - 1e-16
-    rows = Rows(Segment(slot, 0, 1) for slot in range(3))
-    found = model.draft_chains(
-        torch.tensor([5, 6, 7]), rows, [4, 4, 3], cache,
-        layers=range(2), head=head, temperatures=temperatures, uniforms_Bk=uniforms,
+    task = DraftTask(
+        layers=exit_layers, token_ids=[5, 6, 7], rows=Rows(Segment(slot, 0, 1) for slot in range(3)),
+        limits=[4, 4, 3], temperatures=temperatures, uniforms=uniforms.tolist(),
     )  # fmt: skip
-    assert found.distributions_Bkn is not None
-    assert found.counts_B.tolist() == [4, 4, 3]
+    found = model.draft(task, cache)
+    assert found.distributions is not None
+    assert [len(own) for own in found.token_ids] == [4, 4, 3]
     for i, temperature in enumerate(temperatures):
-        for step in range(int(found.counts_B[i])):
-            logits = model.unembed(found.states_BkD[i, step][None])[0, ids]
-            token = int(found.tokens_Bk[i, step])
+        for step, token in enumerate(found.token_ids[i]):
+            own_logits = logits(model, torch.as_tensor(found.states[i][step])[None], head)[0]
             if not temperature:
-                assert token == int(ids[logits.argmax()])
+                assert token == int(ids[own_logits.argmax()])
                 continue
-            expected = (logits / temperature).softmax(-1)
-            probabilities = found.distributions_Bkn[i, step]
+            expected = (own_logits / temperature).softmax(-1)
+            distribution = found.distributions[i]
+            assert distribution is not None
+            probabilities = torch.as_tensor(distribution[step])
             assert torch.allclose(probabilities, expected, rtol=1e-4, atol=1e-7)
             cumulative = probabilities.double().cumsum(-1)
             index = int((ids == token).nonzero())
             point = float(uniforms[i, step] * cumulative[-1])
             assert float(cumulative[index] - probabilities[index]) - 1e-5 <= point <= float(cumulative[index]) + 1e-5
-    for bad, message in (
-        ({"temperatures": [0.7, -1.0, 1.0], "uniforms_Bk": uniforms}, "a temperature is -1"),
-        ({"temperatures": temperatures, "uniforms_Bk": uniforms[:, :2]}, "uniforms"),
-        ({"temperatures": temperatures}, "temperatures need uniforms"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model.draft_chains(torch.tensor([5, 6, 7]), rows, [4, 4, 3], cache, layers=range(2), **bad)
+    task.temperatures = [0.7, -1.0, 1.0]
+    with pytest.raises(ValueError, match="a temperature is -1"):
+        model.draft(task, cache)
 
 
 @pytest.mark.parametrize("is_subset", [False, True])
 @pytest.mark.parametrize("min_confidence", [0.0, 0.1])
 def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confidence: float, is_subset: bool) -> None:
     model = NativeBackend.load(checkpoints["llama2-mha"], "q4", threads=2)
-    ids = torch.arange(1, model.config.vocab_size, 2) if is_subset else torch.arange(model.config.vocab_size)
-    subset = model.head_subset(ids) if is_subset else None
+    exit_layers, head, ids = exit_of(model, is_subset)
     cache = garbage_cache(model, 4, 40)
     starts = {2: 5, 0: 9, 3: 1}
     for slot, start in starts.items():
         run(model, tokens(model, start, slot), [Segment(slot, 0, start)], cache)
-    last = torch.tensor([7, 8, 9])
-    drafted, counts, states, runner_ups, probs, distributions = model.draft_chains(
-        last,
-        Rows(Segment(slot, start, 1) for slot, start in starts.items()),
-        [6, 6, 6],
+    last = [7, 8, 9]
+    drafted, states, runner_ups, probs, distributions = model.draft(
+        DraftTask(
+            layers=exit_layers,
+            token_ids=last,
+            rows=Rows(Segment(slot, start, 1) for slot, start in starts.items()),
+            limits=[6, 6, 6],
+            min_confidence=min_confidence,
+            num_runner_ups=3 if min_confidence else 0,
+        ),
         cache,
-        layers=range(2),
-        head=subset,
-        min_confidence=min_confidence,
-        num_runner_ups=3 if min_confidence else None,
     )
     assert distributions is None
     assert (runner_ups is None) == (probs is None) == (min_confidence == 0)
     lengths = set()
     for i, (slot, start) in enumerate(starts.items()):
-        token, expected = int(last[i]), []
+        token, expected = last[i], []
         for step in range(6):
             rows = Rows([Segment(slot, start + step, 1)])
-            h = model.run_layers(model.embed(torch.tensor([token])), 0, 2, rows, cache)
-            assert torch.equal(states[i, step], h[0])
-            probabilities = model.unembed(h)[0, ids].softmax(-1)
+            h = layers(model, embed(model, torch.tensor([token])), 0, 2, rows, cache)
+            assert torch.equal(torch.as_tensor(states[i][step]), h[0])
+            probabilities = logits(model, h, head)[0].softmax(-1)
             if runner_ups is not None and probs is not None:
                 top = probabilities.topk(4)
-                assert torch.allclose(probs[i, step], top.values, atol=1e-6)
-                assert runner_ups[i, step].tolist() == ids[top.indices[1:]].tolist()
+                assert torch.allclose(torch.tensor(probs[i][step]), top.values, atol=1e-6)
+                assert runner_ups[i][step] == ids[top.indices[1:]].tolist()
             token = int(ids[probabilities.argmax()])
             expected.append(token)
             if float(probabilities.max()) < min_confidence:
                 break
-        assert int(counts[i]) == len(expected)
-        assert drafted[i, : len(expected)].tolist() == expected
+        assert drafted[i] == expected
         lengths.add(len(expected))
     if min_confidence:
         assert min(lengths) < 6
@@ -402,7 +428,7 @@ def test_precision_auto_keeps_what_the_file_has(tmp_path: Path) -> None:
     assert formats["layers.1.mlp.gate_proj.weight"] == "F32"
     # the embedding's rows are the file's values, bit for bit
     ids = torch.arange(mixed.config.vocab_size)
-    assert torch.equal(mixed.embed(ids), checkpoint.tensor("model.embed_tokens.weight", torch.float32))
+    assert torch.equal(embed(mixed, ids), checkpoint.tensor("model.embed_tokens.weight", torch.float32))
     quantized = checkpoint.quantized("model.layers.0.self_attn.q_proj.weight")
     assert quantized is not None
     exact = from_gguf_blocks(quantized.type, quantized.blocks)
@@ -411,8 +437,8 @@ def test_precision_auto_keeps_what_the_file_has(tmp_path: Path) -> None:
     # mixed formats share one input: q in q4, k and v in float32
     torch_model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
     ids, segments = tokens(mixed, 20), [Segment(0, 0, 20)]
-    expected = torch_model.unembed(run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
-    found = mixed.unembed(run(mixed, ids, segments, garbage_cache(mixed, 1, 32)))
+    expected = logits(torch_model, run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
+    found = logits(mixed, run(mixed, ids, segments, garbage_cache(mixed, 1, 32)))
     assert error(found, expected) < TOLERANCES["q4"]
 
 
@@ -483,15 +509,15 @@ def test_bad_options(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.Mon
     monkeypatch.setenv("HOPSKIP_ISA", "sse9")
     with pytest.raises(ConfigError, match="HOPSKIP_ISA is 'sse9'"):
         NativeBackend.load(checkpoints["smollm2"])
-    for isa in set(native.ISAS) - set(runnable_isas()):
+    for isa in set(isa_module.ISAS) - set(runnable_isas()):
         monkeypatch.setenv("HOPSKIP_ISA", isa)
         with pytest.raises(ConfigError, match="cannot run"):
             NativeBackend.load(checkpoints["smollm2"])
 
 
 def test_without_the_extension(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_native", None)
-    assert "not built" in (native.available() or "")
+    monkeypatch.setattr(isa_module, "extension", None)
+    assert "not built" in (isa_module.obstacle() or "")
     with pytest.raises(ConfigError, match="not built"):
         NativeBackend.load(checkpoints["smollm2"])
 
@@ -517,8 +543,8 @@ def test_gguf_blocks_without_a_counterpart_become_q8(tmp_path: Path, kind: str) 
     assert set(formats.values()) == {"Q8", "F32"}
     torch_model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
     ids, segments = tokens(model, 20), [Segment(0, 0, 20)]
-    expected = torch_model.unembed(run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
-    found = model.unembed(run(model, ids, segments, garbage_cache(model, 1, 32)))
+    expected = logits(torch_model, run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
+    found = logits(model, run(model, ids, segments, garbage_cache(model, 1, 32)))
     assert 1e-6 < error(found, expected) < TOLERANCES["q8"]
 
 
@@ -537,10 +563,10 @@ PARENTS = (-1, 0, 1, 2, 0, 1, 4, 6, 3)
 @pytest.mark.parametrize("kv_dtype", native.KV_DTYPES)
 @pytest.mark.parametrize("isa", runnable_isas())
 @pytest.mark.parametrize("start", [60, 254, 255, 256])
-def test_rows_of_a_tree_have_the_bits_of_its_branches(
+def test_rows_of_a_tree_have_the_bits_of_its_paths(
     checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, start: int, isa: str, kv_dtype: torch.dtype
 ) -> None:
-    """Also where a branch crosses from one chunk of positions to the next; and a branch that is kept looks like a
+    """Also where a path crosses from one chunk of positions to the next; and a path that is kept looks like a
     chain that was never anything else."""
     monkeypatch.setenv("HOPSKIP_ISA", isa)
     checkpoint = checkpoints["mistral-window" if start == 60 else "llama3-gqa"]
@@ -548,30 +574,30 @@ def test_rows_of_a_tree_have_the_bits_of_its_branches(
     depth = model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(start)
     ids = torch.randint(0, model.config.vocab_size, (start + len(PARENTS),), generator=generator)
-    x_ND = model.embed(ids)
+    x_ND = embed(model, ids)
     segment = Segment(1, start, len(PARENTS), PARENTS)
     cache = model.new_cache(2, start + len(PARENTS))
     for tensor in cache.tensors:
         tensor.zero_()
-    model.run_layers(x_ND[:start], 0, depth, Rows([Segment(1, 0, start)]), cache)
+    layers(model, x_ND[:start], 0, depth, Rows([Segment(1, 0, start)]), cache)
     rows = Rows([Segment(0, 0, 2), segment])
-    out_ND = model.run_layers(torch.cat((x_ND[:2], x_ND[start:])), 0, depth, rows, cache)[2:]
+    out_ND = layers(model, torch.cat((x_ND[:2], x_ND[start:])), 0, depth, rows, cache)[2:]
     for row in range(len(PARENTS)):
-        branch = [place - start for place in segment.places_to(row)]
-        chain = model.new_cache(1, start + len(branch))
-        model.run_layers(x_ND[:start], 0, depth, Rows([Segment(0, 0, start)]), chain)
-        own_ND = model.run_layers(x_ND[start:][branch], 0, depth, Rows([Segment(0, start, len(branch))]), chain)
+        path = [place - start for place in segment.places_to(row)]
+        chain = model.new_cache(1, start + len(path))
+        layers(model, x_ND[:start], 0, depth, Rows([Segment(0, 0, start)]), chain)
+        own_ND = layers(model, x_ND[start:][path], 0, depth, Rows([Segment(0, start, len(path))]), chain)
         assert torch.equal(own_ND[-1], out_ND[row])
-    cache.keep_path(1, start, branch)
+    cache.keep_path(1, start, path)
     for tensor, expected in zip(cache.tensors, chain.tensors, strict=True):
-        assert torch.equal(tensor[:, 1, :, : start + len(branch)], expected[:, 0])
+        assert torch.equal(tensor[:, 1, :, : start + len(path)], expected[:, 0])
 
 
 def run_layers(engine: Any, h: Tensor, out: Tensor, start: int, stop: int, **arrays: Tensor) -> None:
     """`Engine.run_layers` on rows and a cache of these arrays."""
     of_rows = {name: arrays[name] for name in ("slots", "positions", "parent_offsets") if name in arrays}
     of_cache = {name: array for name, array in arrays.items() if name not in of_rows}
-    engine.run_layers(h, out, start, stop, native._native.Rows(**of_rows), native._native.Cache(**of_cache))
+    engine.run_layers(h, out, start, stop, isa_module.extension.Rows(**of_rows), isa_module.extension.Cache(**of_cache))
 
 
 def bad_calls() -> Iterator[Any]:
@@ -700,18 +726,24 @@ def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) ->
     model = NativeBackend.load(checkpoints["llama3-gqa"], "float32")
     for bad in (-1, model.config.vocab_size):
         with pytest.raises(ValueError, match="token id"):
-            model.embed(torch.tensor([bad]))
-    one, cache = torch.tensor([1]), model.new_cache(1, 8)
+            embed(model, torch.tensor([bad]))
+    cache = model.new_cache(1, 8)
+
+    def draft(segment: Segment, exit_layers: tuple[int, ...]) -> None:
+        limits = [2] * segment.count
+        ids = [1] * segment.count
+        model.draft(DraftTask(layers=exit_layers, token_ids=ids, rows=Rows([segment]), limits=limits), cache)
+
     with pytest.raises(ValueError, match="exit needs a layer"):
-        model.draft_chains(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=())
+        draft(Segment(0, 0, 1), ())
     with pytest.raises(ValueError, match="a layer of the exit is 99"):
-        model.draft_chains(one, Rows([Segment(0, 0, 1)]), [2], cache, layers=(0, 99))
+        draft(Segment(0, 0, 1), (0, 99))
     with pytest.raises(ValueError, match="position is 7"):  # the second step would be beyond the cache
-        model.draft_chains(one, Rows([Segment(0, 7, 1)]), [2], cache, layers=(0,))
+        draft(Segment(0, 7, 1), (0,))
     with pytest.raises(ValueError, match="occurs twice"):
-        model.draft_chains(one.repeat(2), Rows([Segment(0, 0, 2)]), [2, 2], cache, layers=(0,))
+        draft(Segment(0, 0, 2), (0,))
     data = torch.zeros((2, 2048 // 4), dtype=torch.int32)
-    native._native.Matrix(0, 32, 32, torch.zeros((2, 512), dtype=torch.int32))
+    isa_module.extension.Matrix(0, 32, 32, torch.zeros((2, 512), dtype=torch.int32))
     for bad_arguments in [
         (0, 32, 33, data),
         (0, 33, 32, data),
@@ -720,18 +752,18 @@ def test_bad_ids_and_matrices_are_refused(checkpoints: dict[str, Checkpoint]) ->
         (0, 2**40, 32, data),
     ]:
         with pytest.raises(ValueError, match=r"."):
-            native._native.Matrix(*bad_arguments)
+            isa_module.extension.Matrix(*bad_arguments)
     misaligned = torch.zeros(2 * 512 + 1, dtype=torch.int32)[1:].view(2, 512)
     with pytest.raises(ValueError, match="misaligned"):
-        native._native.Matrix(0, 32, 32, misaligned)
+        isa_module.extension.Matrix(0, 32, 32, misaligned)
 
 
 def test_no_rows(checkpoints: dict[str, Checkpoint]) -> None:
     model = NativeBackend.load(checkpoints["smollm2"], "q8")
     nothing = run(model, tokens(model, 0), [], model.new_cache(1, 8))
     assert nothing.shape == (0, 64)
-    assert model.unembed(nothing).shape == (0, model.config.vocab_size)
-    assert model.greedy(nothing).shape == (0,)
+    assert logits(model, nothing).shape == (0, model.config.vocab_size)
+    assert model.greedy(nothing) == []
 
 
 def test_a_forked_child_computes_the_same(checkpoints: dict[str, Checkpoint]) -> None:

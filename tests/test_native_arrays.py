@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hopskip.backends.rows import Rows, Segment
+from hopskip.backends.native.quantize import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hopskip import native
-from hopskip.cache import Rows, Segment
-from hopskip.quantize import pack
+from hopskip.backends.native import isa
 
-pytestmark = pytest.mark.skipif(native.available() is not None, reason=native.available() or "")
+pytestmark = pytest.mark.skipif(isa.obstacle() is not None, reason=isa.obstacle() or "")
 
 D, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 50, 4, 2, 16, 96
 NUM_SLOTS, LENGTH = 2, 16
@@ -45,7 +45,7 @@ def as_read_only_numpy(x: Tensor) -> Any:
 def matrix(rows: int, cols: int, seed: int, convert: Convert = as_is) -> Any:
     weight = torch.randn((rows, cols), generator=torch.Generator().manual_seed(seed)) * cols**-0.5
     packed = pack(weight, cols)
-    return native._native.Matrix(int(packed.format), rows, cols, convert(packed.data))
+    return isa.extension.Matrix(int(packed.format), rows, cols, convert(packed.data))
 
 
 def layer(seed: int, convert: Convert = as_is, **changes: object) -> Any:
@@ -56,15 +56,15 @@ def layer(seed: int, convert: Convert = as_is, **changes: object) -> Any:
     vectors = {"input_norm": D, "post_norm": D, "q_bias": queries, "k_bias": keys, "v_bias": keys}
     vectors |= {"q_norm": HEAD_DIM, "k_norm": HEAD_DIM}
     parts |= {name: convert(torch.linspace(0.5, 1.5, size)) for name, size in vectors.items()}
-    return native._native.Layer(**{**parts, **changes})
+    return isa.extension.Layer(**{**parts, **changes})
 
 
 def make_engine(convert: Convert = as_is, rope_length: int = LENGTH) -> Any:
-    shape = native._native.Shape(
+    shape = isa.extension.Shape(
         hidden_size=D, intermediate_size=INTERMEDIATE, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
         vocab_size=VOCABULARY, rms_norm_eps=1e-5,
     )  # fmt: skip
-    engine = native._native.Engine("portable", 2, shape)
+    engine = isa.extension.Engine("portable", 2, shape)
     for seed in (0, 10, 20):
         engine.add_layer(layer(seed, convert))
     norm = convert(torch.linspace(0.5, 1.5, D))
@@ -86,12 +86,12 @@ def make_exit(convert: Convert = as_is, **changes: object) -> Any:
         "token_norm": convert(torch.linspace(0.5, 1.5, D)),
         "feature_norm": convert(torch.linspace(0.5, 1.5, D)),
     }
-    return native._native.Exit(**{**arguments, **changes})
+    return isa.extension.Exit(**{**arguments, **changes})
 
 
 def plain_exit(**changes: object) -> Any:
     """Of the model's layers and head alone."""
-    return native._native.Exit(**{"model_layers": ints(0, 1), **changes})
+    return isa.extension.Exit(**{"model_layers": ints(0, 1), **changes})
 
 
 def make_cache(dtype: torch.dtype, convert: Convert = as_is) -> tuple[dict[str, Any], Any]:
@@ -100,11 +100,11 @@ def make_cache(dtype: torch.dtype, convert: Convert = as_is) -> tuple[dict[str, 
     arrays = {name: convert(torch.zeros(shape, dtype=dtype)) for name in ("k", "v")}
     if dtype == torch.int8:
         arrays |= {f"{name}_scales": convert(torch.zeros(shape[:-1])) for name in ("k", "v")}
-    return arrays, native._native.Cache(**arrays)
+    return arrays, isa.extension.Cache(**arrays)
 
 
 def make_rows(slots: Tensor, positions: Tensor) -> Any:
-    return native._native.Rows(slots=slots, positions=positions)
+    return isa.extension.Rows(slots=slots, positions=positions)
 
 
 def task_arguments(**changes: object) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def task_arguments(**changes: object) -> dict[str, Any]:
 
 def every_call(dtype: torch.dtype, given: Convert, result: Convert) -> dict[str, Any]:
     """What each call of the extension writes, by name: inputs go through `given`, results through `result`."""
-    m, engine = native._native, make_engine(given)
+    m, engine = isa.extension, make_engine(given)
     arrays, cache = make_cache(dtype, result)
     found: dict[str, Any] = dict(arrays)
     slots, positions = given(ints(0, 0, 1)), given(ints(3, 4, 2))
@@ -180,13 +180,13 @@ def test_rows_and_tasks_keep_the_integers_that_were_checked() -> None:
     engine, (_, cache) = make_engine(), make_cache(torch.float32)
     slots, positions = ints(0, 0, 1), ints(3, 4, 2)
     task, same_task = task_arguments(), task_arguments()
-    rows, made = make_rows(slots, positions), native._native.DraftTask(**task)
+    rows, made = make_rows(slots, positions), isa.extension.DraftTask(**task)
     exit_layers, vocabulary = ints(0), torch.arange(5, 45, dtype=torch.int32)
     exit = make_exit(model_layers=exit_layers, vocabulary=vocabulary)
     for changed in (slots, positions, task["ids"], task["limits"], exit_layers, vocabulary):
         changed.fill_(2**31 - 1)
     engine.draft(exit, rows, cache, made)
-    engine.draft(make_exit(), make_rows(ints(0, 0, 1), ints(3, 4, 2)), cache, native._native.DraftTask(**same_task))
+    engine.draft(make_exit(), make_rows(ints(0, 0, 1), ints(3, 4, 2)), cache, isa.extension.DraftTask(**same_task))
     assert torch.equal(task["tokens"], same_task["tokens"])
     assert torch.equal(task["states"], same_task["states"])
 
@@ -227,9 +227,9 @@ def test_rows_and_tasks_keep_the_integers_that_were_checked() -> None:
     ],
 )
 def test_bad_arrays_of_a_draft_are_refused(changes: dict[str, object], message: str) -> None:
-    native._native.DraftTask(**task_arguments())
+    isa.extension.DraftTask(**task_arguments())
     with pytest.raises(ValueError, match=message):
-        native._native.DraftTask(**task_arguments(**changes))
+        isa.extension.DraftTask(**task_arguments(**changes))
 
 
 def draft(
@@ -239,7 +239,7 @@ def draft(
     task = task_arguments(**changes)
     arrays, cache = make_cache(torch.float32)
     try:
-        make_engine().draft(exit, make_rows(ints(*slots), ints(*positions)), cache, native._native.DraftTask(**task))
+        make_engine().draft(exit, make_rows(ints(*slots), ints(*positions)), cache, isa.extension.DraftTask(**task))
     except ValueError:
         assert not arrays["k"].any()
         assert not task["counts"].any()
@@ -321,10 +321,10 @@ def test_a_draft_ends_where_its_limit_says() -> None:
 
 
 def test_the_rows_of_a_draft_are_no_tree() -> None:
-    rows = native._native.Rows(slots=ints(0, 0, 1), positions=ints(3, 4, 2), parent_offsets=ints(0, 1, 0))
+    rows = isa.extension.Rows(slots=ints(0, 0, 1), positions=ints(3, 4, 2), parent_offsets=ints(0, 1, 0))
     _, cache = make_cache(torch.float32)
     with pytest.raises(ValueError, match="no tree"):
-        make_engine().draft(make_exit(), rows, cache, native._native.DraftTask(**task_arguments()))
+        make_engine().draft(make_exit(), rows, cache, isa.extension.DraftTask(**task_arguments()))
 
 
 def test_more_sequences_than_limits_are_refused() -> None:
@@ -361,17 +361,17 @@ def test_layers_of_another_shape_are_refused(make_layer: Callable[[], Any], mess
 
 
 def test_an_engine_without_a_head_refuses_what_needs_one() -> None:
-    shape = native._native.Shape(
+    shape = isa.extension.Shape(
         hidden_size=D, intermediate_size=INTERMEDIATE, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
         vocab_size=VOCABULARY, rms_norm_eps=1e-5,
     )  # fmt: skip
-    engine = native._native.Engine("portable", 1, shape)
+    engine = isa.extension.Engine("portable", 1, shape)
     with pytest.raises(ValueError, match="no embedding"):
         engine.embed(ints(1), torch.zeros(1, D))
     with pytest.raises(ValueError, match="no head"):
         engine.greedy(torch.zeros(1, D), ints(0))
     with pytest.raises(ValueError, match="heads do not divide"):
-        native._native.Shape(
+        isa.extension.Shape(
             hidden_size=D, intermediate_size=INTERMEDIATE, num_heads=4, num_kv_heads=3, head_dim=HEAD_DIM,
             vocab_size=VOCABULARY, rms_norm_eps=1e-5,
         )  # fmt: skip
@@ -400,7 +400,7 @@ def test_fuzzed_trees_run_or_are_refused(data: st.DataObject, count: int, start:
         )
     _, cache = make_cache(torch.float32)
     try:
-        tree = native._native.Rows(
+        tree = isa.extension.Rows(
             slots=torch.zeros(count, dtype=torch.int32), positions=positions, parent_offsets=offsets
         )
         make_engine().run_layers(torch.ones(count, D), torch.empty(count, D), 0, 3, tree, cache)

@@ -159,7 +159,7 @@ class NativeBackend(StepwiseBackend):
     def run_layers(
         self, hidden_ND: Array, start: int, stop: int, rows: Rows, cache: Cache, taps: Seq[int] = ()
     ) -> Pass:
-        out_ND = np.empty_like(hidden_ND)
+        out_ND = np.empty(hidden_ND.shape, dtype=np.float32)
         tapped_NAD = np.empty((len(hidden_ND), len(taps), hidden_ND.shape[1]), dtype=np.float32) if taps else None
         self._extend_rope(cache.length)
         self._engine.run_layers(
