@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hopskip.backends.rows import Rows, Segment
-from hopskip.backends.native.quantize import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hopskip.backends.native import isa
+from hopskip.backends.native.quantize import pack
+from hopskip.backends.rows import Rows, Segment
 
 pytestmark = pytest.mark.skipif(isa.obstacle() is not None, reason=isa.obstacle() or "")
 
@@ -391,7 +391,7 @@ def test_fuzzed_trees_run_or_are_refused(data: st.DataObject, count: int, start:
     """A tree, of which one parent or position may be changed."""
     parents = (-1, *(data.draw(st.integers(0, row - 1)) for row in range(1, count)))
     rows = Rows([Segment(0, start, count, parents)])
-    offsets, positions = rows.back, rows.positions
+    offsets, positions = rows.parent_offsets, rows.positions
     assert offsets is not None
     if data.draw(st.booleans()):
         changed = data.draw(st.sampled_from((offsets, positions)))

@@ -197,9 +197,9 @@ class Backend(ABC):
             "leave it out"
         )
 
-    def useful_copies(self, checkpoint: Checkpoint) -> tuple[DraftPrecision, ...]:
-        """Precisions in which a copy would read less than the model itself."""
-        return ()
+    def useful_copy(self, checkpoint: Checkpoint) -> DraftPrecision | None:
+        """The lowest precision in which a copy would read less than the model itself, if there is one."""
+        return None
 
     def layer_numbers(self, layers: Seq[int], precision: DraftPrecision | None) -> tuple[int, ...]:
         """The numbers of some of the model's layers in a copy's precision; None is the model's own."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from hopskip.cli.console import print_json
-from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
+from hopskip.cli.options import Group, JsonOption, LoadGroup, ModelArgument, at, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
 from hopskip.errors import ConfigError
+from hopskip.options import option
 
 if TYPE_CHECKING:
     from hopskip.backends.base import Backend
@@ -19,45 +19,34 @@ if TYPE_CHECKING:
     from hopskip.loading import LoadConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """What is read, and after which layers."""
+
+    exit_layers: str | None = option(None, "Early exits to read as well, with commas between.", "LIST")
+    against: tuple[Path, ...] = option(
+        (),
+        "Another file of the same model, such as a Q4_0 GGUF, run as it is stored; may be given several times.",
+        "FILE",
+    )
+    text: tuple[Path, ...] = option(
+        (),
+        "A text; may be given several times (default: the prompts alpaca, gsm8k, humaneval and mt_bench, all turns of "
+        "each as one text).",
+        "FILE",
+    )
+    context: int | None = option(
+        None, "Longest window that a text is cut into (default: 2048, or the model's context).", "N"
+    )
+    max_tokens: int | None = option(None, "Use only the first N tokens of all texts.", "N")
+
+
 @with_options
 def perplexity(
     place: ModelArgument = None,
     *,
     precision: PrecisionList = None,
-    exit_layers: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Early exits to read as well, with commas between.", show_default=False),
-    ] = None,
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Another file of the same model, such as a Q4_0 GGUF, run as it is stored; may be given several "
-            "times.",
-            show_default=False,
-        ),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="A text; may be given several times (default: the prompts alpaca, gsm8k, humaneval and mt_bench, all "
-            "turns of each as one text).",
-            show_default=False,
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Longest window that a text is cut into (default: 2048, or the model's context).",
-            show_default=False,
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Use only the first N tokens of all texts.", show_default=False),
-    ] = None,
+    what: Annotated[ReadingOptions, Group()],
     as_json: JsonOption = False,
     load: LoadGroup,
 ) -> None:
@@ -76,14 +65,15 @@ def perplexity(
     from hopskip.text.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
-    stops = places_to_read(checkpoint.config.num_hidden_layers, _numbers(exit_layers))
+    stops = places_to_read(checkpoint.config.num_hidden_layers, _numbers(what.exit_layers))
     longest = checkpoint.config.max_position_embeddings
-    if context is not None and context > longest:
-        raise ConfigError(f"context is {context}; the model's own is {longest}")
-    others = [(file.name, _open_other(file, checkpoint)) for file in against or ()]
+    if what.context is not None and what.context > longest:
+        raise ConfigError(f"context is {what.context}; the model's own is {longest}")
+    others = [(file.name, _open_other(file, checkpoint)) for file in what.against]
     tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
-    texts = [read_text(file) for file in text] if text else whole_prompts()
-    windows = cut_windows(tokenizer, texts, min(MAX_CONTEXT, longest) if context is None else context, max_tokens)
+    texts = [read_text(file) for file in what.text] if what.text else whole_prompts()
+    context = min(MAX_CONTEXT, longest) if what.context is None else what.context
+    windows = cut_windows(tokenizer, texts, context, what.max_tokens)
     rows = _measure(
         _backends(load, precisions, checkpoint, others),
         windows,
@@ -91,10 +81,16 @@ def perplexity(
         len(precisions) + len(others),
         quiet=as_json,
     )
-    files = [str(file) for file in text or ()] or "prompts: alpaca, gsm8k, humaneval, mt_bench"
-    num_tokens = sum(map(len, windows)) - len(windows)
-    about_text = {"files": files, "num_windows": len(windows), "num_tokens": num_tokens}
-    report = {"model": str(checkpoint.path), "text": about_text, "versions": versions(), "rows": rows}
+    report = {
+        "model": str(checkpoint.path),
+        "text": {
+            "files": [str(file) for file in what.text] or "prompts: alpaca, gsm8k, humaneval, mt_bench",
+            "num_windows": len(windows),
+            "num_tokens": sum(map(len, windows)) - len(windows),
+        },
+        "versions": versions(),
+        "rows": rows,
+    }
     if as_json:
         print_json(report)
     else:

@@ -81,6 +81,6 @@ def load_each(
             backend = load_backend(checkpoint, replace(load, **chosen), bar.loaded)
         if trained_exit is not None:
             backend.attach_exit(trained_exit)
-        if copies := backend.useful_copies(checkpoint):
-            backend.attach_copy(checkpoint, min(copies))  # q4 before q8
+        if copy := backend.useful_copy(checkpoint):
+            backend.attach_copy(checkpoint, copy)
         yield name, backend

@@ -33,7 +33,6 @@ from hopskip.speculative import DraftPrecision
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-_LOWER: tuple[DraftPrecision, ...] = ("q4", "q8")
 
 Array = NDArray[np.float32]
 
@@ -131,9 +130,9 @@ class NativeBackend(StepwiseBackend):
         self._heads[precision] = add_copy(self._engine, self.config, weights)
         self.copies = (*self.copies, precision)
 
-    def useful_copies(self, checkpoint: Checkpoint) -> tuple[DraftPrecision, ...]:
-        own = self._weights.bytes_per_pass
-        return tuple(p for p in _LOWER if PackedWeights.load(checkpoint, p).bytes_per_pass < own)
+    def useful_copy(self, checkpoint: Checkpoint) -> DraftPrecision | None:
+        gains = PackedWeights.load(checkpoint, "q4").bytes_per_pass < self._weights.bytes_per_pass
+        return "q4" if gains else None
 
     def layer_numbers(self, layers: Seq[int], precision: DraftPrecision | None) -> tuple[int, ...]:
         first = 0 if precision is None else self._first_layer_of_copy[precision]
