@@ -64,8 +64,9 @@ auto checked(const Array& array, const char* name, nb::dlpack::dtype type, std::
     for (size_t i = array.ndim(); fits && i-- > 0;) {
         const int64_t want = shape.begin()[i], size = static_cast<int64_t>(array.shape(i));
         fits = (want == ANY || want == size) && size <= INT32_MAX;
-        if (size > 1 && array.stride(i) != expected_stride) refuse(name, " is not contiguous; pass .contiguous()");
-        expected_stride *= std::max<int64_t>(size, 1);  // of nothing, any stride will do
+        if (size > 1 && array.size() > 0 && array.stride(i) != expected_stride)  // of nothing, any stride will do
+            refuse(name, " is not contiguous; pass .contiguous()");
+        expected_stride *= size;
     }
     if (!fits) {
         const std::vector<int64_t> found(array.shape_ptr(), array.shape_ptr() + array.ndim());
