@@ -40,6 +40,7 @@ from hopskip.machine import num_usable_cores
 from hopskip.prompts import Prompt, load_prompts, whole_prompts
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 
 DECODE, PREFILL = "decode_tokens_per_second", "prefill_tokens_per_second"
 PLAIN = SpeculativeConfig(draft="none")
@@ -283,7 +284,7 @@ def main() -> int:
         try:
             model = arguments.model or find_model()
             checkpoint = open_checkpoint(model)
-            tokenizer = Tokenizer.load(model, checkpoint.config)
+            tokenizer = load_tokenizer(model, checkpoint.config)
             setup = Setup(
                 model=model,
                 folder=folder,

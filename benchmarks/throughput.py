@@ -41,6 +41,7 @@ from hopskip.machine import num_usable_cores
 from hopskip.prompts import load_prompts
 from hopskip.sequence import Request
 from hopskip.text.tokenizer import Tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 
 PLAIN = SpeculativeConfig(draft="none")
 SERVED = SpeculativeConfig(draft="auto")
@@ -361,7 +362,7 @@ def main() -> int:
         parser.error("--min-tokens must be at least 1 and at most --max-tokens")
     try:
         model = arguments.model or find_model()
-        tokenizer = Tokenizer.load(model, open_checkpoint(model).config)
+        tokenizer = load_tokenizer(model, open_checkpoint(model).config)
         requests = requests_of(tokenizer, arguments.num_requests, arguments.min_tokens, arguments.max_tokens)
         setup = Setup(model=model, dtype=arguments.dtype, threads=arguments.threads, batch=len(requests))
         bandwidth = measure_read_bandwidth(arguments.threads)

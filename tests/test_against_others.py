@@ -17,7 +17,7 @@ from hopskip.bench.contenders import gguf_bytes_per_token
 from hopskip.bench.measure import PromptResult, Result
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
 from hopskip.loading import LoadConfig, load_backend
-from hopskip.text.tokenizer import Tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 from tests.tiny import byte_level_tokenizer, make_model, write_gguf
 
 
@@ -37,7 +37,7 @@ def test_the_random_file_is_a_model_of_its_shape(tmp_path: Path) -> None:
     num_weights = sum(shape[0] * shape[1] for shape in expected_tensors(config).values() if len(shape) > 1)
     assert gguf_bytes_per_token(path) == num_weights * 34 // 32 + 4 * 256 * 7
     assert float(checkpoint.tensor("model.layers.1.mlp.down_proj.weight").std()) == pytest.approx(512**-0.5, rel=0.02)
-    tokenizer = Tokenizer.load(path, checkpoint.config)
+    tokenizer = load_tokenizer(path, checkpoint.config)
     assert tokenizer.decode(tokenizer.encode("hello, world")) == "hello, world"
     backend = load_backend(checkpoint, LoadConfig(backend="torch", dtype="float32"))
     hidden_ND = backend.forward(list(range(5)), Rows([Segment(0, 0, 5)]), backend.new_cache(1, 8)).hidden_ND

@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hub cache, no package with the default model, and a client that must not be called."""
     folder = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr("hopskip.hub.DEFAULT_MODEL_PACKAGE", "no_such_package")
+    monkeypatch.setattr("hopskip.checkpoint.hub.DEFAULT_MODEL_PACKAGE", "no_such_package")
 
     def refuse(*_: Any, **__: Any) -> str:
         pytest.fail("the Hub was asked")
@@ -54,7 +54,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
     (folder / "Model.Q4_1.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(folder.parent))
-    monkeypatch.setattr("hopskip.hub.DEFAULT_MODEL_PACKAGE", folder.name)
+    monkeypatch.setattr("hopskip.checkpoint.hub.DEFAULT_MODEL_PACKAGE", folder.name)
     yield folder / "Model.Q4_1.gguf"
     assert folder.name not in sys.modules
 
@@ -179,7 +179,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What `find_model` says of each repository of a small Hub on this machine, told where it is by HF_ENDPOINT."""
     names = ["org/gated", "org/missing", "org/broken"]
     script = (
-        "import sys; from hopskip.errors import CheckpointError; from hopskip.hub import find_model\n"
+        "import sys; from hopskip.errors import CheckpointError; from hopskip.checkpoint.hub import find_model\n"
         "for name in sys.argv[1:]:\n"
         "    try: print(find_model(name))\n"
         "    except CheckpointError as error: print(error)\n"

@@ -26,7 +26,7 @@ from hopskip.cli import app
 from hopskip.errors import ConfigError, PromptError
 from hopskip.loading import BackendName, LoadConfig, load_backend
 from hopskip.prompts import whole_prompts
-from hopskip.text.tokenizer import Tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 from tests.tiny import byte_level_tokenizer, make_model, write_checkpoint, write_gguf
 
 WINDOWS = [[(7 * i * i + n) % 320 for i in range(n)] for n in (2, 40, 300)]  # the last has more rows than one head pass
@@ -55,7 +55,7 @@ def test_losses_are_those_of_transformers_at_every_layer(tmp_path: Path, backend
 
 def test_windows(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tokenizer=True)
-    tokenizer = Tokenizer.load(tmp_path, open_checkpoint(tmp_path).config)
+    tokenizer = load_tokenizer(tmp_path, open_checkpoint(tmp_path).config)
     texts = ["The quick brown fox", "", "hello, world"]
     first, last = (tokenizer.encode(texts[i]) for i in (0, 2))
     assert min(len(first), len(last)) > 4
@@ -138,7 +138,7 @@ def test_the_report(model: Path, tmp_path: Path) -> None:
         )
     assert rows["float32"]["weight_bytes"] > rows["bfloat16"]["weight_bytes"] > rows["q8"]["weight_bytes"]
     assert rows["q4_0.gguf"]["weight_bytes"] == rows["q4"]["weight_bytes"]
-    num_tokens = len(Tokenizer.load(model, open_checkpoint(model).config).encode(text.read_text()))
+    num_tokens = len(load_tokenizer(model, open_checkpoint(model).config).encode(text.read_text()))
     assert report["text"] == {
         "files": [str(text)],
         "num_windows": -(-num_tokens // 32),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from hopskip.cli import app
+from tests.serving import live_server, tiny_llm
 
 ROOT = Path(__file__).parent.parent
+SERVER = "http://127.0.0.1:8000"
 SUBCOMMANDS = [["bench", "serve"], ["trace", "show"], ["trace", "record"], ["trace", "replay"]]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
@@ -25,9 +28,21 @@ def commands() -> list[str]:
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
 
 
-@pytest.mark.parametrize("code", blocks("python", ROOT / "README.md"))
-def test_python_runs(code: str, default_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    with live_server(tiny_llm(tmp_path)) as live:
+        yield live.url
+
+
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [pytest.param(page, code, id=page.name) for page in PAGES for code in blocks("python", page)],
+)
+def test_python_runs(
+    page: Path, code: str, default_model: Path, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is written for a server of one's own asks one that runs."""
+    exec(compile(code.replace(SERVER, server), page.name, "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
@@ -46,6 +61,12 @@ def test_commands_have_options_that_exist(command: str) -> None:
 def test_scripts_exist(command: str) -> None:
     script = ROOT / shlex.split(command, comments=True)[0]
     assert script.stat().st_mode & 0o100, f"{script} cannot be executed"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_benchmarks_exist(page: Path) -> None:
+    for name in re.findall(r"python -m benchmarks\.(\w+)", page.read_text()):
+        assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError, PromptError
-from hopskip.text.tokenizer import _SPLITS, Detokenizer, Tokenizer
+from hopskip.text.tokenizer import Detokenizer, Tokenizer
+from hopskip.text.tokenizer_files import _SPLITS, load_tokenizer
 from tests.models import tiny_config
 from tests.test_families import load, logits_in_chunks, reference_logits
 from tests.tiny import (
@@ -93,7 +94,7 @@ def wrap(backend: Backend) -> Tokenizer:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_folder_equals_transformers(text: str, folder: Path) -> None:
-    ours, theirs = Tokenizer.load(folder, CONFIG), AutoTokenizer.from_pretrained(folder)
+    ours, theirs = load_tokenizer(folder, CONFIG), AutoTokenizer.from_pretrained(folder)
     ids = ours.encode(text)
     assert ids == theirs.encode(text)
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
@@ -101,7 +102,7 @@ def test_folder_equals_transformers(text: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("messages", CHATS)
 def test_chat_equals_transformers(messages: list[dict[str, str]], folder: Path) -> None:
-    ours, theirs = Tokenizer.load(folder, CONFIG), AutoTokenizer.from_pretrained(folder)
+    ours, theirs = load_tokenizer(folder, CONFIG), AutoTokenizer.from_pretrained(folder)
     for add in (True, False):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=add, return_dict=False)
         assert ours.apply_chat_template(messages, add_generation_prompt=add) == expected
@@ -116,7 +117,7 @@ def test_bos(add_bos_token: bool | None, makes_bos: bool, tmp_path: Path) -> Non
         backend = Backend.from_str(json.dumps({**json.loads(backend.to_str()), "post_processor": None}))
     settings: dict[str, Any] = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     write_tokenizer(tmp_path, backend, bos_token=BOS, eos_token="</s>", chat_template=None, **settings)
-    ids = Tokenizer.load(tmp_path, CONFIG).encode("hello")
+    ids = load_tokenizer(tmp_path, CONFIG).encode("hello")
     assert ids == ([1, 294] if makes_bos else [294])
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert ids == theirs.encode("hello")
@@ -124,8 +125,8 @@ def test_bos(add_bos_token: bool | None, makes_bos: bool, tmp_path: Path) -> Non
 
 def test_eos_ids(folder: Path) -> None:
     """The config's where it has any, else the tokenizer's own."""
-    assert Tokenizer.load(folder, CONFIG).eos_token_ids == (1,)
-    assert Tokenizer.load(folder, tiny_config(eos_token_ids=(7, 9))).eos_token_ids == (7, 9)
+    assert load_tokenizer(folder, CONFIG).eos_token_ids == (1,)
+    assert load_tokenizer(folder, tiny_config(eos_token_ids=(7, 9))).eos_token_ids == (7, 9)
 
 
 def test_padding_and_truncation_of_the_file_are_ignored(tmp_path: Path) -> None:
@@ -133,19 +134,19 @@ def test_padding_and_truncation_of_the_file_are_ignored(tmp_path: Path) -> None:
     backend.enable_truncation(4)
     backend.enable_padding(length=8)
     write_tokenizer(tmp_path, backend)
-    assert Tokenizer.load(tmp_path, CONFIG).encode("hello world") == byte_level().encode("hello world")
+    assert load_tokenizer(tmp_path, CONFIG).encode("hello world") == byte_level().encode("hello world")
 
 
 def test_template_file_comes_before_the_setting(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    tokenizer = Tokenizer.load(folder, CONFIG)
+    tokenizer = load_tokenizer(folder, CONFIG)
     assert tokenizer.decode(tokenizer.apply_chat_template(CHATS[0])) == "What is the capital of France?"
 
 
 def test_named_templates(tmp_path: Path) -> None:
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     write_tokenizer(tmp_path, chat_template=templates)
-    tokenizer = Tokenizer.load(tmp_path, CONFIG)
+    tokenizer = load_tokenizer(tmp_path, CONFIG)
     assert tokenizer.decode(tokenizer.apply_chat_template(CHATS[0])) == "plain"
 
 
@@ -157,7 +158,7 @@ def test_template_helpers(tmp_path: Path) -> None:
         "{{ strftime_now('%Y') | length }}{% if tools is none and extra == 3 %}!{% endif %}"
     )
     write_tokenizer(tmp_path, chat_template=template)
-    ours, theirs = Tokenizer.load(tmp_path, CONFIG), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path, CONFIG), AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "<é>", "name": None}, {"role": "user", "content": "never"}]
     ids = ours.apply_chat_template(messages, extra=3)
     assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, extra=3)
@@ -167,24 +168,24 @@ def test_template_helpers(tmp_path: Path) -> None:
 def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(PromptError, match=r"refuses these messages.*unsafe"):
-        Tokenizer.load(tmp_path, CONFIG).apply_chat_template(CHATS[0])
+        load_tokenizer(tmp_path, CONFIG).apply_chat_template(CHATS[0])
     write_tokenizer(tmp_path, chat_template="{{ messages.append(1) }}")
     with pytest.raises(PromptError, match="refuses these messages"):
-        Tokenizer.load(tmp_path, CONFIG).apply_chat_template(CHATS[0])
+        load_tokenizer(tmp_path, CONFIG).apply_chat_template(CHATS[0])
 
 
 def test_template_errors(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(PromptError, match="roles must alternate"):
-        Tokenizer.load(tmp_path, CONFIG).apply_chat_template(CHATS[0])
+        load_tokenizer(tmp_path, CONFIG).apply_chat_template(CHATS[0])
     write_tokenizer(tmp_path, chat_template="{% for %}")
     with pytest.raises(CheckpointError, match="chat template is not valid"):
-        Tokenizer.load(tmp_path, CONFIG)
+        load_tokenizer(tmp_path, CONFIG)
     write_tokenizer(tmp_path, chat_template=7)
     with pytest.raises(CheckpointError, match="chat template is a int"):
-        Tokenizer.load(tmp_path, CONFIG)
+        load_tokenizer(tmp_path, CONFIG)
     write_tokenizer(tmp_path, chat_template=None)
-    tokenizer = Tokenizer.load(tmp_path, CONFIG)
+    tokenizer = load_tokenizer(tmp_path, CONFIG)
     assert not tokenizer.has_chat_template
     with pytest.raises(PromptError, match="no chat template; give a plain prompt"):
         tokenizer.apply_chat_template(CHATS[0])
@@ -193,36 +194,36 @@ def test_template_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("messages", [[], "Hello", ["Hello"], [{"content": "no role"}], [{"role": 3, "content": "x"}]])
 def test_wrong_messages(messages: Any, folder: Path) -> None:
     with pytest.raises(PromptError, match="chat"):
-        Tokenizer.load(folder, CONFIG).apply_chat_template(messages)
+        load_tokenizer(folder, CONFIG).apply_chat_template(messages)
 
 
 def test_text_that_is_no_text(folder: Path) -> None:
     with pytest.raises(PromptError, match="not valid text"):
-        Tokenizer.load(folder, CONFIG).encode("lone \ud800 surrogate")
+        load_tokenizer(folder, CONFIG).encode("lone \ud800 surrogate")
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer that can be read.*put the model's tokenizer\.json"):
-        Tokenizer.load(tmp_path, CONFIG)
+        load_tokenizer(tmp_path, CONFIG)
 
 
 def test_damaged_tokenizer_files(folder: Path) -> None:
     whole = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
-        Tokenizer.load(folder, CONFIG)
+        load_tokenizer(folder, CONFIG)
     (folder / "tokenizer.json").write_text(whole)
     (folder / "tokenizer_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        Tokenizer.load(folder, CONFIG)
+        load_tokenizer(folder, CONFIG)
 
 
 def test_transformers_is_not_imported_for_ordinary_checkpoints(folder: Path) -> None:
     """Its import costs more than all the rest of a start."""
     script = (
         "import sys; from pathlib import Path\n"
-        "from hopskip.tokenizer import Tokenizer; from tests.models import tiny_config\n"
-        "Tokenizer.load(Path(sys.argv[1]), tiny_config()); print('transformers' in sys.modules)"
+        "from hopskip.text.tokenizer_files import load_tokenizer; from tests.models import tiny_config\n"
+        "load_tokenizer(Path(sys.argv[1]), tiny_config()); print('transformers' in sys.modules)"
     )
     root = Path(__file__).parent.parent
     result = subprocess.run(
@@ -239,7 +240,7 @@ def test_vocabularies_that_only_transformers_can_build(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours, theirs = Tokenizer.load(tmp_path, CONFIG), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path, CONFIG), AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
     assert len(ours.encode("hello world")) > 1
@@ -253,7 +254,7 @@ def test_gguf_equals_the_folder(text: str, tmp_path: Path) -> None:
     backend = byte_level_tokenizer()
     write_tokenizer(tmp_path, backend)
     write_gguf(tmp_path / "m.gguf", make_model("llama3-gqa"), tokenizer=backend)
-    ours, folder = Tokenizer.load(tmp_path / "m.gguf", CONFIG), Tokenizer.load(tmp_path, CONFIG)
+    ours, folder = load_tokenizer(tmp_path / "m.gguf", CONFIG), load_tokenizer(tmp_path, CONFIG)
     assert ours.encode(text) == folder.encode(text)
     assert ours.decode(ours.encode(text)) == folder.decode(folder.encode(text))
 
@@ -265,7 +266,7 @@ def test_gguf_equals_the_folder(text: str, tmp_path: Path) -> None:
 def test_gguf_bos(pre: str, add_bos_token: bool | None, adds: bool, tmp_path: Path) -> None:
     metadata = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": add_bos_token}
     write_gguf(tmp_path / "m.gguf", make_model("llama3-gqa"), tokenizer=byte_level_tokenizer(), metadata=metadata)
-    assert (Tokenizer.load(tmp_path / "m.gguf", CONFIG).encode("hello")[0] == 0) is adds
+    assert (load_tokenizer(tmp_path / "m.gguf", CONFIG).encode("hello")[0] == 0) is adds
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
@@ -280,11 +281,11 @@ def test_gguf_words_are_those_of_transformers(pre: str, tmp_path: Path) -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-    ours = Tokenizer.load(tmp_path / "m.gguf", CONFIG)
+    ours = load_tokenizer(tmp_path / "m.gguf", CONFIG)
     assert _SPLITS[pre].pattern is not None
     assert pre in GGUF_PRE_TOKENIZER_SPLITS
     for text in TEXTS:
-        words = ours._backend.pre_tokenizer.pre_tokenize_str(text)
+        words = ours.inner.pre_tokenizer.pre_tokenize_str(text)
         assert words == theirs.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
 
 
@@ -299,7 +300,7 @@ def test_gguf_end_of_turn_counts_as_eos(tmp_path: Path) -> None:
     )
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert checkpoint.config.eos_token_ids == (2,)
-    assert Tokenizer.load(checkpoint.path, checkpoint.config).eos_token_ids == (2, 1)
+    assert load_tokenizer(checkpoint.path, checkpoint.config).eos_token_ids == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,7 @@ def test_gguf_end_of_turn_counts_as_eos(tmp_path: Path) -> None:
 def test_gguf_without_a_usable_tokenizer(metadata: dict[str, Any], named: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", make_model("llama3-gqa"), tokenizer=byte_level_tokenizer(), metadata=metadata)
     with pytest.raises(CheckpointError, match=named):
-        Tokenizer.load(tmp_path / "m.gguf", CONFIG)
+        load_tokenizer(tmp_path / "m.gguf", CONFIG)
 
 
 def test_gguf_with_a_sentencepiece_table(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_gguf_with_a_sentencepiece_table(tmp_path: Path) -> None:
         "tokenizer.ggml.eos_token_id": 2,
     }
     write_gguf(tmp_path / "m.gguf", make_model("llama2-mha"), metadata=metadata)
-    tokenizer = Tokenizer.load(tmp_path / "m.gguf", CONFIG)
+    tokenizer = load_tokenizer(tmp_path / "m.gguf", CONFIG)
     ids = tokenizer.encode("hello é 🙂")
     assert ids[0] == 1
     assert tokens.index("<0xF0>") in ids
@@ -353,7 +354,7 @@ def default(default_model: Path) -> tuple[Tokenizer, Any, ModelConfig]:
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    return Tokenizer.load(default_model, config), theirs, config
+    return load_tokenizer(default_model, config), theirs, config
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "List:\n\n1. one\n\n 22  two", "x = [\n    1,\n    22\n]"])
@@ -385,7 +386,7 @@ def test_default_model_logits_equal_transformers(default_model: Path) -> None:
     """Dequantized to float32, the same numbers; over logits of about 20, sums in another order differ by up to 1e-3."""
     checkpoint = open_checkpoint(default_model)
     assert (checkpoint.quantization, checkpoint.dtype) == ("Q4_1", torch.bfloat16)
-    ids = torch.tensor(Tokenizer.load(default_model, checkpoint.config).apply_chat_template(CHATS[1]))
+    ids = torch.tensor(load_tokenizer(default_model, checkpoint.config).apply_chat_template(CHATS[1]))
     theirs = AutoModelForCausalLM.from_pretrained(
         default_model.parent, gguf_file=default_model.name, dtype=torch.float32
     ).eval()
@@ -430,7 +431,7 @@ def test_pieces_of_a_text(tokenizer: Any, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_pieces_of_any_ids(tokenizer: Any, data: st.DataObject) -> None:
     """Joined, the pieces are the decoded whole, for ids that are no text too; every piece is valid Unicode."""
-    size = tokenizer()._backend.get_vocab_size()
+    size = tokenizer().inner.get_vocab_size()
     ids = data.draw(st.lists(st.integers(0, size - 1), max_size=40))
     streamed = pieces(tokenizer(), ids)
     assert "".join(streamed) == tokenizer().decode(ids)
@@ -441,11 +442,11 @@ def test_pieces_of_any_ids(tokenizer: Any, data: st.DataObject) -> None:
 @settings(max_examples=3 * settings.default.max_examples)
 @given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=7))
 def test_bytes_that_are_no_text_decode_as_in_the_library(ids: list[int]) -> None:
-    assert byte_level().decode(ids) == byte_level()._backend.decode(ids, skip_special_tokens=True)
+    assert byte_level().decode(ids) == byte_level().inner.decode(ids, skip_special_tokens=True)
 
 
 def test_endless_bad_bytes_are_not_held_back_for_ever() -> None:
-    bad = byte_level()._backend.token_to_id("ł")  # byte 0x82: never starts a character
+    bad = byte_level().inner.token_to_id("ł")  # byte 0x82: never starts a character
     streamed = pieces(byte_level(), [bad] * 100)
     assert max(map(len, streamed)) <= 8
     assert "".join(streamed) == "\N{REPLACEMENT CHARACTER}" * 100

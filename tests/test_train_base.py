@@ -11,7 +11,7 @@ import torch
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.rope import RopeConfig
 from hopskip.errors import CheckpointError
-from hopskip.train.base import _rope, load_tokenizer, to_transformers
+from hopskip.train.base import _rope, load_transformers_tokenizer, to_transformers
 from tests.tiny import FAMILIES, byte_level_tokenizer, write_checkpoint, write_gguf
 
 
@@ -28,7 +28,7 @@ def test_any_checkpoint_in_transformers(family: str, tmp_path: Path) -> None:
         if family == "llama3-gqa" and path.suffix == ".gguf":
             continue  # its scaling is in a tensor that this writer does not write
         model = to_transformers(open_checkpoint(path)).eval()
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_transformers_tokenizer(path)
         with torch.inference_mode():
             torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
         assert tokenizer("hello, world")["input_ids"] == byte_level_tokenizer().encode("hello, world").ids

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hopskip.errors import ConfigError
-from hopskip.train.base import load_tokenizer
+from hopskip.train.base import load_transformers_tokenizer
 from hopskip.train.data import IGNORED, StreamedRows, collate, load_rows
 from hopskip.train.encode import encode
 from hopskip.train.read import DataConfig, read, read_split
@@ -25,7 +25,7 @@ TEXTS = ["the quick brown fox", "jumps over", "the lazy dog. It's 12:30, isn't i
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    return load_tokenizer(folder)
+    return load_transformers_tokenizer(folder)
 
 
 def write_lines(path: Path, rows: list[Any]) -> str:

@@ -17,7 +17,7 @@ from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.cli import app
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.text.tokenizer import Tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.exit.distill import ExitTrainer
 from hopskip.train.exit.prompts import self_prompts, write_prompts
 from hopskip.train.exit.recipe import PromptsRecipe
@@ -72,7 +72,7 @@ def test_prompts_of_files(tmp_path: Path) -> None:
 
     write_tokenizer(tmp_path)
     write_checkpoint(tmp_path)
-    tokenizer = Tokenizer.load(tmp_path, open_checkpoint(tmp_path).config)
+    tokenizer = load_tokenizer(tmp_path, open_checkpoint(tmp_path).config)
     assert write(settings) == [" first ", "first", "second", "third"]
     assert len(write(replace(settings, max_prompts=2))) <= 2
     (tmp_path / "wrong.jsonl").write_text(json.dumps({"text": "x"}) + "\n")

@@ -23,7 +23,7 @@ from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.cli import app
 from hopskip.errors import ConfigError, HopskipError, TrainingError
-from hopskip.train.base import load_tokenizer
+from hopskip.train.base import load_transformers_tokenizer
 from hopskip.train.checkpoint import last_checkpoint
 from hopskip.train.loss import exit_metrics
 from hopskip.train.recipe import Recipe, load_recipe
@@ -296,7 +296,7 @@ def test_ordinary_training_is_the_trainers_own(base: Path, data: Path, tmp_path:
     assert isinstance(arguments, TrainingArguments)
     arguments.remove_unused_columns, arguments.output_dir = False, str(tmp_path / "theirs")
     set_seed(arguments.seed)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_transformers_tokenizer(base)
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(base),
         arguments,

@@ -15,13 +15,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 
-from hopskip.static.decoder import StaticDecoder
-
-from hopskip import SpeculativeConfig
 from hopskip.backends.cuda.kernels import TorchKernels
 from hopskip.backends.cuda.matrix import Matrix, Precision
 from hopskip.backends.cuda.triton_kernels import Tiling, TritonKernels, candidate_tilings, default_tiling
-from tests.models import tiny_config, tiny_model
+from tests.models import tiny_config
 
 pytestmark = [
     # Triton 3.6 takes arrays of one number for numbers, which NumPy 2.4 no longer does
@@ -86,21 +83,6 @@ def test_attention_is_that_of_pytorch(
             torch.testing.assert_close(found, expected)
         expected = reference.attend(q, caches[0], caches[1], position_B)
         torch.testing.assert_close(kernels.attend(q, caches[0], caches[1], position_B), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_decoder_on_triton_writes_the_same_text() -> None:
-    model = tiny_model(num_hidden_layers=2)
-    prompts, early_exit = (
-        [[5, 6, 7, 8] * 3, [3]],
-        SpeculativeConfig(draft="early-exit", exit_layer=1, num_draft_tokens=2),
-    )
-    decoders = [
-        StaticDecoder(model, early_exit, batch_size=2, max_model_len=24, kernels=kernels)
-        for kernels in (TritonKernels(model.config), TorchKernels(model.config))
-    ]
-    found, expected = (decoder.generate(prompts, 4) for decoder in decoders)
-    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
-    assert [r.stats.num_accepted_tokens for r in found] == [r.stats.num_accepted_tokens for r in expected]
 
 
 def test_tilings_follow_the_matrix_only() -> None:

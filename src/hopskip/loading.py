@@ -156,11 +156,11 @@ def open_model(
     from hopskip.checkpoint.checkpoint import open_checkpoint
     from hopskip.checkpoint.hub import find_model
     from hopskip.draft.make import resolve
-    from hopskip.text.tokenizer import Tokenizer
+    from hopskip.text.tokenizer_files import load_tokenizer
 
     speculative = speculative or SpeculativeConfig()
     checkpoint = open_checkpoint(find_model(load.model))
-    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     # a wrong option must not cost the time of loading the weights
     trained_exit = find_exit(checkpoint, speculative)
     resolve(speculative, checkpoint.config, trained_exit)

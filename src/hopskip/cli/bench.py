@@ -132,10 +132,10 @@ def _prepare(
     from hopskip.checkpoint.hub import find_model
     from hopskip.errors import PromptError
     from hopskip.prompts import load_prompts
-    from hopskip.text.tokenizer import Tokenizer
+    from hopskip.text.tokenizer_files import load_tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
-    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     for file in what.llama_cpp_model:
         if not file.is_file():
             raise ConfigError(f"llama-cpp-model {str(file)!r} does not exist; give a GGUF file")

@@ -95,10 +95,10 @@ def _proofs(
     from hopskip.checkpoint.checkpoint import open_checkpoint
     from hopskip.checkpoint.hub import find_model
     from hopskip.prompts import load_prompts, mixed_prompts
-    from hopskip.text.tokenizer import Tokenizer
+    from hopskip.text.tokenizer_files import load_tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
-    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     if against is not None:
         prompts = load_prompts("alpaca", _NUM_PROMPTS_AGAINST if num_prompts is None else num_prompts)
         yield from _against_transformers(

@@ -62,7 +62,7 @@ def perplexity(
     from hopskip.checkpoint.checkpoint import open_checkpoint
     from hopskip.checkpoint.hub import find_model
     from hopskip.prompts import whole_prompts
-    from hopskip.text.tokenizer import Tokenizer
+    from hopskip.text.tokenizer_files import load_tokenizer
 
     checkpoint = open_checkpoint(find_model(load.model))
     stops = places_to_read(checkpoint.config.num_hidden_layers, _numbers(what.exit_layers))
@@ -70,7 +70,7 @@ def perplexity(
     if what.context is not None and what.context > longest:
         raise ConfigError(f"context is {what.context}; the model's own is {longest}")
     others = [(file.name, _open_other(file, checkpoint)) for file in what.against]
-    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     texts = [read_text(file) for file in what.text] if what.text else whole_prompts()
     context = min(MAX_CONTEXT, longest) if what.context is None else what.context
     windows = cut_windows(tokenizer, texts, context, what.max_tokens)

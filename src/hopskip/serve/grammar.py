@@ -95,7 +95,7 @@ class GrammarCompiler:
             raise ConfigError("this model has no end-of-text token, so no grammar can end its text")
         try:
             return LLTokenizer(
-                self._tokenizer.backend.to_str(),
+                self._tokenizer.inner.to_str(),
                 n_vocab=self._vocab_size,
                 eos_token=list(self._tokenizer.eos_token_ids),
             )

@@ -13,7 +13,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.rope import RopeConfig
 from hopskip.errors import CheckpointError, ConfigError
-from hopskip.text.tokenizer import Tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.recipe import LoraRecipe, ModelRecipe
 
 _LLAMA3_FACTORS = (8.0, 32.0)
@@ -37,13 +37,13 @@ def load_base(recipe: ModelRecipe) -> tuple[Any, Any]:
     if recipe.base is not None:
         checkpoint = open_checkpoint(_find(recipe.base))
         model = to_transformers(checkpoint, getattr(torch, recipe.dtype))
-        tokenizer = load_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else checkpoint.path)
+        tokenizer = load_transformers_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else checkpoint.path)
     else:
         assert recipe.config is not None
         place = Path(recipe.config)
         model = from_scratch(place, getattr(torch, recipe.dtype))
         folder = place if place.is_dir() else place.parent
-        tokenizer = load_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else folder)
+        tokenizer = load_transformers_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else folder)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; give the model's own "
@@ -134,7 +134,7 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
     return {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta, **chosen}
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_transformers_tokenizer(path: Path) -> Any:
     """The tokenizer of a folder or GGUF file as a transformers one, chat template and special tokens included.
 
     Raises:
@@ -143,8 +143,8 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if path.is_file():
-        own = Tokenizer.load(path, open_checkpoint(path).config)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own.backend, **own.special_tokens)
+        own = load_tokenizer(path, open_checkpoint(path).config)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own.inner, **own.special_tokens)
         tokenizer.chat_template = own.chat_template
     else:
         try:
@@ -180,4 +180,4 @@ def _find(name: str) -> Path:
 
 def _eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Of a GGUF file also those of its chat template, as the tokenizer finds them."""
-    return Tokenizer.load(checkpoint.path, checkpoint.config).eos_token_ids
+    return load_tokenizer(checkpoint.path, checkpoint.config).eos_token_ids

@@ -204,19 +204,19 @@ def _packed(format: Format, rows: Tensor, cols: int, *scales: Tensor) -> Packed:
     units = strips_of(rows.contiguous().view(torch.int32))
     if not scales:
         return Packed(format, num_rows, cols, units.flatten(1))
-    num_heads = -(-len(scales) * scales[0].shape[1] // 2)
+    num_headers = -(-len(scales) * scales[0].shape[1] // 2)
     halves = torch.stack([strips_of(scale.contiguous().view(torch.int16)) for scale in scales], dim=2).flatten(1, 2)
-    heads = F.pad(halves, (0, 0, 0, 2 * num_heads - halves.shape[1])).flatten(1).contiguous().view(torch.int32)
-    # after each head the units of its blocks; the last one may have one block less
-    per_head = _units_of_head(format)
-    units_padded = F.pad(units, (0, 0, 0, num_heads * per_head - units.shape[1]))
-    grouped = units_padded.reshape(len(units), num_heads, per_head, STRIP)
-    data = torch.cat([heads.reshape(len(units), num_heads, 1, STRIP), grouped], dim=2).flatten(1)
-    return Packed(format, num_rows, cols, data[:, : (num_heads + units.shape[1]) * STRIP].contiguous())
+    headers = F.pad(halves, (0, 0, 0, 2 * num_headers - halves.shape[1])).flatten(1).contiguous().view(torch.int32)
+    # after each header the units of its blocks; the last one may have one block less
+    per_header = _units_of_header(format)
+    units_padded = F.pad(units, (0, 0, 0, num_headers * per_header - units.shape[1]))
+    grouped = units_padded.reshape(len(units), num_headers, per_header, STRIP)
+    data = torch.cat([headers.reshape(len(units), num_headers, 1, STRIP), grouped], dim=2).flatten(1)
+    return Packed(format, num_rows, cols, data[:, : (num_headers + units.shape[1]) * STRIP].contiguous())
 
 
-def _units_of_head(format: Format) -> int:
-    """Units that follow a head of scales, see `Matrix` in `native/kernels.h`."""
+def _units_of_header(format: Format) -> int:
+    """Units that follow a header, see `Matrix` in `native/kernels.h`."""
     return 16 if format is Format.Q8 else 4
 
 
@@ -227,12 +227,12 @@ def select_rows(packed: Packed, rows: Tensor) -> Packed:
     if packed.format in (Format.F32, Format.BF16):
         return _packed(packed.format, units[strip, :, lane], packed.cols)
     blocks = -(-packed.cols // BLOCK)
-    num_scales, per_head = (1 if packed.format is Format.Q8 else 2), _units_of_head(packed.format)
+    num_scales, per_header = (1 if packed.format is Format.Q8 else 2), _units_of_header(packed.format)
     num_units = blocks * (8 if packed.format is Format.Q8 else 4)
-    grouped = F.pad(units, (0, 0, 0, -units.shape[1] % (1 + per_head)))
-    grouped = grouped.reshape(len(units), -1, 1 + per_head, STRIP)
-    heads = grouped[:, :, 0].contiguous().view(torch.int16).reshape(len(units), -1, STRIP)[:, : blocks * num_scales]
-    scales = heads.reshape(len(units), blocks, num_scales, STRIP)[strip, :, :, lane].view(torch.float16)
+    grouped = F.pad(units, (0, 0, 0, -units.shape[1] % (1 + per_header)))
+    grouped = grouped.reshape(len(units), -1, 1 + per_header, STRIP)
+    headers = grouped[:, :, 0].contiguous().view(torch.int16).reshape(len(units), -1, STRIP)[:, : blocks * num_scales]
+    scales = headers.reshape(len(units), blocks, num_scales, STRIP)[strip, :, :, lane].view(torch.float16)
     own_units = grouped[:, :, 1:].flatten(1, 2)[:, :num_units][strip, :, lane]
     return _packed(packed.format, own_units, packed.cols, *scales.unbind(-1))
 

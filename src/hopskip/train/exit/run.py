@@ -20,6 +20,7 @@ from hopskip.errors import ConfigError
 from hopskip.loading import load_backend
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.checkpoint import replacing, replacing_file
 from hopskip.train.exit.choose import Candidate, draft_vocabulary, measure
 from hopskip.train.exit.collect import collect
@@ -43,7 +44,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     """
     folder = Path(recipe.output)
     checkpoint = open_checkpoint(find_model(recipe.load.model))
-    tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     depth = checkpoint.config.num_hidden_layers
     if any(tap > depth for tap in recipe.taps):
         raise ConfigError(f"an exit wants to see layer {max(recipe.taps)}, but the model has {depth}")
