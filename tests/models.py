@@ -10,8 +10,9 @@ from torch import Tensor
 from hopskip import SpeculativeConfig
 from hopskip.backends.base import Backend
 from hopskip.backends.table import TableBackend
-from hopskip.backends.torch.backend import TorchBackend, Weights
+from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.layer import LayerWeights
+from hopskip.backends.torch.weights import Weights
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.rope import RopeConfig
 from hopskip.draft.base import Drafter

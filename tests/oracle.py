@@ -31,7 +31,7 @@ def exact_probabilities(logits: Array, params: SamplingParams) -> Array:
     if params.min_p:
         probs[probs < params.min_p * probs.max()] = 0
         probs /= probs.sum()
-    return probs
+    return np.asarray(probs)
 
 
 def exact_adjusted(logits: Array, params: SamplingParams, prompt: list[int], output: list[int]) -> Array:

@@ -414,9 +414,9 @@ def long_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ctrl_c_ends_cleanly(long_model: Path) -> None:
-    options = ["-m", long_model, "--backend", "torch", "-n", "150000", "--ignore-eos", "--draft", "ngram"]
+    options: list[str | Path] = ["-m", long_model, "--backend", "torch", "-n", "150000", "--ignore-eos"]
     process = subprocess.Popen(
-        **subprocess_arguments("generate", *options, "Hello"),
+        **subprocess_arguments("generate", *options, "--draft", "ngram", "Hello"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=take_interrupts,
@@ -426,7 +426,7 @@ def test_ctrl_c_ends_cleanly(long_model: Path) -> None:
         first = os.read(process.stdout.fileno(), 1)
         assert first  # it has begun
         process.send_signal(signal.SIGINT)
-        rest, error = process.communicate(timeout=300)
+        rest, error = (bytes(part) for part in process.communicate(timeout=300))
     finally:
         process.kill()
     assert process.returncode == 130, error.decode()
@@ -447,7 +447,7 @@ def test_error_of_a_real_process() -> None:
 def test_chat_in_a_terminal(long_model: Path) -> None:
     """Ctrl-C stops the answer and keeps the chat; Ctrl-D ends it."""
     controller, terminal = pty.openpty()
-    options = ["-m", long_model, "--backend", "torch", "-n", "150000", "--ignore-eos"]
+    options: list[str | Path] = ["-m", long_model, "--backend", "torch", "-n", "150000", "--ignore-eos"]
     arguments = subprocess_arguments("chat", *options)
     arguments["env"] |= {"TERM": "dumb"}
     process = subprocess.Popen(

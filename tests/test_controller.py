@@ -153,7 +153,7 @@ class World:
         parts, buckets = [], []
         for choice, lookup in zip(choices, lookups, strict=True):
             accepted = 0
-            while accepted < choice.num_tokens and self.dice.random() < self.acceptance.get(choice.source, 0):
+            while accepted < choice.num_tokens and self.dice.random() < self.acceptance.get(choice.source or LOOKUP, 0):
                 accepted += 1
             is_wrong = choice.num_runner_ups > 0 and accepted < choice.num_tokens
             runner_up = 0 if is_wrong and self.dice.random() < self.second_choice else None

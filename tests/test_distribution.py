@@ -86,7 +86,8 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
     # forked, not spawned: the children must see the rule that a test has put in place of the right one
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
         parts = list(pool.map(sample, [draft] * 2, shares))
-    observed, drafted, accepted = (sum(part[i] for part in parts) for i in range(3))
+    observed = np.sum([part[0] for part in parts], axis=0)
+    drafted, accepted = (sum(part[i] for part in parts) for i in (1, 2))
     assert 0 < accepted < drafted
     expected = exact_joint(tables()[1].double().numpy(), PROMPT, params_of(draft), SKIP, LENGTH) * num_samples
     assert observed[expected == 0].sum() == 0

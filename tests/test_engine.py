@@ -20,6 +20,7 @@ from hopskip.engine import Engine, make_engine
 from hopskip.prove import recorder
 from hopskip.sequence import Request, Sequence
 from tests.models import table_model, tiny_config, tiny_model
+from tests.properties import examples
 
 PROMPTS = [
     torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() * 2 for n in (1, 3, 9, 20, 33)
@@ -145,7 +146,7 @@ def test_sampling_is_seeded_and_ignores_companions(model: Backend) -> None:
     )
 
 
-@settings(max_examples=settings.default.max_examples // 3)
+@settings(max_examples=examples(1 / 3))
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12), st.booleans()), min_size=1, max_size=6),
     st.integers(1, 4),

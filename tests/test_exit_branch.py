@@ -198,6 +198,7 @@ def test_one_call_drafts_what_steps_draft(
         _, branch = random_branch(checkpoint, config)
         model.attach_exit(branch)
         if hides:
+            assert isinstance(model, StepwiseBackend)
             monkeypatch.setattr(model, "draft", functools.partial(StepwiseBackend.draft, model))
         engine = make_engine(model, SpeculativeConfig(draft="exit-branch", min_confidence=0.02))
         drafts.append(drafts_of(monkeypatch, engine, PROMPTS))

@@ -20,6 +20,7 @@ from hopskip.checkpoint.gguf import GGUFFile, hf_name
 from hopskip.checkpoint.stored import BLOCK_TYPES, dequantize, unpermute_rows
 from hopskip.errors import CheckpointError
 from hopskip.text.tokenizer_files import load_tokenizer
+from tests.properties import examples
 from tests.test_families import load, logits_in_chunks, reference_logits
 from tests.tiny import FAMILIES, VOCAB_SIZE, byte_level_tokenizer, gguf_name, make_model, permute, write_gguf
 
@@ -283,7 +284,7 @@ def test_truncated_file(share: float, whole: bytes, tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=3 * settings.default.max_examples,
+    max_examples=examples(3),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from hopskip.checkpoint.hub import DEFAULT_MODEL, find_model
 from hopskip.errors import CheckpointError
@@ -144,8 +145,7 @@ def test_only_the_needed_files_are_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     wanted: list[str] = []
 
     def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
-        wanted.extend(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+        wanted.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         return "/downloaded"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

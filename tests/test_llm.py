@@ -29,7 +29,8 @@ def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
 
 def test_many_prompts_of_every_kind(llm: LLM) -> None:
     ids = llm.encode(TEXTS[0])
-    results = llm.generate([TEXTS[0], ids, TEXTS[1]], SAMPLED)
+    prompts: list[str | list[int]] = [TEXTS[0], ids, TEXTS[1]]
+    results = llm.generate(prompts, SAMPLED)
     assert results[0].prompt_token_ids == results[1].prompt_token_ids == ids
     assert results[0].text == results[1].text
     for result in results:
@@ -133,9 +134,10 @@ def test_the_default_model_answers(default_model: Path) -> None:
     story = "Once upon a time there was a little fox. The little fox lived in a little house, and every day the little"
     chat = [{"role": "user", "content": "Repeat this: one, two, three, four, five, six."}]
     params = SamplingParams(max_new_tokens=60)
-    results = llm.generate([chat, story], params)
+    prompts: list[str | list[dict[str, str]]] = [chat, story]
+    results = llm.generate(prompts, params)
     assert "two, three, four" in results[0].text
     accepted = sum(result.stats.num_accepted_tokens for result in results)
     assert 0 < accepted < sum(result.stats.num_draft_tokens for result in results)
-    plain = LLM(speculative=SpeculativeConfig(draft="none")).generate([chat, story], params)
+    plain = LLM(speculative=SpeculativeConfig(draft="none")).generate(prompts, params)
     assert [result.token_ids for result in plain] == [result.token_ids for result in results]

@@ -30,6 +30,7 @@ from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_che
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.errors import CheckpointError, ConfigError
+from tests.properties import examples
 
 from .models import tiny_config
 from .test_gguf import random_blocks
@@ -182,7 +183,7 @@ def test_products_are_exact_given_the_rounded_activations(
         x_blocks = F.pad(x, (0, -cols % 32)).reshape(9, -1, 32)
         sizes = x_blocks.abs()
         if isa == "avx2":  # where neighbours share the range, see native/isa_avx2.cpp
-            sizes = sizes + sizes.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            sizes = sizes + sizes.reshape(*sizes.shape[:-1], -1, 2).flip(-1).flatten(-2)
         scale = sizes.amax(-1, keepdim=True) / 127
         x = ((x_blocks / scale).round() * scale).reshape(9, -1)[:, :cols]
     elif precision == "bfloat16" and isa == "avx512":
@@ -242,7 +243,7 @@ def batches(draw: st.DrawFn) -> list[Segment]:
 @pytest.fixture(scope="module")
 def prefilled(checkpoints: dict[str, Checkpoint]) -> list[tuple[list[NativeBackend], Cache, Tensor]]:
     """Per precision: models of 1, 2 and 3 threads, a cache with five sequences of 300 tokens, their hidden states."""
-    made = []
+    made: list[tuple[list[NativeBackend], Cache, Tensor]] = []
     for precision in PRECISIONS:
         models = [NativeBackend.load(checkpoints["mistral-window"], precision, threads) for threads in (1, 2, 3)]
         cache = garbage_cache(models[0], 5, 300)
@@ -278,14 +279,16 @@ def test_states_on_the_way(checkpoints: dict[str, Checkpoint], count: int) -> No
     depth = model.config.num_hidden_layers
     ids, rows = tokens(model, count), Rows([Segment(0, 0, count)])
     cache = model.new_cache(1, count)
-    found, states_NAD = map(torch.as_tensor, model.run_layers(embed(model, ids), 0, depth, rows, cache, [1, depth]))
+    found, states_NAD = map(
+        torch.as_tensor, model.run_layers(embed(model, ids).numpy(), 0, depth, rows, cache, [1, depth])
+    )
     first = layers(model, embed(model, ids), 0, 1, rows, cache)
     assert torch.equal(states_NAD[:, 0], first)
     assert torch.equal(found, layers(model, first, 1, depth, rows, cache))
     assert torch.equal(states_NAD[:, 1], found)
     for taps in ([0], [1, 1], [depth, 1], [depth + 1], [-1]):
         with pytest.raises(ValueError, match="a tap is"):
-            model.run_layers(embed(model, ids), 0, depth, rows, cache, taps)
+            model.run_layers(embed(model, ids).numpy(), 0, depth, rows, cache, taps)
 
 
 def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
@@ -316,7 +319,7 @@ def test_the_head_of_an_exit_has_rows_of_the_models(checkpoints: dict[str, Check
             assert torch.equal(found, expected)
         else:  # packed to 8 bits
             assert error(found, expected) < TOLERANCES["q8"]
-        assert model.greedy(h, "exit") == vocabulary[found.argmax(-1)].tolist()
+        assert model.greedy(h.numpy(), "exit") == vocabulary[found.argmax(-1)].tolist()
 
 
 def exit_of(model: NativeBackend, is_subset: bool) -> tuple[tuple[int, ...] | None, Head, Tensor]:
@@ -681,7 +684,7 @@ def test_bad_arrays_are_refused_before_anything_runs(
     assert bool(cache.k_LSHTD.isnan().all())
 
 
-@settings(max_examples=2 * settings.default.max_examples)
+@settings(max_examples=examples(2))
 @given(
     slots=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 2), max_size=5),
     positions=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 17), max_size=5),
@@ -763,7 +766,7 @@ def test_no_rows(checkpoints: dict[str, Checkpoint]) -> None:
     nothing = run(model, tokens(model, 0), [], model.new_cache(1, 8))
     assert nothing.shape == (0, 64)
     assert logits(model, nothing).shape == (0, model.config.vocab_size)
-    assert model.greedy(nothing) == []
+    assert model.greedy(nothing.numpy()) == []
 
 
 def test_a_forked_child_computes_the_same(checkpoints: dict[str, Checkpoint]) -> None:

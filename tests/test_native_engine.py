@@ -109,7 +109,7 @@ def test_a_draft_in_one_call_is_the_draft_of_its_steps(
         contents = [
             (
                 d.token_ids,
-                d.probs and [p.tolist() for p in d.probs],
+                None if d.probs is None else [p.tolist() for p in d.probs],
                 d.exit_states is not None and d.exit_states.tolist(),
             )
             for d in drafts

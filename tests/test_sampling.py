@@ -144,7 +144,8 @@ def test_transformers_keeps_as_many_tokens_where_no_logits_are_equal() -> None:
     ids = torch.zeros((1, 1), dtype=torch.long)
 
     def theirs(logits: Tensor, warper: Any) -> list[int]:
-        return (warper(ids, logits[None])[0] > -torch.inf).nonzero().flatten().tolist()
+        kept: list[int] = (warper(ids, logits[None])[0] > -torch.inf).nonzero().flatten().tolist()
+        return kept
 
     assert theirs(distinct, TopKLogitsWarper(40)) == kept(distinct, top_k=40)
     assert theirs(distinct, TopPLogitsWarper(0.9)) == kept(distinct, top_p=0.9)
@@ -216,7 +217,7 @@ def test_bad_values_are_named(settings: dict[str, object], named: str) -> None:
 def test_values_at_the_bounds_are_taken() -> None:
     SamplingParams(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=0)
     SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0, repetition_penalty=1e-9, logprobs=1)
-    assert SamplingParams(stop="end").stop == ("end",)
+    assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
     assert SamplingParams(logit_bias={3: -math.inf}).changes_logits
 
 
@@ -225,7 +226,7 @@ def test_what_params_say_of_themselves() -> None:
     assert (plain.is_greedy, plain.truncates, plain.changes_logits, plain.has_penalties) == (True, False, False, False)
     assert not SamplingParams(temperature=1.0).is_greedy
     for settings in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(temperature=1.0, **settings).truncates  # type: ignore[arg-type]
+        assert SamplingParams(temperature=1.0, **settings).truncates
     assert not SamplingParams(temperature=1.0).truncates
     for settings in ({"repetition_penalty": 0.9}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}):
         params = SamplingParams(**settings)  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def test_chat(openai: OpenAI, expected: str) -> None:
 
 
 def test_streamed_chat(openai: OpenAI, expected: str) -> None:
-    chunks = list(
+    chunks: list[Any] = list(
         openai.chat.completions.create(
             model=MODEL,
             messages=MESSAGES,
@@ -155,7 +155,7 @@ def test_json_schema(openai: OpenAI, temperature: float) -> None:
             temperature=temperature,
             max_tokens=200,
             seed=1,
-            stream=stream,  # type: ignore[call-overload]
+            stream=stream,
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
         )
         text = (
@@ -183,13 +183,13 @@ def test_tools(openai: OpenAI) -> None:
     call: Any = choice.message.tool_calls[0]
     assert call.function.name == "weather"
     assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
-    follow_up = [
+    follow_up: Any = [
         *MESSAGES,
         {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": dict(call.function)}]},
         {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
     ]
-    named = {"type": "function", "function": {"name": "weather"}}
-    chunks = list(
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    chunks: list[Any] = list(
         openai.chat.completions.create(
             model=MODEL,
             messages=follow_up,
@@ -197,7 +197,7 @@ def test_tools(openai: OpenAI) -> None:
             seed=1,
             tools=TOOLS,
             tool_choice=named,
-            stream=True,  # type: ignore[arg-type]
+            stream=True,
         )
     )
     deltas = list(chain.from_iterable(c.choices[0].delta.tool_calls or [] for c in chunks))
@@ -442,18 +442,20 @@ def test_every_parameter_with_every_way_to_speculate_answers_or_refuses(llms: di
 
 def test_no_request_that_the_document_allows_breaks_the_server(live: Live) -> None:
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    found: Any = schema.get_all_operations()
+    operations = [result.ok() for result in found]
     assert len(operations) == 9
     for operation in operations:
         num_examples = 12 if operation.method == "post" else 3
 
         @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(case=operation.as_strategy())
-        def check(case: schemathesis.Case) -> None:
+        def check(case: schemathesis.Case[Any]) -> None:
             if isinstance(case.body, dict):
                 for name in ("max_tokens", "max_completion_tokens"):
-                    if isinstance(case.body.get(name), int):
-                        case.body[name] = min(case.body[name], 4)  # a long answer is no error, only slow
+                    asked = case.body.get(name)
+                    if isinstance(asked, int):
+                        case.body[name] = min(asked, 4)  # a long answer is no error, only slow
                 if case.body.get("max_tokens") is None and case.body.get("max_completion_tokens") is None:
                     case.body["max_tokens"] = 2
             response = case.call(timeout=60)

@@ -330,12 +330,11 @@ def test_a_reserved_cache_is_checked_against_its_budget_and_never_grows() -> Non
     ):
         engine.reserve(2**20)
     engine.reserve(2**24)
-    cache = engine._cache
-    assert cache is not None
+    cache = engine._slots.cache
     assert cache.nbytes == 4 * 2304 * 1536
     engine.add(Request([1] * 1000, SamplingParams(max_new_tokens=2)))
     finish(engine)
-    assert engine._cache is cache
+    assert engine._slots.cache is cache
 
     shrunk = make_engine(model, PLAIN, max_num_seqs=4)
     shrunk.reserve(4 * 512 * 1536, shrink=True)

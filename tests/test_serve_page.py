@@ -23,22 +23,27 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 @pytest.fixture
-def page(live: Live) -> Iterator[Any]:
+def complaints() -> list[str]:
+    """Errors of the page, and requests to anywhere else."""
+    return []
+
+
+@pytest.fixture
+def page(live: Live, complaints: list[str]) -> Iterator[Any]:
+    def is_foreign(url: str) -> bool:
+        return not url.startswith((live.url, "data:"))
+
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1360, "height": 860})
         page.set_default_timeout(30_000)
-        complaints: list[str] = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on(
-            "request", lambda request: request.url.startswith((live.url, "data:")) or complaints.append(request.url)
-        )
+        page.on("console", lambda message: complaints.extend([message.text] if message.type == "error" else []))
+        page.on("request", lambda request: complaints.extend([request.url] if is_foreign(request.url) else []))
         page.goto(live.url)
         page.wait_for_selector("#dot.ok")
-        page.complaints = complaints
         yield page
         browser.close()
 
@@ -56,7 +61,7 @@ def set_range(page: Any, name: str, value: int) -> None:
     page.eval_on_selector(name, f"n => {{ n.value = {value}; n.dispatchEvent(new Event('input')); }}")
 
 
-def test_a_conversation(page: Any, live: Live) -> None:
+def test_a_conversation(page: Any, live: Live, complaints: list[str]) -> None:
     set_range(page, "#max", 48)
     send(page, "Hello there")
     page.wait_for_selector(".tok", state="attached")  # it streams
@@ -104,7 +109,7 @@ def test_a_conversation(page: Any, live: Live) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") != before
     page.click("#new")
     assert page.locator(".turn").count() == 0
-    assert page.complaints == []
+    assert complaints == []
     assert (
         page.evaluate("(() => { try { document.body.innerHTML = '<b>'; } catch (error) { return error.name; } })()")
         == "TypeError"

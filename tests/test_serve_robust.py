@@ -264,7 +264,7 @@ def test_soak(shared: Live) -> None:
 
 
 def test_a_request_that_breaks_its_step_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    draft = llm.engine._draft
+    draft = llm.engine._rounds._draft
 
     def poisoned(sequences: Sequence[Any]) -> Any:
         if any(s.params.seed == 666 for s in sequences):
@@ -274,7 +274,7 @@ def test_a_request_that_breaks_its_step_fails_alone(llm: LLM, monkeypatch: pytes
     with live_server(llm) as live, live.client() as client:
         good, bad = {**LONG, "max_tokens": 60}, {"prompt": "a", "seed": 666}
         expected = client.post("/v1/completions", json=good).json()["choices"]
-        monkeypatch.setattr(llm.engine, "_draft", poisoned)
+        monkeypatch.setattr(llm.engine._rounds, "_draft", poisoned)
         brake = Brake(llm.engine)
         with ThreadPoolExecutor() as pool:
             bystander = pool.submit(httpx.post, f"{live.url}/v1/completions", json=good, timeout=60)

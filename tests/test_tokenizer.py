@@ -23,6 +23,7 @@ from hopskip.errors import CheckpointError, PromptError
 from hopskip.text.tokenizer import Detokenizer, Tokenizer
 from hopskip.text.tokenizer_files import _SPLITS, load_tokenizer
 from tests.models import tiny_config
+from tests.properties import examples
 from tests.test_families import load, logits_in_chunks, reference_logits
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -159,7 +160,10 @@ def test_template_helpers(tmp_path: Path) -> None:
     )
     write_tokenizer(tmp_path, chat_template=template)
     ours, theirs = load_tokenizer(tmp_path, CONFIG), AutoTokenizer.from_pretrained(tmp_path)
-    messages = [{"role": "user", "content": "<é>", "name": None}, {"role": "user", "content": "never"}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "<é>", "name": None},
+        {"role": "user", "content": "never"},
+    ]
     ids = ours.apply_chat_template(messages, extra=3)
     assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, extra=3)
     assert ours.decode(ids) == '{"role": "user", "content": "<é>"}4!'
@@ -415,7 +419,7 @@ def test_a_character_is_held_back_until_it_is_complete(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
-@settings(max_examples=3 * settings.default.max_examples)
+@settings(max_examples=examples(3))
 @given(data=st.data())
 def test_pieces_of_a_text(tokenizer: Any, data: st.DataObject) -> None:
     """Any text comes back whole, and no piece ever has to be taken back."""
@@ -427,7 +431,7 @@ def test_pieces_of_a_text(tokenizer: Any, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
-@settings(max_examples=5 * settings.default.max_examples)
+@settings(max_examples=examples(5))
 @given(data=st.data())
 def test_pieces_of_any_ids(tokenizer: Any, data: st.DataObject) -> None:
     """Joined, the pieces are the decoded whole, for ids that are no text too; every piece is valid Unicode."""
@@ -439,7 +443,7 @@ def test_pieces_of_any_ids(tokenizer: Any, data: st.DataObject) -> None:
         piece.encode("utf-8")
 
 
-@settings(max_examples=3 * settings.default.max_examples)
+@settings(max_examples=examples(3))
 @given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=7))
 def test_bytes_that_are_no_text_decode_as_in_the_library(ids: list[int]) -> None:
     assert byte_level().decode(ids) == byte_level().inner.decode(ids, skip_special_tokens=True)
@@ -447,6 +451,7 @@ def test_bytes_that_are_no_text_decode_as_in_the_library(ids: list[int]) -> None
 
 def test_endless_bad_bytes_are_not_held_back_for_ever() -> None:
     bad = byte_level().inner.token_to_id("ł")  # byte 0x82: never starts a character
+    assert bad is not None
     streamed = pieces(byte_level(), [bad] * 100)
     assert max(map(len, streamed)) <= 8
     assert "".join(streamed) == "\N{REPLACEMENT CHARACTER}" * 100

@@ -124,10 +124,10 @@ threads: 1
     assert "number 3 and 9" not in (tmp_path / "run" / "prompts.jsonl").read_text()
     assert (tmp_path / "run" / "s0-b1-f2.3" / "acceptance.png").stat().st_size > 5000
     speculative = SpeculativeConfig(draft="exit-branch", exit_branch=tmp_path / "run" / "exit")
-    result = LLM(checkpoint.path, speculative=speculative).generate(
+    generated = LLM(checkpoint.path, speculative=speculative).generate(
         "number", SamplingParams(max_new_tokens=8, ignore_eos=True)
     )[0]
-    assert result.stats.num_drafts > 0
+    assert generated.stats.num_drafts > 0
     for setting in ("stages=[]", "search.vocabulary=[40]"):
         wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), setting])
         assert wrong.exit_code == 2

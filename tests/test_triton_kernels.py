@@ -90,7 +90,7 @@ def test_tilings_follow_the_matrix_only() -> None:
     x, matrix = random(3, 256), Matrix(random(99, 256))
     torch.testing.assert_close(kernels.linear(x, matrix), x @ matrix.values.T, rtol=1e-4, atol=1e-3)
     for precision in (None, "int8", "int4"):
-        packed = Matrix.pack(random(9000, 256).bfloat16(), precision)  # type: ignore[arg-type]
+        packed = Matrix.pack(random(9000, 256).bfloat16(), precision)
         tilings = [default_tiling(packed), *candidate_tilings(packed)]
         assert len(set(tilings)) > 3
         assert all(t.block_k == 128 for t in tilings) == (precision == "int4"), "a step over K is a group of scales"

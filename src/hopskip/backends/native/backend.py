@@ -147,7 +147,7 @@ class NativeBackend(StepwiseBackend):
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def new_cache(self, num_slots: int, length: int) -> Cache:
+    def new_cache(self, num_slots: int, length: int) -> TensorCache:
         return NativeCache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
 
     def embed(self, token_ids: Seq[int]) -> Array:

@@ -75,7 +75,7 @@ class TorchBackend(StepwiseBackend):
         weights = {name: tensor.to(self.device, self.dtype) for name, tensor in self.trained_exit.mixing.items()}
         return Mixing(weights, self.config.rms_norm_eps)
 
-    def new_cache(self, num_slots: int, length: int) -> Cache:
+    def new_cache(self, num_slots: int, length: int) -> TensorCache:
         config = replace(self.config, num_hidden_layers=len(self._layers))
         return TensorCache(config, num_slots, length, self.dtype, self.device)
 
