@@ -1,7 +1,7 @@
 """The Triton kernels: numbers against PyTorch's, by Triton's interpreter on the CPU.
 
 Triton comes with the CUDA builds of PyTorch on Linux; without it these tests are skipped. That a row's bits do not
-depend on its companions is a matter of the device: `benchmarks/gpu.py` looks at it there.
+depend on its companions is a matter of the device, and not tested here.
 """
 # ruff: noqa: E402 (the first import may skip the rest)
 
