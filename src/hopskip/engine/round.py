@@ -71,10 +71,10 @@ class Rounds:
         progress = _Progress(sequences)
         progress.drafts = self._draft(sequences)
         progress.tick()
-        hidden_ND, features_NAD = self._verify_pass(progress)
+        found = self._verify_pass(progress)
         progress.tick()
-        progress.choices = choose(self._backend, sequences, progress.drafts, hidden_ND)
-        self._keep(progress, features_NAD)
+        progress.choices = choose(self._backend, sequences, progress.drafts, found.hidden_ND)
+        self._keep(progress, self._watched(found))
         progress.tick()
         self._commit(progress)
         progress.tick()
@@ -87,9 +87,9 @@ class Rounds:
 
     def read(self, token_ids: list[int], rows: Rows) -> Array:
         """A pass over tokens that are to stay, such as a prompt's: final hidden states [N, D]."""
-        hidden_ND, features_NAD = self._backend.forward(token_ids, rows, self._slots.cache, self._taps)
-        self._observe(rows, features_NAD)
-        return hidden_ND
+        found = self._backend.forward(token_ids, rows, self._slots.cache, self._taps)
+        self._observe(rows, self._watched(found))
+        return found.hidden_ND
 
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
         if self._drafter is None:
@@ -175,6 +175,12 @@ class Rounds:
         if features_NAD is not None:
             is_prefix = seen[-1] == len(seen) - 1  # of a sequence alone: no copy
             self._observe(Rows(segments), features_NAD[: len(seen)] if is_prefix else features_NAD[seen])
+
+    def _watched(self, found: Pass) -> Array | None:
+        """What the drafter is shown of a pass; no layer of each row, if it only wants to know that there was one."""
+        if self._drafter is None or self._drafter.taps is None:
+            return None
+        return found.hidden_ND[:, None, :][:, :0] if found.features_NAD is None else found.features_NAD
 
     def _observe(self, rows: Rows, features_NAD: Array | None) -> None:
         if self._drafter is not None and features_NAD is not None:

@@ -142,7 +142,7 @@ class NativeBackend(StepwiseBackend):
     def mixing(self) -> Mixing | None:
         if self.trained_exit is None or not self.trained_exit.mixing:
             return None
-        weights = {name: tensor.float().numpy() for name, tensor in self.trained_exit.mixing.items()}
+        weights = {name: tensor.detach().float().numpy() for name, tensor in self.trained_exit.mixing.items()}
         return Mixing(weights, self.config.rms_norm_eps)
 
     # -- passes --------------------------------------------------------------------------------------------------------
