@@ -205,7 +205,7 @@ def _probabilities_of_best(logits_NV: Tensor, params: SamplingParams) -> Tensor:
     else:
         probs_NV = (logits_NV / params.temperature).softmax(dim=-1)
         probs_NC = probs_NV.gather(-1, ids_NC)
-        if not bool((probs_NC[:, :-1].sum(dim=-1) >= params.top_p).all()):
+        if not bool((probs_NC.cumsum(dim=-1)[:, -2:-1] >= params.top_p).all()):
             best_NC, ids_NC = logits_NV.sort(dim=-1, descending=True)
             probs_NC = (best_NC / params.temperature).softmax(dim=-1)
     if params.top_p < 1:
