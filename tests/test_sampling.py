@@ -220,6 +220,8 @@ def test_values_at_the_bounds_are_taken() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
     with pytest.raises(FrozenInstanceError):  # requests share them
         SamplingParams().top_k = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):  # a bare number says nothing
+        SamplingParams(256)  # type: ignore[misc]
     assert SamplingParams(logit_bias={3: -math.inf}).changes_logits
 
 
