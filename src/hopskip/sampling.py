@@ -9,7 +9,6 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hopskip.sampling_params import SamplingParams
@@ -118,24 +117,29 @@ def _probabilities_of_best(logits_NV: Tensor, params: SamplingParams) -> Tensor:
     best_NC, ids_NC = logits_NV.topk(min(num_candidates, logits_NV.shape[-1]))
     if params.top_k:
         probs_NC = (best_NC[:, : params.top_k] / params.temperature).softmax(dim=-1)
+        probs_NV = torch.zeros_like(logits_NV)
     else:
         probs_NV = (logits_NV / params.temperature).softmax(dim=-1)
         probs_NC = probs_NV.gather(-1, ids_NC)
-        if not bool((probs_NC[:, :-1].sum(dim=-1) >= params.top_p).all()):
+        if not bool((probs_NC.cumsum(dim=-1)[:, -2:-1] >= params.top_p).all()):
             best_NC, ids_NC = logits_NV.sort(dim=-1, descending=True)
             probs_NC = (best_NC / params.temperature).softmax(dim=-1)
+        probs_NV.zero_()
     if params.top_p < 1:
-        is_short_NC = probs_NC.cumsum(dim=-1)[:, :-1] < params.top_p
-        probs_NC = _renormalised(probs_NC, F.pad(is_short_NC, (1, 0), value=True))
-    _prefer_lower_ids(logits_NV, best_NC, ids_NC, (probs_NC != 0).sum(dim=-1, keepdim=True))
-    return torch.zeros_like(logits_NV).scatter_(-1, ids_NC[:, : probs_NC.shape[-1]], probs_NC)
+        num_kept_N1 = 1 + (probs_NC.cumsum(dim=-1)[:, :-1] < params.top_p).sum(dim=-1, keepdim=True)
+        rank_C = torch.arange(probs_NC.shape[-1], device=probs_NC.device)
+        probs_NC = _renormalised(probs_NC, rank_C < num_kept_N1)
+    else:
+        num_kept_N1 = (probs_NC != 0).sum(dim=-1, keepdim=True)
+    _prefer_lower_ids(logits_NV, best_NC, ids_NC, num_kept_N1)
+    return probs_NV.scatter_(-1, ids_NC[:, : probs_NC.shape[-1]], probs_NC)
 
 
 def _prefer_lower_ids(logits_NV: Tensor, best_NC: Tensor, ids_NC: Tensor, num_kept_N1: Tensor) -> None:
     """Of tokens as good as the last one kept, put those with the lowest ids into `ids_NC`: topk takes any of them."""
     last_N1 = best_NC.gather(-1, num_kept_N1 - 1)
-    is_tied_N1 = (best_NC >= last_N1).sum(dim=-1, keepdim=True) > num_kept_N1
-    for row in is_tied_N1[:, 0].nonzero()[:, 0].tolist():
+    next_N1 = best_NC.gather(-1, num_kept_N1.clamp_max(best_NC.shape[-1] - 1))
+    for row in (next_N1 == last_N1)[:, 0].nonzero()[:, 0].tolist():
         tied_ids = (logits_NV[row] == last_N1[row]).nonzero()[:, 0]
         first = int((best_NC[row] > last_N1[row]).sum())
         ids_NC[row, first : first + len(tied_ids)] = tied_ids[: ids_NC.shape[-1] - first]
