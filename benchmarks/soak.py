@@ -18,6 +18,7 @@ from collections import Counter
 from typing import Any
 
 import httpx
+
 from benchmarks.hostile import resident_bytes, serving
 
 _TEXTS = ("Count from 1 to 30.", "Write a poem about rain.", "abc abc abc abc", "def main():", "Explain gravity.", "x")
