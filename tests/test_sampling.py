@@ -222,7 +222,7 @@ def test_values_at_the_bounds_are_taken() -> None:
     with pytest.raises(FrozenInstanceError):  # requests share them
         SamplingParams().top_k = 3  # type: ignore[misc]
     with pytest.raises(TypeError):  # a bare number says nothing
-        SamplingParams(256)  # type: ignore[misc]
+        SamplingParams(256)  # type: ignore[call-arg]
     assert SamplingParams(logit_bias={3: -math.inf}).changes_logits
 
 
