@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from hopskip.backends.base import Backend
 from hopskip.backends.table import TableBackend
 from hopskip.engine.engine import make_engine
+from hopskip.machine import torch_on_one_thread
 from hopskip.prove.greedy import exits_to_try, hidden_states, last_logits
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import run
@@ -73,7 +73,7 @@ def _distribution_proof(table: TableBackend, setting: SpeculativeConfig, index: 
     # chance alone fails one run in a thousand; a fault fails the second too
     for attempt in range(2):
         seeds = range(attempt * num_draws, (attempt + 1) * num_draws)
-        with _single_thread():
+        with torch_on_one_thread():
             observed, num_drafted, num_accepted = _count(table, setting, params, seeds)
         p_value = chi_squared_p_value(observed, expected)
         if p_value > MIN_P_VALUE:
@@ -96,17 +96,6 @@ def _distribution_proof(table: TableBackend, setting: SpeculativeConfig, index: 
             "num_rejected_tokens": num_drafted - num_accepted,
         },
     )
-
-
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """Waking a second thread for five numbers takes longer than all the arithmetic."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _count(

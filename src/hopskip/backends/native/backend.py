@@ -5,9 +5,9 @@ Shape letters: N rows, D hidden size, V vocabulary, A features, B sequences, k d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -28,7 +28,7 @@ from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import Mixing, TrainedExit
 from hopskip.errors import ConfigError
-from hopskip.machine import num_usable_cores
+from hopskip.machine import num_usable_cores, torch_on_one_thread
 from hopskip.speculative import DraftPrecision
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
@@ -226,16 +226,10 @@ class NativeBackend(StepwiseBackend):
             None if distributions_Bkn is None else list(distributions_Bkn),
         )
 
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """PyTorch on one thread: even indexing a small tensor wakes its threads, and they go on spinning for a while on
-        cores that the engine's threads need. A round of speculation on two cores then takes a third longer."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    def stepping(self) -> AbstractContextManager[None]:
+        """Without PyTorch's threads, which would spin on cores that the engine's need: a round of speculation on two
+        cores then takes a third longer."""
+        return torch_on_one_thread()
 
     def _num_tokens(self, head: Head) -> int:
         if head != "exit":
