@@ -5,8 +5,8 @@
 
 Each side is a process with its own `src` and compiled module; both stay loaded, and take turns request by request. A
 case is `plain` or `auto` (one request at a time), `batch` (all prompts at once, undrafted) or `served` (eight clients,
-drafting as `hopskip serve` does). A ratio is this checkout's speed over the other's: of all tokens over all seconds, and
-the median of the pairs. Greedy ids are compared as well. Needs `hopskip[serve]` for `served`.
+drafting as `hopskip serve` does). A ratio is the speed of this checkout over the other: of all tokens over all seconds,
+and the median of the pairs. Greedy ids are compared as well. Needs `hopskip[serve]` for `served`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Side:
         )
 
     def run(self, case: str, prompts: list[Any], params: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"case": case, "prompts": prompts, "params": params}) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
@@ -154,7 +155,9 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=4, help="of each of the four sets")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--params", type=json.loads, default={}, help='sampling, as JSON: {"temperature": 0.7, "seed": 1}')
+    parser.add_argument(
+        "--params", type=json.loads, default={}, help='sampling, as JSON: {"temperature": 0.7, "seed": 1}'
+    )
     arguments = parser.parse_args()
     threads = num_usable_cores()
     print(describe_machine(threads, measure_read_bandwidth(threads)))

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "model.h"
+#include "choose.h"
 
 namespace hopskip {
 
@@ -17,21 +17,6 @@ void unit_rms(const float* in, const float* weight, int size, float eps, float* 
     for (int i = 0; i < size; ++i) out[i] = in[i] * scale * (weight ? weight[i] : 1.0f);
 }
 
-int32_t best_of(const float* weights, ptrdiff_t count) {
-    return static_cast<int32_t>(std::max_element(weights, weights + count) - weights);
-}
-
-// The token at a point of the cumulative sum of their weights.
-int32_t drawn(const float* weights, ptrdiff_t count, double point) {
-    double sum = 0;
-    int32_t last = 0;
-    for (ptrdiff_t token = 0; token < count && sum <= point; ++token) {
-        sum += weights[token];
-        if (weights[token] > 0) last = static_cast<int32_t>(token);
-    }
-    return last;
-}
-
 }  // namespace
 
 // The drafts of one call. Sequences that go on are open. What is kept of each open sequence moves up as others close.
@@ -40,7 +25,8 @@ public:
     Drafter(Model& model, const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task)
         : model_(model), exit_(exit), rows_(rows), cache_(cache), task_(task),
           head_(exit.head ? *exit.head : model.head_), size_(model.shape_.hidden_size), open_(task.limits.size()),
-          token_states_(rows.count * size_), hidden_(open_.size() * size_), best_(open_.size()) {
+          token_states_(rows.count * size_), hidden_(open_.size() * size_), best_(open_.size()),
+          is_sure_(open_.size(), true) {
         std::iota(open_.begin(), open_.end(), 0);
         for (int row = 0; row < rows.count; ++row) {
             if (rows.starts_sequence(row)) last_rows_.push_back(row);
@@ -74,23 +60,26 @@ public:
     // Chooses the tokens of one step, and closes the sequences that end with them. Says whether any is still open.
     bool choose(int step) {
         const int count = static_cast<int>(open_.size());
-        const bool wants_logits = task_.min_confidence > 0 || task_.probabilities || !task_.temperatures.empty();
-        if (wants_logits) {
-            logits_.resize(static_cast<ptrdiff_t>(head_.rows) * count);
-            model_.logits(hidden_.data(), count, head_, logits_.data());
-        } else {
+        const bool is_plain = std::ranges::all_of(task_.rules, [](const auto& rule) { return rule->is_plain(); });
+        if (is_plain && !task_.runner_ups && task_.min_confidence == 0) {
             model_.greedy(hidden_.data(), count, head_, best_.data());
+        } else {
+            model_.padded_logits(
+                hidden_.data(), count, head_, [&](Team& team, int first, int rows, float* logits, ptrdiff_t stride) {
+                    team.share(rows, [&](int i) {
+                        choose_by_logits(first + i, step, logits + stride * i, model_.workers_[team.thread()]);
+                    });
+                });
         }
         int num_open = 0;
         for (int i = 0; i < count; ++i) {
             const int sequence = open_[i];
-            const ptrdiff_t at = static_cast<ptrdiff_t>(sequence) * task_.num_draft_tokens + step;
-            const float probability = wants_logits ? choose_by_logits(i, at) : 1;
+            const ptrdiff_t at = place_of(sequence, step);
             const int32_t token = task_.tokens[at] = token_of(best_[i]);
             const float* state = &hidden_[i * size_];
             std::copy_n(state, size_, task_.states + size_ * at);
             task_.counts[sequence] = step + 1;
-            if (probability < task_.min_confidence || step + 1 == task_.limits[sequence]) continue;
+            if (!is_sure_[i] || step + 1 == task_.limits[sequence]) continue;
             std::copy_n(state, size_, &hidden_[num_open * size_]);
             open_[num_open] = sequence;
             ids_[num_open] = token;
@@ -152,32 +141,39 @@ private:
         return exit_.vocabulary.empty() ? head_row : exit_.vocabulary[head_row];
     }
 
-    // Chooses the token of the i-th open sequence, into best_, and writes what is wanted beside it; `at` is its place
-    // in the results. Returns the token's probability.
-    float choose_by_logits(int i, ptrdiff_t at) {
-        const ptrdiff_t count = head_.rows;
-        float* weights = logits_.data() + count * i;
-        best_[i] = best_of(weights, count);
-        const float temperature = task_.temperatures.empty() ? 0 : task_.temperatures[open_[i]];
-        const float total =
-            model_.kernels_.exponentiate(weights, count, weights[best_[i]], temperature > 0 ? 1 / temperature : 1);
-        if (temperature > 0) {
-            best_[i] = drawn(weights, count, task_.uniforms[at] * total);
-            float* distribution = task_.distributions + count * at;
-            for (ptrdiff_t token = 0; token < count; ++token) distribution[token] = weights[token] / total;
+    ptrdiff_t place_of(int sequence, int step) const {  // in the results
+        return static_cast<ptrdiff_t>(sequence) * task_.num_draft_tokens + step;
+    }
+
+    // Chooses the token of the i-th open sequence, into best_, and writes what is wanted beside it. A step without any
+    // token that can be chosen takes the head's first.
+    void choose_by_logits(int i, int step, float* logits, Worker& worker) {
+        static const Rule plain{};
+        const Rule& rule = task_.rules.empty() ? plain : *task_.rules[open_[i]];
+        const ptrdiff_t at = place_of(open_[i], step);
+        adjust(rule, {task_.tokens + at - step, static_cast<size_t>(step)}, exit_.row_of_token, logits);
+        const int blocks = choice_blocks_of(head_.rows), number = 1 + task_.num_runner_ups;
+        worker.maxima.resize(blocks);
+        model_.kernels_.block_maxima(logits, blocks, worker.maxima.data());
+        const float maximum = *std::ranges::max_element(worker.maxima);
+        const float scale = rule.temperature > 0 ? scale_of(rule) * task_.sharpness : 1;
+        const NoiseKey key = noise_key(rule.seed, positions_[i] + 1);
+        const int32_t* ids = exit_.vocabulary.empty() ? nullptr : exit_.padded_vocabulary.data();
+        std::vector<float> sums(number);
+        std::vector<int32_t> found(number);
+        const LogitsView view{logits, worker.maxima.data(), blocks, ids, rule.temperature > 0 ? &key : nullptr, maximum,
+                              scale};
+        model_.kernels_.best_sums(view, number, sums.data(), found.data());
+        best_[i] = std::max(found[0], 0);
+        if (task_.min_confidence > 0) {
+            const float value = logits[best_[i]];
+            const double mass = model_.kernels_.masses(view, value, best_[i]).all;
+            is_sure_[i] = std::exp((value - maximum) * scale) / mass >= task_.min_confidence;
         }
-        const float probability = weights[best_[i]] / total;
-        if (!task_.probabilities) return probability;
-        const int runner_ups = task_.num_runner_ups;
-        float* probabilities = task_.probabilities + (runner_ups + 1) * at;
-        probabilities[0] = probability;
-        for (int next = 0, row = best_[i]; next < runner_ups; ++next) {
-            weights[row] = -1;  // below all others
-            row = best_of(weights, count);
-            probabilities[next + 1] = weights[row] / total;
-            task_.runner_ups[runner_ups * at + next] = token_of(row);
-        }
-        return probability;
+        if (!task_.runner_ups) return;
+        std::ranges::copy(sums, task_.sums + number * at);
+        for (int rank = 1; rank < number; ++rank)
+            task_.runner_ups[task_.num_runner_ups * at + rank - 1] = token_of(std::max(found[rank], 0));
     }
 
     Model& model_;
@@ -187,10 +183,11 @@ private:
     const DraftTask& task_;
     const Matrix& head_;
     const ptrdiff_t size_;
-    std::vector<int> open_, last_rows_;                  // sequences; the last row of each sequence
-    std::vector<int32_t> ids_, slots_, positions_;       // of the open sequences' latest tokens
-    std::vector<float> token_states_, hidden_, logits_;  // the next tokens are read from hidden_
-    std::vector<int32_t> best_;                          // the head's rows that the open sequences take
+    std::vector<int> open_, last_rows_;             // sequences; the last row of each sequence
+    std::vector<int32_t> ids_, slots_, positions_;  // of the open sequences' latest tokens
+    std::vector<float> token_states_, hidden_;      // the next tokens are read from hidden_
+    std::vector<int32_t> best_;                     // the head's rows that the open sequences take
+    std::vector<char> is_sure_;                     // whether the open sequences may go on after them
 };
 
 void Model::draft(const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task) {

@@ -27,6 +27,7 @@ inline V where_less(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _m
 inline V round_even(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline I to_int(V x) { return _mm256_cvtps_epi32(x); }
 inline V lane_indices() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+inline bool any(I x) { return !_mm256_testz_si256(x, x); }
 template <class Fold>
 inline float reduce(V x, const Fold& fold) {
     __m128 s = fold(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -68,6 +69,7 @@ inline I finish_nibbles(I sum) { return sum_pairs(sum); }
 
 #include "multiply.inl"
 #include "rows.inl"
+#include "choose.inl"
 }  // namespace
 const Kernels& avx2_kernels() { return TABLE; }
 }  // namespace hopskip

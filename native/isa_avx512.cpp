@@ -31,6 +31,7 @@ inline V where_less(V a, V b, V yes, V no) {
 inline V round_even(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline I to_int(V x) { return _mm512_cvtps_epi32(x); }
 inline V lane_indices() { return _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+inline bool any(I x) { return _mm512_test_epi32_mask(x, x) != 0; }
 template <class Fold>
 inline float reduce(V x, const Fold& fold) {
     const __m256 half =
@@ -74,6 +75,7 @@ inline I finish_nibbles(I sum) { return sum; }
 
 #include "multiply.inl"
 #include "rows.inl"
+#include "choose.inl"
 }  // namespace
 const Kernels& avx512_kernels() { return TABLE; }
 }  // namespace hopskip

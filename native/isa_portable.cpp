@@ -25,6 +25,7 @@ inline V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
 inline V round_even(V x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // |x| < 2^22
 inline I to_int(V x) { return __builtin_convertvector(round_even(x), I); }
 inline V lane_indices() { return V{0, 1, 2, 3}; }
+inline bool any(I x) { return x[0] | x[1] | x[2] | x[3]; }  // bit
 template <class Fold>
 inline float reduce(V x, const Fold& fold) {  // upper half of the lanes onto the lower, until one is left
     return fold(fold(x[0], x[2]), fold(x[1], x[3]));
@@ -59,6 +60,7 @@ inline I finish_nibbles(I sum) { return sum_pairs(bits<W>(sum)); }
 
 #include "multiply.inl"
 #include "rows.inl"
+#include "choose.inl"
 }  // namespace
 const Kernels& portable_kernels() { return TABLE; }
 }  // namespace hopskip

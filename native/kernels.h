@@ -96,6 +96,25 @@ struct ChunkTask {
 // and the sum of values weighted by it. A sum of zero says that the query sees no position there.
 constexpr int PARTIAL_MAX = 0, PARTIAL_SUM = 1, PARTIAL_VALUES = 2;
 
+// What noise is made from: two halves of a hash of seed and position (model.h).
+struct NoiseKey {
+    uint32_t first, second;
+};
+
+constexpr int CHOICE_BLOCK = 64;  // logits that share a maximum; rows of them are padded to it with minus infinity
+
+struct LogitsView {
+    const float *x, *maxima;  // logits, and the largest of each block or above it
+    int blocks;
+    const int32_t* ids;   // of the tokens that the logits stand for, padded as well; null: their indices
+    const NoiseKey* key;  // null: without noise
+    float maximum, scale;
+};
+
+struct Masses {
+    double all, before;
+};
+
 struct Kernels {
     const char* name;
     bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights
@@ -109,8 +128,13 @@ struct Kernels {
     void (*to_bf16)(const float* x, size_t count, uint16_t* out);
     float (*to_int8)(const float* x, int count, int8_t* out);  // returns the scale; count: a multiple of 16
     void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16
-    // x <- exp((x - maximum) * scale); returns their sum
-    float (*exponentiate)(float* x, size_t count, float maximum, float scale);
+
+    // choose.inl
+    void (*block_maxima)(const float* x, int blocks, float* maxima);
+    void (*keep_before)(float* x, int blocks, float value, int index);
+    void (*keep_from)(float* x, int blocks, float maximum, float scale, float least);
+    Masses (*masses)(const LogitsView&, float value, int index);
+    void (*best_sums)(const LogitsView&, int number, float* sums, int32_t* indices);
 
     // scratch: float [TILE * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
     void (*attend_chunk)(const ChunkTask&, float* scratch, float* partials);

@@ -142,7 +142,11 @@ Exit make_exit(const Input& model_layers, const OptionalInput& own_layers, const
     exit.vocabulary = copied<int32_t>(*vocabulary, "vocabulary");
     if (exit.vocabulary.empty()) refuse("vocabulary has no tokens");
     for (int32_t token : exit.vocabulary)
-        exit.largest_token = std::max(exit.largest_token, in_range(token, "token id", 0, INT32_MAX));
+        exit.largest_token = std::max(exit.largest_token, in_range(token, "token id", 0, 1 << 24));
+    exit.padded_vocabulary = exit.vocabulary;
+    exit.padded_vocabulary.resize(choice_blocks_of(std::ssize(exit.vocabulary)) * CHOICE_BLOCK);
+    exit.row_of_token.assign(exit.largest_token + 1, -1);
+    for (int row = 0; row < std::ssize(exit.vocabulary); ++row) exit.row_of_token[exit.vocabulary[row]] = row;
     return exit;
 }
 

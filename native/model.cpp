@@ -143,10 +143,11 @@ void scatter(const Matrix& m, int strip, const float* products, int rows, float*
 
 constexpr auto assign = [](float& to, float y, int) { to = y; };
 constexpr auto add = [](float& to, float y, int) { to += y; };
+constexpr auto nothing = [](Team&, int, int) {};
 
 }  // namespace
 
-constexpr int MAX_LAYER_PHASES = 10, MAX_HEAD_PHASES = 2;
+constexpr int MAX_LAYER_PHASES = 10, MAX_HEAD_PHASES = 3;
 
 void Model::run_layer(Team& team, int index, const Pass& pass) {
     const Layer& layer = layers_[index];
@@ -291,9 +292,10 @@ void Model::embed(const int32_t* ids, int count, float* out) const {
 }
 
 // Rows [count, matrix columns], through a norm if there is one, times a matrix: use(thread, first row, rows, strip,
-// products) gets each strip's products [rows][16].
-template <class Use>
-void Model::apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use) {
+// products) gets each strip's products [rows][16]; then then(team, first row, rows) may share out one phase of work.
+template <class Use, class Then>
+void Model::apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use,
+                  const Then& then) {
     const int cols = matrix.cols;
     for (int first = 0; first < count; first += MAX_PASS_ROWS) {
         const int rows = std::min(MAX_PASS_ROWS, count - first);
@@ -306,15 +308,31 @@ void Model::apply(const Matrix& matrix, const float* norm, const float* in, int 
         pool_.run(MAX_HEAD_PHASES, [&](Team& team) {
             multiply(team, rows, {&matrix}, make_row,
                      [&](int, int strip, const float* products) { use(team.thread(), first, rows, strip, products); });
+            then(team, first, rows);
         });
     }
 }
 
 void Model::linear(const Matrix& matrix, const float* norm, const float* in, int count, float* out) {
     const ptrdiff_t size = matrix.rows;
-    apply(matrix, norm, in, count, [&](int, int first, int rows, int strip, const float* products) {
+    const auto put = [&](int, int first, int rows, int strip, const float* products) {
         scatter(matrix, strip, products, rows, out + size * first, size, assign);
-    });
+    };
+    apply(matrix, norm, in, count, put, nothing);
+}
+
+void Model::padded_logits(const float* in, int count, const Matrix& head, const Finish& finish) {
+    const ptrdiff_t stride = ptrdiff_t{choice_blocks_of(head.rows)} * CHOICE_BLOCK;
+    const int most = std::min(count, MAX_PASS_ROWS);
+    float* logits = logits_.reserve(stride * most);
+    for (int row = 0; row < most; ++row)
+        std::fill(logits + stride * row + head.rows, logits + stride * (row + 1),
+                  -std::numeric_limits<float>::infinity());
+    const auto put = [&](int, int, int rows, int strip, const float* products) {
+        scatter(head, strip, products, rows, logits, stride, assign);
+    };
+    apply(head, norm_.data(), in, count, put,
+          [&](Team& team, int first, int rows) { finish(team, first, rows, logits, stride); });
 }
 
 void Model::logits(const float* in, int count, const Matrix& head, float* out) {
@@ -325,7 +343,7 @@ void Model::logits(const float* in, int count, const Matrix& head, float* out) {
 void Model::greedy(const float* in, int count, const Matrix& head, int32_t* out) {
     const auto turn = pool_.take_turn();
     for (Worker& worker : workers_) worker.best.assign(count, {-std::numeric_limits<float>::infinity(), 0});
-    apply(head, norm_.data(), in, count, [&](int thread, int first, int rows, int strip, const float* products) {
+    const auto compare = [&](int thread, int first, int rows, int strip, const float* products) {
         const int lanes = std::min(TILE, head.rows - strip * TILE);
         for (int row = 0; row < rows; ++row, products += TILE) {
             Best& best = workers_[thread].best[first + row];
@@ -336,7 +354,8 @@ void Model::greedy(const float* in, int count, const Matrix& head, int32_t* out)
             found.id += static_cast<int32_t>(std::find(products, products + lanes, found.value) - products);
             best = found;
         }
-    });
+    };
+    apply(head, norm_.data(), in, count, compare, nothing);
     for (int row = 0; row < count; ++row) {
         Best best = workers_[0].best[row];
         for (const Worker& worker : workers_) best = std::max(best, worker.best[row]);

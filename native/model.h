@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -36,6 +37,7 @@ constexpr int MAX_BLOCK_ROWS = 8;  // rows of a sequence that share one reading 
 constexpr int MAX_HEAD_DIM = 512;
 constexpr int MAX_TREE_ROWS = 64;
 
+inline int choice_blocks_of(int tokens) { return (tokens + CHOICE_BLOCK - 1) / CHOICE_BLOCK; }
 inline int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
 inline ptrdiff_t padded(int cols) { return static_cast<ptrdiff_t>(blocks_of(cols)) * BLOCK; }
 
@@ -105,35 +107,66 @@ struct Taps {
 // values of their own.
 struct Exit {
     std::vector<int32_t> model_layers, own_layers;
-    std::optional<PackedMatrix> head;       // none: the model's
-    std::vector<int32_t> vocabulary;        // tokens that the head's rows stand for; empty: all, in order
-    int32_t largest_token = -1;             // of the vocabulary
-    std::optional<PackedMatrix> fuse, mix;  // none: without features; see `Mixing` in branch.py
+    std::optional<PackedMatrix> head;        // none: the model's
+    std::vector<int32_t> vocabulary;         // tokens that the head's rows stand for; empty: all, in order
+    int32_t largest_token = -1;              // of the vocabulary
+    std::vector<int32_t> padded_vocabulary;  // to whole blocks of choices
+    std::vector<int32_t> row_of_token;       // the other way round; -1: none
+    std::optional<PackedMatrix> fuse, mix;   // none: without features; see `Mixing` in branch.py
     int num_features = 0;
     std::vector<float> token_norm, feature_norm;
 
     bool needs_token_states() const { return !model_layers.empty() && !own_layers.empty(); }
 };
 
+// How the tokens of one text are chosen: penalties, biases, temperature (0: the best token), truncations, noise.
+struct Rule {
+    float temperature = 0, top_p = 1, min_p = 0;  // top_p 1, min_p 0, top_k 0: none
+    int top_k = 0;
+    uint64_t seed = 0;
+    float repetition = 1, presence = 0, frequency = 0;
+    std::vector<int32_t> seen, counts;  // tokens of the text, and how often each was generated
+    std::vector<int32_t> biased;        // tokens,
+    std::vector<float> biases;          // and what is added to their logits
+    int32_t largest_token = -1;         // of both
+
+    bool has_penalties() const { return repetition != 1 || presence != 0 || frequency != 0; }
+    bool is_plain() const { return temperature == 0 && !has_penalties() && biased.empty(); }
+};
+
+// Where a token is to be chosen: after a text, and some draft tokens.
+struct Place {
+    const Rule* rule;
+    int32_t position;  // of the token in the text
+    std::span<const int32_t> path;
+    const uint32_t* allowed = nullptr;  // a bit for each token; null: all are
+};
+
+struct ChoiceTask {
+    std::vector<Place> places;      // of each row
+    int32_t* tokens;                // [rows]; -1 where no token can be chosen: none is allowed, or no logit is a number
+    std::vector<int32_t> reported;  // rows, rising, whose logits are wanted,
+    float* logits = nullptr;        // [reported, vocabulary], as the head gives them
+};
+
 // Draft tokens for some sequences. A sequence's last row holds its last token; those before it, tokens that an exit
 // with layers of its own has yet to see.
 struct DraftTask {
-    std::vector<int32_t> ids;         // [rows]
-    std::vector<int32_t> limits;      // [sequences], most tokens to draft, at most num_draft_tokens
-    std::vector<float> temperatures;  // [sequences], 0: takes the best token; empty: all do
-    float min_confidence;             // a sequence stops after its first token that is less probable
+    std::vector<int32_t> ids;                        // [rows]
+    std::vector<int32_t> limits;                     // [sequences], most tokens to draft, at most num_draft_tokens
+    std::vector<std::shared_ptr<const Rule>> rules;  // [sequences], truncations left out; empty: take the best token
+    float sharpness;                                 // what scaled logits are multiplied by before noise is added
+    float min_confidence;                            // a sequence stops after its first token that is less probable
     int num_draft_tokens, num_runner_ups;
     const float* features;      // [rows, num_features, hidden_size], what the model left behind of the token before
     const float* token_states;  // [rows, hidden_size], outputs of the model's layers; a sequence's last one is not read
-    const double* uniforms;     // [sequences, num_draft_tokens], from 0 to below 1, for the tokens that are drawn
 
     // Results [sequences, num_draft_tokens, ..], of as many tokens as `counts` says; null: not wanted.
     int32_t* tokens;
-    int32_t* counts;       // [sequences]
-    float* states;         // [.., hidden_size], which the tokens were read from
-    float* probabilities;  // [.., 1 + num_runner_ups], of the token and its runner-ups
-    int32_t* runner_ups;   // [.., num_runner_ups], next best tokens, best first
-    float* distributions;  // [.., rows of the head], which the tokens were drawn from
+    int32_t* counts;      // [sequences]
+    float* states;        // [.., hidden_size], which the tokens were read from
+    int32_t* runner_ups;  // [.., num_runner_ups], next best tokens, best first
+    float* sums;          // [.., 1 + num_runner_ups], by which the token and its runner-ups were chosen
 };
 
 class Model {
@@ -162,6 +195,8 @@ public:
     void logits(const float* in, int count, const Matrix& head, float* out);
     // Best row of the head for each hidden state; of equals, the lowest.
     void greedy(const float* in, int count, const Matrix& head, int32_t* out);
+    // Tokens for hidden states, by the model's head and a rule each.
+    void choose(const float* in, int count, const ChoiceTask& task);
     void draft(const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task);
 
 private:
@@ -181,6 +216,8 @@ private:
         Buffer<int32_t> starts;
         std::vector<int> range;  // first and last position of each query
         std::vector<Best> best;  // of each row
+        std::vector<float> maxima;
+        std::vector<std::pair<float, int>> ranked;
     };
     struct QueryBlock {  // rows of one sequence that attend together
         int row, count;
@@ -218,9 +255,14 @@ private:
     template <class MakeRow, class Use>
     void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row,
                   const Use& use);
-    template <class Use>
-    void apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use);
+    template <class Use, class Then>
+    void apply(const Matrix& matrix, const float* norm, const float* in, int count, const Use& use, const Then& then);
     void linear(const Matrix& matrix, const float* norm, const float* in, int count, float* out);
+    // Logits in rows of whole blocks of choices, and finish(team, first row, rows, logits, stride) to share out a
+    // phase.
+    using Finish = std::function<void(Team&, int, int, float*, ptrdiff_t)>;
+    void padded_logits(const float* in, int count, const Matrix& head, const Finish& finish);
+    int32_t choose_row(const Rule& rule, const Place& place, float* logits, Worker& worker) const;
     void reserve(int rows);
 
     Shape shape_;
@@ -233,7 +275,7 @@ private:
     std::vector<float> norm_, cos_, sin_;
     int rope_length_ = 0;
     std::vector<Worker> workers_;  // the last one is shared: inputs of many rows, prepared once for all threads
-    Buffer<float> hidden_, qkv_, queries_, attention_, activation_, partials_, mixed_;
+    Buffer<float> hidden_, qkv_, queries_, attention_, activation_, partials_, mixed_, logits_;
 };
 
 }  // namespace hopskip

@@ -1,5 +1,6 @@
 // The Python module, and what is called for every pass. Arrays are checked here, before anything computes: shape, type,
 // layout, alignment, ranges. Integers are copied, so that they stay as they were checked.
+#include <cmath>
 #include <numeric>
 
 #include "arrays.h"
@@ -82,16 +83,54 @@ Rows make_rows(const Input& slots, const Input& positions, const OptionalInput& 
     return rows;
 }
 
+using SharedRule = std::shared_ptr<Rule>;
+
+int32_t largest_of(const std::vector<int32_t>& tokens) {
+    int32_t largest = -1;
+    for (int32_t token : tokens) largest = std::max(largest, in_range(token, "token id", 0, INT32_MAX));
+    return largest;
+}
+
+Rule make_rule(float temperature, uint64_t seed, int64_t top_k, float top_p, float min_p, float repetition,
+               float presence, float frequency, std::vector<int32_t> biased, std::vector<float> biases) {
+    const auto check = [](const char* name, float value, bool is_right) {
+        if (!is_right) refuse(name, " is ", value, ", which is out of range");
+    };
+    check("temperature", temperature, temperature >= 0);
+    check("top_p", top_p, top_p > 0 && top_p <= 1);
+    check("min_p", min_p, min_p >= 0 && min_p <= 1);
+    check("repetition", repetition, repetition > 0 && std::isfinite(repetition));
+    check("presence", presence, std::isfinite(presence));
+    check("frequency", frequency, std::isfinite(frequency));
+    for (float bias : biases) check("a bias", bias, !std::isnan(bias));
+    Rule rule;
+    rule.temperature = temperature, rule.top_p = top_p, rule.min_p = min_p;
+    rule.top_k = in_range(top_k, "top_k", 0, INT32_MAX);
+    rule.seed = seed;
+    rule.repetition = repetition, rule.presence = presence, rule.frequency = frequency;
+    if (biased.size() != biases.size()) refuse("there are ", biases.size(), " biases for ", biased.size(), " tokens");
+    rule.largest_token = largest_of(biased);
+    rule.biased = std::move(biased), rule.biases = std::move(biases);
+    return rule;
+}
+
+void set_counts(Rule& rule, const Input& seen, const Input& counts) {
+    std::vector<int32_t> tokens = copied<int32_t>(seen, "seen");
+    std::vector<int32_t> generated = copied<int32_t>(counts, "counts", std::ssize(tokens));
+    rule.largest_token = std::max(largest_of(tokens), largest_of(rule.biased));
+    rule.seen = std::move(tokens), rule.counts = std::move(generated);
+}
+
 struct CheckedDraftTask : DraftTask {
-    int hidden_size, num_features = 0, distribution_size = 0;  // of the arrays
+    int hidden_size, num_features = 0;  // of the arrays
     Owners owners;
 };
 
 CheckedDraftTask make_draft_task(const Input& ids, const Input& limits, float min_confidence,
                                  const OptionalInput& features, const OptionalInput& token_states,
-                                 const OptionalInput& temperatures, const OptionalInput& uniforms, const Output& tokens,
-                                 const Output& counts, const Output& states, const OptionalOutput& probabilities,
-                                 const OptionalOutput& runner_ups, const OptionalOutput& distributions) {
+                                 const std::vector<SharedRule>& rules, float sharpness, const Output& tokens,
+                                 const Output& counts, const Output& states, const OptionalOutput& runner_ups,
+                                 const OptionalOutput& sums) {
     CheckedDraftTask task{};
     const auto take = [&]<class T>(const auto& array, const char* name, std::initializer_list<int64_t> shape,
                                    T*& data) {
@@ -115,23 +154,17 @@ CheckedDraftTask make_draft_task(const Input& ids, const Input& limits, float mi
         task.num_features = size_of(*features, 1);
     }
     if (token_states) take(*token_states, "token_states", {rows, task.hidden_size}, task.token_states);
-    if (!!probabilities != !!runner_ups) refuse("probabilities and runner_ups go together");
-    if (probabilities) {
+    if (!!sums != !!runner_ups) refuse("sums and runner_ups go together");
+    if (sums) {
         take(*runner_ups, "runner_ups", {sequences, steps, ANY}, task.runner_ups);
         task.num_runner_ups = size_of(*runner_ups, 2);
-        take(*probabilities, "probabilities", {sequences, steps, task.num_runner_ups + 1}, task.probabilities);
+        take(*sums, "sums", {sequences, steps, task.num_runner_ups + 1}, task.sums);
     }
-    if (!!temperatures != !!uniforms)
-        refuse(temperatures ? "temperatures need uniforms" : "uniforms need temperatures");
-    if (!!temperatures != !!distributions) refuse("temperatures and distributions go together");
-    if (temperatures) {
-        task.temperatures = copied<float>(*temperatures, "temperatures", sequences);
-        for (float temperature : task.temperatures)
-            if (!(temperature >= 0)) refuse("a temperature is ", temperature, "; it must be at least 0");
-        take(*uniforms, "uniforms", {sequences, steps}, task.uniforms);
-        take(*distributions, "distributions", {sequences, steps, ANY}, task.distributions);
-        task.distribution_size = size_of(*distributions, 2);
-    }
+    if (!rules.empty() && std::ssize(rules) != sequences)
+        refuse("there are ", rules.size(), " rules for ", sequences, " sequences");
+    task.rules.assign(rules.begin(), rules.end());
+    if (!(sharpness > 0 && std::isfinite(sharpness))) refuse("sharpness is ", sharpness, "; it must be above 0");
+    task.sharpness = sharpness;
     return task;
 }
 
@@ -199,8 +232,7 @@ void check_task(const Model& model, const Exit& exit, const Rows& rows, const Ca
         refuse(task.token_states ? "the exit takes no token_states" : "the exit needs token_states");
     const int head_rows = exit.head ? exit.head->rows : model.head().rows;
     in_range(task.num_runner_ups, "the number of runner-ups", 0, head_rows - 1);
-    if (task.distributions && task.distribution_size != head_rows)
-        refuse("distributions are over ", task.distribution_size, " tokens; the exit's head has ", head_rows);
+    for (const auto& rule : task.rules) in_range(rule->largest_token, "token id", -1, model.shape().vocab_size - 1);
 }
 
 void embed(const Model& model, const Input& ids, const Output& out) {
@@ -252,6 +284,31 @@ void greedy(Model& model, const Input& h, const Output& out, const PackedMatrix*
     model.greedy(in, size_of(h, 0), used, to);
 }
 
+// Tokens for hidden states: by a rule each, at a position of the text, after some draft tokens, among allowed ones.
+void choose(Model& model, const Input& h, const Output& out, const std::vector<SharedRule>& rules,
+            const std::vector<int32_t>& positions, const std::vector<std::vector<int32_t>>& paths,
+            const std::vector<OptionalInput>& allowed, std::vector<int32_t> reported, const OptionalOutput& logits) {
+    const Matrix& head = check_head(model, nullptr);
+    const float* in = checked<float>(h, "h", {ANY, model.shape().hidden_size});
+    const size_t count = size_of(h, 0);
+    ChoiceTask task{std::vector<Place>(count), checked<int32_t>(out, "out", {static_cast<int64_t>(count)}), {}};
+    if (rules.size() != count || positions.size() != count || paths.size() != count || allowed.size() != count)
+        refuse("rules, positions, paths and allowed must have ", count, " entries, as h has rows");
+    for (size_t row = 0; row < count; ++row) {
+        in_range(std::max(rules[row]->largest_token, largest_of(paths[row])), "token id", -1, head.rows - 1);
+        task.places[row] = {rules[row].get(), in_range(positions[row], "position", 0, INT32_MAX), paths[row]};
+        if (allowed[row])
+            task.places[row].allowed = checked<uint32_t>(*allowed[row], "allowed", {(head.rows + 31) / 32});
+    }
+    if (reported.empty() == !!logits) refuse("reported and logits go together");
+    for (size_t i = 0; i < reported.size(); ++i)
+        in_range(reported[i], "a reported row", i ? reported[i - 1] + int64_t{1} : 0, count - int64_t{1});
+    if (logits) task.logits = checked<float>(*logits, "logits", {std::ssize(reported), head.rows});
+    task.reported = std::move(reported);
+    nb::gil_scoped_release release;
+    model.choose(in, count, task);
+}
+
 void draft(Model& model, const Exit& exit, const Rows& rows, const Cache& cache, const CheckedDraftTask& task) {
     check_exit(model, exit);
     check_rows(model, rows, cache);
@@ -277,8 +334,14 @@ void bind_module(nb::module_& m) {
     nb::class_<CheckedDraftTask>(m, "DraftTask",
                                  "What to draft, and arrays for the results; see `DraftTask` in native/model.h.")
         .def("__init__", constructor(&make_draft_task), nb::kw_only(), "ids"_a, "limits"_a, "min_confidence"_a = 0.0f,
-             "features"_a = none, "token_states"_a = none, "temperatures"_a = none, "uniforms"_a = none, "tokens"_a,
-             "counts"_a, "states"_a, "probabilities"_a = none, "runner_ups"_a = none, "distributions"_a = none);
+             "features"_a = none, "token_states"_a = none, "rules"_a = std::vector<SharedRule>{}, "sharpness"_a = 1.0f,
+             "tokens"_a, "counts"_a, "states"_a, "runner_ups"_a = none, "sums"_a = none);
+    nb::class_<Rule>(m, "Rule", "How the tokens of one text are chosen; see native/model.h.")
+        .def("__init__", constructor(&make_rule), nb::kw_only(), "temperature"_a = 0.0f, "seed"_a = 0, "top_k"_a = 0,
+             "top_p"_a = 1.0f, "min_p"_a = 0.0f, "repetition"_a = 1.0f, "presence"_a = 0.0f, "frequency"_a = 0.0f,
+             "biased"_a = std::vector<int32_t>{}, "biases"_a = std::vector<float>{})
+        .def("set_counts", &set_counts, "seen"_a, "counts"_a,
+             "int32: tokens of the text, each once, and how often each was generated. The values are copied.");
     nb::class_<Model> engine(m, "Engine", "The decoder. Results are written to the arrays given for them.");
     bind_load(m, engine);
     engine.def("embed", &embed, "ids"_a, "out"_a, "int32 [N] -> float32 [N, D].")
@@ -288,6 +351,12 @@ void bind_module(nb::module_& m) {
              "tapped [N, taps, D].")
         .def("logits", &logits, "h"_a, "out"_a, "head"_a = none, "float32 [N, D] -> [N, rows of the head].")
         .def("greedy", &greedy, "h"_a, "out"_a, "head"_a = none, "float32 [N, D] -> int32 [N], rows of the head.")
+        .def(
+            "choose", &choose, "h"_a, "out"_a, nb::kw_only(), "rules"_a, "positions"_a, "paths"_a, "allowed"_a,
+            "reported"_a = std::vector<int32_t>{}, "logits"_a = none,
+            "float32 [N, D] -> int32 [N], a token for each row by its rule, at a position of its text, after a path of "
+            "draft tokens, among those that `allowed` (uint32, a bit for each token; None: all) names; -1 where none "
+            "can be chosen. Also the rows `reported` of the logits.")
         .def("draft", &draft, "exit"_a, "rows"_a, "cache"_a, "task"_a);
 }
 

@@ -69,20 +69,6 @@ void silu_multiply(const float* gate, const float* up, size_t count, float* out)
     }
 }
 
-float exponentiate(float* x, size_t count, float maximum, float scale) {  // any count
-    const auto of = [&](V y) { return exponential((y - maximum) * scale); };
-    V sum = V{};
-    size_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        const V y = of(load(x + i));
-        store(x + i, y);
-        sum += y;
-    }
-    float rest = 0;
-    for (; i < count; ++i) rest += x[i] = of(splat(x[i]))[0];
-    return reduce_add(sum) + rest;
-}
-
 inline V widened(const float* p, float) { return load(p); }
 inline V widened(const uint16_t* p, float) { return load_bf16(p); }
 inline V widened(const int8_t* p, float scale) { return load_int8(p) * scale; }
@@ -266,6 +252,3 @@ void fold(float* state, const float* partial, int padded_head_dim) {
     for (int i = PARTIAL_VALUES; i < size; i += LANES)
         store(state + i, fma(load(partial + i), new_factor, load(state + i) * old_factor));
 }
-
-const Kernels TABLE = {NAME,    MULTIPLIES_BF16, multiply,     rms_norm,     quantize, to_bf16,
-                       to_int8, silu_multiply,   exponentiate, attend_chunk, fold};

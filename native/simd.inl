@@ -36,6 +36,7 @@ inline float reduce_add(V x) {
 inline float reduce_max(V x) {
     return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
+inline bool any_above(V x, float least) { return any(bits<I>(where_less(splat(least), x, splat(1.0f), V{}))); }
 
 inline V even_bf16(I x) { return bits<V>(bits<U>(x) << 16); }  // the lower column of a unit of two
 inline V load_bf16(const uint16_t* p) { return even_bf16(load_words(p)); }

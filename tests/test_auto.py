@@ -76,7 +76,6 @@ def whimsical(model: Backend, min_confidence: float = 0.0) -> AutoDrafter:
         EXITS,
         TABLE,
         max_draft_tokens=6,
-        fixed_length=3,
         rows_per_sequence=7,
         min_confidence=min_confidence,
     )

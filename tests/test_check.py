@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import hopskip.engine.choose
 import hopskip.prove.sampled
+import hopskip.sampling
 from hopskip.backends.base import Head, Pass, Traits
 from hopskip.backends.rows import Cache, Rows, Segment
 from hopskip.backends.table import TableBackend
@@ -29,14 +31,14 @@ from hopskip.cli.precisions import parse_precisions
 from hopskip.draft.exit import ExitDrafter
 from hopskip.draft.sources import OwnLayers
 from hopskip.engine import Engine
-from hopskip.engine.verify import Verdict, verify_greedy, verify_sampled
+from hopskip.engine.choose import Verdict, verify
 from hopskip.errors import ConfigError
 from hopskip.prove.context import context_proofs
 from hopskip.prove.greedy import PLAIN, compare_with_ties, exits_to_try, greedy_proofs, settings_to_try
 from hopskip.prove.hf_reference import tokenizer_proof, transformers_proof
 from hopskip.prove.proof import Proof, Tie, all_hold
 from hopskip.prove.recorder import run, same_bits
-from hopskip.prove.sampled import _exact_joint, _prompt, chi_squared_p_value, sampling_proofs
+from hopskip.prove.sampled import _exact_joint, chi_squared_p_value, sampling_proofs
 from hopskip.sampling_params import SamplingParams
 from tests.models import tiny_model
 from tests.oracle import exact_joint
@@ -133,11 +135,11 @@ def test_a_wrong_verdict_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def accept_one_too_many(draft_ids: Sequence[int], target_ids: Sequence[int], parents: object) -> Verdict:
         if parents is not None:
             return Verdict((), target_ids[-1])
-        verdict = verify_greedy(draft_ids, target_ids)
+        verdict = verify(draft_ids, target_ids)
         num_accepted = min(verdict.num_accepted + 1, len(draft_ids))
         return Verdict(tuple(range(num_accepted)), target_ids[num_accepted])
 
-    monkeypatch.setattr(hopskip.engine.choose, "verify_greedy", accept_one_too_many)
+    monkeypatch.setattr(hopskip.engine.choose, "verify", accept_one_too_many)
     proofs = greedy(small_model())
     assert not all_hold(proofs)
     assert any("differs" in p.detail for p in proofs if p.status == "failed")
@@ -252,55 +254,60 @@ def test_same_bits_sees_the_last_bit() -> None:
 
 
 def sampling(prompts: list[list[int]] = PROMPTS, num_draws: int = 2000) -> list[Proof]:
-    return list(sampling_proofs(small_model(), prompts, num_draws=num_draws))
+    return list(sampling_proofs(row_exact_model(), prompts, 10, num_draws=num_draws))
 
 
 def test_sampling_is_proved() -> None:
     proofs = sampling()
-    assert [p.status for p in proofs] == ["passed"] * 5
-    distributions = [p for p in proofs if "p_value" in p.counts]
-    assert {p.setting.split()[0] for p in distributions} == {"early-exit", "ngram"}
-    assert all(p.counts["num_rejected_tokens"] > 0 for p in distributions)
+    assert all(p.status == "passed" for p in proofs), [p for p in proofs if p.status != "passed"]
+    assert all(p.topic == "sampling" for p in proofs)
+    assert [p.setting.split(",")[0] for p in proofs[:2]] == ["plain", "plain"]
+    drafted = proofs[3:]
+    assert {p.setting.split()[0] for p in drafted} == {"early-exit", "ngram", "both", "layer-skip"}
+    assert any("runner-ups" in p.setting for p in drafted)
+    assert all(p.counts["num_rejected_tokens"] > 0 for p in drafted)
+    assert all("k=3" in p.setting for p in drafted)
+    assert any(p.counts["num_rejected_tokens"] < p.counts["num_draft_tokens"] for p in drafted)
 
 
-def test_a_wrong_accept_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def resample_from_the_target(
-        draft_ids: Sequence[int],
-        draft_probs: Sequence[Tensor] | None,
-        target: Tensor,
-        generator: torch.Generator,
-        parents: object,
+def test_sampling_is_proved_at_one_shape_where_rows_are_not_exact() -> None:
+    proofs = list(sampling_proofs(small_model(), PROMPTS[:1], 10, num_draws=2000))
+    assert all(p.status == "passed" for p in proofs), [p for p in proofs if p.status != "passed"]
+    assert all("verify shape" in p.claim for p in proofs[2:])
+
+
+def test_a_wrong_accept_rule_changes_sampled_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_one_too_many(
+        draft_ids: Sequence[int], target_ids: Sequence[int], parents: Sequence[int] | None = None
     ) -> Verdict:
-        """Wrong: after a rejection draws from the target, not from what the draft left of it."""
-        verdict = verify_sampled(draft_ids, draft_probs, target, generator)
-        if verdict.num_accepted == len(draft_ids):
+        verdict = verify(draft_ids, target_ids, parents)
+        num_accepted = verdict.num_accepted
+        if parents is not None or num_accepted == len(draft_ids):
             return verdict
-        return Verdict(verdict.path, verify_sampled([], None, target[verdict.num_accepted :], generator)[1])
+        return Verdict((*verdict.path, num_accepted), target_ids[num_accepted + 1])
 
-    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", resample_from_the_target)
-    found = [p for p in sampling(PROMPTS[:1]) if p.status == "failed" and "another distribution" in p.detail]
-    assert {p.setting.split()[0] for p in found} == {"early-exit", "ngram"}
+    monkeypatch.setattr(hopskip.engine.choose, "verify", accept_one_too_many)
+    failed = {p.setting.split()[0] for p in sampling(PROMPTS[:1])[2:] if p.status == "failed"}
+    assert failed >= {"early-exit", "ngram", "both", "layer-skip"}
 
 
-def test_drafts_that_are_always_rejected_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ignore_the_draft(
-        draft_ids: Sequence[int], draft_probs: object, target: Tensor, generator: torch.Generator, parents: object
-    ) -> Verdict:
-        return verify_sampled([], None, target, generator)
-
-    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", ignore_the_draft)
-    distributions = [p for p in sampling(PROMPTS[:1]) if "p_value" in p.counts]
-    assert all(p.status == "failed" and "nothing is proved" in p.detail for p in distributions)
+def test_another_distribution_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = hopskip.sampling._gumbel
+    monkeypatch.setattr(hopskip.sampling, "_gumbel", lambda *all: 1.5 * right(*all))
+    proof = next(sampling_proofs(row_exact_model(), PROMPTS[:1], 4, num_draws=2000))
+    assert proof.status == "failed"
+    assert "another distribution" in proof.detail
 
 
 def test_a_seed_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unseeded(
-        ids: Sequence[int], probs: object, target: Tensor, generator: torch.Generator, parents: object
-    ) -> Verdict:
-        return verify_sampled(ids, probs, target, torch.default_generator)  # type: ignore[arg-type]
+    def found(key: Callable[[int, int], tuple[int, int]]) -> Proof:
+        monkeypatch.setattr(hopskip.sampling, "noise_key", key)
+        return list(itertools.islice(sampling_proofs(row_exact_model(), PROMPTS[:1], 4, num_draws=100), 2))[1]
 
-    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", unseeded)
-    assert sampling(num_draws=100)[-1].status == "failed"
+    right = hopskip.sampling.noise_key
+    calls = itertools.count()
+    assert "the second text differs" in found(lambda seed, position: right(next(calls), position)).detail
+    assert "other seeds give the same text" in found(lambda seed, position: right(0, position)).detail
 
 
 def test_the_exact_distribution_follows_the_rule_for_ties() -> None:
@@ -308,8 +315,13 @@ def test_the_exact_distribution_follows_the_rule_for_ties() -> None:
     target_VV = torch.randint(0, 3, (5, 5), generator=torch.Generator().manual_seed(0)).float()
     target_VV[0] = 1.0
     table = TableBackend(small_model().config, target_VV, target_VV)
-    params = SamplingParams(max_new_tokens=4, temperature=1.0, top_k=3)
-    expected = exact_joint(target_VV.double().numpy(), _prompt(table), params, skip=1, length=2)
+    params = SamplingParams(max_new_tokens=3, temperature=1.0, top_k=3)
+    expected = exact_joint(target_VV.double().numpy(), [0], params, skip=0, length=3)
+    np.testing.assert_allclose(
+        _exact_joint(table, replace(params, top_k=4)),
+        exact_joint(target_VV.double().numpy(), [0], replace(params, top_k=4), skip=0, length=3),
+        rtol=1e-12,
+    )
     np.testing.assert_allclose(_exact_joint(table, params), expected, rtol=1e-12)
 
 
@@ -417,14 +429,14 @@ def test_command_exits_with_1_when_a_proof_fails(checkpoint: Path, monkeypatch: 
     def accept_all(draft: list[int], target: list[int], parents: object) -> Verdict:
         return Verdict(tuple(range(len(draft))) if parents is None else (), target[-1])
 
-    monkeypatch.setattr(hopskip.engine.choose, "verify_greedy", accept_all)
+    monkeypatch.setattr(hopskip.engine.choose, "verify", accept_all)
     result = CliRunner().invoke(app, ["check", str(checkpoint), "--precision", "fp32", "--json", *ARGUMENTS])
     assert result.exit_code == 1
     report = json.loads(result.stdout)
     assert report["passed"] is False
     failed = [p for p in report["proofs"] if p["status"] == "failed"]
     assert failed
-    assert all(p["topic"] == "greedy" and p["precision"] == "float32" for p in failed)
+    assert all(p["topic"] in ("greedy", "sampling") and p["precision"] == "float32" for p in failed)
 
 
 def test_command_against_transformers(checkpoint: Path) -> None:

@@ -1,11 +1,11 @@
-"""Sampling through the whole speculative path leaves the target's exact distribution; a wrong accept rule does not."""
+"""Sampling has the exact distribution of the rules, and no way of drafting changes a sampled text."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,21 +15,21 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 import hopskip.engine.choose
+import hopskip.sampling
 from hopskip import SamplingParams, SpeculativeConfig
 from hopskip.engine import make_engine
-from hopskip.engine.verify import Verdict, verify_sampled
-from hopskip.sampling import draw
-from hopskip.sequence import Request
+from hopskip.engine.choose import Verdict, verify
+from hopskip.sequence import Request, Sequence
 from tests.models import engine_with, table_model
 from tests.oracle import exact_joint
 from tests.test_auto import whimsical
 
 VOCAB = 4
-NUM_SAMPLES = 100_000
-SKIP, LENGTH = 1, 3  # token 0 comes from the prompt's pass; tokens 1 to 3 from drafts of up to two, and the bonus
+NUM_SAMPLES = 20_000
+LENGTH = 4
 PROMPT = [0, 1, 2, 0, 1, 3, 0, 1]  # its end stands in it before, so that n-gram lookup has something to propose
-PARAMS = SamplingParams(
-    max_new_tokens=SKIP + LENGTH,
+ALL_RULES = SamplingParams(
+    max_new_tokens=LENGTH,
     temperature=0.9,
     top_p=0.92,
     repetition_penalty=1.2,
@@ -37,12 +37,7 @@ PARAMS = SamplingParams(
     frequency_penalty=0.2,
     logit_bias={2: 0.4},
 )
-PLAIN_PARAMS = SamplingParams(max_new_tokens=SKIP + LENGTH, temperature=0.9, top_p=0.92)
-"""For trees: where the distribution depends on the text, drafts are chains."""
-
-
-def params_of(draft: str) -> SamplingParams:
-    return PLAIN_PARAMS if draft == "tree" else PARAMS
+PLAIN = SpeculativeConfig(draft="none")
 
 
 def tables() -> tuple[Tensor, Tensor]:
@@ -52,44 +47,35 @@ def tables() -> tuple[Tensor, Tensor]:
     return target + 0.8 * torch.randn(VOCAB, VOCAB, generator=generator), target
 
 
-def sample(draft: str, seeds: range) -> tuple[NDArray[np.float64], int, int]:
-    """How often each `LENGTH` tokens came out, one request per seed; draft tokens, and how many were accepted."""
+def sample(config: SpeculativeConfig, params: SamplingParams, seeds: range) -> list[Sequence]:
     torch.set_num_threads(1)
     model = table_model(*tables())
-    # the sources in turn, and drafts that end by how sure they are
-    drafter = whimsical(model, min_confidence=0.5) if draft == "auto" else None
-    config = SpeculativeConfig(
-        draft="early-exit" if draft == "tree" else draft,  # type: ignore[arg-type]
-        num_draft_tokens=3,
-        num_runner_ups=3 if draft == "tree" else None,
-        skip_layers=(0,) if draft == "layer-skip" else None,
-    )
-    engine = (
-        make_engine(model, config, max_num_seqs=500, prefix_caching=False)
-        if drafter is None
-        else engine_with(drafter, model, config, max_num_seqs=500, prefix_caching=False)
-    )
-    sequences = [engine.add(Request(PROMPT, replace(params_of(draft), seed=seed))) for seed in seeds]
+    if config.draft == "auto":  # the sources in turn, and drafts that end by how sure they are
+        engine = engine_with(
+            whimsical(model, min_confidence=0.5), model, config, max_num_seqs=500, prefix_caching=False
+        )
+    else:
+        engine = make_engine(model, config, max_num_seqs=500, prefix_caching=False)
+    sequences = [engine.add(Request(PROMPT, replace(params, seed=seed))) for seed in seeds]
     while engine.has_work:
         engine.step()
+    return sequences
+
+
+def count(params: SamplingParams, seeds: range) -> NDArray[np.float64]:
     observed = np.zeros((VOCAB,) * LENGTH)
-    for sequence in sequences:
-        observed[tuple(token.id for token in sequence.tokens[SKIP:])] += 1
-    drafted = sum(s.stats.num_draft_tokens for s in sequences)
-    accepted = sum(s.stats.num_accepted_tokens for s in sequences)
-    return observed.ravel(), drafted, accepted
+    for sequence in sample(PLAIN, params, seeds):
+        observed[tuple(token.id for token in sequence.tokens)] += 1
+    return observed.ravel()
 
 
-def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
-    """Of the chi-squared test of generated against exactly computed frequencies of `LENGTH` tokens."""
+def p_value(params: SamplingParams, num_samples: int = NUM_SAMPLES) -> float:
+    """Of the chi-squared test of all texts of `LENGTH` tokens against their exactly computed frequencies."""
     shares = [range(0, num_samples // 2), range(num_samples // 2, num_samples)]
     # forked, not spawned: the children must see the rule that a test has put in place of the right one
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
-        parts = list(pool.map(sample, [draft] * 2, shares))
-    observed = np.sum([part[0] for part in parts], axis=0)
-    drafted, accepted = (sum(part[i] for part in parts) for i in (1, 2))
-    assert 0 < accepted < drafted
-    expected = exact_joint(tables()[1].double().numpy(), PROMPT, params_of(draft), SKIP, LENGTH) * num_samples
+        observed = np.sum(list(pool.map(count, [params] * 2, shares)), axis=0)
+    expected = exact_joint(tables()[1].double().numpy(), PROMPT, params, 0, LENGTH) * num_samples
     assert observed[expected == 0].sum() == 0
     # cells too rare for the chi-squared approximation are taken together
     rare = expected < 5
@@ -100,70 +86,66 @@ def p_value(draft: str, num_samples: int = NUM_SAMPLES) -> float:
 
 
 @pytest.mark.parametrize(
-    ("draft", "num_samples"),
+    "params",
     [
-        ("early-exit", NUM_SAMPLES),
-        ("layer-skip", NUM_SAMPLES // 4),
-        ("ngram", NUM_SAMPLES // 4),
-        ("auto", NUM_SAMPLES // 8),
-        ("tree", NUM_SAMPLES // 4),
+        ALL_RULES,
+        SamplingParams(max_new_tokens=LENGTH, temperature=1.0),
+        SamplingParams(max_new_tokens=LENGTH, temperature=1.3, top_k=3, min_p=0.2),
     ],
 )
-def test_joint_distribution_is_exact(draft: str, num_samples: int) -> None:
-    assert p_value(draft, num_samples) > 0.001
+def test_joint_distribution_is_exact(params: SamplingParams) -> None:
+    assert p_value(params) > 0.001
 
 
-def resample_from_the_target(
-    draft_ids: Sequence[int],
-    draft_probs: Sequence[Tensor] | None,
-    target_probs: Tensor,
-    generator: torch.Generator,
-    parents: object,
-) -> Verdict:
-    """Wrong: on rejection draws from the target, not from what the draft left of it."""
-    for index, token in enumerate(draft_ids):
-        draft_probability = 1.0 if draft_probs is None else float(draft_probs[index][token])
-        if float(torch.rand((), generator=generator)) * draft_probability >= float(target_probs[index][token]):
-            return Verdict(tuple(range(index)), draw(target_probs[index], generator))
-    return Verdict(tuple(range(len(draft_ids))), draw(target_probs[len(draft_ids)], generator))
+def test_noise_that_does_not_move_on_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: the same noise at every position, so that each token alone is right, and texts are not."""
+    right = hopskip.sampling.noise_key
+    monkeypatch.setattr(hopskip.sampling, "noise_key", lambda seed, position: right(seed, 0))
+    assert p_value(ALL_RULES, NUM_SAMPLES // 10) < 0.001
 
 
-def compare_greedily(
-    draft_ids: Sequence[int],
-    draft_probs: Sequence[Tensor] | None,
-    target_probs: Tensor,
-    generator: torch.Generator,
-    parents: object,
-) -> Verdict:
-    """Wrong: accepts a token whenever the target likes it at least as much as the draft did."""
-    for index, token in enumerate(draft_ids):
-        draft_probability = 0.5 if draft_probs is None else float(draft_probs[index][token])
-        if float(target_probs[index][token]) < draft_probability:
-            return Verdict(tuple(range(index)), draw(target_probs[index], generator))
-    return Verdict(tuple(range(len(draft_ids))), draw(target_probs[len(draft_ids)], generator))
+def test_noise_twice_as_large_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = hopskip.sampling._gumbel
+    monkeypatch.setattr(hopskip.sampling, "_gumbel", lambda *all: 2 * right(*all))
+    assert p_value(ALL_RULES, NUM_SAMPLES // 10) < 0.001
 
 
-@pytest.mark.parametrize("draft", ["early-exit", "ngram"])
-@pytest.mark.parametrize("wrong", [resample_from_the_target, compare_greedily])
-def test_a_wrong_accept_rule_is_found_out(draft: str, wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", wrong)
-    assert p_value(draft, NUM_SAMPLES // 10) < 0.001
+DRAFTS: dict[str, dict[str, Any]] = {
+    "early-exit": {"draft": "early-exit", "num_draft_tokens": 3},
+    "layer-skip": {"draft": "layer-skip", "num_draft_tokens": 3, "skip_layers": (0,)},
+    "ngram": {"draft": "ngram", "num_draft_tokens": 3},
+    "both": {"draft": "both", "num_draft_tokens": 2},
+    "auto": {"draft": "auto", "num_draft_tokens": 3},
+    "tree": {"draft": "early-exit", "num_draft_tokens": 3, "num_runner_ups": 3},
+}
 
 
-def as_if_drawn_with_replacement(
-    draft_ids: Sequence[int],
-    draft_probs: Sequence[Tensor],
-    target_probs: Tensor,
-    generator: torch.Generator,
-    parents: Sequence[int] | None,
-) -> Verdict:
-    """Wrong: tests every candidate of a place against the distribution that its first one was drawn from."""
-    if parents is None:  # nothing drafted
-        return verify_sampled(draft_ids, draft_probs, target_probs, generator)
-    first = [draft_probs[parents.index(parent)] for parent in parents]
-    return verify_sampled(draft_ids, first, target_probs, generator, parents)
+def texts(config: SpeculativeConfig, params: SamplingParams) -> tuple[list[list[int]], int, int]:
+    sequences = sample(config, params, range(300))
+    drafted, accepted = (
+        sum(getattr(s.stats, f"num_{what}_tokens") for s in sequences) for what in ("draft", "accepted")
+    )
+    return [[token.id for token in s.tokens] for s in sequences], drafted, accepted
 
 
-def test_a_wrong_rule_for_trees_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopskip.engine.choose, "verify_sampled", as_if_drawn_with_replacement)
-    assert p_value("tree", NUM_SAMPLES // 10) < 0.001
+@pytest.mark.parametrize(
+    "params", [replace(ALL_RULES, max_new_tokens=12), SamplingParams(max_new_tokens=12, temperature=1.0)]
+)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_no_draft_changes_a_sampled_text(draft: str, params: SamplingParams) -> None:
+    found, drafted, accepted = texts(SpeculativeConfig(**DRAFTS[draft]), params)
+    assert 0 < accepted < drafted
+    assert found == texts(PLAIN, params)[0]
+
+
+@pytest.mark.parametrize("draft", ["early-exit", "ngram", "tree"])
+def test_a_wrong_accept_rule_is_found_out(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: accepts the first draft token unseen."""
+
+    def accept_the_first(draft_ids: list[int], target_ids: list[int], parents: list[int] | None = None) -> Verdict:
+        seen = draft_ids[:1] or target_ids[:1]
+        return verify(draft_ids, [*seen, *target_ids[1:]], parents)
+
+    expected = texts(PLAIN, ALL_RULES)[0]
+    monkeypatch.setattr(hopskip.engine.choose, "verify", accept_the_first)
+    assert texts(SpeculativeConfig(**DRAFTS[draft]), ALL_RULES)[0] != expected

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import array_api_compat.numpy
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +35,8 @@ from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_che
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.errors import CheckpointError, ConfigError
+from hopskip.sampling import Mask, Place, Rule, TokenCounts, best_sums, choose_tokens
+from hopskip.sampling_params import SamplingParams
 from tests.properties import examples
 
 from .models import tiny_config
@@ -303,6 +310,150 @@ def test_greedy_takes_the_lowest_of_equals(tmp_path: Path) -> None:
     assert set(greedy(found, h).tolist()) == {0, 39}
 
 
+def chooser(vocab_size: int, threads: int = 1) -> NativeBackend:
+    """A model with a head of many equal rows."""
+    config = tiny_config(vocab_size=vocab_size, num_hidden_layers=1, tie_word_embeddings=True)
+    weight = torch.randn((vocab_size, config.hidden_size), generator=torch.Generator().manual_seed(vocab_size)) * 0.25
+    weight[vocab_size // 2 :: 3] = weight[vocab_size // 2]
+    weights = random_packed_weights(config, "float32", {"model.embed_tokens.weight": weight})
+    return NativeBackend(config, weights, threads)
+
+
+def random_rule(any_of: random.Random, vocab_size: int, near: Sequence[int]) -> Rule:
+    """`near`: tokens of large logits, where a change is felt."""
+    settings: dict[str, Any] = {"temperature": any_of.choice((0.0, 0.1, 1.0, 1.0, 2.0, 2.0))}
+    if settings["temperature"]:
+        settings |= {
+            # fewer and more than there are blocks of 64; about all
+            "top_k": any_of.choice((0, 0, 0, 1, 4, 20, 64, vocab_size - 1, vocab_size, vocab_size + 1, 2**40)),
+            "top_p": any_of.choice((1.0, 1.0, 0.999, 0.9, 0.5, 1e-6, 1e-50)),
+            "min_p": any_of.choice((0.0, 0.0, 0.02, 0.3, 1.0)),
+        }
+    if any_of.random() < 0.5:
+        settings |= {
+            "repetition_penalty": any_of.choice((1.0, 1.3, 0.7)),
+            "presence_penalty": any_of.choice((0.0, 0.5, -1.0)),
+            "frequency_penalty": any_of.choice((0.0, 0.25, -0.75)),
+        }
+    if any_of.random() < 0.3:
+        biased = any_of.sample(near, any_of.randint(1, 5))
+        settings["logit_bias"] = {token: any_of.choice((-math.inf, -3.5, 0.125, 2.0, math.inf)) for token in biased}
+    counts = counts_of(any_of.sample(near, 3), any_of.choices(near, k=5))
+    return Rule(SamplingParams(**settings), seed=any_of.getrandbits(64), counts=counts)
+
+
+def random_mask(any_of: random.Random, vocab_size: int, near: Sequence[int]) -> Mask | None:
+    kind = any_of.choice(("no mask", "no mask", "none", "one", "half", "all but the best"))
+    if kind == "no mask":
+        return None
+    forbidden = set(near[:5])
+    allowed = {
+        "none": [],
+        "one": [any_of.randrange(vocab_size)],
+        "half": [token for token in range(vocab_size) if any_of.random() < 0.5],
+        "all but the best": [token for token in range(vocab_size) if token not in forbidden],
+    }[kind]
+    mask_W = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+    for token in (*allowed, *range(vocab_size, 32 * len(mask_W))):  # there are no tokens behind the last one
+        mask_W[token // 32] |= np.uint32(1 << token % 32)
+    return mask_W
+
+
+def random_places(model: NativeBackend, h_ND: np.ndarray[Any, Any], seed: int, num_rules: int) -> list[Place]:
+    """One for each row; rows may share a rule."""
+    any_of, vocab_size = random.Random(seed), model.config.vocab_size
+    order_NV = np.argsort(-model.logits(h_ND), axis=-1).tolist()
+    rules = [random_rule(any_of, vocab_size, order_NV[row][:10]) for row in range(num_rules)]
+    places = []
+    for row, order in enumerate(order_NV):
+        path = tuple(any_of.choices(order[:4], k=any_of.randint(0, 4)))
+        position = any_of.choice((0, any_of.randrange(10_000), 2**31 - 1))
+        places.append(Place(rules[row % num_rules], position, path, random_mask(any_of, vocab_size, order[:10])))
+    return places
+
+
+def random_states(model: NativeBackend, count: int, seed: int) -> np.ndarray[Any, Any]:
+    shape = (count, model.config.hidden_size)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def read(model: NativeBackend, h_ND: np.ndarray[Any, Any], places: Sequence[Place]) -> list[int]:
+    """What the readable version chooses."""
+    with np.errstate(invalid="ignore", over="ignore"):  # where nothing can be chosen, and a bias is infinite
+        return choose_tokens(model.logits(h_ND), places, array_api_compat.numpy)
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("vocab_size", [50, 321, 1000, 1024])
+def test_choosing_is_its_readable_version(isa: str, vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    model = chooser(vocab_size)
+    assert model.traits.instruction_set == isa
+    h_ND = random_states(model, 400, vocab_size)
+    h_ND[[7, 70, 170, 270], 3] = math.nan
+    places = random_places(model, h_ND, vocab_size, num_rules=400)
+    expected = read(model, h_ND, places)
+    assert model.choose(h_ND, places).token_ids == expected
+    assert [row for row in (7, 70, 170, 270) if expected[row] < 0] == [7, 70, 170, 270]
+    others: dict[str, list[Place]] = {
+        "position": [place._replace(position=77) for place in places],
+        "path": [place._replace(path=()) for place in places],
+        "allowed": [place._replace(allowed=None) for place in places],
+        "seed": [place._replace(rule=replace(place.rule, seed=7)) for place in places],
+    }
+    without = {"temperature": 4.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    for name, value in {**without, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}}.items():
+        params = [replace(place.rule.params, **{name: value}) for place in places]  # type: ignore[arg-type]
+        others[name] = [
+            place._replace(rule=replace(place.rule, params=own)) for place, own in zip(places, params, strict=True)
+        ]
+    for name, changed in others.items():
+        assert read(model, h_ND, changed) != expected, f"{name} changes nothing, so that this proves nothing"
+    for place in places:
+        assert place.rule.counts is not None
+        for token in range(0, vocab_size, 2):
+            place.rule.counts.add(token)
+    grown = read(model, h_ND, places)
+    assert grown != expected
+    assert model.choose(h_ND, places).token_ids == grown
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+def test_rows_choose_the_same_in_any_company(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone and in any batch, of one pass inside or of several, on any number of threads, reported or not."""
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    models = [chooser(321, threads) for threads in (1, 2, 3)]
+    h_ND = random_states(models[0], 300, 1)
+    places = random_places(models[0], h_ND, 1, num_rules=30)
+    expected, logits_NV = models[0].choose(h_ND, places)
+    assert logits_NV is None
+    assert expected == read(models[0], h_ND, places)
+    reported = [0, 1, 127, 128, 130, 255, 256, 299]
+    batches = [random.sample(range(300), count) for count in (*range(2, 18), 127, 128, 129, 300)]
+    for model in models:
+        own_logits_NV = model.logits(h_ND)
+        for rows in ([], [17], reported, list(range(300))):
+            found = model.choose(h_ND, places, rows)
+            assert found.token_ids == expected
+            assert (found.logits_NV is None) == (not rows)
+            if found.logits_NV is not None:
+                assert np.array_equal(found.logits_NV, own_logits_NV[rows])
+        assert [model.choose(h_ND[[row]], [places[row]]).token_ids[0] for row in range(300)] == expected
+        for rows in batches:
+            found = model.choose(h_ND[rows], [places[row] for row in rows], [1])
+            assert found.token_ids == [expected[row] for row in rows]
+            assert found.logits_NV is not None
+            assert np.array_equal(found.logits_NV, own_logits_NV[rows[1:2]])
+
+
+def test_choosing_the_best_is_greedy() -> None:
+    model = chooser(321, threads=3)
+    h_ND = random_states(model, 300, 2)
+    places = [Place(Rule(SamplingParams(), seed=row), position=row) for row in range(300)]
+    assert model.choose(h_ND, places).token_ids == model.greedy(h_ND)
+    assert model.choose(h_ND[:0], []).token_ids == []
+
+
 def plain_exit(vocabulary: Tensor, start: int = 2) -> TrainedExit:
     """The model's own layer `start` - 1, read over some of the tokens."""
     return TrainedExit(ExitConfig(start=start, num_layers=0), vocabulary, [], {}, "", 1)
@@ -331,38 +482,71 @@ def exit_of(model: NativeBackend, is_subset: bool) -> tuple[tuple[int, ...] | No
     return None, "exit", ids
 
 
+def counts_of(prompt_ids: Sequence[int], output_ids: Sequence[int]) -> TokenCounts:
+    counts = TokenCounts(prompt_ids)
+    for token in output_ids:
+        counts.add(token)
+    return counts
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
 @pytest.mark.parametrize("is_subset", [False, True])
-def test_drawn_drafts_are_drawn_from_what_they_say(checkpoints: dict[str, Checkpoint], is_subset: bool) -> None:
+def test_drafts_take_the_best_sums(
+    checkpoints: dict[str, Checkpoint], is_subset: bool, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the noise of the positions that the tokens have in the text, and the penalties of the draft so far."""
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
     model = NativeBackend.load(checkpoints["llama3-gqa"], "float32", threads=2)
     exit_layers, head, ids = exit_of(model, is_subset)
-    cache = garbage_cache(model, 3, 16)
-    temperatures = [0.7, 0.0, 3.0]
-    uniforms = torch.rand((3, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    uniforms[2, 1], uniforms[2, 2] = 0.0, 1 - 1e-16
+    cache = garbage_cache(model, 5, 16)
+    starts = {2: 5, 0: 9, 3: 0, 1: 3, 4: 7}
+    for slot, start in starts.items():
+        run(model, tokens(model, start, slot), [Segment(slot, 0, start)], cache)
+    last, limits = [5, 6, 7, 8, 9], [4, 4, 3, 6, 6]
+    changes: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -2.5}
+    biases = {11: 6.0, 12: 6.0, 13: -math.inf, 14: -math.inf}  # of each kind one in either half
+    counts = [counts_of(range(40), [*range(35, 60), 41, 42, 41]) for _ in range(2)]
+    rules = [
+        Rule(SamplingParams(temperature=0.7), seed=1),
+        Rule(SamplingParams(), seed=2),
+        Rule(SamplingParams(temperature=3.0), seed=2**64 - 1),
+        Rule(SamplingParams(temperature=0.7, **changes, logit_bias=biases), seed=4, counts=counts[0]),
+        Rule(SamplingParams(**changes), seed=5, counts=counts[1]),
+    ]
     task = DraftTask(
-        layers=exit_layers, token_ids=[5, 6, 7], rows=Rows(Segment(slot, 0, 1) for slot in range(3)),
-        limits=[4, 4, 3], temperatures=temperatures, uniforms=uniforms.tolist(),
+        layers=exit_layers, token_ids=last, rows=Rows(Segment(slot, start, 1) for slot, start in starts.items()),
+        limits=limits, num_runner_ups=3, rules=rules, sharpness=1.25,
     )  # fmt: skip
+    vocabulary = ids.tolist() if is_subset else None
+
+    def best(logits_n: Any, place: Place, sharpness: float = 1.25) -> list[tuple[float, int]]:
+        return best_sums(logits_n, vocabulary, place, 4, array_api_compat.numpy, sharpness)[0]
+
     found = model.draft(task, cache)
-    assert found.distributions is not None
-    assert [len(own) for own in found.token_ids] == [4, 4, 3]
-    for i, temperature in enumerate(temperatures):
+    assert found.runner_ups is not None
+    assert found.sums is not None
+    assert [len(own) for own in found.token_ids] == limits
+    num_changed = [0, 0, 0]  # steps at which another position, path or sharpness would show
+    for i, (slot, start) in enumerate(starts.items()):
         for step, token in enumerate(found.token_ids[i]):
-            own_logits = logits(model, torch.as_tensor(found.states[i][step])[None], head)[0]
-            if not temperature:
-                assert token == int(ids[own_logits.argmax()])
-                continue
-            expected = (own_logits / temperature).softmax(-1)
-            distribution = found.distributions[i]
-            assert distribution is not None
-            probabilities = torch.as_tensor(distribution[step])
-            assert torch.allclose(probabilities, expected, rtol=1e-4, atol=1e-7)
-            cumulative = probabilities.double().cumsum(-1)
-            index = int((ids == token).nonzero())
-            point = float(uniforms[i, step] * cumulative[-1])
-            assert float(cumulative[index] - probabilities[index]) - 1e-5 <= point <= float(cumulative[index]) + 1e-5
-    task.temperatures = [0.7, -1.0, 1.0]
-    with pytest.raises(ValueError, match="a temperature is -1"):
+            path = tuple(found.token_ids[i][:step])
+            previous = torch.tensor([path[-1] if path else last[i]])
+            h = layers(model, embed(model, previous), 0, 2, Rows([Segment(slot, start + step, 1)]), cache)
+            assert torch.equal(torch.as_tensor(found.states[i][step]), h[0])
+            own_logits = model.logits(found.states[i][step][None], head)[0]
+            place = Place(rules[i], start + 1 + step, path)
+            expected = best(own_logits, place)
+            assert [token, *found.runner_ups[i][step]] == [int(ids[row]) for _, row in expected]
+            np.testing.assert_allclose(found.sums[i][step], [value for value, _ in expected], rtol=1e-6, atol=1e-6)
+            num_changed[0] += best(own_logits, place._replace(position=start + step)) != expected
+            num_changed[1] += best(own_logits, place._replace(path=())) != expected
+            num_changed[2] += best(own_logits, place, sharpness=1.0) != expected
+    assert num_changed[0] == num_changed[2] == 4 + 3 + 6  # all that are drawn
+    assert num_changed[1] >= 5  # of those with penalties
+    task.num_runner_ups = 0
+    assert model.draft(task, cache).token_ids == found.token_ids
+    task.rules = rules[:4]
+    with pytest.raises(ValueError, match="there are 4 rules for 5 sequences"):
         model.draft(task, cache)
 
 
@@ -376,7 +560,7 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
     for slot, start in starts.items():
         run(model, tokens(model, start, slot), [Segment(slot, 0, start)], cache)
     last = [7, 8, 9]
-    drafted, states, runner_ups, probs, distributions = model.draft(
+    drafted, states, runner_ups, sums = model.draft(
         DraftTask(
             layers=exit_layers,
             token_ids=last,
@@ -387,8 +571,7 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
         ),
         cache,
     )
-    assert distributions is None
-    assert (runner_ups is None) == (probs is None) == (min_confidence == 0)
+    assert (runner_ups is None) == (sums is None) == (min_confidence == 0)
     lengths = set()
     for i, (slot, start) in enumerate(starts.items()):
         token, expected = last[i], []
@@ -396,11 +579,12 @@ def test_draft_loop_is_its_steps(checkpoints: dict[str, Checkpoint], min_confide
             rows = Rows([Segment(slot, start + step, 1)])
             h = layers(model, embed(model, torch.tensor([token])), 0, 2, rows, cache)
             assert torch.equal(torch.as_tensor(states[i][step]), h[0])
-            probabilities = logits(model, h, head)[0].softmax(-1)
-            if runner_ups is not None and probs is not None:
-                top = probabilities.topk(4)
-                assert torch.allclose(torch.tensor(probs[i][step]), top.values, atol=1e-6)
+            own_logits = logits(model, h, head)[0]
+            if runner_ups is not None and sums is not None:
+                top = own_logits.topk(4)
+                assert sums[i][step] == (top.values - top.values[0]).tolist()
                 assert runner_ups[i][step] == ids[top.indices[1:]].tolist()
+            probabilities = own_logits.softmax(-1)
             token = int(ids[probabilities.argmax()])
             expected.append(token)
             if float(probabilities.max()) < min_confidence:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from hopskip.backends.native import isa
 from hopskip.backends.native.quantize import pack
 from hopskip.backends.rows import Rows, Segment
+from hopskip.sampling import Place, Rule, best_sums
+from hopskip.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(isa.obstacle() is not None, reason=isa.obstacle() or "")
 
@@ -107,6 +110,18 @@ def make_rows(slots: Tensor, positions: Tensor) -> Any:
     return isa.extension.Rows(slots=slots, positions=positions)
 
 
+def words(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.uint32)
+
+
+def rule(convert: Convert = as_is, seen: Tensor | None = None, counts: Tensor | None = None, **settings: Any) -> Any:
+    """Of a text with some tokens that penalties change."""
+    made = isa.extension.Rule(**{"repetition": 1.25, "presence": 0.5, "frequency": 0.125, **settings})
+    seen = ints(6, 7, 8, 45) if seen is None else seen
+    made.set_counts(convert(seen), convert(ints(0, 2, 1, 1) if counts is None else counts))
+    return made
+
+
 def task_arguments(**changes: object) -> dict[str, Any]:
     """A good `DraftTask` for `make_exit()`, two sequences with three rows, but for these changes."""
     random = torch.Generator().manual_seed(50)
@@ -116,16 +131,19 @@ def task_arguments(**changes: object) -> dict[str, Any]:
         "min_confidence": 0.01,
         "features": torch.randn((3, 2, D), generator=random),
         "token_states": torch.randn((3, D), generator=random),
-        "temperatures": torch.tensor([0.5, 0]),
-        "uniforms": torch.rand((2, 4), dtype=torch.float64, generator=random),
+        "rules": [rule(temperature=0.5, seed=7), rule(biased=[9, 4], biases=[0.5, 1e9])],
+        "sharpness": 1.5,
         "tokens": torch.zeros((2, 4), dtype=torch.int32),
         "counts": torch.zeros(2, dtype=torch.int32),
         "states": torch.zeros(2, 4, D),
-        "probabilities": torch.zeros(2, 4, 3),
         "runner_ups": torch.zeros((2, 4, 2), dtype=torch.int32),
-        "distributions": torch.zeros(2, 4, 40),
+        "sums": torch.zeros(2, 4, 3),
     }
     return good | changes
+
+
+RESULTS = ("tokens", "counts", "states", "runner_ups", "sums")
+"""Of a `DraftTask`."""
 
 
 def every_call(dtype: torch.dtype, given: Convert, result: Convert) -> dict[str, Any]:
@@ -148,13 +166,19 @@ def every_call(dtype: torch.dtype, given: Convert, result: Convert) -> dict[str,
     for name, subset in (("greedy", None), ("subset_greedy", head)):
         found[name] = result(torch.zeros(3, dtype=torch.int32))
         engine.greedy(out, found[name], subset)
-    inputs = ("ids", "limits", "features", "token_states", "temperatures", "uniforms")
+    found["chosen"], found["reported"] = result(torch.zeros(3, dtype=torch.int32)), result(torch.zeros(2, VOCABULARY))
+    engine.choose(
+        out, found["chosen"], rules=[rule(given), rule(given, temperature=1.5, seed=2**64 - 1, top_k=30), rule(given)],
+        positions=[3, 2**31 - 1, 0], paths=[[], [8, 8], [49]], allowed=[None, None, given(words(0, 2**18 - 4))],
+        reported=[0, 2], logits=found["reported"],
+    )  # fmt: skip
     task = {
-        name: value if isinstance(value, float) else (given if name in inputs else result)(value)
+        name: (result if name in RESULTS else given)(value) if isinstance(value, Tensor) else value
         for name, value in task_arguments().items()
     }
+    task["rules"] = [rule(given, temperature=0.5, seed=7), rule(given)]
     engine.draft(make_exit(given), rows, cache, m.DraftTask(**task))
-    return found | {name: value for name, value in task.items() if name not in (*inputs, "min_confidence")}
+    return found | {name: task[name] for name in RESULTS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
@@ -176,19 +200,22 @@ def test_results_must_be_writable() -> None:
     assert not out.any()
 
 
-def test_rows_and_tasks_keep_the_integers_that_were_checked() -> None:
+def test_rows_rules_and_tasks_keep_the_integers_that_were_checked() -> None:
     engine, (_, cache) = make_engine(), make_cache(torch.float32)
     slots, positions = ints(0, 0, 1), ints(3, 4, 2)
+    seen, counts = ints(6, 7, 8, 45), ints(0, 2, 1, 1)
     task, same_task = task_arguments(), task_arguments()
+    task["rules"] = [rule(as_is, seen, counts, temperature=0.5, seed=7), task["rules"][1]]
     rows, made = make_rows(slots, positions), isa.extension.DraftTask(**task)
     exit_layers, vocabulary = ints(0), torch.arange(5, 45, dtype=torch.int32)
     exit = make_exit(model_layers=exit_layers, vocabulary=vocabulary)
-    for changed in (slots, positions, task["ids"], task["limits"], exit_layers, vocabulary):
+    for changed in (slots, positions, seen, counts, task["ids"], task["limits"], exit_layers, vocabulary):
         changed.fill_(2**31 - 1)
+    del task["rules"]  # which the task keeps
     engine.draft(exit, rows, cache, made)
     engine.draft(make_exit(), make_rows(ints(0, 0, 1), ints(3, 4, 2)), cache, isa.extension.DraftTask(**same_task))
-    assert torch.equal(task["tokens"], same_task["tokens"])
-    assert torch.equal(task["states"], same_task["states"])
+    for name in RESULTS:
+        assert torch.equal(task[name], same_task[name]), name
 
 
 @pytest.mark.parametrize(
@@ -205,24 +232,20 @@ def test_rows_and_tasks_keep_the_integers_that_were_checked() -> None:
         ({"features": torch.zeros(3, 2, D - 1)}, "features has shape"),
         ({"token_states": torch.zeros(3, 2 * D)[:, ::2]}, "token_states is not contiguous"),
         ({"token_states": torch.zeros(2, D)}, "token_states has shape"),
-        ({"temperatures": torch.tensor([0.5])}, "temperatures has shape"),
-        ({"temperatures": torch.tensor([0.5, -1])}, "a temperature is -1"),
-        ({"temperatures": torch.tensor([0.5, float("nan")])}, "a temperature is"),
-        ({"uniforms": torch.zeros(2, 4)}, "uniforms has elements of"),
-        ({"uniforms": torch.zeros((2, 3), dtype=torch.float64)}, "uniforms has shape"),
-        ({"uniforms": None}, "temperatures need uniforms"),
-        ({"temperatures": None}, "uniforms need temperatures"),
-        ({"distributions": None}, "temperatures and distributions go together"),
-        ({"temperatures": None, "uniforms": None}, "temperatures and distributions go together"),
-        ({"distributions": torch.zeros(1, 4, 40)}, "distributions has shape"),
         ({"tokens": torch.zeros(2, 4)}, "tokens has elements of"),
         ({"tokens": torch.zeros((2, 0), dtype=torch.int32)}, "the width of tokens is 0"),
         ({"tokens": torch.zeros((2, 8), dtype=torch.int32)[:, ::2]}, "tokens is not contiguous"),
         ({"counts": ints(0, 0, 0)}, "counts has shape"),
         ({"states": torch.zeros(2, 3, D)}, "states has shape"),
-        ({"probabilities": torch.zeros(2, 4, 2)}, "probabilities has shape"),
-        ({"probabilities": None}, "probabilities and runner_ups go together"),
-        ({"runner_ups": None}, "probabilities and runner_ups go together"),
+        ({"sums": torch.zeros(2, 4, 2)}, "sums has shape"),
+        ({"sums": torch.zeros(2, 4, 4)}, "sums has shape"),
+        ({"sums": torch.zeros(2, 3, 3)}, "sums has shape"),
+        ({"sums": torch.zeros((2, 4, 3), dtype=torch.float64)}, "sums has elements of"),
+        ({"sums": torch.zeros(2, 4, 6)[:, :, ::2]}, "sums is not contiguous"),
+        ({"sums": None}, "sums and runner_ups go together"),
+        ({"runner_ups": None}, "sums and runner_ups go together"),
+        ({"runner_ups": torch.zeros((2, 4, 3), dtype=torch.int32)}, "sums has shape"),
+        ({"runner_ups": torch.zeros((1, 4, 2), dtype=torch.int32)}, "runner_ups has shape"),
         ({"runner_ups": torch.zeros(2, 4, 2)}, "runner_ups has elements of"),
     ],
 )
@@ -287,15 +310,15 @@ BARE: dict[str, Any] = {"features": None, "token_states": None, "ids": ints(1, 2
             lambda: draft(plain_exit(), (3,), (0,), **{**BARE, "ids": ints(1)}),
             "there are more limits than sequences",
         ),
-        (
-            lambda: draft(plain_exit(), (3, 2), (0, 1), **BARE, distributions=torch.zeros(2, 4, 40)),
-            "distributions are over 40 tokens; the exit's head has 50",
-        ),
+        (lambda: draft(make_exit(), rules=[rule()]), "there are 1 rules for 2 sequences"),
+        (lambda: draft(make_exit(), rules=[rule()] * 3), "there are 3 rules for 2 sequences"),
+        (lambda: draft(make_exit(), rules=[rule(), rule(biased=[50], biases=[1])]), "token id is 50"),
+        (lambda: draft(make_exit(), rules=[rule(as_is, ints(50), ints(0)), rule()]), "token id is 50"),
         (
             lambda: draft(
                 make_exit(),
                 runner_ups=torch.zeros((2, 4, 40), dtype=torch.int32),
-                probabilities=torch.zeros(2, 4, 41),
+                sums=torch.zeros(2, 4, 41),
             ),
             "the number of runner-ups is 40",
         ),
@@ -316,8 +339,34 @@ def test_drafts_that_fit_nothing_are_refused(call: Callable[[], object], message
 
 
 def test_a_draft_ends_where_its_limit_says() -> None:
-    bare = {**BARE, "min_confidence": 0.0, "distributions": torch.zeros(2, 4, VOCABULARY)}
+    bare = {**BARE, "min_confidence": 0.0}
     assert draft(plain_exit(), (3, 2), (0, 1), **bare)["counts"].tolist() == [4, 2]
+
+
+def test_the_noise_of_a_draft_is_that_of_its_positions() -> None:
+    """Of tokens behind the last row of each sequence, where an exit with layers of its own takes several."""
+    rules = [
+        Rule(SamplingParams(temperature=0.5, logit_bias={44: 1.0, 3: 1e9}), seed=7),  # no row of the head is token 3
+        Rule(SamplingParams(temperature=2.0), seed=8),
+    ]
+    task = draft(
+        make_exit(),
+        min_confidence=0.0,
+        rules=[
+            isa.extension.Rule(temperature=0.5, seed=7, biased=[44, 3], biases=[1.0, 1e9]),
+            isa.extension.Rule(temperature=2.0, seed=8),
+        ],
+    )
+    assert task["counts"].tolist() == [4, 2]
+    for sequence, last_position in enumerate((4, 2)):
+        for step in range(int(task["counts"][sequence])):
+            logits = torch.zeros(1, 40)
+            make_engine().logits(task["states"][sequence, step][None], logits, matrix(40, D, 40))
+            place = Place(rules[sequence], last_position + 1 + step)
+            expected, _ = best_sums(logits[0].numpy(), range(5, 45), place, 3, array_api_compat.numpy, 1.5)
+            drafted = [task["tokens"][sequence, step], *task["runner_ups"][sequence, step]]
+            assert drafted == [5 + row for _, row in expected]
+            assert task["sums"][sequence, step].tolist() == pytest.approx([value for value, _ in expected], abs=1e-5)
 
 
 def test_the_rows_of_a_draft_are_no_tree() -> None:
@@ -328,15 +377,145 @@ def test_the_rows_of_a_draft_are_no_tree() -> None:
 
 
 def test_more_sequences_than_limits_are_refused() -> None:
-    arrays: dict[str, Any] = {
-        "limits": ints(4),
-        "temperatures": torch.zeros(1),
-        "uniforms": torch.zeros((1, 4), dtype=torch.float64),
-    }
-    results = ("tokens", "counts", "states", "probabilities", "runner_ups", "distributions")
-    arrays |= {name: task_arguments()[name][:1] for name in results}
+    arrays: dict[str, Any] = {"limits": ints(4), "rules": [rule()]}
+    arrays |= {name: task_arguments()[name][:1] for name in RESULTS}
     with pytest.raises(ValueError, match="fewer limits than sequences"):
         draft(make_exit(), **arrays)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.5}, r"temperature is -0\.5"),
+        ({"temperature": float("nan")}, "temperature is"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2**31}, "top_k is 2147483648"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"top_p": 1.5}, r"top_p is 1\.5"),
+        ({"top_p": float("nan")}, "top_p is"),
+        ({"min_p": -1.0}, "min_p is -1"),
+        ({"min_p": 1.5}, r"min_p is 1\.5"),
+        ({"min_p": float("nan")}, "min_p is"),
+        ({"repetition": 0.0}, "repetition is 0"),
+        ({"repetition": -1.0}, "repetition is -1"),
+        ({"repetition": float("nan")}, "repetition is"),
+        ({"biased": [1, 2], "biases": [0.5]}, "there are 1 biases for 2 tokens"),
+        ({"biased": [1]}, "there are 0 biases for 1 tokens"),
+        ({"biases": [0.5]}, "there are 1 biases for 0 tokens"),
+        ({"biased": [1, -1], "biases": [0.5, 0.5]}, "token id is -1"),
+    ],
+)
+def test_rules_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        isa.extension.Rule(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"seed": -1}, {"seed": 2**64}, {"biased": [2**31], "biases": [0.5]}])
+def test_numbers_of_too_many_bits_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        isa.extension.Rule(**settings)
+
+
+@pytest.mark.parametrize(
+    ("seen", "counts", "message"),
+    [
+        (ints(1, 2), ints(1), "counts has shape"),
+        (ints(1, 2), ints(1, 2, 3), "counts has shape"),
+        (ints(1, -1), ints(1, 2), "token id is -1"),
+        (ints(1, 2)[None], ints(1, 2), "seen has shape"),
+        (torch.tensor([1, 2]), ints(1, 2), "seen has elements of"),
+        (ints(1, 2), torch.tensor([1, 2]), "counts has elements of"),
+        (ints(1, 2, 3, 4)[::2], ints(1, 2), "seen is not contiguous"),
+    ],
+)
+def test_bad_counts_of_a_rule_are_refused(seen: Tensor, counts: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rule(as_is, seen, counts)
+
+
+def choose(**changes: Any) -> dict[str, Any]:
+    """Choose tokens for three rows, of which two are reported. What is refused must leave the results as they are.
+    Returns the arguments."""
+    states = torch.randn((3, D), generator=torch.Generator().manual_seed(60))
+    arguments: dict[str, Any] = {
+        "h": states,
+        "out": ints(-5, -5, -5),
+        "rules": [rule(), rule(temperature=1.0), rule()],
+        "positions": [0, 2**31 - 1, 3],
+        "paths": [[], [0, 49], [7]],
+        "allowed": [None, words(2**32 - 1, 2**18 - 1), None],
+        "reported": [0, 2],
+        "logits": torch.full((2, VOCABULARY), -5.0),
+        **changes,
+    }
+    results = [arguments[name] for name in ("out", "logits") if arguments[name] is not None]
+    before = [result.clone() for result in results]
+    try:
+        make_engine().choose(**arguments)
+    except ValueError:
+        assert all(map(torch.equal, results, before))
+        raise
+    assert not any(map(torch.equal, results, before))
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("make_changes", "message"),
+    [
+        (lambda: {"h": torch.zeros(3, D - 1)}, "h has shape"),
+        (lambda: {"h": torch.zeros(3, 2 * D)[:, ::2]}, "h is not contiguous"),
+        (lambda: {"h": torch.zeros(3, D).double()}, "h has elements of"),
+        (lambda: {"h": torch.zeros(2, D)}, "out has shape"),
+        (lambda: {"out": ints(0, 0)}, "out has shape"),
+        (lambda: {"out": ints(0, 0, 0)[:, None]}, "out has shape"),
+        (lambda: {"out": torch.zeros(3)}, "out has elements of"),
+        (lambda: {"out": torch.zeros(3, dtype=torch.int64)}, "out has elements of"),
+        (lambda: {"rules": [rule()] * 2}, "must have 3 entries"),
+        (lambda: {"rules": [rule()] * 4}, "must have 3 entries"),
+        (lambda: {"positions": [0, 1]}, "must have 3 entries"),
+        (lambda: {"positions": [0, 1, 2, 3]}, "must have 3 entries"),
+        (lambda: {"paths": []}, "must have 3 entries"),
+        (lambda: {"paths": [[]] * 4}, "must have 3 entries"),
+        (lambda: {"allowed": [None] * 2}, "must have 3 entries"),
+        (lambda: {"allowed": [None] * 4}, "must have 3 entries"),
+        (lambda: {"positions": [0, -1, 2]}, "position is -1"),
+        (lambda: {"paths": [[], [0, 50], []]}, "token id is 50"),
+        (lambda: {"paths": [[], [], [-1, 0]]}, "token id is -1"),
+        (lambda: {"rules": [rule(), rule(), rule(biased=[50], biases=[1.0])]}, "token id is 50"),
+        (lambda: {"rules": [rule(as_is, ints(50), ints(1)), rule(), rule()]}, "token id is 50"),
+        (lambda: {"allowed": [None, words(1), None]}, "allowed has shape"),
+        (lambda: {"allowed": [None, None, words(1, 1, 1)]}, "allowed has shape"),
+        (lambda: {"allowed": [None, words(1, 1)[None], None]}, "allowed has shape"),
+        (lambda: {"allowed": [ints(1, 1), None, None]}, "allowed has elements of"),
+        (lambda: {"allowed": [torch.ones(VOCABULARY, dtype=torch.bool), None, None]}, "allowed has elements of"),
+        (lambda: {"allowed": [None, words(1, 1, 1, 1)[::2], None]}, "allowed is not contiguous"),
+        (lambda: {"logits": None}, "reported and logits go together"),
+        (lambda: {"reported": []}, "reported and logits go together"),
+        (lambda: {"reported": [1, 0]}, "a reported row is 0; it must be 2 to 2"),
+        (lambda: {"reported": [1, 1]}, "a reported row is 1; it must be 2 to 2"),
+        (lambda: {"reported": [0, 3]}, "a reported row is 3"),
+        (lambda: {"reported": [-1, 0]}, "a reported row is -1"),
+        (lambda: {"reported": [0, 1, 2]}, "logits has shape"),
+        (lambda: {"logits": torch.zeros(2, VOCABULARY - 1)}, "logits has shape"),
+        (lambda: {"logits": torch.zeros(2, VOCABULARY).double()}, "logits has elements of"),
+        (lambda: {"logits": torch.zeros(2, 2 * VOCABULARY)[:, ::2]}, "logits is not contiguous"),
+    ],
+)
+def test_choices_that_fit_nothing_are_refused(make_changes: Callable[[], dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(**make_changes())
+
+
+def test_choices_are_written_where_they_should_be() -> None:
+    arguments = choose()
+    logits = torch.zeros(3, VOCABULARY)
+    make_engine().logits(arguments["h"], logits)
+    assert torch.equal(arguments["logits"], logits[[0, 2]])
+    same = choose(reported=[], logits=None)
+    assert torch.equal(same["out"], arguments["out"])
+    one_token, no_token = words(0, 2**17), words(0, 2**18)  # the last one, and one behind it
+    found = choose(allowed=[one_token, no_token, no_token])["out"]
+    assert found.tolist() == [VOCABULARY - 1, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -370,6 +549,8 @@ def test_an_engine_without_a_head_refuses_what_needs_one() -> None:
         engine.embed(ints(1), torch.zeros(1, D))
     with pytest.raises(ValueError, match="no head"):
         engine.greedy(torch.zeros(1, D), ints(0))
+    with pytest.raises(ValueError, match="no head"):
+        engine.choose(torch.zeros(1, D), ints(0), rules=[rule()], positions=[0], paths=[[]], allowed=[None])
     with pytest.raises(ValueError, match="heads do not divide"):
         isa.extension.Shape(
             hidden_size=D, intermediate_size=INTERMEDIATE, num_heads=4, num_kv_heads=3, head_dim=HEAD_DIM,

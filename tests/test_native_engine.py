@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -82,38 +83,34 @@ def test_a_batch_changes_nothing(model: NativeBackend) -> None:
 
 
 @pytest.mark.parametrize("min_confidence", [0.0, 0.04])
-# the last sequence samples from its best tokens, the one before is greedy with a penalty: these two always go step by
-# step
+@pytest.mark.parametrize("num_runner_ups", [0, 3])
 @pytest.mark.parametrize("limits", [(5, 5, 5, 5, 5), (3, 6, 1, 4, 6), (0, 4, 0, 0, 2), (0, 0, 0, 5, 5)])
 def test_a_draft_in_one_call_is_the_draft_of_its_steps(
-    model: NativeBackend, limits: tuple[int, ...], min_confidence: float, monkeypatch: pytest.MonkeyPatch
+    model: NativeBackend,
+    limits: tuple[int, ...],
+    num_runner_ups: int,
+    min_confidence: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     params = [SamplingParams()] * 3
     params += [SamplingParams(repetition_penalty=1.5), SamplingParams(temperature=1.0, top_k=50, seed=1)]
     found = []
     for goes_by_steps in (False, True):
         if goes_by_steps:
-            monkeypatch.setattr(model, "draft", partial(StepwiseBackend.draft, model))
-        drafter = ExitDrafter(model, early_exit(2), min_confidence)
+            monkeypatch.setattr(model, "draft", partial(StepwiseBackend.draft, cast(Any, model)))
+        drafter = ExitDrafter(model, early_exit(2), min_confidence, num_runner_ups)
         cache = model.new_cache(5, 64)
         assert isinstance(cache, TensorCache)
         cache.clear()
         sequences = []
         for slot, own in enumerate(params):
             ids = [(7 * slot + 3 * i) % 300 for i in range(4 + slot)]
-            sequence = Sequence(Request(ids, own), frozenset(), model.config.vocab_size)
+            sequence = Sequence(Request(ids, own), frozenset())
             sequence.slot, sequence.num_cached = 4 - slot, len(ids) - 1
             model.forward(ids[:-1], Rows([Segment(4 - slot, 0, len(ids) - 1)]), cache)
             sequences.append(sequence)
         drafts = drafter.propose(sequences, limits, cache)
-        contents = [
-            (
-                d.token_ids,
-                None if d.probs is None else [p.tolist() for p in d.probs],
-                d.exit_states is not None and d.exit_states.tolist(),
-            )
-            for d in drafts
-        ]
+        contents = [(d.token_ids, d.parents, d.exit_states is not None and d.exit_states.tolist()) for d in drafts]
         found.append((contents, cache.k_LSHTD.clone(), cache.v_LSHTD.clone()))
         assert any(draft.token_ids for draft in drafts)
     (one_call, *cache_one), (steps, *cache_steps) = found

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine, make_engine
+from hopskip.sampling import Mask
 from hopskip.sequence import Request, Sequence
 from hopskip.serve.batch import Generation, Job, Piece
 from hopskip.serve.engine_thread import EngineThread
@@ -236,20 +238,40 @@ class Alternating:
         start = len(self._taken)
         return next((i for i, t in enumerate(draft_ids) if t % 2 != (start + i) % 2), len(draft_ids))
 
-    def masks(self, draft_ids: Seq[int]) -> Tensor:
-        parity_V = torch.arange(self._size) % 2
-        rows = [parity_V == (len(self._taken) + i) % 2 for i in range(len(draft_ids) + 1)]
-        return torch.stack(rows)
+    def masks(self, draft_ids: Seq[int], parents: Seq[int] | None = None) -> Mask:
+        depths = [0]
+        for parent in range(-1, len(draft_ids) - 1) if parents is None else parents:
+            depths.append(depths[parent + 1] + 1)
+        parity_V = np.arange(-(-self._size // 32) * 32) % 2
+        rows = np.stack([parity_V == (len(self._taken) + depth) % 2 for depth in depths])
+        return np.packbits(rows, axis=1, bitorder="little").view(np.uint32)
 
 
-@pytest.mark.parametrize("draft", ["early-exit", "none"])
-def test_constrained_sampling_keeps_the_constrained_distribution(draft: str) -> None:
-    """Drawn drafts run into forbidden tokens all the time here; what comes out must not depend on it."""
+@pytest.mark.parametrize("num_runner_ups", [0, 3])
+def test_no_draft_changes_a_constrained_sampled_text(num_runner_ups: int) -> None:
+    """Drafts run into forbidden tokens all the time here."""
     generator = torch.Generator().manual_seed(0)
     target_VV = torch.randn(6, 6, generator=generator) * 1.2
-    exit_VV = -target_VV
-    config = SpeculativeConfig(draft="early-exit", num_draft_tokens=3) if draft == "early-exit" else PLAIN
-    engine = make_engine(table_model(exit_VV, target_VV), config, max_num_seqs=64)
+    exit_VV = target_VV + torch.randn(6, 6, generator=generator)
+    drafting = SpeculativeConfig(draft="early-exit", num_draft_tokens=3, num_runner_ups=num_runner_ups)
+    texts = []
+    for config in (PLAIN, drafting):
+        engine = make_engine(table_model(exit_VV, target_VV), config, max_num_seqs=64)
+        params = [SamplingParams(max_new_tokens=9, temperature=1.0, presence_penalty=0.4, seed=i) for i in range(300)]
+        sequences = [engine.add(Request([1], p, constraint=Alternating(6))) for p in params]
+        finish(engine)
+        texts.append([new_ids(sequence) for sequence in sequences])
+    assert texts[0] == texts[1]
+    assert all(token % 2 == place % 2 for text in texts[0] for place, token in enumerate(text))
+    accepted, drafted = (
+        sum(getattr(s.stats, f"num_{what}_tokens") for s in sequences) for what in ("accepted", "draft")
+    )
+    assert 100 < accepted < drafted
+
+
+def test_constrained_sampling_has_the_constrained_distribution() -> None:
+    target_VV = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) * 1.2
+    engine = make_engine(table_model(-target_VV, target_VV), PLAIN, max_num_seqs=64)
     sequences = [
         engine.add(Request([1], SamplingParams(max_new_tokens=3, temperature=1.0, seed=i), constraint=Alternating(6)))
         for i in range(1500)
@@ -267,8 +289,22 @@ def test_constrained_sampling_keeps_the_constrained_distribution(draft: str) -> 
         counts[tuple(new_ids(sequence))] += 1
     statistic = sum((counts[k] - 1500 * p) ** 2 / (1500 * p) for k, p in expected.items())
     assert statistic < 55, "chi-square with 26 degrees of freedom exceeds this once in 1,000 runs"
-    if draft == "early-exit":
-        assert sum(s.stats.num_accepted_tokens for s in sequences) > 100
+
+
+class Impossible(Alternating):
+    def masks(self, draft_ids: Seq[int], parents: Seq[int] | None = None) -> Mask:
+        return super().masks(draft_ids, parents) * np.uint32(not self._taken)
+
+
+def test_where_no_token_may_come_only_that_request_ends() -> None:
+    model = tiny_model()
+    engine = make_engine(model, PLAIN)
+    stuck = engine.add(Request([1, 2, 3], SamplingParams(max_new_tokens=9), constraint=Impossible(97)))
+    other = engine.add(Request([1, 2, 3], SamplingParams(max_new_tokens=9)))
+    finish(engine)
+    assert (stuck.finish_reason, len(stuck.tokens)) == ("error", 1)
+    assert "no token can be chosen" in str(stuck.error)
+    assert other.finish_reason == "length"
 
 
 def test_a_greedy_draft_ends_before_its_first_forbidden_token() -> None:
@@ -292,10 +328,10 @@ def test_a_greedy_draft_ends_before_its_first_forbidden_token() -> None:
 class Broken(Alternating):
     """Fails after a few tokens."""
 
-    def masks(self, draft_ids: Seq[int]) -> Tensor:
+    def masks(self, draft_ids: Seq[int], parents: Seq[int] | None = None) -> Mask:
         if len(self._taken) >= 4:
             raise RuntimeError("out of fuel")
-        return super().masks(draft_ids)
+        return super().masks(draft_ids, parents)
 
 
 def test_a_request_that_fails_leaves_the_others_alone() -> None:
@@ -350,19 +386,37 @@ def test_looking_ahead_leaves_no_trace(llm: LLM, compiler: GrammarCompiler) -> N
     constraint = compiler.compile("regex", "ab[cd]e")
     a, b, c, d, e, x = (llm.tokenizer.encode(char)[0] for char in "abcdex")
     assert constraint.num_allowed([a, b, x, c]) == 2
-    masks_NV = constraint.masks([a, b, x, c])
+    masks_NV = unpacked(constraint.masks([a, b, x, c]))
     assert bool(masks_NV[0, a])
     assert not bool(masks_NV[0, x])
     assert {c, d} <= set(masks_NV[2].nonzero().flatten().tolist())
     assert not bool(masks_NV[2, x])
     assert bool(masks_NV[3:].all()), "rows behind a forbidden token say nothing"
-    assert torch.equal(constraint.masks([a, b, x, c]), masks_NV)
+    assert torch.equal(unpacked(constraint.masks([a, b, x, c])), masks_NV)
     for token in (a, b, d):
         constraint.accept(token)
         assert not constraint.is_complete
-    assert constraint.masks([e, x])[0].nonzero().flatten().tolist() == [e]
+    assert unpacked(constraint.masks([e, x]))[0].nonzero().flatten().tolist() == [e]
     constraint.accept(e)
     assert constraint.is_complete
+
+
+def test_each_path_of_a_tree_has_its_own_masks(llm: LLM, compiler: GrammarCompiler) -> None:
+    constraint = compiler.compile("regex", "a(bc|dx)e")
+    a, b, c, d, e, x = (llm.tokenizer.encode(char)[0] for char in "abcdex")
+    # a, then b and c; beside them d, then x; and beside a something that may not come
+    masks_NV = unpacked(constraint.masks([a, b, c, d, x, x], [-1, 0, 1, 0, 3, -1]))
+    single = {row: masks_NV[row].nonzero().flatten().tolist() for row in (2, 3, 4, 5)}
+    assert single == {2: [c], 3: [e], 4: [x], 5: [e]}
+    assert {b, d} <= set(masks_NV[1].nonzero().flatten().tolist())
+    assert bool(masks_NV[6].all())
+    chains = [[a, b, c], [a, d, x]]
+    for chain, rows in zip(chains, ([0, 1, 2, 3], [0, 1, 4, 5]), strict=True):
+        assert torch.equal(unpacked(constraint.masks(chain)), masks_NV[rows])
+
+
+def unpacked(masks_NW: Mask) -> Tensor:
+    return torch.from_numpy(np.unpackbits(masks_NW.view(np.uint8), axis=1, bitorder="little").astype(bool))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ class GenerationResult:
     finish_reason: FinishReason
     prompt_token_ids: list[int]
     stats: SpeculativeStats
+    seed: int | None = None
+    """Of a drawn text, given or fresh: with it, `generate` gives this text again. None of a greedy one."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -58,6 +60,8 @@ class StreamPiece:
     token: Token
     stats: SpeculativeStats
     """Of the request so far; they go on changing until the last piece."""
+    seed: int | None = None
+    """See `GenerationResult`."""
     result: GenerationResult | None = None
     """The whole result; on the last piece only."""
 
@@ -146,7 +150,7 @@ class LLM:
                 for token, piece in text.take(sequence.tokens, is_finished=sequence.is_finished):
                     is_last = sequence.is_finished and token is sequence.tokens[-1]
                     result = _result(sequence, text) if is_last else None
-                    yield StreamPiece(text=piece, token=token, stats=sequence.stats, result=result)
+                    yield StreamPiece(text=piece, token=token, stats=sequence.stats, seed=sequence.seed, result=result)
         finally:
             self.engine.abort(sequence)
 
@@ -187,4 +191,5 @@ def _result(sequence: Sequence, text: TextStream) -> GenerationResult:
         finish_reason=sequence.finish_reason,
         prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
         stats=sequence.stats,
+        seed=sequence.seed,
     )

@@ -1,38 +1,68 @@
-"""From logits to a token: penalties, truncation, temperature. Pure functions; randomness is an explicit generator.
+"""From logits to tokens: penalties, biases, masks, temperature, truncation, noise.
 
-Shape letters: N rows, V vocabulary.
+A drawn token is the one of the largest sum of log-probability and Gumbel noise, among those that truncation leaves: an
+exact draw from their distribution (the Gumbel-max trick). The noise is a function of seed, position in the text and
+token id alone. So a text depends on prompt, parameters and seed, and on nothing else; and a draft that adds the *same*
+noise to its own log-probabilities proposes what the model will say wherever the two are alike (Daliri, Musco, Suresh,
+arXiv 2408.07978). It is verified by comparing ids. Greedy is the case without noise.
+
+This is the readable version, for any array namespace. The native engine has the same rules in native/choose.cpp, and
+gives the same tokens for the same logits.
+
+Shape letters: N rows, V vocabulary, n tokens of a draft's head, W words of 32 bits.
 """
 
 from __future__ import annotations
 
+import math
+import secrets
+from collections import Counter
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from array_api_compat import device
+from numpy.typing import NDArray
 
 from hopskip.sampling_params import SamplingParams
 
-_MAX_CANDIDATES = 256
+Array = Any
+
+Mask = NDArray[np.uint32]
+"""Which tokens are allowed, a bit for each: [W], or [N, W]; token 0 is the lowest bit of the first word."""
+
+_LARGEST_LOGIT = 1e30
+"""A bias of infinity must leave something to compare."""
+_SMALLEST_FLOAT, _LARGEST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class TokenCounts:
-    """Which tokens a sequence holds, and how often: what penalties depend on."""
+    """Which tokens a text holds, and how often each was generated: what penalties depend on."""
 
-    def __init__(self, prompt_ids: list[int], vocab_size: int) -> None:
-        self.in_prompt_V = torch.zeros(vocab_size, dtype=torch.bool)
-        self.in_prompt_V[prompt_ids] = True
-        self.in_output_V = torch.zeros(vocab_size)
+    def __init__(self, prompt_ids: Seq[int]) -> None:
+        self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt_ids))}
+        self._ids = np.array([*self._place], dtype=np.int32)
+        self._counts = np.zeros(len(self._ids), dtype=np.int32)
 
     def add(self, token: int) -> None:
-        self.in_output_V[token] += 1
+        """The text goes on with a token."""
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._ids):
+            room = (0, len(self._ids) + 16)
+            self._ids, self._counts = np.pad(self._ids, room), np.pad(self._counts, room)
+        self._ids[place] = token
+        self._counts[place] += 1
 
-    def along(self, draft_ids: Seq[int]) -> Tensor:
-        """Counts in the output after 0, 1, .. M draft tokens, float32 [M + 1, V]."""
-        counts_NV = self.in_output_V.repeat(len(draft_ids) + 1, 1)
-        for i, token in enumerate(draft_ids):
-            counts_NV[i + 1 :, token] += 1
-        return counts_NV
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Tokens of prompt and output, each once."""
+        return self._ids[: len(self._place)]
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """How often each of them was generated."""
+        return self._counts[: len(self._place)]
 
 
 class Constraint(Protocol):
@@ -48,107 +78,260 @@ class Constraint(Protocol):
         ...
 
     def num_allowed(self, draft_ids: Seq[int]) -> int:
-        """How many tokens of a draft may follow, one after the other. The state stays as it is."""
+        """How many tokens of a chain may follow, one after the other. The state stays as it is."""
         ...
 
-    def masks(self, draft_ids: Seq[int]) -> Tensor:
-        """Tokens that may follow after 0, 1, .. M draft tokens, bool [M + 1, V]; at least one in each row. Rows behind
-        a token that may not follow are all True. The state stays as it is."""
+    def masks(self, draft_ids: Seq[int], parents: Seq[int] | None = None) -> Mask:
+        """Tokens that may follow before any draft token, and after each, [M + 1, W]; at least one in each row. Rows
+        behind a token that may not follow say nothing. The state stays as it is.
+
+        Args:
+            parents: of a tree, see `Draft.parents`; None is a chain.
+        """
         ...
 
 
-def adjust_logits(
-    logits_NV: Tensor, params: SamplingParams, counts: TokenCounts | None, draft_ids: Seq[int] = ()
-) -> Tensor:
-    """Apply penalties, then biases. Returns new logits [N, V].
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How the tokens of one text are chosen."""
 
-    The rows follow the last N - 1 tokens of `draft_ids`: the last row comes after all of them, the row before after all
-    but one, and so on. `counts` (without the draft) is needed only where `params.has_penalties`.
+    params: SamplingParams
+    seed: int
+    """Of the noise, 0 to 2**64 - 1."""
+    counts: TokenCounts | None = None
+    """Of the text so far; needed where `params.has_penalties`."""
+
+    @classmethod
+    def of(cls, params: SamplingParams, prompt_ids: Seq[int]) -> Rule:
+        """For a text that begins now. Without a seed of its own it gets a fresh one."""
+        seed = fresh_seed() if params.seed is None else params.seed % 2**64
+        return cls(params, seed, TokenCounts(prompt_ids) if params.has_penalties else None)
+
+
+def fresh_seed() -> int:
+    """One that JSON carries unchanged everywhere."""
+    return secrets.randbits(53)
+
+
+class Place(NamedTuple):
+    """Where a token is to be chosen."""
+
+    rule: Rule
+    position: int
+    """Of the token in the text, the prompt's tokens counted."""
+    path: tuple[int, ...] = ()
+    """Draft tokens between the text and the token."""
+    allowed: Mask | None = None
+    """[W]; None: all are."""
+
+
+class NoTokenError(ValueError):
+    """No token is allowed, or no logit is a number."""
+
+
+def choose_tokens(logits_NV: Array, places: Seq[Place], xp: Any) -> list[int]:
+    """The token of each row; -1 where there is `NoTokenError`."""
+    logits_NV = adjust_logits(logits_NV, places, xp)
+    scaled_NV = _scaled(logits_NV, [place.rule.params for place in places], xp)
+    kept_NV = scaled_NV > -math.inf
+    if truncated := [row for row, place in enumerate(places) if place.rule.params.truncates]:
+        kept_NV[truncated] &= kept_tokens(logits_NV[truncated], [places[row].rule.params for row in truncated], xp)
+    sums_NV = xp.where(kept_NV, scaled_NV, -math.inf)
+    is_drawn_N1 = _column([not place.rule.params.is_greedy for place in places], logits_NV, xp) > 0
+    rows, ids = xp.nonzero(kept_NV & is_drawn_N1)  # noise is for what is left, all of it at once
+    keys = [noise_key(place.rule.seed, place.position) for place in places]
+    first, second = (xp.asarray(half, dtype=xp.int64, device=device(logits_NV)) for half in zip(*keys, strict=True))
+    sums_NV[rows, ids] += _gumbel(_random_bits(ids, first[rows], second[rows]), xp)
+    can_be_N = xp.any(kept_NV, axis=-1)
+    return [int(token) if can else -1 for token, can in zip(xp.argmax(sums_NV, axis=-1), can_be_N, strict=True)]
+
+
+def best_sums(
+    logits_n: Array, ids: Seq[int] | None, place: Place, number: int, xp: Any, sharpness: float = 1.0
+) -> tuple[list[tuple[float, int]], float]:
+    """What a draft takes for a token, and its next best: sums of scaled logits and noise, and rows of the head, best
+    first; and how probable the first is without noise. Nothing is truncated: that changes how many tokens are accepted,
+    not which text comes.
+
+    Args:
+        ids: tokens that the head's rows stand for; None: all, in order.
+        sharpness: what the scaled logits are multiplied by before the noise.
     """
-    logits_NV = logits_NV.clone()
-    if params.has_penalties:
-        assert counts is not None
-        output_NV = counts.along(draft_ids)[-len(logits_NV) :].to(logits_NV.device)
-        if params.repetition_penalty != 1:
-            seen_NV = (output_NV > 0) | counts.in_prompt_V.to(logits_NV.device)
-            factor = torch.where(logits_NV > 0, 1 / params.repetition_penalty, params.repetition_penalty)
-            logits_NV = torch.where(seen_NV, logits_NV * factor, logits_NV)
-        logits_NV -= params.presence_penalty * (output_NV > 0) + params.frequency_penalty * output_NV
-    for token_id, bias in params.logit_bias.items():
-        logits_NV[:, token_id] += bias
+    params, row_of = place.rule.params, None if ids is None else {token: row for row, token in enumerate(ids)}
+    logits_n = _adjusted(xp.asarray(logits_n, copy=True), place, row_of, xp)
+    scale = scale_of(params.temperature)
+    if not params.is_greedy:
+        scale = float(np.float32(scale) * np.float32(sharpness))
+    scaled_n = sums_n = (logits_n - xp.max(logits_n)) * scale
+    if not params.is_greedy:
+        ids_n = xp.asarray(range(len(logits_n)) if ids is None else ids, dtype=xp.int64, device=device(logits_n))
+        sums_n = sums_n + gumbel_noise(place.rule.seed, place.position, ids_n, xp)
+    order = xp.argsort(sums_n, descending=True, stable=True)[:number]
+    probability = float(xp.exp(scaled_n[order[0]]) / xp.sum(xp.exp(scaled_n)))
+    return [(float(sums_n[row]), int(row)) for row in order], probability
+
+
+def adjust_logits(logits_NV: Array, places: Seq[Place], xp: Any) -> Array:
+    """Apply penalties, then biases, then masks. Returns new logits, float32 [N, V]."""
+    logits_NV = xp.asarray(xp.astype(logits_NV, xp.float32), copy=True)
+    for row, place in enumerate(places):
+        if place.rule.params.changes_logits or place.allowed is not None:
+            logits_NV[row] = _adjusted(logits_NV[row], place, None, xp)
     return logits_NV
 
 
-def probabilities(logits_NV: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution a token is drawn from: temperature, then top-k, top-p and min-p. Float32 [N, V], rows sum to 1.
+def _adjusted(logits_n: Array, place: Place, row_of: dict[int, int] | None, xp: Any) -> Array:
+    """The logits, changed in place. `row_of`: of the tokens that have one; None: each has that of its own number."""
+    params, counts = place.rule.params, place.rule.counts
+    if params.has_penalties:
+        assert counts is not None
+        output = Counter(dict(zip(counts.ids.tolist(), counts.counts.tolist(), strict=True)))
+        output.update(place.path)
+        rows, seen = _rows_of([*output], logits_n, row_of, xp)
+        output_S = xp.asarray([float(output[token]) for token in seen], dtype=xp.float32, device=device(logits_n))
+        own_S = logits_n[rows]
+        if params.repetition_penalty != 1:
+            penalty = np.float32(min(max(params.repetition_penalty, _SMALLEST_FLOAT), _LARGEST_FLOAT))
+            own_S = xp.where(own_S > 0, own_S * float(np.float32(1) / penalty), own_S * float(penalty))
+        penalty_S = params.presence_penalty + params.frequency_penalty * output_S
+        logits_n[rows] = xp.where(output_S > 0, own_S - penalty_S, own_S)
+    if params.logit_bias:
+        rows, biased = _rows_of([*params.logit_bias], logits_n, row_of, xp)
+        biases = [min(params.logit_bias[token], _LARGEST_LOGIT) for token in biased]
+        added = logits_n[rows] + xp.asarray(biases, dtype=xp.float32, device=device(logits_n))
+        logits_n[rows] = xp.where(added > _LARGEST_LOGIT, _LARGEST_LOGIT, added)
+    if place.allowed is not None:
+        allowed_V = np.unpackbits(place.allowed.view(np.uint8), bitorder="little", count=len(logits_n)).astype(bool)
+        logits_n[xp.asarray(~allowed_V, device=device(logits_n))] = -math.inf
+    return logits_n
 
-    The truncations apply in the order of Hugging Face's warpers; each sees what the ones before left, renormalised.
 
-    Tokens are ordered by their logits, best first; of equal logits the lower token id comes first. top-k keeps the
-    first k tokens of that order, exactly k; top-p the first ones whose probabilities reach the sum, and not one more.
-    min-p is a threshold: it keeps every token that reaches it.
+def _rows_of(tokens: list[int], logits_n: Array, row_of: dict[int, int] | None, xp: Any) -> tuple[Array, list[int]]:
+    """Rows of the tokens that have one, and these tokens."""
+    known = tokens if row_of is None else [token for token in tokens if token in row_of]
+    rows = known if row_of is None else [row_of[token] for token in known]
+    return xp.asarray(rows, dtype=xp.int64, device=device(logits_n)), known
 
-    transformers differs where logits are equal. Its top-k keeps all tokens that are as good as the k-th, so that more
-    than k may stay. Its top-p keeps as many as here, but its sort is not stable: which of equals stay is left open.
+
+def _scaled(logits_NV: Array, params: Seq[SamplingParams], xp: Any) -> Array:
+    """Log-probabilities but for a term that all tokens of a row share."""
+    scales = [scale_of(p.temperature) for p in params]
+    best_N1 = xp.max(logits_NV, axis=-1, keepdims=True)
+    best_N1 = xp.where(best_N1 > -math.inf, best_N1, xp.zeros_like(best_N1))  # of a row where nothing is allowed
+    return (logits_NV - best_N1) * _column(scales, logits_NV, xp)
+
+
+def scale_of(temperature: float) -> float:
+    """What logits are multiplied by; a temperature of 0 takes them as they are, and the best of them."""
+    if temperature == 0:
+        return 1.0
+    with np.errstate(divide="ignore", over="ignore"):
+        return min(float(np.float32(1) / np.float32(temperature)), _LARGEST_FLOAT)
+
+
+def kept_tokens(logits_NV: Array, params: Seq[SamplingParams], xp: Any) -> Array:
+    """Which tokens truncation leaves, bool [N, V]. Truncations apply in the order of Hugging Face's warpers:
+    temperature, top-k, top-p, min-p.
+
+    Tokens are ordered by their logits, best first; of equal logits the lower id comes first. top-k keeps the first k
+    tokens of that order, exactly k; top-p the first ones whose probabilities (of what top-k leaves) reach the sum, and
+    not one more. min-p is a threshold: it keeps every token that is at least this fraction as probable as the best.
+
+    transformers differs where logits are equal. Its top-k keeps all tokens that are as good as the k-th. Its top-p
+    keeps as many as here, but which of equals is left open.
     """
-    assert not params.is_greedy
-    logits_NV = logits_NV.float()
-    if params.top_k or params.top_p < 1:
-        probs_NV = _probabilities_of_best(logits_NV, params)
-    else:
-        probs_NV = (logits_NV / params.temperature).softmax(dim=-1)
-    if params.min_p > 0:
-        probs_NV = _renormalised(probs_NV, probs_NV >= params.min_p * probs_NV.amax(dim=-1, keepdim=True))
-    return probs_NV
+    scaled_NV = _scaled(logits_NV, params, xp)
+    num_tokens = logits_NV.shape[-1]
+    order_NV = xp.argsort(logits_NV, axis=-1, descending=True, stable=True)
+    rank_NV = xp.argsort(order_NV, axis=-1)
+    kept_NV = rank_NV < _column([p.top_k or num_tokens for p in params], logits_NV, xp)
+    weights_NV = xp.where(kept_NV, xp.exp(xp.astype(scaled_NV, xp.float64)), 0.0)
+    by_rank_NV = xp.take_along_axis(weights_NV, order_NV, axis=-1)
+    before_NV = xp.cumulative_sum(by_rank_NV, axis=-1) - by_rank_NV
+    reached_NV = before_NV < xp.sum(weights_NV, axis=-1, keepdims=True) * _column(
+        [max(float(np.float32(p.top_p)), _SMALLEST_FLOAT) for p in params], before_NV, xp
+    )
+    has_nucleus_N1 = _column([p.top_p < 1 for p in params], logits_NV, xp) > 0
+    kept_NV &= ~has_nucleus_N1 | xp.take_along_axis(reached_NV, rank_NV, axis=-1)
+    least = [float(np.log(np.float32(max(p.min_p, _SMALLEST_FLOAT)))) if p.min_p else -math.inf for p in params]
+    least_N1 = _column(least, logits_NV, xp)
+    return kept_NV & (scaled_NV >= least_N1)
 
 
-def _renormalised(probs_NV: Tensor, keep_NV: Tensor) -> Tensor:
-    probs_NV = torch.where(keep_NV, probs_NV, 0.0)
-    return probs_NV / probs_NV.sum(dim=-1, keepdim=True)
+def _column(values: Seq[float], like: Array, xp: Any) -> Array:
+    """[N, 1]"""
+    return xp.asarray(values, dtype=like.dtype, device=device(like))[:, None]
 
 
-def _probabilities_of_best(logits_NV: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution after temperature, top-k and top-p, [N, V]. C stands for the candidates, best first.
+# -- noise -------------------------------------------------------------------------------------------------------------
 
-    A full sort of the vocabulary costs more than a draft step; nearly always the nucleus lies in the best few hundred.
+
+def gumbel_noise(seed: int, position: int, ids: Array, xp: Any) -> Array:
+    """Gumbel noise of some tokens, int64, at a position: float32.
+
+    A written-down integer hash, as numpy's Philox multiplies 64 bits by 64, which vector instructions cannot. All that
+    follows it is sums and products of float32, so that the bits are the same everywhere.
     """
-    # one more than can be kept, to see whether the last one kept has an equal behind it
-    num_candidates = params.top_k + 1 if params.top_k else _MAX_CANDIDATES
-    best_NC, ids_NC = logits_NV.topk(min(num_candidates, logits_NV.shape[-1]))
-    if params.top_k:
-        probs_NC = (best_NC[:, : params.top_k] / params.temperature).softmax(dim=-1)
-        probs_NV = torch.zeros_like(logits_NV)
-    else:
-        probs_NV = (logits_NV / params.temperature).softmax(dim=-1)
-        probs_NC = probs_NV.gather(-1, ids_NC)
-        if not bool((probs_NC.cumsum(dim=-1)[:, -2:-1] >= params.top_p).all()):
-            best_NC, ids_NC = logits_NV.sort(dim=-1, descending=True)
-            probs_NC = (best_NC / params.temperature).softmax(dim=-1)
-        probs_NV.zero_()
-    if params.top_p < 1:
-        num_kept_N1 = 1 + (probs_NC.cumsum(dim=-1)[:, :-1] < params.top_p).sum(dim=-1, keepdim=True)
-        rank_C = torch.arange(probs_NC.shape[-1], device=probs_NC.device)
-        probs_NC = _renormalised(probs_NC, rank_C < num_kept_N1)
-    else:
-        num_kept_N1 = (probs_NC != 0).sum(dim=-1, keepdim=True)
-    _prefer_lower_ids(logits_NV, best_NC, ids_NC, num_kept_N1)
-    return probs_NV.scatter_(-1, ids_NC[:, : probs_NC.shape[-1]], probs_NC)
+    return _gumbel(_random_bits(ids, *noise_key(seed, position)), xp)
 
 
-def _prefer_lower_ids(logits_NV: Tensor, best_NC: Tensor, ids_NC: Tensor, num_kept_N1: Tensor) -> None:
-    """Of tokens as good as the last one kept, put those with the lowest ids into `ids_NC`: topk takes any of them."""
-    last_N1 = best_NC.gather(-1, num_kept_N1 - 1)
-    next_N1 = best_NC.gather(-1, num_kept_N1.clamp_max(best_NC.shape[-1] - 1))
-    for row in (next_N1 == last_N1)[:, 0].nonzero()[:, 0].tolist():
-        tied_ids = (logits_NV[row] == last_N1[row]).nonzero()[:, 0]
-        first = int((best_NC[row] > last_N1[row]).sum())
-        ids_NC[row, first : first + len(tied_ids)] = tied_ids[: ids_NC.shape[-1] - first]
+def _gumbel(random: Array, xp: Any) -> Array:
+    """-log(E), E = -log(1 - (random + 1/2) / 2**32)."""
+    small = xp.astype(random & 0x3FFFFFFF, xp.float32)
+    large = xp.astype((random ^ 0xFFFFFFFF) >> 1, xp.float32)
+    f, exponent = _split((large + 0.5) * 2.0**-31, xp)
+    # E has full precision where it is small, which is where a token wins
+    is_small = random < 2**30
+    waiting = -_logarithm(
+        xp.where(is_small, -((small + 0.5) * 2.0**-32), f), xp.where(is_small, xp.zeros_like(exponent), exponent)
+    )
+    return -_logarithm(*_split(waiting, xp))
 
 
-def draw(probs_V: Tensor, generator: torch.Generator) -> int:
-    """One token from a distribution that need not be normalised, by inverting its cumulative sum: one uniform each."""
-    cumulative = probs_V.double().cumsum(dim=-1)
-    point = torch.rand((), dtype=torch.float64, generator=generator).to(cumulative.device) * cumulative[-1]
-    token = int(torch.searchsorted(cumulative, point, right=True))
-    # u * total can round up to the total itself; the last token with any probability is then the right one
-    return min(token, int(probs_V.nonzero()[-1])) if token == len(probs_V) else token
+def noise_key(seed: int, position: int) -> tuple[int, int]:
+    """Two halves of a hash; seeds and positions may follow each other."""
+    key = _mixed((_mixed(seed) + 0x9E3779B97F4A7C15 * (position + 1)) % 2**64)
+    return key % 2**32, key >> 32
+
+
+def _mixed(x: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def _random_bits(x: Array, first: Any, second: Any) -> Array:
+    """triple32 (Chris Wellons, hash-prospector) of 32-bit values in int64, with one half of the key before it and the
+    other within."""
+    x = x ^ first
+    x = (x ^ x >> 17) * 0xED5AD4BB & 0xFFFFFFFF
+    x = (x ^ x >> 11 ^ second) * 0xAC4C1B51 & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x31848BAB & 0xFFFFFFFF
+    return x ^ x >> 14
+
+
+def _split(x: Array, xp: Any) -> tuple[Array, Array]:
+    """A positive normal number as 2**exponent * (1 + f), with 1 + f from sqrt(1/2) to sqrt(2): f and the exponent."""
+    pattern = x.view(xp.int32)
+    exponent = (pattern - 0x3F3504F3) >> 23
+    return (pattern - (exponent << 23)).view(xp.float32) - 1.0, xp.astype(exponent, xp.float32)
+
+
+def _logarithm(f: Array, exponent: Array) -> Array:
+    """log(1 + f) + exponent * log(2): the polynomial is that of Cephes. No products and sums may be fused."""
+    y = f * 7.0376836292e-2 - 1.1514610310e-1
+    for coefficient in (
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    ):
+        y = y * f + coefficient
+    square = f * f
+    y = y * f * square - exponent * 2.12194440e-4
+    y = y - square * 0.5
+    return f + y + exponent * 0.693359375

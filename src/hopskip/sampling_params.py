@@ -35,7 +35,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
     seed: int | None = option(None, "Same seed, same text (with a temperature).", "N")
-    """None draws a fresh seed."""
+    """Of 64 bits, signed or not. None takes a fresh one, which the result reports."""
     stop: tuple[str, ...] = option((), "End before this text; may be given several times.", "TEXT")
     """The text returned ends before them."""
     stop_token_ids: tuple[int, ...] = ()
@@ -55,6 +55,7 @@ class SamplingParams:
         _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+        _require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "a number of 64 bits")
         _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, 0 or above")
         _require(all(self.stop), "stop", self.stop, "non-empty texts")
         for token_id, bias in self.logit_bias.items():

@@ -7,9 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
-from hopskip.sampling import Constraint, TokenCounts
+from hopskip.sampling import Constraint, Rule
 from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import DraftKind
 
@@ -118,7 +116,7 @@ class Sequence:
     While decoding, `num_cached == len(token_ids) - 1`: the last token is chosen but has not been through the model yet.
     """
 
-    def __init__(self, request: Request, eos_token_ids: frozenset[int], vocab_size: int, number: int = -1) -> None:
+    def __init__(self, request: Request, eos_token_ids: frozenset[int], number: int = -1) -> None:
         params = request.params
         self.request = request
         self.params = params
@@ -136,34 +134,26 @@ class Sequence:
         self.num_cached = 0
         self.prefill_started = 0.0
         self.first_token_at = 0.0
-        self.generator = torch.Generator()
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
-        self.counts = TokenCounts(self.token_ids, vocab_size) if params.has_penalties else None
-
-    @property
-    def is_seeded(self) -> bool:
-        """Whether its drawn text must come the same another time."""
-        return self.params.seed is not None and not self.params.is_greedy
+        self.rule = Rule.of(params, self.token_ids)
 
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
     @property
-    def needs_logits(self) -> bool:
-        """True if knowing the model's best token is not enough to choose this sequence's."""
-        params = self.params
-        return (
-            not params.is_greedy or params.changes_logits or params.logprobs is not None or self.constraint is not None
-        )
+    def takes_best(self) -> bool:
+        """True if its tokens are the model's best ones, a grammar apart."""
+        return self.params.is_greedy and not self.params.changes_logits
 
     @property
-    def allows_runner_ups(self) -> bool:
-        """Penalties and grammars follow a chain of tokens, so its drafts can be no trees."""
-        return not self.params.changes_logits and self.constraint is None
+    def needs_logits(self) -> bool:
+        """True if knowing the model's best token is not enough to choose this sequence's, or to report of it."""
+        return not self.takes_best or self.params.logprobs is not None or self.constraint is not None
+
+    @property
+    def seed(self) -> int | None:
+        """Of a drawn text, which it can be had again with; None of a greedy one."""
+        return None if self.params.is_greedy else self.rule.seed
 
     @property
     def is_prefilled(self) -> bool:
@@ -178,8 +168,8 @@ class Sequence:
         assert not self.is_finished
         self.token_ids.append(token.id)
         self.tokens.append(token)
-        if self.counts is not None:
-            self.counts.add(token.id)
+        if self.rule.counts is not None:
+            self.rule.counts.add(token.id)
         if self._ends_with(token.id):
             self.finish_reason = self.finish_reason or "stop"
         elif self.num_tokens_left == 0:

@@ -5,8 +5,8 @@ Who owns what:
 - *Lengths and positions* belong to the caller. A cache only stores: a position is valid because its owner says so, and
   what a rejected draft has left is overwritten by the next pass.
 - *Into a backend* go token ids and small numbers as plain Python values, and the positions of `Rows` as int32 arrays on
-  the host. Nobody above places anything on a device.
-- *Out of it* come token ids and probabilities as Python lists. Hidden states, features and logits are arrays of the
+  the host, as are the masks and counts that choosing tokens needs. Nobody above places anything on a device.
+- *Out of it* come token ids and sums as Python lists. Hidden states, features and logits are arrays of the
   backend's own namespace `xp` (the array-API standard: numpy for the C++ engine, PyTorch for the others) on its own
   device. Code above may take rows of them, concatenate them with `xp`, and hand them back; nothing else.
 
@@ -19,7 +19,6 @@ Shape letters: N rows, D hidden size, V vocabulary, n tokens of a head, A featur
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
+from hopskip.sampling import Place, Rule, choose_tokens
 from hopskip.speculative import DraftPrecision
 
 Head = Literal["full", "exit"] | DraftPrecision
@@ -88,15 +88,11 @@ class DraftTask:
     min_confidence: float = 0.0
     """A sequence drafts no more after its first token whose probability at the exit is below this."""
     num_runner_ups: int = 0
-    """How many of each step's next best tokens to return, with all probabilities; 0: neither."""
-    temperatures: list[float] | None = None
-    """Of each sequence. 0 takes the best token of each step, above it one is drawn by softmax of the logits over the
-    temperature. None: all take the best."""
-    uniforms: list[list[float]] | None = None
-    """With `temperatures`, a number from 0 to below 1 for each token to be drawn."""
-    choose: Callable[[int, Array], tuple[int, float]] | None = None
-    """Takes a sequence's index and its logits [n] at a step; gives the token and its probability at the exit. For what
-    no backend does by itself: penalties, truncation. Excludes temperatures and runner-ups."""
+    """How many of each step's next best tokens to return, with the sums that all were chosen by; 0: neither."""
+    rules: list[Rule] | None = None
+    """How each sequence's tokens are chosen, truncation left out. None: all take the best."""
+    sharpness: float = 1.0
+    """With `rules`, what scaled logits are multiplied by before noise is added."""
 
 
 class Chains(NamedTuple):
@@ -107,10 +103,17 @@ class Chains(NamedTuple):
     """The hidden states that the tokens were read from, [k, D] for each sequence."""
     runner_ups: list[list[list[int]]] | None
     """The next best tokens of each step, best first."""
-    probabilities: list[list[list[float]]] | None
-    """At the exit, of the token of each step and of its runner-ups."""
-    distributions: list[Array | None] | None
-    """What the tokens were drawn from, [k, n] over the head's tokens; None for sequences that drew none."""
+    sums: list[list[list[float]]] | None
+    """Of scaled logits and noise: of the token of each step, and of its runner-ups."""
+
+
+class Chosen(NamedTuple):
+    """Tokens for rows of hidden states."""
+
+    token_ids: list[int]
+    """-1 where there is `NoTokenError`."""
+    logits_NV: Array | None
+    """Of the rows that were to be reported, as the head gives them: before penalties, biases, masks."""
 
 
 class Backend(ABC):
@@ -184,6 +187,16 @@ class Backend(ABC):
             return list(best)
         assert self.trained_exit is not None
         return [self.trained_exit.vocabulary_list[index] for index in best]
+
+    def choose(self, hidden_ND: Array, places: Seq[Place], reported: Seq[int] = ()) -> Chosen:
+        """The token of each row, by its place's rule. The same as `greedy` where all rules say so.
+
+        Args:
+            reported: rows, rising, whose logits are wanted as well.
+        """
+        logits_NV = self.logits(hidden_ND)
+        token_ids = choose_tokens(logits_NV, places, self.xp)
+        return Chosen(token_ids, logits_NV[list(reported)] if reported else None)
 
     def attach_copy(self, checkpoint: Checkpoint, precision: DraftPrecision) -> None:
         """Put a copy of all layers and the head beside the model, to draft with. Its layers write their keys and values

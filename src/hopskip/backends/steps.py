@@ -11,11 +11,14 @@ Shape letters: N rows, B sequences that go on, D hidden size, n tokens of the he
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from hopskip.backends.base import Backend, Chains, DraftTask, Head, run_by_number
 from hopskip.backends.rows import Array, Cache, Rows, Segment
 from hopskip.checkpoint.trained_exit import Mixing
+from hopskip.sampling import Place, Rule, best_sums
+from hopskip.sampling_params import SamplingParams
 
 
 class StepwiseBackend(Backend):
@@ -52,8 +55,7 @@ class _Chosen:
         self.token_ids: list[int] = []
         self.states: list[Array] = []
         self.runner_ups: list[list[int]] = []
-        self.probabilities: list[list[float]] = []
-        self.distributions: list[Array] = []
+        self.sums: list[list[float]] = []
 
 
 class _Steps:
@@ -61,7 +63,7 @@ class _Steps:
         self._backend, self._task, self._cache = backend, task, cache
         self._own_layers: tuple[int, ...] = ()
         self._mixing = None
-        self._vocabulary: list[int] | None = None
+        self._vocabulary: Seq[int] | None = None
         self.head: Head = task.precision or "full"
         if task.layers is not None:
             self._first_layers = backend.layer_numbers(task.layers, task.precision)
@@ -105,29 +107,15 @@ class _Steps:
     def choose(self, index: int, logits_n: Array, to: _Chosen) -> bool:
         """Add one token; whether it is sure enough to go on after."""
         task, xp = self._task, self._backend.xp
-        if task.choose is not None:
-            token, probability = task.choose(index, logits_n)
-            to.token_ids.append(token)
-            return probability >= task.min_confidence
-        temperature = task.temperatures[index] if task.temperatures is not None else 0.0
-        probs_n = _softmax(logits_n / temperature if temperature else logits_n, xp)
-        if temperature:
-            assert task.uniforms is not None
-            best = _drawn(probs_n, task.uniforms[index][len(to.token_ids)], xp)
-            to.distributions.append(probs_n)
-        else:
-            best = int(xp.argmax(logits_n))
-        to.token_ids.append(self._token(best))
-        probability = float(probs_n[best])
+        rule = _BEST if task.rules is None else task.rules[index]
+        last = self._task.rows.segments[index]
+        place = Place(rule, last.start + last.count + len(to.token_ids), tuple(to.token_ids))
+        found, probability = best_sums(logits_n, self._vocabulary, place, 1 + task.num_runner_ups, xp, task.sharpness)
+        tokens = [row if self._vocabulary is None else self._vocabulary[row] for _, row in found]
+        to.token_ids.append(tokens[0])
         if task.num_runner_ups:
-            rest_n = xp.asarray(logits_n, copy=True)
-            rest_n[best] = float("-inf")
-            next_best = []
-            for _ in range(task.num_runner_ups):
-                next_best.append(int(xp.argmax(rest_n)))
-                rest_n[next_best[-1]] = float("-inf")
-            to.runner_ups.append([self._token(i) for i in next_best])
-            to.probabilities.append([probability, *(float(probs_n[i]) for i in next_best)])
+            to.runner_ups.append(tokens[1:])
+            to.sums.append([value for value, _ in found])
         return probability >= task.min_confidence
 
     def _last_segments(self) -> Rows:
@@ -148,26 +136,13 @@ class _Steps:
         return index if self._vocabulary is None else self._vocabulary[index]
 
 
+_BEST = Rule(SamplingParams(), seed=0)
+
+
 def _chains(task: DraftTask, chosen: list[_Chosen], xp: Any) -> Chains:
     return Chains(
         [part.token_ids for part in chosen],
         [xp.stack(part.states) for part in chosen],
         [part.runner_ups for part in chosen] if task.num_runner_ups else None,
-        [part.probabilities for part in chosen] if task.num_runner_ups else None,
-        [xp.stack(part.distributions) if part.distributions else None for part in chosen]
-        if task.temperatures
-        else None,
+        [part.sums for part in chosen] if task.num_runner_ups else None,
     )
-
-
-def _softmax(logits_n: Array, xp: Any) -> Array:
-    weights_n = xp.exp(logits_n - xp.max(logits_n))
-    return weights_n / xp.sum(weights_n)
-
-
-def _drawn(probs_n: Array, uniform: float, xp: Any) -> int:
-    """The token at a point of the cumulative sum, in float64."""
-    cumulative = xp.cumulative_sum(xp.astype(probs_n, xp.float64))
-    index = int(xp.sum(xp.astype(cumulative <= uniform * cumulative[-1], xp.int64)))
-    # the product can round up to the total itself; the last token with any probability is then the right one
-    return min(index, int(xp.max(xp.nonzero(probs_n)[0])))

@@ -263,7 +263,7 @@ class _Controlled:
 
 def _any_sequence() -> Sequence:
     """For the controller, which tells the requests of a trace apart by it."""
-    return Sequence(Request([0]), frozenset(), 1)
+    return Sequence(Request([0]), frozenset())
 
 
 def _walk(

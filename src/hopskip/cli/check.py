@@ -121,7 +121,7 @@ def _proofs(
     for name, backend in load_each(load, precisions, checkpoint, quiet=quiet):
         for proofs in (
             greedy_proofs(backend, ids, length),
-            sampling_proofs(backend, ids),
+            sampling_proofs(backend, ids, length),
             context_proofs(backend, ids, length),
         ):
             for proof in proofs:

@@ -154,11 +154,11 @@ class PieceWriter:
             self._ends_line = True
 
 
-def print_statistics(stats: SpeculativeStats, tokens: Iterable[Token], ending: str) -> None:
+def print_statistics(stats: SpeculativeStats, tokens: Iterable[Token], ending: str, seed: int | None) -> None:
     """A table of what one generation cost and what drafting gave, on stderr."""
     console = _stderr()
     console.print()
-    console.print(_statistics(stats, _legend(tokens), ending))
+    console.print(_statistics(stats, _legend(tokens), ending, seed))
 
 
 def print_summary(stats: SpeculativeStats, ending: str) -> None:
@@ -170,7 +170,7 @@ def print_summary(stats: SpeculativeStats, ending: str) -> None:
     print_note(f"[{'; '.join([*parts, ending])}]")
 
 
-def _statistics(stats: SpeculativeStats, legend: Text, ending: str) -> Table:
+def _statistics(stats: SpeculativeStats, legend: Text, ending: str, seed: int | None) -> Table:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -178,6 +178,8 @@ def _statistics(stats: SpeculativeStats, legend: Text, ending: str) -> Table:
     table.add_column()
     table.add_row("tokens", f"{stats.num_tokens} after a prompt of {stats.num_prompt_tokens}; {ending}")
     table.add_row("", legend)
+    if seed is not None:
+        table.add_row("seed", str(seed))
     table.add_row("prefill", f"{stats.prefill_seconds:.3f} s, {stats.prefill_tokens_per_second:.1f} tokens/s")
     table.add_row("decode", f"{stats.decode_seconds:.3f} s, {stats.decode_tokens_per_second:.1f} tokens/s")
     if not stats.num_drafts:

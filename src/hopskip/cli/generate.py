@@ -59,7 +59,7 @@ def generate(
     if writer is not None:
         writer.end()
         if answer.stats is not None:
-            print_statistics(answer.stats, answer.tokens, answer.ending)
+            print_statistics(answer.stats, answer.tokens, answer.ending, answer.seed)
     else:
         print_json({**answer.as_dict(), "model": _describe_model(llm, load), "settings": _settings(llm, load, params)})
     if answer.finish_reason == "abort":
@@ -87,11 +87,13 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str = "abort"
     stats: SpeculativeStats | None = None
+    seed: int | None = None
 
     def add(self, piece: StreamPiece) -> None:
         self.text += piece.text
         self.tokens.append(piece.token)
         self.stats = piece.stats
+        self.seed = piece.seed
         if piece.result is not None:
             self.finish_reason = piece.result.finish_reason
 
@@ -110,6 +112,7 @@ class Answer:
             "token_ids": [token.id for token in self.tokens],
             "origins": [token.origin for token in self.tokens],
             "finish_reason": self.finish_reason,
+            "seed": self.seed,
             "stats": self.stats.as_dict() if self.stats is not None else None,
         }
 

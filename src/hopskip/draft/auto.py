@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.checkpoint.trained_exit import TrainedExit
-from hopskip.draft.base import Draft, Drafter, FirstOf
+from hopskip.draft.base import Draft, Drafter
 from hopskip.draft.controller import Controller
 from hopskip.draft.costs import Costs
 from hopskip.draft.exit import Exit, ExitDrafter, source_of
@@ -21,16 +21,12 @@ from hopskip.trace import Round
 
 
 class AutoDrafter(Drafter):
-    """Several sources and a controller that chooses among them.
-
-    Its choices go by the clock, and a drawn text hangs on what is drafted for it. So a sequence with a seed, whose text
-    must come the same another time, drafts by a fixed rule: lookup where its text has a match, else the first exit.
+    """Several sources and a controller that chooses among them. It goes by the clock, and no text hangs on it.
 
     Args:
         exits: to draft from.
         costs: of the model with these exits, as they were measured.
         keep_costs: told of a better table, where that has turned out wrong.
-        fixed_length: of the drafts by the fixed rule, at most.
         max_draft_tokens, max_runner_ups: of a round and sequence.
         rows_per_sequence: least rows of a verify pass per sequence.
         min_confidence: see `ExitDrafter`.
@@ -44,7 +40,6 @@ class AutoDrafter(Drafter):
         *,
         keep_costs: Callable[[Costs], None] = lambda costs: None,
         max_draft_tokens: int,
-        fixed_length: int,
         max_runner_ups: int = 0,
         rows_per_sequence: int = 1,
         min_confidence: float = 0.0,
@@ -53,8 +48,6 @@ class AutoDrafter(Drafter):
         self.sources: dict[Source, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
         self._exits = {source_of(exit): ExitDrafter(backend, exit, min_confidence) for exit in exits}
         self.sources |= self._exits
-        self._fixed: Drafter = FirstOf(NgramDrafter(), *self._exits.values())
-        self._fixed_length = min(fixed_length, max_draft_tokens)
         self.costs = costs
         self._keep_costs = keep_costs
         self.priors = {
@@ -76,19 +69,7 @@ class AutoDrafter(Drafter):
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         self._draft_timings = []
-        drafts = [Draft() for _ in sequences]
-        seeded = [i for i, sequence in enumerate(sequences) if sequence.is_seeded]
-        planned = [i for i, sequence in enumerate(sequences) if not sequence.is_seeded]
-        if seeded:
-            lengths = [min(limits[i], self._fixed_length) for i in seeded]
-            for i, draft in zip(
-                seeded, self._fixed.propose([sequences[i] for i in seeded], lengths, cache), strict=True
-            ):
-                drafts[i] = draft
-        if planned and not self.controller.pauses:
-            own, most = [sequences[i] for i in planned], [limits[i] for i in planned]
-            for i, draft in zip(planned, self._by_plan(own, most, cache), strict=True):
-                drafts[i] = draft
+        drafts = [Draft() for _ in sequences] if self.controller.pauses else self._by_plan(sequences, limits, cache)
         self._buckets = [draft.buckets for draft in drafts]
         return drafts
 
@@ -112,7 +93,7 @@ class AutoDrafter(Drafter):
             for i, draft in zip(members, found, strict=True):
                 drafts[i] = draft
             depth = max(draft.num_chained for draft in found)
-            by_logits = any(sequence.needs_logits for sequence in own)
+            by_logits = not all(sequence.takes_best for sequence in own)
             self._draft_timings.append(DraftTiming(exit, depth, len(own), num_entered, by_logits, seconds))
         return drafts
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from torch import Tensor
-
 from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.draft.sources import LOOKUP, Source
 from hopskip.sequence import Sequence
@@ -20,8 +18,6 @@ class Draft:
 
     source: Source = LOOKUP
     token_ids: list[int] = field(default_factory=list)
-    probs: list[Tensor] | None = None
-    """The distribution each token was drawn from, [V]; None if it was proposed with certainty."""
     exit_states: Array | None = None
     """Hidden states [k, D] that the draft pass left at the exit layer: those of the sequence's last token and of all
     draft tokens but the last (which was never fed back). None if no layers were run."""
@@ -30,7 +26,7 @@ class Draft:
     is the token's place in the draft, of a lookup the number of tokens before it that match."""
     parents: list[int] | None = None
     """Of a tree of tokens: for each the index of the one that it follows, which comes before it; -1 where that is the
-    sequence's last token. Of those that follow the same, each was drawn without those before it. None: a chain."""
+    sequence's last token. None: a chain."""
 
     @property
     def num_chained(self) -> int:
@@ -44,14 +40,18 @@ class Draft:
         return len(self.token_ids) - self.num_chained
 
     def cut(self, num_tokens: int) -> Draft:
-        """The first tokens of a chain."""
+        """The first tokens of its chain, and what is beside them or follows the last."""
+        kept = [i for i in range(len(self.token_ids)) if i < num_tokens or self._is_beside(i, num_tokens)]
         return replace(
             self,
-            token_ids=self.token_ids[:num_tokens],
-            probs=None if self.probs is None else self.probs[:num_tokens],
+            token_ids=[self.token_ids[i] for i in kept],
             exit_states=None if self.exit_states is None else self.exit_states[:num_tokens],
             buckets=self.buckets[:num_tokens],
+            parents=None if self.parents is None else [self.parents[i] for i in kept],
         )
+
+    def _is_beside(self, index: int, num_tokens: int) -> bool:
+        return self.parents is not None and index >= self.num_chained and self.parents[index] < num_tokens
 
     @property
     def depth(self) -> int:
@@ -88,7 +88,7 @@ class Drafter(Protocol):
         """A draft of at most `limits[i]` tokens in a row to follow `sequences[i]`.
 
         May write keys and values of layers before the exit to `cache`, at the positions of each sequence's last token
-        and after. Draws randomness from the sequences' own generators only.
+        and after.
         """
         ...
 

@@ -9,8 +9,7 @@ which grows with its rows. The controller estimates both and takes the plan of m
   (`acceptance.py`).
 - *Probes*: a source that does not pay is tried again now and then, for at most `PROBE_SHARE` of the time.
 
-The choice depends on committed tokens and on clocks only, never on the tokens that a draft goes on to draw. So it can
-change how fast a text comes, but neither the text nor, in sampling, its distribution.
+It can change how fast a text comes, but not the text.
 """
 
 from __future__ import annotations
@@ -203,7 +202,7 @@ class Controller:
         survival = {exit: own.survival(exit, range(limit), temperature, floor) for exit in num_unseen}
         survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], temperature, floor)
         runner_ups: dict[Source, list[float]] = {}
-        if self._max_runner_ups and sequence.allows_runner_ups:
+        if self._max_runner_ups:
             runner_ups = {exit: own.runner_ups(exit, self._max_runner_ups, temperature, floor) for exit in num_unseen}
         return Forecast(
             survival=survival,

@@ -174,7 +174,6 @@ def make_drafter(
             timings.get(lambda share: progress("measuring costs", share)),
             keep_costs=timings.put,
             max_draft_tokens=speculative.num_draft_tokens,
-            fixed_length=_usual_length(speculative, backend),
             max_runner_ups=speculative.num_runner_ups,
             rows_per_sequence=1 if backend.traits.row_exact else num_rows,
             min_confidence=speculative.min_confidence,
@@ -202,15 +201,6 @@ def exits_of(speculative: SpeculativeConfig, backend: Backend) -> list[Exit]:
     first = _usual_exit_layer(backend.config)
     layers = (layer for layer in (first, 2 * first) if 0 < layer < backend.config.num_hidden_layers)
     return [*found, *(early_exit(layer, speculative.draft_precision) for layer in layers)]
-
-
-def _usual_length(speculative: SpeculativeConfig, backend: Backend) -> int:
-    """Of a draft from the first of the exits that `auto` has."""
-    if speculative.skip_layers is not None:
-        return _USUAL_LENGTH_OF_LAYER_SKIP
-    if speculative.exit_layer is None and backend.trained_exit is not None:
-        return backend.trained_exit.num_draft_tokens
-    return backend.config.recommended_num_draft_tokens or _USUAL_LENGTH
 
 
 def _layer_skip(speculative: SpeculativeConfig, backend: Backend) -> OwnLayers:

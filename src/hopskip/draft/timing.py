@@ -155,7 +155,7 @@ class _Lane:
         self._taps = (self._drafter.taps if self._drafter else None) or ()
         self._cache = backend.new_cache(1, _CONTEXT + _MOST_ROWS)
         self._cache.clear()
-        self._sequence = Sequence(Request([0] * (_CONTEXT + 1)), frozenset(), backend.config.vocab_size)
+        self._sequence = Sequence(Request([0] * (_CONTEXT + 1)), frozenset())
         self._sequence.slot, self._sequence.num_cached = 0, _CONTEXT
         self._show(0, _CONTEXT)
 

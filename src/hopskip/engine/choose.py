@@ -9,14 +9,57 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array
 from hopskip.draft.base import Draft
-from hopskip.engine.verify import Verdict, verify_greedy, verify_sampled
-from hopskip.sampling import adjust_logits, probabilities
+from hopskip.sampling import NoTokenError, Place
 from hopskip.sequence import Origin, Sequence, Token
+
+
+class Verdict(NamedTuple):
+    """The draft tokens with these indices stand, each following the one before; then comes `next_token`.
+
+    `next_token` is the *bonus* token if the draft does not go on there, else the *recovered* token in place of the
+    rejected ones.
+    """
+
+    path: tuple[int, ...]
+    next_token: int
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.path)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of the verify pass that stand: that of the token before the draft, and those of the path."""
+        return [0, *(index + 1 for index in self.path)]
+
+
+def verify(draft_ids: Seq[int], target_ids: Seq[int], parents: Seq[int] | None = None) -> Verdict:
+    """Accept what plain decoding would have produced, as far as the draft has it.
+
+    Args:
+        draft_ids: M proposed tokens.
+        target_ids: M + 1 tokens, the target's choice before any draft token, and after each.
+        parents: for each draft token the index of the one that it follows, -1 for none; None: the one before it.
+
+    >>> verify([5, 9, 7], [5, 9, 2, 4])
+    Verdict(path=(0, 1), next_token=2)
+    >>> verify([5, 9, 7, 2], [5, 2, 0, 0, 4], parents=[-1, 0, 1, 0])
+    Verdict(path=(0, 3), next_token=4)
+    """
+    assert len(target_ids) == len(draft_ids) + 1
+    if parents is None:
+        parents = range(-1, len(draft_ids) - 1)
+    path: list[int] = []
+    last = -1
+    for index, (token, parent) in enumerate(zip(draft_ids, parents, strict=True)):
+        if parent == last and token == target_ids[last + 1]:
+            path.append(index)
+            last = index
+    return Verdict(tuple(path), target_ids[last + 1])
 
 
 class Choice(NamedTuple):
@@ -27,61 +70,71 @@ class Choice(NamedTuple):
     """To be committed, accepted ones first; none if the request has failed."""
 
 
+_FAILED = Choice(Verdict((), -1), [])
+
+
 def choose(backend: Backend, sequences: Seq[Sequence], drafts: Seq[Draft], hidden_ND: Array) -> list[Choice]:
     """Verify drafts, N = sum of (draft length + 1): states of each sequence's last token, and of its draft tokens.
 
     Whatever a request brings with it fails that request alone (`Sequence.error`).
     """
-    if not any(s.needs_logits for s in sequences):
-        best = backend.greedy(hidden_ND)
-        verdicts = []
-        for draft in drafts:
-            num_rows = len(draft.token_ids) + 1
-            verdicts.append(verify_greedy(draft.token_ids, best[:num_rows], draft.parents))
-            best = best[num_rows:]
-        return [Choice(verdict, _tokens(draft, verdict)) for draft, verdict in zip(drafts, verdicts, strict=True)]
-    logits_NV = torch.as_tensor(backend.logits(hidden_ND))
+    logits_NV: Array | None = None
+    if any(s.needs_logits for s in sequences):
+        places: list[Place] = []
+        reported: list[int] = []
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            if sequence.params.logprobs is not None:
+                reported += range(len(places), len(places) + len(draft.token_ids) + 1)
+            places += _places(sequence, draft)
+        target_ids, logits_NV = backend.choose(hidden_ND, places, reported)
+    else:
+        target_ids = backend.greedy(hidden_ND)
     choices: list[Choice] = []
-    first = 0
+    first = first_reported = 0
     for sequence, draft in zip(sequences, drafts, strict=True):
-        own_NV = logits_NV[first : first + len(draft.token_ids) + 1]
-        first += len(own_NV)
-        try:
-            verdict = _verify_logits(sequence, draft, own_NV)
-            choices.append(Choice(verdict, _tokens(draft, verdict, own_NV, sequence.params.logprobs)))
-        except Exception as error:  # of its constraint, or of its own numbers
-            sequence.fail(error)
-            choices.append(Choice(Verdict((), -1), []))
+        num_rows = len(draft.token_ids) + 1
+        verdict = verify(draft.token_ids, target_ids[first : first + num_rows], draft.parents)
+        first += num_rows
+        own_NV = None
+        if sequence.params.logprobs is not None and logits_NV is not None:
+            own_NV = logits_NV[first_reported : first_reported + num_rows]
+            first_reported += num_rows
+        if verdict.next_token < 0 and not sequence.is_finished:
+            sequence.fail(NoTokenError("no token can be chosen: none is allowed, or no logit is a number"))
+        choices.append(_FAILED if sequence.is_finished else Choice(verdict, _tokens(sequence, draft, verdict, own_NV)))
     return choices
 
 
-def _verify_logits(sequence: Sequence, draft: Draft, logits_NV: Tensor) -> Verdict:
-    """Verify one draft against the target's logits after 0, 1, .. draft tokens."""
-    params = sequence.params
-    assert draft.parents is None or not (params.changes_logits or sequence.constraint)  # both go along a chain
-    if params.changes_logits:
-        logits_NV = adjust_logits(logits_NV, params, sequence.counts, draft.token_ids)
+def _places(sequence: Sequence, draft: Draft) -> list[Place]:
+    """Of the tokens after the sequence's last one, and after each of its draft."""
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(draft.token_ids, draft.parents or range(-1, len(draft.token_ids) - 1), strict=True):
+        paths.append((*paths[parent + 1], token))
+    masks_NW = None
     if sequence.constraint is not None:
-        allowed_NV = sequence.constraint.masks(draft.token_ids).to(logits_NV.device)
-        logits_NV = logits_NV.masked_fill(~allowed_NV, -torch.inf)
-    if params.is_greedy:
-        return verify_greedy(draft.token_ids, logits_NV.argmax(dim=-1).tolist(), draft.parents)
-    probs_NV = probabilities(logits_NV, params)
-    return verify_sampled(draft.token_ids, draft.probs, probs_NV, sequence.generator, draft.parents)
+        try:
+            masks_NW = sequence.constraint.masks(draft.token_ids, draft.parents)
+        except Exception as error:
+            sequence.fail(error)
+    length = len(sequence.token_ids)
+    return [
+        Place(sequence.rule, length + len(path), path, None if masks_NW is None else masks_NW[row])
+        for row, path in enumerate(paths)
+    ]
 
 
-def _tokens(
-    draft: Draft, verdict: Verdict, logits_NV: Tensor | None = None, num_logprobs: int | None = None
-) -> list[Token]:
+def _tokens(sequence: Sequence, draft: Draft, verdict: Verdict, logits_NV: Array | None) -> list[Token]:
     path = verdict.path
     ids = [*(draft.token_ids[index] for index in path), verdict.next_token]
     is_bonus = bool(path) and not draft.goes_on_after(path[-1])
     origins: list[Origin] = [draft.source.kind] * len(path)
     origins.append("bonus" if is_bonus else "target")
+    num_logprobs = sequence.params.logprobs
     if logits_NV is None or num_logprobs is None:
         return [Token(i, origin) for i, origin in zip(ids, origins, strict=True)]
     tokens = []
-    for i, origin, logprobs_V in zip(ids, origins, logits_NV[verdict.rows].log_softmax(dim=-1), strict=True):
+    logprobs_NV = torch.as_tensor(logits_NV[verdict.rows]).log_softmax(dim=-1)
+    for i, origin, logprobs_V in zip(ids, origins, logprobs_NV, strict=True):
         top = logprobs_V.topk(num_logprobs)
         top_logprobs = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         tokens.append(Token(i, origin, float(logprobs_V[i]), top_logprobs))

@@ -103,8 +103,7 @@ class Engine:
         """
         self._check_drafting(request)
         self._check_text(request)
-        vocab_size = self.backend.config.vocab_size
-        sequence = Sequence(request, self._eos_token_ids, vocab_size, number=self._num_requests)
+        sequence = Sequence(request, self._eos_token_ids, number=self._num_requests)
         self._num_requests += 1
         self._waiting.append(sequence)
         return sequence

@@ -212,19 +212,13 @@ class Rounds:
 
 
 def _cut(sequence: Sequence, draft: Draft) -> Draft:
-    """End a draft before its first token that the sequence's constraint forbids, so that no row is verified in vain.
-
-    A draft that was *drawn* keeps that token as its last: there the target has probability 0, so it is rejected and
-    the residual distribution is drawn from. To end such a draft before it would draw from the target's distribution
-    instead, just where the draft had no luck, and so change the distribution of the text.
-    """
+    """End a draft before its first token that the sequence's constraint forbids, so that no row is verified in vain."""
     if sequence.constraint is None or not draft.token_ids:
         return draft
     try:
-        num_kept = sequence.constraint.num_allowed(draft.token_ids) + (draft.probs is not None)
+        return draft.cut(sequence.constraint.num_allowed(draft.token_ids[: draft.num_chained]))
     except Exception:  # the verify pass meets it again, where it is this sequence's failure alone
         return Draft()
-    return draft.cut(num_kept)
 
 
 def _record(progress: _Progress) -> Round:

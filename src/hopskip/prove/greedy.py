@@ -1,4 +1,7 @@
-"""Proof that greedy speculation changes no token: against plain decoding, for every draft source, length and mode."""
+"""Proof that speculation changes no token: against plain decoding, for every draft source, length and mode.
+
+Greedy texts, and sampled ones with the same seed: how tokens are chosen makes no difference.
+"""
 
 from __future__ import annotations
 
@@ -87,18 +90,34 @@ def settings_to_try(backend: Backend) -> list[SpeculativeConfig]:
 
 
 def greedy_proofs(backend: Backend, prompts: Seq[Seq[int]], max_new_tokens: int) -> Iterator[Proof]:
-    """One proof for each of `settings_to_try`.
-
-    A draft that is never rejected proves nothing about rejection, so a proof needs at least one; unless the early exit
-    is found, in a pass of its own, to agree with the last layer everywhere.
-    """
-    promise = promise_of(backend)
+    """One proof for each of `settings_to_try`."""
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+    return decoding_proofs(backend, prompts, params, settings_to_try(backend), promise_of(backend))
+
+
+def sampled_proofs(backend: Backend, prompts: Seq[Seq[int]], params: SamplingParams) -> Iterator[Proof]:
+    """One proof for each way of drafting, with a seed, at one draft length. What the rows of a pass have to do with its
+    bits decides about sums that are nearly equal, and so it does wherever rows are not exact, whatever the precision.
+    """
+    promise: Promise = "bits" if backend.traits.row_exact else "bits at the verify shape"
+    settings = [s for s in settings_to_try(backend) if s.num_draft_tokens == 3 and s.verify != "reuse"]
+    return decoding_proofs(backend, prompts, params, settings, promise)
+
+
+def decoding_proofs(
+    backend: Backend,
+    prompts: Seq[Seq[int]],
+    params: SamplingParams,
+    settings: Seq[SpeculativeConfig],
+    promise: Promise,
+) -> Iterator[Proof]:
+    """A draft that is never rejected proves nothing about rejection, so a proof needs at least one; unless the early
+    exit is found, in a pass of its own, to agree with the last layer everywhere."""
     num_at_once = len(prompts)
     if promise == "bits at the verify shape":
         prompts, num_at_once = prompts[:_MAX_PROMPTS_ONE_BY_ONE], 1
     references: dict[int | None, list[Run]] = {}
-    for setting in settings_to_try(backend):
+    for setting in settings:
         if promise == "bits at the verify shape" and setting.verify == "reuse":
             if setting.num_draft_tokens == DRAFT_LENGTHS[0]:
                 yield _not_claimed(setting)
@@ -112,7 +131,7 @@ def greedy_proofs(backend: Backend, prompts: Seq[Seq[int]], max_new_tokens: int)
                 backend, prompts, PLAIN, params, max_num_seqs=num_at_once, rows_per_sequence=num_rows
             )
         runs = run(backend, prompts, setting, params, max_num_seqs=num_at_once)
-        yield _judge(backend, prompts, setting, promise, references[num_rows], runs)
+        yield _judge(backend, prompts, setting, promise, references[num_rows], runs, params.is_greedy)
 
 
 def _judge(
@@ -122,6 +141,7 @@ def _judge(
     promise: Promise,
     references: Seq[Run],
     runs: Seq[Run],
+    is_greedy: bool,
 ) -> Proof:
     faults: list[str] = []
     ties: list[Tie] = []
@@ -139,9 +159,13 @@ def _judge(
             faults.append(f"prompt {index}: {fault}")
     num_drafted = sum(r.stats.num_draft_tokens for r in runs)
     num_rejected = num_drafted - sum(r.stats.num_accepted_tokens for r in runs)
-    total = ""
-    if not faults and not num_rejected:
-        if num_drafted and setting.draft == "early-exit" and _exit_always_agrees(backend, setting, prompts, runs):
+    total, is_idle = "", not is_greedy and not num_drafted
+    if is_idle:
+        total = ": drawn texts seldom repeat themselves; use more prompts or more new tokens"
+    elif not faults and not num_rejected:
+        if num_drafted and not is_greedy:
+            total = "; greedy texts prove that rejection works"
+        elif num_drafted and setting.draft == "early-exit" and _exit_always_agrees(backend, setting, prompts, runs):
             total = "; none can be: the exit agrees with the last layer everywhere"
         else:
             what = "no draft was rejected" if num_drafted else "nothing was drafted"
@@ -150,10 +174,10 @@ def _judge(
     if ties:
         detail += f"; {len(ties)} ties"
     return Proof(
-        topic="greedy",
+        topic="greedy" if is_greedy else "sampling",
         setting=describe(setting),
         claim=_CLAIMS[promise],
-        status="failed" if faults else "passed",
+        status="failed" if faults else "not claimed" if is_idle else "passed",
         detail="; ".join(faults[:3]) if faults else detail,
         counts={
             "num_prompts": len(prompts),

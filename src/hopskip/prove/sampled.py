@@ -1,8 +1,9 @@
-"""Proof that sampled speculation leaves the target's distribution, and that a seed fixes the text.
+"""Proof that sampling draws from the model's distribution, and that a seed fixes the text however it is drafted.
 
-A model's vocabulary is too large to count joint frequencies of several tokens. So its own logits are put into a small
-table: the few best tokens at a place, and after each of them the logits of those tokens, at the exit and at the last
-layer. The engine then runs on that table, thousands of times, and the exact distribution can be written down.
+Drafts are verified by comparing ids (`greedy.sampled_proofs` runs every way of drafting), so the distribution is a
+matter of plain decoding alone. A model's vocabulary is too large to count joint frequencies of several tokens. So its
+own logits are put into a small table: the few best tokens at a place, and after each of them the logits of these.
+The engine then runs on that table, thousands of times, and the exact distribution can be written down.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hopskip.backends.base import Backend
 from hopskip.backends.table import TableBackend
 from hopskip.engine.engine import make_engine
 from hopskip.machine import torch_on_one_thread
-from hopskip.prove.greedy import exits_to_try, hidden_states, last_logits
+from hopskip.prove.greedy import PLAIN, exits_to_try, hidden_states, last_logits, sampled_proofs
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import run
 from hopskip.sampling_params import SamplingParams
@@ -31,17 +32,20 @@ NUM_DRAWS = 20_000
 MIN_P_VALUE = 0.001
 _NUM_CANDIDATES = 5
 _TOP_K = 4
-_LENGTH = 2
+_LENGTH = 3
 _AT_ONCE = 100
+_SEED = 7
+_HOW = SamplingParams(temperature=0.8, top_p=0.95, seed=_SEED, ignore_eos=True)
 
 
-def sampling_proofs(backend: Backend, prompts: Seq[Seq[int]], num_draws: int = NUM_DRAWS) -> Iterator[Proof]:
-    """Distribution of sampled tokens, from early-exit and n-gram drafts; then seeds."""
+def sampling_proofs(
+    backend: Backend, prompts: Seq[Seq[int]], max_new_tokens: int, num_draws: int = NUM_DRAWS
+) -> Iterator[Proof]:
+    """The distribution of plain sampling; seeds; and sampled texts by every way of drafting, id by id."""
     for index, prompt in enumerate(prompts[:2]):
-        table = tabulate(backend, prompt)
-        for draft in ("early-exit", "ngram"):
-            yield _distribution_proof(table, SpeculativeConfig(draft=draft, num_draft_tokens=_LENGTH), index, num_draws)
+        yield _distribution_proof(tabulate(backend, prompt), index, num_draws)
     yield _seed_proof(backend, prompts[0])
+    yield from sampled_proofs(backend, prompts, replace(_HOW, max_new_tokens=max_new_tokens))
 
 
 def tabulate(backend: Backend, prompt: Seq[int]) -> TableBackend:
@@ -57,71 +61,47 @@ def tabulate(backend: Backend, prompt: Seq[int]) -> TableBackend:
     return TableBackend(replace(backend.config, eos_token_ids=()), *tables)
 
 
-def _prompt(table: TableBackend) -> list[int]:
-    """Its end stands in it before, followed by what is likely to follow: n-gram drafts that are often accepted."""
-    target_VV = table.tables[1]
-    likely = int(target_VV[1].argmax())
-    return [0, 1, likely, int(target_VV[likely].argmax()), 0, 1]
-
-
-def _distribution_proof(table: TableBackend, setting: SpeculativeConfig, index: int, num_draws: int) -> Proof:
-    # a temperature at which no token is certain, so that drafts are accepted and rejected
+def _distribution_proof(table: TableBackend, index: int, num_draws: int) -> Proof:
+    # a temperature at which no token is certain
     spread = float(table.tables[1].std())
-    params = SamplingParams(max_new_tokens=_LENGTH + 2, temperature=max(1.0, spread), top_k=_TOP_K, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=_LENGTH, temperature=max(1.0, spread), top_k=_TOP_K, ignore_eos=True)
     expected = _exact_joint(table, params) * num_draws
-    p_value = num_drafted = num_accepted = 0.0
+    p_value = 0.0
     # chance alone fails one run in a thousand; a fault fails the second too
     for attempt in range(2):
         seeds = range(attempt * num_draws, (attempt + 1) * num_draws)
         with torch_on_one_thread():
-            observed, num_drafted, num_accepted = _count(table, setting, params, seeds)
-        p_value = chi_squared_p_value(observed, expected)
+            p_value = chi_squared_p_value(_count(table, params, seeds), expected)
         if p_value > MIN_P_VALUE:
             break
-    faults = []
-    if p_value <= MIN_P_VALUE:
-        faults.append(f"p = {p_value:.2g} in two runs of {num_draws} draws: another distribution")
-    if not 0 < num_accepted < num_drafted:
-        faults.append(f"{num_accepted:.0f} of {num_drafted:.0f} draft tokens accepted, so nothing is proved")
+    is_right = p_value > MIN_P_VALUE
     return Proof(
         topic="sampling",
-        setting=f"{setting.draft} k={setting.num_draft_tokens}, logits after prompt {index}",
+        setting=f"plain, logits after prompt {index}",
         claim=f"the joint distribution of {_LENGTH} tokens is the target's (chi-squared, p > {MIN_P_VALUE})",
-        status="failed" if faults else "passed",
-        detail="; ".join(faults) or f"p = {p_value:.3f}, {1 - num_accepted / num_drafted:.0%} of draft tokens rejected",
-        counts={
-            "num_draws": num_draws,
-            "p_value": p_value,
-            "num_draft_tokens": num_drafted,
-            "num_rejected_tokens": num_drafted - num_accepted,
-        },
+        status="passed" if is_right else "failed",
+        detail=f"p = {p_value:.3f}"
+        if is_right
+        else f"p = {p_value:.2g} in two runs of {num_draws} draws: another distribution",
+        counts={"num_draws": num_draws, "p_value": p_value},
     )
 
 
-def _count(
-    table: TableBackend, setting: SpeculativeConfig, params: SamplingParams, seeds: range
-) -> tuple[NDArray[np.float64], int, int]:
-    """How often each joint outcome came, flattened; draft tokens; accepted ones.
-
-    The first token comes from the prompt's pass; counted are those after it, which drafts had a part in.
-    """
-    engine = make_engine(table, setting, max_num_seqs=_AT_ONCE, prefix_caching=False)
-    prompt = _prompt(table)
+def _count(table: TableBackend, params: SamplingParams, seeds: range) -> NDArray[np.float64]:
+    """How often each joint outcome came, flattened; one request for each seed."""
+    engine = make_engine(table, PLAIN, max_num_seqs=_AT_ONCE, prefix_caching=False)
     observed = np.zeros((table.config.vocab_size,) * _LENGTH)
-    num_drafted = num_accepted = 0
     for first in range(0, len(seeds), _AT_ONCE):
-        batch = [engine.add(Request(prompt, replace(params, seed=seed))) for seed in seeds[first : first + _AT_ONCE]]
+        batch = [engine.add(Request([0], replace(params, seed=seed))) for seed in seeds[first : first + _AT_ONCE]]
         while engine.has_work:
             engine.step()
         for sequence in batch:
-            observed[tuple(token.id for token in sequence.tokens[1 : _LENGTH + 1])] += 1
-            num_drafted += sequence.stats.num_draft_tokens
-            num_accepted += sequence.stats.num_accepted_tokens
-    return observed.ravel(), num_drafted, num_accepted
+            observed[tuple(token.id for token in sequence.tokens)] += 1
+    return observed.ravel()
 
 
 def _exact_joint(table: TableBackend, params: SamplingParams) -> NDArray[np.float64]:
-    """Probability of every outcome of tokens 1 .. `_LENGTH` after the table's prompt, by enumeration in float64.
+    """Probability of every outcome of the tokens after token 0, by enumeration in float64.
 
     Written apart from `hopskip.sampling` on purpose: the two must agree.
     """
@@ -132,11 +112,9 @@ def _exact_joint(table: TableBackend, params: SamplingParams) -> NDArray[np.floa
     chain = np.zeros_like(scaled)
     np.put_along_axis(chain, best, np.take_along_axis(scaled, best, axis=1), axis=1)
     chain /= chain.sum(axis=1, keepdims=True)
-    second = chain[_prompt(table)[-1]] @ chain  # distribution of token 1, over all first tokens
-    vocab = len(chain)
-    joint = np.zeros((vocab,) * _LENGTH)
-    for outcome in itertools.product(range(vocab), repeat=_LENGTH):
-        joint[outcome] = second[outcome[0]] * np.prod([chain[a, b] for a, b in itertools.pairwise(outcome)])
+    joint = np.zeros((len(chain),) * _LENGTH)
+    for outcome in itertools.product(range(len(chain)), repeat=_LENGTH):
+        joint[outcome] = np.prod([chain[a, b] for a, b in itertools.pairwise((0, *outcome))])
     return joint.ravel()
 
 

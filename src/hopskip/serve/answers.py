@@ -126,6 +126,7 @@ class _Choice:
             choice["text"] = self._echo + text
         choice["logprobs"] = self._logprobs(pieces)
         choice["finish_reason"] = _finish_reason(self._generation, calls)
+        choice |= self._seed()
         if self._answer.wants_tokens:
             choice["hopskip"] = self._details(pieces)
         return choice
@@ -158,9 +159,15 @@ class _Choice:
         else:
             part = self._delta(rest)
         part["finish_reason"] = _finish_reason(self._generation, calls)
+        part |= self._seed()
         if self._answer.wants_tokens:
             part["hopskip"] = self._details([])
         return part
+
+    def _seed(self) -> dict[str, int]:
+        """Of a drawn text: a request with this seed gets it again."""
+        seed = self._generation.sequence.seed
+        return {} if seed is None else {"seed": seed}
 
     def _shown(self, pieces: list[Piece]) -> str:
         """What may be shown with these pieces."""

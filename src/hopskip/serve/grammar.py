@@ -1,6 +1,6 @@
 """Grammars: JSON schemas, regular expressions and Lark grammars, compiled and followed by llguidance.
 
-Shape letters: M draft tokens, V vocabulary.
+Shape letters: M draft tokens, N = M + 1 rows, W words of a mask.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hopskip.errors import ConfigError
+from hopskip.sampling import Mask
 from hopskip.serve.settings import Limits
 from hopskip.text.tokenizer import Tokenizer
 
@@ -126,25 +125,27 @@ class GrammarConstraint:
         self._check()
         return num_allowed
 
-    def masks(self, draft_ids: Seq[int]) -> Tensor:
-        allowed_NV = torch.ones((len(draft_ids) + 1, self._vocab_size), dtype=torch.bool)
-        num_taken = 0
-        for row, token in enumerate([*draft_ids, None]):
-            allowed_NV[row] = self._mask()
-            if token is None or not allowed_NV[row, token] or self._matcher.validate_tokens([token]) != 1:
-                break
-            self._matcher.consume_token(token)
-            num_taken += 1
-            if self._matcher.is_stopped():
-                break  # nothing follows, so whatever the target says there is cut off
-        self._matcher.rollback(num_taken)
+    def masks(self, draft_ids: Seq[int], parents: Seq[int] | None = None) -> Mask:
+        after: list[list[int]] = [[] for _ in range(len(draft_ids) + 1)]
+        for index, parent in enumerate(range(-1, len(draft_ids) - 1) if parents is None else parents):
+            after[parent + 1].append(index + 1)
+        masks_NW = np.full((len(draft_ids) + 1, -(-self._vocab_size // 32)), 2**32 - 1, dtype=np.uint32)
+        self._look_ahead(0, draft_ids, after, masks_NW)
         self._check()
-        return allowed_NV
+        return masks_NW
 
-    def _mask(self) -> Tensor:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+    def _look_ahead(self, row: int, draft_ids: Seq[int], after: list[list[int]], masks_NW: Mask) -> None:
+        """Fill in the masks of a row and of those that follow it."""
+        masks_NW[row] = np.frombuffer(self._matcher.compute_bitmask(), dtype="<u4")[: masks_NW.shape[1]]
         self._check()
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self._vocab_size)).bool()
+        for following in after[row]:
+            token = draft_ids[following - 1]
+            if self._matcher.validate_tokens([token]) != 1:
+                continue
+            self._matcher.consume_token(token)
+            if not self._matcher.is_stopped():  # else nothing follows: whatever the target says there is cut off
+                self._look_ahead(following, draft_ids, after, masks_NW)
+            self._matcher.rollback(1)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat.numpy
@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hopskip.backends.base import Chains, DraftTask, Head, Pass, Traits
+from hopskip.backends.base import Backend, Chains, Chosen, DraftTask, Head, Pass, Traits
 from hopskip.backends.native.isa import extension, obstacle
 from hopskip.backends.native.load import add_copy, add_exit, make_engine
 from hopskip.backends.native.packed import PackedWeights
+from hopskip.backends.native.rules import native_rule
 from hopskip.backends.rows import Cache, Rows
-from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.trained_exit import Mixing, TrainedExit
+from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
 from hopskip.machine import num_usable_cores, torch_on_one_thread
+from hopskip.sampling import Place
 from hopskip.speculative import DraftPrecision
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
@@ -37,7 +38,7 @@ KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 Array = NDArray[np.float32]
 
 
-class NativeBackend(StepwiseBackend):
+class NativeBackend(Backend):
     """A Llama-family decoder on packed weights.
 
     Hidden states are float32 [N, D] on the CPU in every precision. Arrays of the wrong shape, type or layout, and
@@ -138,13 +139,6 @@ class NativeBackend(StepwiseBackend):
         first = 0 if precision is None else self._first_layer_of_copy[precision]
         return tuple(first + layer for layer in layers)
 
-    @cached_property
-    def mixing(self) -> Mixing | None:
-        if self.trained_exit is None or not self.trained_exit.mixing:
-            return None
-        weights = {name: tensor.detach().float().numpy() for name, tensor in self.trained_exit.mixing.items()}
-        return Mixing(weights, self.config.rms_norm_eps)
-
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def new_cache(self, num_slots: int, length: int) -> TensorCache:
@@ -181,25 +175,30 @@ class NativeBackend(StepwiseBackend):
         assert self.trained_exit is not None
         return [self.trained_exit.vocabulary_list[index] for index in best]
 
+    def choose(self, hidden_ND: Array, places: Seq[Place], reported: Seq[int] = ()) -> Chosen:
+        out_N = np.empty(len(hidden_ND), dtype=np.int32)
+        logits_NV = np.empty((len(reported), self.config.vocab_size), dtype=np.float32) if reported else None
+        rules = {id(place.rule): native_rule(place.rule) for place in places}
+        self._engine.choose(
+            hidden_ND,
+            out_N,
+            rules=[rules[id(place.rule)] for place in places],
+            positions=[place.position for place in places],
+            paths=[place.path for place in places],
+            allowed=[place.allowed for place in places],
+            reported=list(reported),
+            logits=logits_NV,
+        )
+        return Chosen(out_N.tolist(), logits_NV)
+
     def draft(self, task: DraftTask, cache: Cache) -> Chains:
-        if task.choose is not None:
-            return super().draft(task, cache)  # its tokens are chosen in Python
-        head: Head = "exit" if task.layers is None else "full"
         packed_exit = self._packed_exit if task.layers is None else self._own_layers(task.layers, task.precision)
         size, k, t = len(task.limits), max(task.limits), task.num_runner_ups
         tokens_Bk = np.zeros((size, k), dtype=np.int32)
         counts_B = np.zeros(size, dtype=np.int32)
         states_BkD = np.zeros((size, k, self.config.hidden_size), dtype=np.float32)
         runner_ups_Bkt = np.zeros((size, k, t), dtype=np.int32) if t else None
-        probs_Bkt = np.zeros((size, k, 1 + t), dtype=np.float32) if t else None
-        distributions_Bkn = temperatures_B = uniforms_Bk = None
-        if task.temperatures is not None:
-            num_tokens = self._num_tokens(head)
-            distributions_Bkn = np.empty((size, k, num_tokens), dtype=np.float32)
-            temperatures_B = np.array(task.temperatures, dtype=np.float32)
-            uniforms_Bk = np.zeros((size, k), dtype=np.float64)
-            for row, own in zip(uniforms_Bk, task.uniforms or (), strict=True):
-                row[: len(own)] = own
+        sums_Bkt = np.zeros((size, k, 1 + t), dtype=np.float32) if t else None
         self._extend_rope(cache.length)
         native_task = extension.DraftTask(
             ids=np.array(task.token_ids, dtype=np.int32),
@@ -207,14 +206,13 @@ class NativeBackend(StepwiseBackend):
             min_confidence=task.min_confidence,
             features=_contiguous(task.features_NAD),
             token_states=_contiguous(task.token_states_ND),
-            temperatures=temperatures_B,
-            uniforms=uniforms_Bk,
+            rules=[native_rule(rule) for rule in task.rules or ()],
+            sharpness=task.sharpness,
             tokens=tokens_Bk,
             counts=counts_B,
             states=states_BkD,
-            probabilities=probs_Bkt,
             runner_ups=runner_ups_Bkt,
-            distributions=distributions_Bkn,
+            sums=sums_Bkt,
         )
         self._engine.draft(packed_exit, _rows(task.rows), _handle(cache), native_task)
         counts: list[int] = counts_B.tolist()
@@ -222,8 +220,7 @@ class NativeBackend(StepwiseBackend):
             _cut(tokens_Bk, counts),
             [states_kD[:count] for states_kD, count in zip(states_BkD, counts, strict=True)],
             None if runner_ups_Bkt is None else _cut(runner_ups_Bkt, counts),
-            None if probs_Bkt is None else _cut(probs_Bkt, counts),
-            None if distributions_Bkn is None else list(distributions_Bkn),
+            None if sums_Bkt is None else _cut(sums_Bkt, counts),
         )
 
     def stepping(self) -> AbstractContextManager[None]:
