@@ -22,13 +22,13 @@ from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.bench.expected import measured_speedup
 from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
 from hopskip.bench.turns import take_turns
-from hopskip.draft.sources import TRAINED_EXIT
 from hopskip.draft.timing import measure
 from hopskip.errors import HopskipError
 from hopskip.llm import GenerationResult
 from hopskip.loading import DType
 from hopskip.machine import num_usable_cores
 from hopskip.prompts import load_prompts
+from hopskip.speculative import TRAINED_EXIT
 
 SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench")
 

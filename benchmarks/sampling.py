@@ -24,9 +24,9 @@ from typing import Any
 from benchmarks.against_others import LLAMA_1B, write_random_q8_0
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.bench.machine import describe_machine, measure_read_bandwidth
+from hopskip.draft.base import Round
 from hopskip.machine import num_usable_cores
 from hopskip.prompts import PROMPT_SETS, load_prompts
-from hopskip.trace import Round
 
 PRECISIONS: dict[str, dict[str, Any]] = {"bf16": {"dtype": "bfloat16"}, "q8": {"quantize": "q8"}, "default": {}}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,6 @@ from hopskip.backends.torch.layer import LayerWeights
 from hopskip.cli import app
 from hopskip.cli.precisions import parse_precisions
 from hopskip.draft.exit import ExitDrafter
-from hopskip.draft.sources import OwnLayers
 from hopskip.engine import Engine
 from hopskip.engine.choose import Verdict, verify
 from hopskip.errors import ConfigError
@@ -40,6 +39,7 @@ from hopskip.prove.proof import Proof, Tie, all_hold
 from hopskip.prove.recorder import run, same_bits
 from hopskip.prove.sampled import _exact_joint, chi_squared_p_value, sampling_proofs
 from hopskip.sampling_params import SamplingParams
+from hopskip.speculative import OwnLayers
 from tests.models import tiny_model
 from tests.oracle import exact_joint
 from tests.tiny import write_checkpoint

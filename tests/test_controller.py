@@ -10,14 +10,14 @@ import pytest
 from hopskip import SamplingParams
 from hopskip.bench.expected import best_num_draft_tokens
 from hopskip.draft.acceptance import Kind
+from hopskip.draft.base import Round, RoundOfSequence
 from hopskip.draft.controller import PROBE_SHARE, Controller
 from hopskip.draft.costs import Costs, DraftCost
 from hopskip.draft.exit import source_of
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.plans import Choice, Forecast, Plan, best_by_exits, best_by_lookup, priced
-from hopskip.draft.sources import LOOKUP, TRAINED_EXIT, Source, early_exit
 from hopskip.sequence import Request, Sequence
-from hopskip.trace import Round, RoundOfSequence
+from hopskip.speculative import LOOKUP, TRAINED_EXIT, Source, early_exit
 
 EARLY_EXIT = source_of(early_exit(8))
 FLAT = Costs(
@@ -134,7 +134,7 @@ class World:
 
     def new_requests(self, count: int, temperature: float = 0.0) -> None:
         params = SamplingParams(temperature=temperature)
-        self.sequences = [Sequence(Request([1], params), frozenset(), 10) for _ in range(count)]
+        self.sequences = [Sequence(Request([1], params), frozenset()) for _ in range(count)]
 
     def run(self, num_rounds: int) -> list[Choice]:
         """The first sequence's choices."""
@@ -275,7 +275,7 @@ def test_what_was_measured_greedily_counts_for_less_in_sampling() -> None:
     estimates = []
     for temperature in (0.0, 0.7):
         controller = Controller(STEEP, 8, priors={TRAINED_EXIT: [0.02, 0.0]})  # none of few is not never
-        acceptance = controller._of(Sequence(Request([1], SamplingParams()), frozenset(), 10))
+        acceptance = controller._of(Sequence(Request([1], SamplingParams()), frozenset()))
         for _ in range(3):
             acceptance.record([Kind(TRAINED_EXIT, place, temperature) for place in (0, 1)], [True, False])
         estimates.append(acceptance.survival(TRAINED_EXIT, range(8), temperature, 0.0))
@@ -357,7 +357,7 @@ def test_a_text_that_ends_within_a_draft_rejects_nothing() -> None:
     found = {}
     for committed in (2, 3):
         controller = Controller(STEEP, max_draft_tokens=4)
-        sequence = Sequence(Request([1], SamplingParams()), frozenset(), 10)
+        sequence = Sequence(Request([1], SamplingParams()), frozenset())
         part = RoundOfSequence(
             request=0,
             position=0,
@@ -446,11 +446,9 @@ def test_runner_ups_are_dropped_where_they_are_never_right() -> None:
     assert sum(choice.num_runner_ups > 0 for choice in world.run(100)) > 50
 
 
-def test_penalties_allow_no_runner_ups() -> None:
+def test_every_request_may_have_runner_ups() -> None:
     controller = Controller(FLAT, max_draft_tokens=4, max_runner_ups=2)
-    plain = Sequence(Request([1], SamplingParams()), frozenset(), 10)
-    bound = Sequence(Request([1], SamplingParams(frequency_penalty=1.0)), frozenset(), 10)
-    first, second = controller.plan([plain, bound], [4, 4], [[], []])
-    assert first.num_runner_ups == 2
-    assert second.num_tokens > 0
-    assert second.num_runner_ups == 0
+    params = (SamplingParams(), SamplingParams(frequency_penalty=1.0), SamplingParams(temperature=0.7, top_p=0.9))
+    sequences = [Sequence(Request([1], own), frozenset()) for own in params]
+    choices = controller.plan(sequences, [4] * 3, [[]] * 3)
+    assert [choice.num_runner_ups for choice in choices] == [2, 2, 2]

@@ -35,8 +35,8 @@ from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_che
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.errors import CheckpointError, ConfigError
-from hopskip.sampling import Mask, Place, Rule, TokenCounts, best_sums, choose_tokens
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling import best_sums, choose_tokens
+from hopskip.sampling_params import Mask, Place, Rule, SamplingParams, TokenCounts
 from tests.properties import examples
 
 from .models import tiny_config

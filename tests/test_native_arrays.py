@@ -20,8 +20,8 @@ from torch import Tensor
 from hopskip.backends.native import isa
 from hopskip.backends.native.quantize import pack
 from hopskip.backends.rows import Rows, Segment
-from hopskip.sampling import Place, Rule, best_sums
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling import best_sums
+from hopskip.sampling_params import Place, Rule, SamplingParams
 
 pytestmark = pytest.mark.skipif(isa.obstacle() is not None, reason=isa.obstacle() or "")
 

@@ -18,11 +18,10 @@ from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.draft.exit import ExitDrafter
-from hopskip.draft.sources import early_exit
 from hopskip.engine import make_engine
 from hopskip.prove import recorder
 from hopskip.sequence import Request, Sequence
-from hopskip.speculative import DraftChoice, VerifyMode
+from hopskip.speculative import DraftChoice, VerifyMode, early_exit
 from tests.test_engine import PLAIN, new_ids, run
 from tests.tiny import write_checkpoint
 

@@ -19,19 +19,8 @@ from scipy.stats import chi2, kstest
 from torch import Tensor
 
 from hopskip import ConfigError, SamplingParams
-from hopskip.sampling import (
-    Place,
-    Rule,
-    TokenCounts,
-    adjust_logits,
-    best_sums,
-    choose_tokens,
-    fresh_seed,
-    gumbel_noise,
-    kept_tokens,
-    noise_key,
-    scale_of,
-)
+from hopskip.sampling import adjust_logits, best_sums, choose_tokens, gumbel_noise, kept_tokens, noise_key, scale_of
+from hopskip.sampling_params import Place, Rule, TokenCounts, fresh_seed
 from tests.oracle import exact_probabilities
 
 NUMPY, TORCH = array_api_compat.numpy, array_api_compat.torch

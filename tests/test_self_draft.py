@@ -22,14 +22,13 @@ from hopskip.draft import skip_search
 from hopskip.draft.exit import source_of
 from hopskip.draft.make import resolve
 from hopskip.draft.skip_search import search
-from hopskip.draft.sources import Source, early_exit, layer_skip
 from hopskip.engine import make_engine
 from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig, load_backend
 from hopskip.prove.greedy import greedy_proofs
 from hopskip.prove.proof import all_hold
 from hopskip.sequence import Request
-from hopskip.speculative import layer_list
+from hopskip.speculative import Source, early_exit, layer_list, layer_skip
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint
 

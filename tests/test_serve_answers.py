@@ -20,7 +20,7 @@ from hopskip.serve.batch import Batch, Generation, Job, Piece
 from hopskip.serve.engine_thread import GenerationError
 from hopskip.serve.jobs import Plan
 from hopskip.serve.tools import CallSplitter, Notation
-from hopskip.text.stream import TextStream
+from hopskip.text.tokenizer import TextStream
 
 USER = schema.Message(role="user", content="?")
 TOOL = schema.Tool(type="function", function=schema.Function(name="f"))
@@ -59,7 +59,7 @@ def batch_of(number: int, exit_layer: int | None = None, **job: Any) -> Batch:
     for _ in range(number):
         params = SamplingParams(max_new_tokens=100)
         request = Request([1, 2, 3], params, exit_layer=exit_layer)
-        sequence = Sequence(request, frozenset(), 26)
+        sequence = Sequence(request, frozenset())
         sequence.stats.num_cached_prompt_tokens = 2
         text = TextStream(Letters(), ())
         batch.generations.append(Generation(Job(request=request, **job), sequence, text, batch))

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine, make_engine
-from hopskip.sampling import Mask
+from hopskip.sampling_params import Mask
 from hopskip.sequence import Request, Sequence
 from hopskip.serve.batch import Generation, Job, Piece
 from hopskip.serve.engine_thread import EngineThread
 from hopskip.serve.grammar import GrammarCompiler
 from hopskip.serve.settings import Limits
-from hopskip.text.stream import TextStream
-from hopskip.text.tokenizer import Detokenizer
+from hopskip.text.tokenizer import Detokenizer, TextStream
 from tests.models import table_model, tiny_model
 from tests.serving import tiny_llm
 

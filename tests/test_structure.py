@@ -14,11 +14,11 @@ PACKAGE = ROOT / "src" / "hopskip"
 LAYERS = [
     ("errors", "options"),
     ("machine", "speculative", "sampling_params"),
-    ("trace", "checkpoint", "sampling"),
+    ("checkpoint", "sampling"),
     ("sequence", "text", "backends"),
     ("prompts", "draft"),
     ("engine",),
-    ("loading",),
+    ("loading", "trace"),
     ("llm",),
     ("train", "serve", "prove", "bench"),
     ("cli",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hopskip.text.stream import TextStream
+from hopskip.text.tokenizer import TextStream
 
 
 class Pieces:

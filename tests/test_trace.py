@@ -17,13 +17,14 @@ from hopskip.bench.expected import best_measured, measured_speedup
 from hopskip.bench.replay import record, replay
 from hopskip.cli import app
 from hopskip.draft import timing
+from hopskip.draft.base import Round
 from hopskip.draft.costs import Costs, DraftCost, expected_speedup
-from hopskip.draft.sources import Source
 from hopskip.engine import make_engine
 from hopskip.llm import LLM
 from hopskip.loading import LoadConfig, open_model
 from hopskip.sequence import Request
-from hopskip.trace import Proposals, Round, Trace, TraceWriter, read_trace
+from hopskip.speculative import Source
+from hopskip.trace import Proposals, Trace, TraceWriter, read_trace
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint
 

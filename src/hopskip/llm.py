@@ -14,8 +14,7 @@ from hopskip.loading import LoadConfig, LoadOptions, Progress, open_model
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import FinishReason, Request, Sequence, SpeculativeStats, Token
 from hopskip.speculative import SpeculativeConfig
-from hopskip.text.stream import TextStream
-from hopskip.text.tokenizer import Detokenizer
+from hopskip.text.tokenizer import Detokenizer, TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -25,19 +25,6 @@ def num_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def torch_on_one_thread() -> Iterator[None]:
-    """Without PyTorch's other threads: waking them takes longer than a small operation, and they spin for a while."""
-    import torch  # here, as the command line looks at the machine long before it needs a model
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def cache_folder() -> Path | None:
     """`$HOPSKIP_CACHE`, by default `hopskip` in `$XDG_CACHE_HOME` or `~/.cache`. None if nothing is kept: an empty
     HOPSKIP_CACHE says so."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hopskip.sampling import Constraint, Rule
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling_params import Constraint, Rule, SamplingParams
 from hopskip.speculative import DraftKind
 
 Origin = DraftKind | Literal["target", "bonus"]

@@ -13,56 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hopskip.draft.base import Round, RoundOfSequence
 from hopskip.errors import ConfigError
 
 FORMAT = 2
 _READABLE = (1, FORMAT)
 """In format 1 the buckets of proposals are called `signs`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundOfSequence:
-    """One sequence's part in a round."""
-
-    request: int
-    """Number of the request, counted from 0 in the order in which they came."""
-    position: int
-    """Tokens that it had generated before the round."""
-    source: str | None
-    """Who drafted: `exit-branch`, `early-exit:8`, `ngram`; None without a draft."""
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    num_committed: int
-    """Accepted tokens and the one of the target; fewer where the text ended before."""
-    num_runner_ups: int = 0
-    """How many of the draft tokens were second choices beside the draft."""
-    runner_up: int | None = None
-    """Which of them was accepted, counted from 0; None if none was."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """One round of the engine: a draft, the pass that verified it, and what was committed. Times in seconds."""
-
-    draft_seconds: float
-    pass_seconds: float
-    """All layers on all rows."""
-    choose_seconds: float
-    """The head, and the choice of tokens."""
-    commit_seconds: float
-    num_rows: int
-    """Rows of the verify pass: each sequence's last token and its draft tokens, and any rows of padding."""
-    num_chosen_by_logits: int
-    """Rows that needed all logits to choose a token (sampling, penalties, a grammar), not just the best."""
-    sequences: tuple[RoundOfSequence, ...]
-
-    @property
-    def seconds(self) -> float:
-        return self.draft_seconds + self.pass_seconds + self.choose_seconds + self.commit_seconds
-
-    @property
-    def num_committed(self) -> int:
-        return sum(part.num_committed for part in self.sequences)
 
 
 @dataclass(frozen=True, kw_only=True)

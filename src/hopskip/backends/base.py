@@ -19,8 +19,9 @@ Shape letters: N rows, D hidden size, V vocabulary, n tokens of a head, A featur
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +30,8 @@ from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
-from hopskip.sampling import Place, Rule, choose_tokens
+from hopskip.sampling import choose_tokens
+from hopskip.sampling_params import Place, Rule
 from hopskip.speculative import DraftPrecision
 
 Head = Literal["full", "exit"] | DraftPrecision
@@ -242,3 +244,16 @@ def run_by_number(
             hidden_ND = backend.run_layers(hidden_ND, layers[start], layers[stop - 1] + 1, rows, cache).hidden_ND
             start = stop
     return hidden_ND
+
+
+@contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Without PyTorch's other threads: waking them takes longer than a small operation, and they spin for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -17,8 +17,8 @@ from typing import Any
 from hopskip.backends.base import Backend, Chains, DraftTask, Head, run_by_number
 from hopskip.backends.rows import Array, Cache, Rows, Segment
 from hopskip.checkpoint.trained_exit import Mixing
-from hopskip.sampling import Place, Rule, best_sums
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling import best_sums
+from hopskip.sampling_params import Place, Rule, SamplingParams
 
 
 class StepwiseBackend(Backend):

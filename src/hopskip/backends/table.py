@@ -7,13 +7,14 @@ Shape letters: N rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import array_api_compat.torch
 import torch
 from torch import Tensor
 
-from hopskip.backends.base import Head, Pass, Traits
+from hopskip.backends.base import Head, Pass, Traits, torch_on_one_thread
 from hopskip.backends.rows import Cache, Rows
 from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
@@ -73,3 +74,6 @@ class TableBackend(StepwiseBackend):
     @property
     def mixing(self) -> None:
         return None
+
+    def stepping(self) -> AbstractContextManager[None]:
+        return torch_on_one_thread()

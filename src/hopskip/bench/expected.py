@@ -16,7 +16,7 @@ from hopskip.backends.native.packed import format_of
 from hopskip.backends.native.quantize import BLOCK
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.draft.costs import Costs, expected_speedup, expected_tokens
-from hopskip.draft.sources import Source
+from hopskip.speculative import Source
 
 MAX_DRAFT_TOKENS = 16
 """Longest draft that is considered: above it, rows stop being nearly free."""

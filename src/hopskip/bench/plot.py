@@ -9,8 +9,8 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
+from hopskip.draft.base import Round
 from hopskip.errors import ConfigError
-from hopskip.trace import Round
 
 
 def require_matplotlib() -> None:

@@ -18,20 +18,19 @@ from typing import Any, TypeVar
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.draft.auto import AutoDrafter
-from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.base import Draft, Drafter, Round, RoundOfSequence
 from hopskip.draft.controller import Controller
 from hopskip.draft.costs import Costs
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.make import Identity, prepare
 from hopskip.draft.plans import Choice
-from hopskip.draft.sources import LOOKUP, Source
 from hopskip.engine.engine import Engine
 from hopskip.engine.slots import common_prefix
 from hopskip.errors import ConfigError
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
-from hopskip.speculative import SpeculativeConfig
-from hopskip.trace import Proposals, Round, RoundOfSequence, Trace
+from hopskip.speculative import LOOKUP, Source, SpeculativeConfig
+from hopskip.trace import Proposals, Trace
 
 T = TypeVar("T")
 

@@ -277,10 +277,9 @@ def _measure(facts: _Facts, load: LoadConfig) -> Costs:
     """Time the trained exit, if there is one, and the early exits of the table."""
     from functools import partial
 
-    from hopskip.draft.sources import early_exit
     from hopskip.draft.timing import measure
     from hopskip.loading import open_model
-    from hopskip.speculative import SpeculativeConfig
+    from hopskip.speculative import SpeculativeConfig, early_exit
 
     speculative = SpeculativeConfig(draft="exit-branch" if facts.trained_exit else "none")
     with loading(load.model, quiet=False) as bar:

@@ -13,7 +13,7 @@ from hopskip.cli.console import loading, print_json
 from hopskip.cli.options import JsonOption, LoadGroup, with_options
 
 if TYPE_CHECKING:
-    from hopskip.trace import Round
+    from hopskip.draft.base import Round
 
 app = typer.Typer(help="Look into traces of decoding.", no_args_is_help=True, rich_markup_mode="markdown")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from hopskip.draft.sources import LOOKUP, Source
+from hopskip.speculative import LOOKUP, Source
 
 MIN_RATE = 0.02
 """A draft token less likely than this to be accepted is not considered: no row is that cheap."""

@@ -9,15 +9,14 @@ from collections.abc import Sequence as Seq
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.checkpoint.trained_exit import TrainedExit
-from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.base import Draft, Drafter, Round
 from hopskip.draft.controller import Controller
 from hopskip.draft.costs import Costs
 from hopskip.draft.exit import Exit, ExitDrafter, source_of
 from hopskip.draft.live_costs import DraftTiming
 from hopskip.draft.ngram import NgramDrafter
-from hopskip.draft.sources import LOOKUP, Source
 from hopskip.sequence import Sequence
-from hopskip.trace import Round
+from hopskip.speculative import LOOKUP, Source
 
 
 class AutoDrafter(Drafter):

@@ -1,4 +1,4 @@
-"""What a draft is, and what the engine asks of whoever makes one."""
+"""What a draft is, what the engine asks of whoever makes one, and what it tells them of each round."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from hopskip.backends.rows import Array, Cache, Rows
-from hopskip.draft.sources import LOOKUP, Source
 from hopskip.sequence import Sequence
-from hopskip.trace import Round
+from hopskip.speculative import LOOKUP, Source
 
 
 @dataclass
@@ -66,6 +65,51 @@ class Draft:
     def goes_on_after(self, index: int) -> bool:
         """Whether a token of the draft follows this one."""
         return index + 1 < len(self.token_ids) if self.parents is None else index in self.parents
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOfSequence:
+    """One sequence's part in a round."""
+
+    request: int
+    """Number of the request, counted from 0 in the order in which they came."""
+    position: int
+    """Tokens that it had generated before the round."""
+    source: str | None
+    """Who drafted: `exit-branch`, `early-exit:8`, `ngram`; None without a draft."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_committed: int
+    """Accepted tokens and the one of the target; fewer where the text ended before."""
+    num_runner_ups: int = 0
+    """How many of the draft tokens were second choices beside the draft."""
+    runner_up: int | None = None
+    """Which of them was accepted, counted from 0; None if none was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of the engine: a draft, the pass that verified it, and what was committed. Times in seconds."""
+
+    draft_seconds: float
+    pass_seconds: float
+    """All layers on all rows."""
+    choose_seconds: float
+    """The head, and the choice of tokens."""
+    commit_seconds: float
+    num_rows: int
+    """Rows of the verify pass: each sequence's last token and its draft tokens, and any rows of padding."""
+    num_chosen_by_logits: int
+    """Rows that needed all logits to choose a token (sampling, penalties, a grammar), not just the best."""
+    sequences: tuple[RoundOfSequence, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.draft_seconds + self.pass_seconds + self.choose_seconds + self.commit_seconds
+
+    @property
+    def num_committed(self) -> int:
+        return sum(part.num_committed for part in self.sequences)
 
 
 class Drafter(Protocol):

@@ -17,16 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from hopskip.draft.acceptance import MAX_BUCKET, MIN_RATE, Acceptance, Kind, RequestAcceptance
+from hopskip.draft.base import Round
 from hopskip.draft.costs import Costs
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.plans import Choice, Forecast, Plan, best_by_exits, best_by_lookup, priced
-from hopskip.draft.sources import LOOKUP, Source
 from hopskip.sequence import Sequence
-from hopskip.trace import Round
+from hopskip.speculative import LOOKUP, Source
 
 PROBE_SHARE = 0.005
 """Most of the time that probes may lose."""
@@ -171,7 +172,7 @@ class Controller:
         for sequence, own_buckets, part in zip(sequences, buckets, outcome.sequences, strict=True):
             if part.source is None:
                 continue
-            source, own, temperature = Source.parse(part.source), self._of(sequence), _temperature(sequence)
+            source, own, temperature = _source_named(part.source), self._of(sequence), _temperature(sequence)
             self._last_use[_Use(source)] = self._num_rounds
             num_chained = part.num_draft_tokens - part.num_runner_ups
             accepted = [True] * (part.num_accepted_tokens - (part.runner_up is not None))
@@ -257,3 +258,6 @@ def _probing(forecasts: Seq[Forecast], choices: Seq[Choice], use: _Use) -> list[
         )
         can = [i == likely for i in range(len(can))]
     return [Choice(source, 1) if may else choice for may, choice in zip(can, choices, strict=True)]
+
+
+_source_named = cache(Source.parse)

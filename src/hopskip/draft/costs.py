@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hopskip.draft.sources import Source
+from hopskip.speculative import Source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+from hopskip.draft.base import Round
 from hopskip.draft.costs import Costs, DraftCost, interpolated
-from hopskip.draft.sources import Source
-from hopskip.trace import Round
+from hopskip.speculative import Source
 
 _WRONG = 1.5
 """A table is wrong if its entries are off by this factor against each other."""

@@ -13,11 +13,10 @@ from hopskip.draft.base import Drafter, FirstOf
 from hopskip.draft.exit import Exit, ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
 from hopskip.draft.skip_search import search
-from hopskip.draft.sources import OwnLayers, early_exit, layer_skip
 from hopskip.draft.timing import MAX_ROWS, Timings
 from hopskip.errors import ConfigError
 from hopskip.machine import kept_path
-from hopskip.speculative import DraftChoice, SpeculativeConfig
+from hopskip.speculative import DraftChoice, OwnLayers, SpeculativeConfig, early_exit, layer_skip
 
 _USUAL_LENGTH = 6
 _USUAL_LENGTH_OF_LAYER_SKIP = 3  # its steps cost more than those of an exit

@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 
 from hopskip.backends.rows import Cache
 from hopskip.draft.base import Draft, Drafter
-from hopskip.draft.sources import LOOKUP
 from hopskip.sequence import Sequence
+from hopskip.speculative import LOOKUP
 
 MAX_MATCH = 16
 """Longer matches are as good as certain, and not told apart."""

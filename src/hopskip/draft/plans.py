@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hopskip.draft.live_costs import LiveCosts
-from hopskip.draft.sources import LOOKUP, Source
+from hopskip.speculative import LOOKUP, Source
 
 
 class Choice(NamedTuple):

@@ -24,9 +24,8 @@ import torch
 from hopskip.backends.base import Backend, run_by_number
 from hopskip.backends.rows import Array, Rows, Segment
 from hopskip.draft.costs import expected_speedup
-from hopskip.draft.sources import OwnLayers, layer_skip
 from hopskip.machine import replacing_file
-from hopskip.speculative import DraftPrecision
+from hopskip.speculative import DraftPrecision, OwnLayers, layer_skip
 
 _NUM_TEXTS, _LENGTH = 4, 96
 """Of the model's own, that layers are tried on."""

@@ -18,9 +18,9 @@ from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.draft.costs import Costs, DraftCost
 from hopskip.draft.exit import Exit, ExitDrafter, source_of
-from hopskip.draft.sources import Source
 from hopskip.machine import cpu_name, kept_path, num_usable_cores, replacing_file
 from hopskip.sequence import Request, Sequence
+from hopskip.speculative import Source
 
 VERSION = 2
 """Raised whenever timings of before would mislead: files of other versions are not looked at."""

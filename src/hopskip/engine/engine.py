@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
-from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.base import Draft, Drafter, Round
 from hopskip.draft.make import DraftersByExit, Identity, prepare
 from hopskip.engine.choose import choose
 from hopskip.engine.round import Rounds
@@ -21,7 +21,6 @@ from hopskip.engine.slots import Slots
 from hopskip.errors import ConfigError, PromptError
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
-from hopskip.trace import Round
 
 _PREFILL_ROWS = 512
 """Most prompt tokens in one pass: enough to keep the arithmetic units busy, few enough to bound activations."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from hopskip.backends.base import Backend, Pass
 from hopskip.backends.rows import Array, Rows, Segment
-from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.base import Draft, Drafter, Round, RoundOfSequence
 from hopskip.engine.choose import Choice, choose
 from hopskip.engine.slots import Slots
 from hopskip.sequence import Sequence
 from hopskip.speculative import SpeculativeConfig
-from hopskip.trace import Round, RoundOfSequence
 
 
 @dataclass
@@ -242,10 +242,14 @@ def _part(sequence: Sequence, draft: Draft, choice: Choice, num_committed: int) 
     return RoundOfSequence(
         request=sequence.number,
         position=len(sequence.tokens) - num_committed,
-        source=str(draft.source) if draft.token_ids else None,
+        source=_name_of(draft.source) if draft.token_ids else None,
         num_draft_tokens=len(draft.token_ids),
         num_accepted_tokens=min(verdict.num_accepted, num_committed),
         num_committed=num_committed,
         num_runner_ups=draft.num_runner_ups,
         runner_up=last - draft.num_chained if last >= draft.num_chained else None,
     )
+
+
+_name_of = cache(str)
+"""Of a source. There are few, and a name for each round."""

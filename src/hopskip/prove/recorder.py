@@ -10,13 +10,12 @@ from torch import Tensor
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array, Cache, Rows
-from hopskip.draft.base import Draft, Drafter
+from hopskip.draft.base import Draft, Drafter, Round
 from hopskip.draft.make import prepare
 from hopskip.engine.engine import Engine
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence, SpeculativeStats
 from hopskip.speculative import SpeculativeConfig
-from hopskip.trace import Round
 
 
 @dataclass(frozen=True)

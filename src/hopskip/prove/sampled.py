@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from hopskip.backends.base import Backend
 from hopskip.backends.table import TableBackend
 from hopskip.engine.engine import make_engine
-from hopskip.machine import torch_on_one_thread
 from hopskip.prove.greedy import PLAIN, exits_to_try, hidden_states, last_logits, sampled_proofs
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import run
@@ -70,8 +69,7 @@ def _distribution_proof(table: TableBackend, index: int, num_draws: int) -> Proo
     # chance alone fails one run in a thousand; a fault fails the second too
     for attempt in range(2):
         seeds = range(attempt * num_draws, (attempt + 1) * num_draws)
-        with torch_on_one_thread():
-            p_value = chi_squared_p_value(_count(table, params, seeds), expected)
+        p_value = chi_squared_p_value(_count(table, params, seeds), expected)
         if p_value > MIN_P_VALUE:
             break
     is_right = p_value > MIN_P_VALUE

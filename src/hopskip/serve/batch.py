@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from hopskip.sequence import FinishReason, Request, Sequence, Token
-from hopskip.text.stream import TextStream
+from hopskip.text.tokenizer import TextStream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Protocol
 from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError, HopskipError
 from hopskip.serve.batch import Batch, Generation, Job, Piece
-from hopskip.text.stream import IncrementalDecoder, TextStream
+from hopskip.text.tokenizer import IncrementalDecoder, TextStream
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopskip.serve.schema import Tool
-from hopskip.text.stream import overlap
+from hopskip.text.tokenizer import overlap
 
 
 @dataclass(frozen=True)

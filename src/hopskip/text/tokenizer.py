@@ -5,15 +5,24 @@ Everything here is used while text is made; how a checkpoint's tokenizer is read
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from typing import Any, NoReturn, Protocol, TypeVar
 
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
-from hopskip.errors import PromptError
-from hopskip.text.chat_template import ChatTemplate
+from hopskip.errors import CheckpointError, PromptError
+
+T = TypeVar("T")
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -181,3 +190,157 @@ class Detokenizer:
         before: str = decode(self._window[: self._num_read], skip_special_tokens=True)
         after: str = decode(self._window, skip_special_tokens=True)
         return after[len(before) :]
+
+
+# -- chat templates ----------------------------------------------------------------------------------------------------
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; for inference its body is all there is to it."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled chat template. It is a program that comes with a checkpoint, so it runs in a sandbox, as in
+    transformers.
+
+    Raises:
+        CheckpointError: the source is not valid Jinja.
+    """
+
+    def __init__(self, source: str) -> None:
+        if not isinstance(source, str):
+            raise CheckpointError(f"the model's chat template is a {type(source).__name__}; give a plain prompt")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+        try:
+            self._template = environment.from_string(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+            """Names that the template takes from outside: `messages`, perhaps `tools`, ..."""
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"the model's chat template is not valid ({error}); give a plain prompt") from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any) -> str:
+        """The text of a chat.
+
+        Raises:
+            PromptError: the messages are not a list of mappings with a role, or the template refuses them.
+        """
+        if isinstance(messages, str) or not messages:
+            raise PromptError(f"a chat is a non-empty list of messages with role and content, not {messages!r}")
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise PromptError(f"chat message {message!r} has no role; give {{'role': 'user', 'content': '...'}}")
+        # templates test for a key, not for None
+        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        values = {"tools": None, "documents": None, **variables}
+        try:
+            return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **values)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise PromptError(f"the model's chat template refuses these messages: {error}") from None
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which models were not trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+# -- streams of text ---------------------------------------------------------------------------------------------------
+
+
+class IncrementalDecoder(Protocol):
+    """Token ids in, pieces of valid Unicode out, as `Detokenizer`."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TextStream:
+    """The text of one request as it grows: one piece per token, and the first stop string.
+
+    Text that could be the beginning of a stop string is held back until it is certain, so nothing shown is ever taken
+    back; the pieces joined are the text before the stop string. A stop string is found wherever it lies: inside a
+    token, across tokens, inside an accepted draft.
+    """
+
+    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str] = ()) -> None:
+        self._decoder = decoder
+        self._stop = tuple(stop)
+        self._held = ""
+        self._rest = ""
+        self._is_stopped = False
+        self._pieces: list[str] = []
+        """Text that became certain with each token pushed; often empty."""
+        self._num_taken = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces) + self._rest
+
+    def push(self, token_id: int) -> bool:
+        """Take one token; True if its text completes a stop string."""
+        assert not self._is_stopped
+        self._pieces.append(self._show(self._decoder.push(token_id)))
+        return self._is_stopped
+
+    def finish(self) -> str:
+        """The text ends here: returns what was held back, the first time that it is called."""
+        if self._is_stopped:
+            return ""
+        self._rest = self._show(self._decoder.flush()) + self._held
+        self._is_stopped = True
+        return self._rest
+
+    def take(self, tokens: Sequence[T], *, is_finished: bool) -> list[tuple[T, str]]:
+        """The tokens that have come since the last call, each with the text that became certain with it.
+
+        Args:
+            tokens: all of the request so far.
+            is_finished: the text ends with the last of them, whose text has what was held back.
+        """
+        new = tokens[self._num_taken :]
+        pieces = self._pieces[self._num_taken : len(tokens)]
+        # a token in stop_token_ids ends the text without being part of it
+        pieces += [""] * (len(new) - len(pieces))
+        self._num_taken = len(tokens)
+        if is_finished and pieces:
+            pieces[-1] += self.finish()
+        return list(zip(new, pieces, strict=True))
+
+    def _show(self, piece: str) -> str:
+        """Add decoded text; return what of it, and of the text held back, is certain."""
+        text = self._held + piece
+        found = min((i for i in (text.find(stop) for stop in self._stop) if i >= 0), default=None)
+        if found is not None:
+            self._is_stopped = True
+            self._held = ""
+            return text[:found]
+        num_held = max((overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

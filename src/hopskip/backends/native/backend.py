@@ -11,25 +11,25 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import array_api_compat.numpy
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hopskip.backends.base import Backend, Chains, Chosen, DraftTask, Head, Pass, Traits
+from hopskip.backends.base import Backend, Chains, Chosen, DraftTask, Head, Pass, Traits, torch_on_one_thread
 from hopskip.backends.native.isa import extension, obstacle
 from hopskip.backends.native.load import add_copy, add_exit, make_engine
 from hopskip.backends.native.packed import PackedWeights
-from hopskip.backends.native.rules import native_rule
 from hopskip.backends.rows import Cache, Rows
 from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
-from hopskip.machine import num_usable_cores, torch_on_one_thread
-from hopskip.sampling import Place
+from hopskip.machine import num_usable_cores
+from hopskip.sampling_params import Place, Rule
 from hopskip.speculative import DraftPrecision
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
@@ -178,7 +178,7 @@ class NativeBackend(Backend):
     def choose(self, hidden_ND: Array, places: Seq[Place], reported: Seq[int] = ()) -> Chosen:
         out_N = np.empty(len(hidden_ND), dtype=np.int32)
         logits_NV = np.empty((len(reported), self.config.vocab_size), dtype=np.float32) if reported else None
-        rules = {id(place.rule): native_rule(place.rule) for place in places}
+        rules = {id(place.rule): _native_rule(place.rule) for place in places}
         self._engine.choose(
             hidden_ND,
             out_N,
@@ -206,7 +206,7 @@ class NativeBackend(Backend):
             min_confidence=task.min_confidence,
             features=_contiguous(task.features_NAD),
             token_states=_contiguous(task.token_states_ND),
-            rules=[native_rule(rule) for rule in task.rules or ()],
+            rules=[_native_rule(rule) for rule in task.rules or ()],
             sharpness=task.sharpness,
             tokens=tokens_Bk,
             counts=counts_B,
@@ -277,3 +277,35 @@ def _rows(rows: Rows) -> Any:
 @lru_cache
 def _int32(numbers: tuple[int, ...]) -> NDArray[np.int32]:
     return np.array(numbers, dtype=np.int32)
+
+
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""For what float32 would round to 0 or infinity, which have other meanings."""
+
+_native: WeakKeyDictionary[Rule, Any] = WeakKeyDictionary()
+
+
+def _native_rule(rule: Rule) -> Any:
+    """`extension.Rule`, with the counts of now."""
+    found = _native.get(rule)
+    if found is None:
+        found = _native[rule] = _make_rule(rule)
+    if rule.counts is not None:
+        found.set_counts(rule.counts.ids, rule.counts.counts)
+    return found
+
+
+def _make_rule(rule: Rule) -> Any:
+    params = rule.params
+    return extension.Rule(
+        temperature=max(params.temperature, _SMALLEST) if params.temperature else 0.0,
+        seed=rule.seed,
+        top_k=min(params.top_k, 2**31 - 1),
+        top_p=max(params.top_p, _SMALLEST),
+        min_p=max(params.min_p, _SMALLEST) if params.min_p else 0.0,
+        repetition=min(max(params.repetition_penalty, _SMALLEST), _LARGEST),
+        presence=min(max(params.presence_penalty, -_LARGEST), _LARGEST),
+        frequency=min(max(params.frequency_penalty, -_LARGEST), _LARGEST),
+        biased=[*params.logit_bias],
+        biases=[*params.logit_bias.values()],
+    )

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hopskip.backends.base import Backend
 from hopskip.checkpoint.trained_exit import TrainedExit
+from hopskip.draft.base import Round
 from hopskip.engine.engine import Engine, make_engine
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
-from hopskip.trace import Round
 from hopskip.train.exit.conversations import Conversation
 from hopskip.train.exit.recipe import SearchRecipe
 
