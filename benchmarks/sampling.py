@@ -4,22 +4,28 @@
     python -m benchmarks.sampling --section rounds --precision q8
 
 Sections: `rounds` (milliseconds of a round of one request, plain and with a draft of the trained exit, k = 4), `batch`
-(sixteen requests at once, nothing drafted), `auto` (default drafting over plain decoding, four prompt sets) and
-`vocabulary` (Llama-3.2-1B's shape, 128k tokens, random weights: the worst case for a nucleus). Settings take turns,
-greedy among them; figures are medians, and ratios over greedy. The tokens that each draws differ, so `rounds` compares
-rounds of the same number of rows. Needs `hopskip[eval]`.
+(sixteen requests at once, nothing drafted), `auto` (default drafting over plain decoding, four prompt sets), `served`
+(the same through two servers, one client, a seed, with and without a JSON schema) and `vocabulary` (Llama-3.2-1B's
+shape, 128k tokens, random weights: the worst case for a nucleus). Settings take turns, greedy among them; figures are
+medians, and ratios over greedy. The tokens that each draws differ, so `rounds` compares rounds of the same number of
+rows. Needs `hopskip[serve,eval]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import httpx
 
 from benchmarks.against_others import LLAMA_1B, write_random_q8_0
 from hopskip import LLM, SamplingParams, SpeculativeConfig
@@ -110,6 +116,82 @@ def auto(precision: dict[str, Any]) -> Iterator[str]:
         yield f"{setting:24} auto over plain {speedup:5.2f} x, {tokens / passes:.2f} tokens a pass"
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "age": {"type": "integer"},
+        "hobbies": {"type": "array", "items": {"type": "string", "maxLength": 30}, "minItems": 2, "maxItems": 5},
+        "address": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 30}, "country": {"type": "string", "maxLength": 30}},
+            "required": ["city", "country"],
+        },
+    },
+    "required": ["name", "age", "hobbies", "address"],
+}
+PEOPLE = (
+    "a doctor",
+    "a pirate",
+    "a young painter",
+    "a retired teacher",
+    "a chess player",
+    "a farmer",
+    "a spy",
+    "a baker",
+)
+
+
+@contextmanager
+def server(llm: LLM) -> Iterator[httpx.Client]:
+    from hopskip.serve.app import create_app
+    from hopskip.serve.run import Runner, bind
+    from hopskip.serve.settings import ServeSettings
+
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    runner = Runner(
+        create_app(llm, ServeSettings(model_name="default")), host="127.0.0.1", port=port, shutdown_timeout=0
+    )
+    thread = threading.Thread(target=lambda: asyncio.run(runner.serve([listener])), daemon=True)
+    thread.start()
+    while not runner.started:
+        time.sleep(0.01)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+        yield client
+    runner.should_exit = True
+    thread.join()
+
+
+def served(precision: dict[str, Any]) -> Iterator[str]:
+    people = [
+        [{"role": "user", "content": f"Describe {person} as JSON with name, age, hobbies, address."}]
+        for person in PEOPLE
+    ]
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    cases = {"a seed": (chats(4), {"ignore_eos": True}), "a JSON schema": (people, {"response_format": schema})}
+    with server(LLM(speculative=PLAIN, **precision)) as plain, server(LLM(**precision)) as auto:
+        for case, (prompts, more) in cases.items():
+            seconds = {plain: 0.0, auto: 0.0}
+            for index, prompt in enumerate([prompts[0], *prompts]):
+                answers = []
+                for client in (plain, auto) if index % 2 else (auto, plain):
+                    body = {
+                        "messages": prompt,
+                        "max_tokens": 96,
+                        "temperature": 0.7,
+                        "top_p": 0.9,
+                        "seed": index,
+                        **more,
+                    }
+                    started = time.perf_counter()
+                    answer = client.post("/v1/chat/completions", json=body).json()
+                    seconds[client] += (time.perf_counter() - started) * (index > 0)  # the first is a warm-up
+                    answers.append(answer["choices"][0]["message"]["content"])
+                assert answers[0] == answers[1], "a draft has changed a text"
+            yield f"served, top_p 0.9, {case:14} auto over plain {seconds[plain] / seconds[auto]:5.2f} x"
+
+
 def vocabulary(_: dict[str, Any]) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "llama-1b-q8_0.gguf"
@@ -126,7 +208,7 @@ def table(what: str, values: dict[str, float], more_is_better: bool = False) -> 
         yield f"    {setting:24} {value:9.2f}   {ratio:.3f} of greedy"
 
 
-SECTIONS = {"rounds": rounds, "batch": batch, "auto": auto, "vocabulary": vocabulary}
+SECTIONS = {"rounds": rounds, "batch": batch, "auto": auto, "served": served, "vocabulary": vocabulary}
 
 
 def main() -> int:

@@ -107,20 +107,21 @@ int32_t Model::choose_row(const Rule& rule, const Place& place, float* x, Worker
         kernels_.keep_before(x, blocks, value, index + 1);
     }
     const LogitsView view{x, worker.maxima.data(), blocks, nullptr, is_drawn ? &key : nullptr, maximum, scale};
-    const bool has_least = is_drawn && rule.min_p > 0;
-    double mass = has_nucleus && has_least ? kernels_.masses(view, NEVER, 0).all : 0;  // while all of it is there
-    if (has_least) kernels_.keep_from(x, blocks, maximum, scale, std::log(rule.min_p));
-    while (true) {
-        float sum;
-        int32_t index;
-        kernels_.best_sums(view, 1, &sum, &index);
-        if (index < 0 || !has_nucleus) return index;
-        const float value = x[index];
-        const Masses found = kernels_.masses(view, value, index);
-        if (mass == 0) mass = found.all;
-        if (found.before < rule.top_p * mass) return index;
-        kernels_.keep_before(x, blocks, value, index);
+    float sum;
+    int32_t index;
+    double mass;  // of all that top-p is a share of
+    if (is_drawn && rule.min_p > 0) {
+        if (has_nucleus) kernels_.best_sums(view, 1, &sum, &index, &mass);  // of more than min-p leaves
+        kernels_.keep_from(x, blocks, maximum, scale, std::log(rule.min_p));
+        kernels_.best_sums(view, 1, &sum, &index, nullptr);
+    } else {
+        kernels_.best_sums(view, 1, &sum, &index, has_nucleus ? &mass : nullptr);
     }
+    while (has_nucleus && index >= 0 && kernels_.mass_before(view, x[index], index) >= rule.top_p * mass) {
+        kernels_.keep_before(x, blocks, x[index], index);
+        kernels_.best_sums(view, 1, &sum, &index, nullptr);
+    }
+    return index;
 }
 
 void Model::choose(const float* in, int count, const ChoiceTask& task) {

@@ -82,29 +82,29 @@ void keep_from(float* x, int blocks, float maximum, float scale, float least) {
     }
 }
 
-// Sums of exp((x - maximum) * scale): over all, and over those that rank before (value, index).
-Masses masses(const LogitsView& logits, float value, int index) {
-    constexpr float NEGLIGIBLE = -60;  // below the rounding of either sum, in any number
+inline V weight_of(const LogitsView& logits, V x) { return exponential((x - logits.maximum) * logits.scale); }
+
+// The largest of a block as its log-probability beside that of the best token.
+inline float largest_of(const LogitsView& logits, int block) {
+    return (logits.maxima[block] - logits.maximum) * logits.scale;
+}
+
+// The sum of exp((x - maximum) * scale) over what ranks before (value, index). Few blocks have any of it.
+double mass_before(const LogitsView& logits, float value, int index) {
     const V edge = splat(value);
-    Masses found{0, 0};
+    double mass = 0;
     for (int b = 0; b < logits.blocks; ++b) {
-        if ((logits.maxima[b] - logits.maximum) * logits.scale < NEGLIGIBLE) continue;
-        const float* x = logits.x + b * CHOICE_BLOCK;
-        V all = V{}, before = V{}, equal = V{};
-        for (int i = 0; i < CHOICE_BLOCK; i += LANES) {
-            const V y = load(x + i), weight = exponential((y - logits.maximum) * logits.scale);
-            const V above = where_less(edge, y, weight, V{});
-            all += weight;
-            before += above;
-            equal += where_less(y, edge, V{}, weight) - above;
+        if (logits.maxima[b] < value) continue;
+        V sum = V{};
+        for (int i = b * CHOICE_BLOCK; i < (b + 1) * CHOICE_BLOCK; i += LANES) {
+            const V x = load(logits.x + i), weight = weight_of(logits, x);
+            const V at = lane_indices() + static_cast<float>(i);
+            const V if_equal = where_less(at, splat(static_cast<float>(index)), weight, V{});
+            sum += where_less(edge, x, weight, where_less(x, edge, V{}, if_equal));
         }
-        found.all += reduce_add(all);
-        found.before += reduce_add(before);
-        if (!any_above(equal, 0)) continue;
-        for (int i = 0; i < CHOICE_BLOCK && b * CHOICE_BLOCK + i < index; ++i)
-            if (x[i] == value) found.before += exponential(splat((x[i] - logits.maximum) * logits.scale))[0];
+        mass += reduce_add(sum);
     }
-    return found;
+    return mass;
 }
 
 // The best sums so far of `best_sums`, in their order.
@@ -142,16 +142,25 @@ inline bool may_win(const LogitsView& logits, int block, float missing) {
 }
 
 // The `number` best of (x - maximum) * scale + noise, best first; of equals, the one in front. Without a key the best
-// of the first term. Fewer, if there are not so many above minus infinity: the index of the others is -1.
-void best_sums(const LogitsView& logits, int number, float* sums, int32_t* indices) {
+// of the first term. Fewer, if there are not so many above minus infinity: the index of the others is -1. Where it is
+// asked for, also the sum of exp((x - maximum) * scale) over all.
+void best_sums(const LogitsView& logits, int number, float* sums, int32_t* indices, double* mass) {
+    constexpr float NEGLIGIBLE = -30;  // of any number of tokens, below the rounding of the sum
     for (int i = 0; i < number; ++i) sums[i] = -__builtin_inff(), indices[i] = -1;
     Leaders leaders{number - 1, sums, indices};
     const float& least = sums[number - 1];
+    if (mass) *mass = 0;
     for (int b = 0; b < logits.blocks; ++b) {
-        const float largest = (logits.maxima[b] - logits.maximum) * logits.scale;
+        const float largest = largest_of(logits, b);
+        const int begin = b * CHOICE_BLOCK, end = begin + CHOICE_BLOCK;
+        if (mass && largest > NEGLIGIBLE) {
+            V sum = V{};
+            for (int i = begin; i < end; i += LANES) sum += weight_of(logits, load(logits.x + i));
+            *mass += reduce_add(sum);
+        }
         if (logits.key ? !(largest > -__builtin_inff()) || !may_win(logits, b, least - largest) : !(largest > least))
             continue;
-        for (int i = b * CHOICE_BLOCK; i < (b + 1) * CHOICE_BLOCK; i += LANES) {
+        for (int i = begin; i < end; i += LANES) {
             V sum = (load(logits.x + i) - logits.maximum) * logits.scale;
             if (logits.key) sum += gumbel(random_of(logits, i));
             if (!any_above(sum, least)) continue;
@@ -165,4 +174,4 @@ void best_sums(const LogitsView& logits, int number, float* sums, int32_t* indic
 
 const Kernels TABLE = {NAME,      MULTIPLIES_BF16, multiply,      rms_norm,     quantize,
                        to_bf16,   to_int8,         silu_multiply, block_maxima, keep_before,
-                       keep_from, masses,          best_sums,     attend_chunk, fold};
+                       keep_from, mass_before,     best_sums,     attend_chunk, fold};

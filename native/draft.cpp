@@ -163,13 +163,11 @@ private:
         std::vector<int32_t> found(number);
         const LogitsView view{logits, worker.maxima.data(), blocks, ids, rule.temperature > 0 ? &key : nullptr, maximum,
                               scale};
-        model_.kernels_.best_sums(view, number, sums.data(), found.data());
+        double mass;
+        model_.kernels_.best_sums(view, number, sums.data(), found.data(), task_.min_confidence > 0 ? &mass : nullptr);
         best_[i] = std::max(found[0], 0);
-        if (task_.min_confidence > 0) {
-            const float value = logits[best_[i]];
-            const double mass = model_.kernels_.masses(view, value, best_[i]).all;
-            is_sure_[i] = std::exp((value - maximum) * scale) / mass >= task_.min_confidence;
-        }
+        if (task_.min_confidence > 0)
+            is_sure_[i] = std::exp((logits[best_[i]] - maximum) * scale) / mass >= task_.min_confidence;
         if (!task_.runner_ups) return;
         std::ranges::copy(sums, task_.sums + number * at);
         for (int rank = 1; rank < number; ++rank)

@@ -111,10 +111,6 @@ struct LogitsView {
     float maximum, scale;
 };
 
-struct Masses {
-    double all, before;
-};
-
 struct Kernels {
     const char* name;
     bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights
@@ -133,8 +129,8 @@ struct Kernels {
     void (*block_maxima)(const float* x, int blocks, float* maxima);
     void (*keep_before)(float* x, int blocks, float value, int index);
     void (*keep_from)(float* x, int blocks, float maximum, float scale, float least);
-    Masses (*masses)(const LogitsView&, float value, int index);
-    void (*best_sums)(const LogitsView&, int number, float* sums, int32_t* indices);
+    double (*mass_before)(const LogitsView&, float value, int index);
+    void (*best_sums)(const LogitsView&, int number, float* sums, int32_t* indices, double* mass);
 
     // scratch: float [TILE * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
     void (*attend_chunk)(const ChunkTask&, float* scratch, float* partials);
