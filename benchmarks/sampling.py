@@ -169,7 +169,10 @@ def served(precision: dict[str, Any]) -> Iterator[str]:
         for person in PEOPLE
     ]
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-    cases = {"a seed": (chats(4), {"ignore_eos": True}), "a JSON schema": (people, {"response_format": schema})}
+    cases: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "a seed": (chats(4), {"ignore_eos": True}),
+        "a JSON schema": (people, {"response_format": schema}),
+    }
     with server(LLM(speculative=PLAIN, **precision)) as plain, server(LLM(**precision)) as auto:
         for case, (prompts, more) in cases.items():
             seconds = {plain: 0.0, auto: 0.0}

@@ -20,9 +20,10 @@ from hopskip.sampling_params import Constraint
 from hopskip.sequence import Request
 from hopskip.serve.grammar import GrammarCompiler, Kind
 from hopskip.serve.settings import Limits
+from hopskip.train.exit.distill import ExitTrainer
 from tests.properties import examples
 from tests.serving import live_server, tiny_llm
-from tests.test_exit_branch import CONFIGS, ExitTrainer
+from tests.test_exit_branch import CONFIGS
 
 PLAIN = SpeculativeConfig(draft="none")
 WAYS: dict[str, SpeculativeConfig] = {

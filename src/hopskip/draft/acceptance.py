@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from hopskip.speculative import LOOKUP, Source
 
-MIN_RATE = 0.02
-"""A draft token less likely than this to be accepted is not considered: no row is that cheap."""
 MAX_BUCKET = 16
 """Longer matches are counted with those of this length."""
 _PRIOR_WEIGHT, _GUESS_WEIGHT = 16.0, 4.0
@@ -28,7 +26,7 @@ class Kind(NamedTuple):
 
 
 _MEMORY = 500
-"""Draft tokens of a kind that are remembered over all requests."""
+"""Draft tokens of a kind that are remembered."""
 
 
 class Acceptance:
@@ -41,22 +39,16 @@ class Acceptance:
         self._counts: dict[Kind, list[float]] = {}
         """Accepted, and all."""
         self._priors = {
-            # of few drafts none may have been accepted, which does not say never
-            source: [max(now / before, MIN_RATE) for now, before in zip(shares, (1.0, *shares), strict=False) if before]
+            source: [now / before for now, before in zip(shares, (1.0, *shares), strict=False) if before]
             for source, shares in priors.items()
         }
 
     def rate(self, kind: Kind) -> float:
         """Of an exit, a place that has seldom been reached is taken to be like the one before."""
-        accepted, tried = self._counts.get(kind, (0.0, 0.0))
-        prior, weight = self._prior(kind)
-        return (accepted + weight * prior) / (tried + weight)
+        return _estimate(self._counts.get(kind), *self._prior(kind))
 
     def record(self, kind: Kind, is_accepted: bool) -> None:
-        counts = self._counts.setdefault(kind, [0.0, 0.0])
-        keep = 1 - 1 / _MEMORY
-        counts[0] = counts[0] * keep + is_accepted
-        counts[1] = counts[1] * keep + 1
+        _count(self._counts, kind, is_accepted)
 
     def _prior(self, kind: Kind) -> tuple[float, float]:
         """What is expected before anything was counted, and the draft tokens that this is worth."""
@@ -74,23 +66,12 @@ class Acceptance:
         return 0.85 if source.kind == "layer-skip" else 0.5, _GUESS_WEIGHT  # nearly the whole model; or who knows
 
 
-_REQUEST_MEMORY = 24
-"""The same in one request."""
-_FADING = 0.99
-"""What a round leaves of a request's older counts, so that what did not pay once is not ruled out for ever."""
-
-
 class RequestAcceptance:
-    """The same of one request, which starts from what the others have shown, and forgets sooner."""
+    """The same of one request, which starts from what the others have shown."""
 
     def __init__(self, others: Acceptance) -> None:
         self._others = others
         self._counts: dict[Kind, list[float]] = {}
-        """Accepted, all, and the round of the last."""
-        self._round = 0
-
-    def begin_round(self) -> None:
-        self._round += 1
 
     def survival(self, source: Source, buckets: Iterable[int], temperature: float, floor: float) -> list[float]:
         """The probabilities that the first 1, 2, .. tokens of a draft are all accepted, down to `floor`. The first is
@@ -105,7 +86,7 @@ class RequestAcceptance:
             usual = self._others.rate(kind)
             rate = self._rate(kind, min(usual * lift, 0.98))
             if source != LOOKUP:
-                lift = rate / usual
+                lift = rate / usual if usual else 1.0
             product *= rate
             if product < floor and found:
                 break
@@ -125,14 +106,21 @@ class RequestAcceptance:
         return found
 
     def _rate(self, kind: Kind, prior: float) -> float:
-        accepted, tried, last = self._counts.get(kind, (0.0, 0.0, 0))
-        fading = _FADING ** (self._round - last)
-        return (accepted * fading + _PRIOR_WEIGHT * prior) / (tried * fading + _PRIOR_WEIGHT)
+        return _estimate(self._counts.get(kind), prior, _PRIOR_WEIGHT)
 
     def record(self, kinds: Iterable[Kind], accepted: Iterable[bool]) -> None:
         """Count the draft tokens that were looked at: those accepted, and the first that was not."""
         for kind, is_accepted in zip(kinds, accepted, strict=False):
             self._others.record(kind, is_accepted)
-            counts = self._counts.setdefault(kind, [0.0, 0.0, 0])
-            keep = (1 - 1 / _REQUEST_MEMORY) * _FADING ** (self._round - counts[2])
-            counts[:] = counts[0] * keep + is_accepted, counts[1] * keep + 1, self._round
+            _count(self._counts, kind, is_accepted)
+
+
+def _estimate(counts: Seq[float] | None, prior: float, weight: float) -> float:
+    accepted, tried = counts or (0.0, 0.0)
+    return (accepted + weight * prior) / (tried + weight)
+
+
+def _count(all_counts: dict[Kind, list[float]], kind: Kind, is_accepted: bool) -> None:
+    counts = all_counts.setdefault(kind, [0.0, 0.0])
+    keep = 1 - 1 / _MEMORY
+    counts[:] = counts[0] * keep + is_accepted, counts[1] * keep + 1

@@ -21,7 +21,7 @@ from functools import cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from hopskip.draft.acceptance import MAX_BUCKET, MIN_RATE, Acceptance, Kind, RequestAcceptance
+from hopskip.draft.acceptance import MAX_BUCKET, Acceptance, Kind, RequestAcceptance
 from hopskip.draft.base import Round
 from hopskip.draft.costs import Costs
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
@@ -34,8 +34,6 @@ PROBE_SHARE = 0.005
 _MARGIN, _MARGIN_OF_COMPANION = 1.03, 0.015
 """By which drafts must promise to pay: estimates are no better, and drafting itself takes some time. Many sequences
 gain less, and the numbers of rows that are compared lie further apart."""
-_FORESIGHT = 32
-"""Most rounds that the reading of older tokens is spread over; the text may end sooner than it could."""
 _PLAN_HOLDS = 4
 """Rounds for which the plan by exits of a sequence alone holds; what lookup has for it is thought of in each."""
 _EXITS_EVERY = 8
@@ -119,7 +117,7 @@ class Controller:
         exits = self._exits if by_exits is None and self._num_rounds >= self._exits_due else ()
         # a row far less likely to count than what rows cost now is not worth the thought
         price = self.costs.marginal_row(num_rows) * num_rows / self.costs.pass_seconds(num_rows)
-        floor = max(MIN_RATE, 0.8 * price if self.costs.rows_per_sequence == 1 else 0.0)
+        floor = 0.8 * price if self.costs.rows_per_sequence == 1 else 0.0
         forecasts = [
             self._forecast(
                 sequence,
@@ -199,7 +197,6 @@ class Controller:
         self, sequence: Sequence, limit: int, lookup: Seq[int], num_unseen: Mapping[Source, int], floor: float
     ) -> Forecast:
         own, temperature = self._of(sequence), _temperature(sequence)
-        own.begin_round()
         survival = {exit: own.survival(exit, range(limit), temperature, floor) for exit in num_unseen}
         survival[LOOKUP] = own.survival(LOOKUP, lookup[: max(limit, 0)], temperature, floor)
         runner_ups: dict[Source, list[float]] = {}
@@ -209,7 +206,7 @@ class Controller:
             survival=survival,
             runner_ups=runner_ups,
             num_unseen=num_unseen,
-            num_rounds=min(max(1, sequence.num_tokens_left // 2), _FORESIGHT),
+            num_rounds=max(1, sequence.num_tokens_left // 2),
             by_logits=sequence.needs_logits,
         )
 
