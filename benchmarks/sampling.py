@@ -59,15 +59,21 @@ def chats(num_per_set: int) -> list[Any]:
     return [[{"role": "user", "content": c}] if isinstance(c, str) else list(c) for c in contents]
 
 
-def round_times(llm: LLM, prompts: list[Any], num_rows: int) -> dict[str, float]:
+def in_turn(turn: int) -> list[str]:
+    """The settings, each turn beginning with another."""
+    names = list(SETTINGS)
+    return [*names[turn % len(names) :], *names[: turn % len(names)]]
+
+
+def round_times(llm: LLM, prompts: list[Any], num_rows: int, max_new_tokens: int = 48) -> dict[str, float]:
     """Milliseconds of a round of so many rows, by setting."""
     seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
     rounds: list[Round] = []
     llm.engine.on_round = rounds.append
     for index, prompt in enumerate(prompts):
-        for setting in SETTINGS:
+        for setting in in_turn(index):
             rounds.clear()
-            llm.generate([prompt], params_of(setting, 48, index))
+            llm.generate([prompt], params_of(setting, max_new_tokens, index))
             # the first rounds of a request meet a cold cache
             seconds[setting] += [each.seconds for each in rounds[2:] if each.num_rows == num_rows]
     llm.engine.on_round = None
@@ -75,7 +81,7 @@ def round_times(llm: LLM, prompts: list[Any], num_rows: int) -> dict[str, float]
 
 
 def rounds(precision: dict[str, Any]) -> Iterator[str]:
-    prompts = chats(3)
+    prompts = chats(2)
     for name, config, num_rows in (("plain", PLAIN, 1), ("drafted", DRAFTED, 5)):
         llm = LLM(speculative=config, **precision)
         round_times(llm, prompts[:1], num_rows)
@@ -86,8 +92,8 @@ def batch(precision: dict[str, Any]) -> Iterator[str]:
     llm = LLM(speculative=PLAIN, max_num_seqs=16, **precision)
     prompts = chats(4)
     rates: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
-    for repeat in range(5):
-        for setting in SETTINGS:
+    for repeat in range(len(SETTINGS) + 1):
+        for setting in in_turn(repeat):
             params = [params_of(setting, 48, repeat * 16 + i) for i in range(16)]
             found: list[Round] = []
             llm.engine.on_round = found.append
@@ -200,8 +206,8 @@ def vocabulary(_: dict[str, Any]) -> Iterator[str]:
         path = Path(folder) / "llama-1b-q8_0.gguf"
         write_random_q8_0(path, LLAMA_1B)
         llm = LLM(path, speculative=PLAIN)
-        prompts = [list(range(100 + i, 130 + i)) for i in range(2)]
-        yield from table("1B shape, 128k tokens, plain round, ms", round_times(llm, prompts, 1))
+        prompts = [list(range(100 + i, 130 + i)) for i in range(2 * len(SETTINGS))]
+        yield from table("1B shape, 128k tokens, plain round, ms", round_times(llm, prompts, 1, max_new_tokens=10))
 
 
 def table(what: str, values: dict[str, float], more_is_better: bool = False) -> Iterator[str]:
