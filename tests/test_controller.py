@@ -176,7 +176,7 @@ class World:
         for exit in sorted(source for source in exits if source):
             own = [choice.num_tokens for choice in choices if choice.source == exit]
             seconds = self.truth.draft_seconds(exit, max(own), len(own)) * self.slowdown["draft"]
-            drafting.append(DraftTiming(exit, max(own), len(own), len(own), False, seconds))
+            drafting.append(DraftTiming(exit, max(own), len(own), len(own), seconds))
         outcome = Round(
             draft_seconds=sum(draft.seconds for draft in drafting),
             pass_seconds=self.truth.pass_seconds(rows) * self.slowdown["pass"] - 0.002,
@@ -343,7 +343,7 @@ def test_a_wrong_table_is_corrected() -> None:
             draft_seconds=0, pass_seconds=STEEP.layers[4], choose_seconds=0.002, commit_seconds=0, num_rows=4,
             num_chosen_by_logits=0, sequences=(),
         )  # fmt: skip
-        live.learn(outcome, [DraftTiming(TRAINED_EXIT, 3, 1, 1, False, 0.006)])
+        live.learn(outcome, [DraftTiming(TRAINED_EXIT, 3, 1, 1, 0.006)])
     assert expected == pytest.approx(0.006, rel=0.05)
     corrected = live.corrected()
     assert corrected is not None

@@ -255,7 +255,7 @@ class _Controlled:
         source, length, _ = choice
         drafts = []
         if source not in (None, LOOKUP):
-            drafts.append(DraftTiming(source, length, 1, 1, False, outcome.draft_seconds))
+            drafts.append(DraftTiming(source, length, 1, 1, outcome.draft_seconds))
         buckets = position.buckets[source] if source else []
         self._controller.learn([self._sequence], [buckets], outcome, drafts)
 

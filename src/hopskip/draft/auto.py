@@ -92,8 +92,7 @@ class AutoDrafter(Drafter):
             for i, draft in zip(members, found, strict=True):
                 drafts[i] = draft
             depth = max(draft.num_chained for draft in found)
-            by_logits = not all(sequence.takes_best for sequence in own)
-            self._draft_timings.append(DraftTiming(exit, depth, len(own), num_entered, by_logits, seconds))
+            self._draft_timings.append(DraftTiming(exit, depth, len(own), num_entered, seconds))
         return drafts
 
     def _num_unseen(self, exit: Source, sequence: Sequence) -> int:

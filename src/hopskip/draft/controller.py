@@ -207,7 +207,6 @@ class Controller:
             runner_ups=runner_ups,
             num_unseen=num_unseen,
             num_rounds=max(1, sequence.num_tokens_left // 2),
-            by_logits=sequence.needs_logits,
         )
 
     def _probe(self, forecasts: Seq[Forecast], plan: Plan) -> Plan | None:

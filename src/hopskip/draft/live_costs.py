@@ -24,8 +24,6 @@ class DraftTiming(NamedTuple):
     num_sequences: int
     num_entered: int
     """Tokens that they began with, in all."""
-    by_logits: bool
-    """True if some of their tokens are not just the best of their step: drawn, or chosen after penalties."""
     seconds: float
 
 
@@ -46,38 +44,34 @@ class LiveCosts:
         self._speed = 1.0
         self._by_rows: list[float] = []
         """Factor by rows."""
-        self._by_exit: dict[tuple[Source, bool], float] = {}
-        self._logits_row = 0.0
-        """Seconds to choose a token by all logits, beyond those of the head."""
+        self._by_exit: dict[Source, float] = {}
         self._other = 0.0
         """Seconds of a round outside of draft and pass."""
         self.planning = 0.0
         """Seconds that a plan takes, with all that is looked up for it; a pause saves them."""
 
-    def pass_seconds(self, num_rows: int, num_by_logits: int = 0) -> float:
+    def pass_seconds(self, num_rows: int) -> float:
         """A verify pass with the choice of tokens, and the rest of the round."""
         table = self._table(num_rows)
-        return self._speed * self._by_rows[num_rows - 1] * table + num_by_logits * self._logits_row + self._other
+        return self._speed * self._by_rows[num_rows - 1] * table + self._other
 
     def layers_seconds(self, num_rows: int) -> float:
         """The part of a pass that all layers take."""
         self._table(num_rows)
         return self._speed * self._by_rows[num_rows - 1] * self._layers[num_rows - 1]
 
-    def draft_seconds(
-        self, exit: Source, depth: int, num_sequences: int, num_entered: int | None = None, by_logits: bool = False
-    ) -> float:
+    def draft_seconds(self, exit: Source, depth: int, num_sequences: int, num_entered: int | None = None) -> float:
         """Drafts of `depth` tokens for so many sequences, which share each step, beginning with so many tokens in all
         (None: one each)."""
         cost = self._costs.drafts[exit]
         one = self._table(1)
         begin = cost.begin * self._table(num_entered or num_sequences) / one
         steps = depth * cost.step * self._table(num_sequences) / one
-        return self._speed * self._by_exit.get((exit, by_logits), 1.0) * (begin + steps)
+        return self._speed * self._by_exit.get(exit, 1.0) * (begin + steps)
 
     def marginal_row(self, num_rows: int) -> float:
         """Seconds of a row beyond so many, roughly."""
-        return max(0.0, self._speed * (self._table(num_rows + 8) - self._table(num_rows)) / 8) + self._logits_row
+        return max(0.0, self._speed * (self._table(num_rows + 8) - self._table(num_rows)) / 8)
 
     def learn(self, outcome: Round, drafts: Seq[DraftTiming]) -> None:
         """Follow what a round has taken."""
@@ -88,19 +82,10 @@ class LiveCosts:
         for near, share in _spread(rows):
             if near <= len(self._by_rows):
                 self._by_rows[near - 1] *= step**share
-        if outcome.num_chosen_by_logits:
-            beyond = max(0.0, outcome.choose_seconds - self._speed * self._head[rows - 1])
-            self._logits_row += _share(self._logits_row) * (beyond / outcome.num_chosen_by_logits - self._logits_row)
         self._other += _share(self._other) * (outcome.commit_seconds - self._other)
         for draft in drafts:
-            key = draft.exit, draft.by_logits
-            expected = self.draft_seconds(
-                draft.exit, draft.depth, draft.num_sequences, draft.num_entered, draft.by_logits
-            )
-            # such drafts are not in the table: the first of them says what is known
-            is_known = key in self._by_exit or not draft.by_logits
-            ratio = draft.seconds / max(expected, 1e-9)
-            self._by_exit[key] = self._by_exit.get(key, 1.0) * (_step(ratio) if is_known else ratio)
+            expected = self.draft_seconds(draft.exit, draft.depth, draft.num_sequences, draft.num_entered)
+            self._by_exit[draft.exit] = self._by_exit.get(draft.exit, 1.0) * _step(draft.seconds / max(expected, 1e-9))
 
     def learn_planning(self, seconds: float) -> None:
         """Follow what a plan has taken."""
@@ -109,14 +94,14 @@ class LiveCosts:
     def corrected(self) -> Costs | None:
         """A better table, if the one at hand has turned out wrong by `_WRONG`; it is taken over then."""
         table = self._costs
-        off = [math.log(factor) for (_, by_logits), factor in self._by_exit.items() if not by_logits]
+        off = [math.log(factor) for factor in self._by_exit.values()]
         factors = {rows: self._by_rows[rows - 1] if rows <= len(self._by_rows) else 1.0 for rows in table.layers}
         off += [math.log(factor) for factor in factors.values()]
         if max(off) - min(min(off), 0.0) < math.log(_WRONG):
             return None
         corrected = {}
         for exit, cost in table.drafts.items():
-            factor = self._by_exit.pop((exit, False), 1.0)
+            factor = self._by_exit.pop(exit, 1.0)
             corrected[exit] = DraftCost(begin=cost.begin * factor, step=cost.step * factor)
         layers = {rows: seconds * factors[rows] for rows, seconds in table.layers.items()}
         self._costs = replace(table, layers=layers, drafts=corrected)

@@ -28,8 +28,6 @@ class Forecast:
     """By exit, the tokens that a draft begins with, where that is more than one: see `ExitDrafter.num_unseen`."""
     num_rounds: int = 1
     """Rounds to come, roughly. Once read, tokens are read for all of them."""
-    by_logits: bool = False
-    """Its tokens are chosen by all logits (sampling, penalties, a grammar), not just by the best."""
 
 
 class Plan(NamedTuple):
@@ -84,7 +82,7 @@ def priced(forecasts: Seq[Forecast], choices: Seq[Choice], costs: LiveCosts) -> 
             tokens += forecasts[index].survival[choice.source][place]
         for rank in range(choice.num_runner_ups):
             assert choice.source is not None
-            cost.add_runner_up(index)
+            cost.add_runner_up()
             tokens += forecasts[index].runner_ups[choice.source][rank]
     return Plan(list(choices), tokens, cost.seconds)
 
@@ -102,13 +100,11 @@ def _with_runner_ups(plan: Plan, forecasts: Seq[Forecast], costs: LiveCosts) -> 
     num_rows = len(forecasts) + sum(choice.num_tokens for choice in plan.choices)
     before = costs.pass_seconds(max(num_rows, len(forecasts) * costs.rows_per_sequence))
     best, tokens, numbers = plan, plan.tokens, [0] * len(forecasts)
-    num_by_logits = 0
     for accepted, index in candidates:
         num_rows += 1
-        num_by_logits += forecasts[index].by_logits
         tokens += accepted
         numbers[index] += 1
-        after = costs.pass_seconds(max(num_rows, len(forecasts) * costs.rows_per_sequence), num_by_logits)
+        after = costs.pass_seconds(max(num_rows, len(forecasts) * costs.rows_per_sequence))
         seconds = plan.seconds - before + after
         if tokens / seconds > best.rate:
             choices = [c._replace(num_runner_ups=n) for c, n in zip(plan.choices, numbers, strict=True)]
@@ -159,31 +155,25 @@ class _RoundCost:
         self._forecasts, self._costs = forecasts, costs
         self._least_rows = len(forecasts) * costs.rows_per_sequence
         self._num_rows = len(forecasts)
-        self._num_by_logits = sum(forecast.by_logits for forecast in forecasts)
-        self._exit, self._depth, self._num_drafting, self._num_entered, self._by_logits = LOOKUP, 0, 0, 0, False
+        self._exit, self._depth, self._num_drafting, self._num_entered = LOOKUP, 0, 0, 0
 
     def add(self, index: int, source: Source, place: int) -> None:
         """One more token of a sequence, the `place`-th of its draft, counted from 0."""
-        by_logits = self._forecasts[index].by_logits
-        self.add_runner_up(index)
+        self.add_runner_up()
         if source != LOOKUP:
             self._exit, self._depth = source, max(self._depth, place + 1)
             if place == 0:
                 self._num_drafting += 1
                 forecast = self._forecasts[index]
                 self._num_entered += 1 + (forecast.num_unseen.get(source, 1) - 1) // forecast.num_rounds
-            self._by_logits = self._by_logits or by_logits
 
-    def add_runner_up(self, index: int) -> None:
-        """One more row of a sequence."""
+    def add_runner_up(self) -> None:
+        """One more row."""
         self._num_rows += 1
-        self._num_by_logits += self._forecasts[index].by_logits
 
     @property
     def seconds(self) -> float:
-        total = self._costs.pass_seconds(max(self._num_rows, self._least_rows), self._num_by_logits)
+        total = self._costs.pass_seconds(max(self._num_rows, self._least_rows))
         if self._depth:
-            total += self._costs.draft_seconds(
-                self._exit, self._depth, self._num_drafting, self._num_entered, self._by_logits
-            )
+            total += self._costs.draft_seconds(self._exit, self._depth, self._num_drafting, self._num_entered)
         return total
