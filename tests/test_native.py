@@ -36,7 +36,8 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.sampling import best_sums, choose_tokens
-from hopskip.sampling_params import Mask, Place, Rule, SamplingParams, TokenCounts
+from hopskip.sampling_params import SamplingParams
+from hopskip.sequence import Mask, Place, Rule, TokenCounts
 from tests.properties import examples
 
 from .models import tiny_config

@@ -21,7 +21,8 @@ from hopskip.backends.native import isa
 from hopskip.backends.native.quantize import pack
 from hopskip.backends.rows import Rows, Segment
 from hopskip.sampling import best_sums
-from hopskip.sampling_params import Place, Rule, SamplingParams
+from hopskip.sampling_params import SamplingParams
+from hopskip.sequence import Place, Rule
 
 pytestmark = pytest.mark.skipif(isa.obstacle() is not None, reason=isa.obstacle() or "")
 

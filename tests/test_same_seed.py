@@ -16,8 +16,7 @@ from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.draft.make import prepare
 from hopskip.engine import Engine
-from hopskip.sampling_params import Constraint
-from hopskip.sequence import Request
+from hopskip.sequence import Constraint, Request
 from hopskip.serve.grammar import GrammarCompiler, Kind
 from hopskip.serve.settings import Limits
 from hopskip.train.exit.distill import ExitTrainer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hopskip import ConfigError, SamplingParams
 from hopskip.sampling import adjust_logits, best_sums, choose_tokens, gumbel_noise, kept_tokens, noise_key, scale_of
-from hopskip.sampling_params import Place, Rule, TokenCounts, fresh_seed
+from hopskip.sequence import Place, Rule, TokenCounts, fresh_seed
 from tests.oracle import exact_probabilities
 
 NUMPY, TORCH = array_api_compat.numpy, array_api_compat.torch

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine, make_engine
-from hopskip.sampling_params import Mask
-from hopskip.sequence import Request, Sequence
+from hopskip.sequence import Mask, Request, Sequence
 from hopskip.serve.batch import Generation, Job, Piece
 from hopskip.serve.engine_thread import EngineThread
 from hopskip.serve.grammar import GrammarCompiler

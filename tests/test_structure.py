@@ -14,8 +14,9 @@ PACKAGE = ROOT / "src" / "hopskip"
 LAYERS = [
     ("errors", "options"),
     ("machine", "speculative", "sampling_params"),
-    ("checkpoint", "sampling"),
-    ("sequence", "text", "backends"),
+    ("checkpoint", "sequence"),
+    ("sampling", "text"),
+    ("backends",),
     ("prompts", "draft"),
     ("engine",),
     ("loading", "trace"),

@@ -9,7 +9,7 @@ arXiv 2408.07978). It is verified by comparing ids. Greedy is the case without n
 This is the readable version, for any array namespace. The native engine has the same rules in native/choose.cpp, and
 gives the same tokens for the same logits.
 
-Shape letters: N rows, V vocabulary, n tokens of a draft's head, W words of 32 bits.
+Shape letters: N rows, V vocabulary, n tokens of a draft's head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from hopskip.sampling_params import Place, SamplingParams
+from hopskip.sampling_params import SamplingParams
+from hopskip.sequence import Place
 
 Array = Any
 

@@ -1,14 +1,117 @@
-"""One request on its way through the engine: token ids, position in the cache, and what has been generated."""
+"""One request on its way through the engine: how its tokens are chosen, where it stands, what has been generated.
+
+Shape letters: W words of 32 bits, M draft tokens.
+"""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
-from hopskip.sampling_params import Constraint, Rule, SamplingParams
+import numpy as np
+from numpy.typing import NDArray
+
+from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import DraftKind
+
+Mask = NDArray[np.uint32]
+"""Which tokens are allowed, a bit for each: [W], or [N, W]; token 0 is the lowest bit of the first word."""
+
+
+class TokenCounts:
+    """Which tokens a text holds, and how often each was generated: what penalties depend on."""
+
+    def __init__(self, prompt_ids: Seq[int]) -> None:
+        self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt_ids))}
+        self._ids = np.array([*self._place], dtype=np.int32)
+        self._counts = np.zeros(len(self._ids), dtype=np.int32)
+
+    def add(self, token: int) -> None:
+        """The text goes on with a token."""
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._ids):
+            room = (0, len(self._ids) + 16)
+            self._ids, self._counts = np.pad(self._ids, room), np.pad(self._counts, room)
+        self._ids[place] = token
+        self._counts[place] += 1
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Tokens of prompt and output, each once."""
+        return self._ids[: len(self._place)]
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """How often each of them was generated."""
+        return self._counts[: len(self._place)]
+
+
+class Constraint(Protocol):
+    """Which tokens one sequence may take: the state of a grammar, after everything that the sequence has generated."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True if no token may follow, so that the text ends here."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The sequence has taken this token."""
+        ...
+
+    def num_allowed(self, draft_ids: Seq[int]) -> int:
+        """How many tokens of a chain may follow, one after the other. The state stays as it is."""
+        ...
+
+    def masks(self, draft_ids: Seq[int], parents: Seq[int] | None = None) -> Mask:
+        """Tokens that may follow before any draft token, and after each, [M + 1, W]; at least one in each row. Rows
+        behind a token that may not follow say nothing. The state stays as it is.
+
+        Args:
+            parents: of a tree, see `Draft.parents`; None is a chain.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How the tokens of one text are chosen."""
+
+    params: SamplingParams
+    seed: int
+    """Of the noise, 0 to 2**64 - 1."""
+    counts: TokenCounts | None = None
+    """Of the text so far; needed where `params.has_penalties`."""
+
+    @classmethod
+    def of(cls, params: SamplingParams, prompt_ids: Seq[int]) -> Rule:
+        """For a text that begins now. Without a seed of its own it gets a fresh one."""
+        seed = fresh_seed() if params.seed is None else params.seed % 2**64
+        return cls(params, seed, TokenCounts(prompt_ids) if params.has_penalties else None)
+
+
+def fresh_seed() -> int:
+    """One that JSON carries unchanged everywhere."""
+    return secrets.randbits(53)
+
+
+class Place(NamedTuple):
+    """Where a token is to be chosen."""
+
+    rule: Rule
+    position: int
+    """Of the token in the text, the prompt's tokens counted."""
+    path: tuple[int, ...] = ()
+    """Draft tokens between the text and the token."""
+    allowed: Mask | None = None
+    """[W]; None: all are."""
+
+
+class NoTokenError(ValueError):
+    """No token is allowed, or no logit is a number."""
+
 
 Origin = DraftKind | Literal["target", "bonus"]
 """Who came up with a token: an accepted draft's source; or the target, alone (plain decoding, or a *recovered* token in

@@ -31,7 +31,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
 from hopskip.sampling import choose_tokens
-from hopskip.sampling_params import Place, Rule
+from hopskip.sequence import Place, Rule
 from hopskip.speculative import DraftPrecision
 
 Head = Literal["full", "exit"] | DraftPrecision

@@ -18,7 +18,8 @@ from hopskip.backends.base import Backend, Chains, DraftTask, Head, run_by_numbe
 from hopskip.backends.rows import Array, Cache, Rows, Segment
 from hopskip.checkpoint.trained_exit import Mixing
 from hopskip.sampling import best_sums
-from hopskip.sampling_params import Place, Rule, SamplingParams
+from hopskip.sampling_params import SamplingParams
+from hopskip.sequence import Place, Rule
 
 
 class StepwiseBackend(Backend):

@@ -13,7 +13,6 @@ import typer
 from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
 from hopskip.cli.options import DraftGroup, JsonOption, LoadGroup, SamplingGroup, with_options
 from hopskip.errors import ConfigError, PromptError
-from hopskip.trace import TraceWriter
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM, Prompt, StreamPiece
@@ -54,6 +53,8 @@ def generate(
     with contextlib.ExitStack() as open_files:
         if trace is not None:
             header = {"model": _describe_model(llm, load), "settings": _settings(llm, load, params)}
+            from hopskip.trace import TraceWriter
+
             llm.engine.on_round = open_files.enter_context(TraceWriter(trace, header))
         answer = _write(llm, wrapped, params, writer)
     if writer is not None:

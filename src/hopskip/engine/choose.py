@@ -13,8 +13,7 @@ import torch
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array
 from hopskip.draft.base import Draft
-from hopskip.sampling_params import NoTokenError, Place
-from hopskip.sequence import Origin, Sequence, Token
+from hopskip.sequence import NoTokenError, Origin, Place, Sequence, Token
 
 
 class Verdict(NamedTuple):

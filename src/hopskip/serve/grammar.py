@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hopskip.errors import ConfigError
-from hopskip.sampling_params import Mask
+from hopskip.sequence import Mask
 from hopskip.serve.settings import Limits
 from hopskip.text.tokenizer import Tokenizer
 

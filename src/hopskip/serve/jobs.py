@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from hopskip.errors import ConfigError, PromptError
 from hopskip.llm import LLM
-from hopskip.sampling_params import Constraint, SamplingParams
-from hopskip.sequence import Request
+from hopskip.sampling_params import SamplingParams
+from hopskip.sequence import Constraint, Request
 from hopskip.serve import schema
 from hopskip.serve.batch import Job
 from hopskip.serve.grammar import GrammarCompiler, Kind

@@ -29,7 +29,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
 from hopskip.machine import num_usable_cores
-from hopskip.sampling_params import Place, Rule
+from hopskip.sequence import Place, Rule
 from hopskip.speculative import DraftPrecision
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
