@@ -112,7 +112,7 @@ struct Exit {
     int32_t largest_token = -1;              // of the vocabulary
     std::vector<int32_t> padded_vocabulary;  // to whole blocks of choices
     std::vector<int32_t> row_of_token;       // the other way round; -1: none
-    std::optional<PackedMatrix> fuse, mix;   // none: without features; see `Mixing` in branch.py
+    std::optional<PackedMatrix> fuse, mix;   // none: without features; see `Mixing` in trained_exit.py
     int num_features = 0;
     std::vector<float> token_norm, feature_norm;
 
