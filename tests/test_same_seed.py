@@ -99,20 +99,25 @@ def cases(llm: LLM) -> list[Case]:
     return [Case(llm, number) for number in range(examples())]
 
 
+Text = list[tuple[int, float | None, dict[int, float] | None]]
+"""Ids, and what is reported of them."""
+
+
 def texts(
     llm: LLM, compiler: GrammarCompiler, cases: list[Case], way: SpeculativeConfig, **options: Any
-) -> tuple[list[list[int]], int]:
-    """The ids of each case, and how many draft tokens were accepted."""
+) -> tuple[list[Text], int]:
+    """The text of each case, and how many draft tokens were accepted."""
     engine = Engine(llm.backend, *prepare(llm.backend, way), **options)
     sequences = [engine.add(case.request(compiler)) for case in cases]
     while engine.has_work:
         engine.step()
     assert not any(sequence.error for sequence in sequences)
-    return [[token.id for token in s.tokens] for s in sequences], sum(s.stats.num_accepted_tokens for s in sequences)
+    found = [[(token.id, token.logprob, token.top_logprobs) for token in s.tokens] for s in sequences]
+    return found, sum(sequence.stats.num_accepted_tokens for sequence in sequences)
 
 
 @pytest.fixture(scope="module")
-def expected(llm: LLM, compiler: GrammarCompiler, cases: list[Case]) -> list[list[int]]:
+def expected(llm: LLM, compiler: GrammarCompiler, cases: list[Case]) -> list[Text]:
     """Plainly, alone, nothing kept from the others."""
     return texts(llm, compiler, cases, PLAIN, max_num_seqs=1, prefix_caching=False)[0]
 
@@ -120,7 +125,7 @@ def expected(llm: LLM, compiler: GrammarCompiler, cases: list[Case]) -> list[lis
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 16])
 @pytest.mark.parametrize("way", WAYS)
 def test_drafts_companions_and_history_change_nothing(
-    llm: LLM, compiler: GrammarCompiler, cases: list[Case], expected: list[list[int]], way: str, max_num_seqs: int
+    llm: LLM, compiler: GrammarCompiler, cases: list[Case], expected: list[Text], way: str, max_num_seqs: int
 ) -> None:
     """In a new order each time, with prefixes kept from whoever came before."""
     order = random.Random(max_num_seqs).sample(range(len(cases)), len(cases))
@@ -130,13 +135,16 @@ def test_drafts_companions_and_history_change_nothing(
         assert (num_accepted > 0) == (way != "none")
 
 
-def test_cases_are_of_every_kind(cases: list[Case], expected: list[list[int]]) -> None:
+def test_cases_are_of_every_kind(cases: list[Case], expected: list[Text]) -> None:
     """Or the tests around would prove little."""
     params = [case.params for case in cases]
     for name in ("top_k", "min_p", "presence_penalty", "logit_bias", "stop"):
         assert {bool(getattr(p, name)) for p in params} == {True, False}, name
     assert {case.grammar is None for case in cases} == {True, False}
-    assert len({tuple(ids) for ids in expected}) > len(cases) / 2
+    assert len({tuple(token for token, *_ in text) for text in expected}) > len(cases) / 2
+    for case, text in zip(cases, expected, strict=True):
+        assert all((logprob is None) == (case.params.logprobs is None) for _, logprob, _ in text)
+        assert all(top is None or len(top) == case.params.logprobs for *_, top in text)
 
 
 def without_grammar(cases: list[Case]) -> Iterator[Case]:
