@@ -88,7 +88,7 @@ class DraftTask:
     """Outputs of the model's layer start - 1 at the rows, if the exit starts after a layer and has layers. Those at the
     last row of each segment are not used: the model has not been there yet."""
     min_confidence: float = 0.0
-    """A sequence drafts no more after its first token whose probability at the exit is below this."""
+    """A sequence drafts no more after its first token whose probability at the exit, sharpened, is below this."""
     num_runner_ups: int = 0
     """How many of each step's next best tokens to return, with the sums that all were chosen by; 0: neither."""
     rules: list[Rule] | None = None

@@ -133,9 +133,6 @@ class _Steps:
         first, last = self._own_layers[0], self._own_layers[-1]
         return self._backend.run_layers(states_ND, first, last + 1, rows, self._cache).hidden_ND
 
-    def _token(self, index: int) -> int:
-        return index if self._vocabulary is None else self._vocabulary[index]
-
 
 _BEST = Rule(SamplingParams(), seed=0)
 

@@ -98,9 +98,10 @@ def choose(backend: Backend, sequences: Seq[Sequence], drafts: Seq[Draft], hidde
         if sequence.params.logprobs is not None and logits_NV is not None:
             own_NV = logits_NV[first_reported : first_reported + num_rows]
             first_reported += num_rows
-        if verdict.next_token < 0 and not sequence.is_finished:
+        if verdict.next_token < 0 and sequence.error is None:
             sequence.fail(NoTokenError("no token can be chosen: none is allowed, or no logit is a number"))
-        choices.append(_FAILED if sequence.is_finished else Choice(verdict, _tokens(sequence, draft, verdict, own_NV)))
+        has_failed = sequence.error is not None
+        choices.append(_FAILED if has_failed else Choice(verdict, _tokens(sequence, draft, verdict, own_NV)))
     return choices
 
 
