@@ -76,7 +76,7 @@ def best_sums(
 
 def adjust_logits(logits_NV: Array, places: Seq[Place], xp: Any) -> Array:
     """Apply penalties, then biases, then masks. Returns new logits, float32 [N, V]."""
-    logits_NV = xp.asarray(xp.astype(logits_NV, xp.float32), copy=True)
+    logits_NV = xp.astype(logits_NV, xp.float32)  # a copy
     for row, place in enumerate(places):
         if place.rule.params.changes_logits or place.allowed is not None:
             logits_NV[row] = _adjusted(logits_NV[row], place, None, xp)
