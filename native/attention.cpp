@@ -1,16 +1,15 @@
 // Attention of one layer: queries and keys are rotated, keys and values stored, and chunks of the cache attended to.
-// The softmax of a row is taken over fixed chunks of positions, which are folded in their order: its bits depend
-// neither on the rows that share the work nor on whether one thread does all chunks of a block or several do one each.
+// The softmax of a row is taken over fixed chunks of positions, which are merged in fixed spans: its bits depend
+// neither on the rows that share the work nor on which thread does which chunks.
 #include <cmath>
-#include <cstring>
 
 #include "model.h"
 
 namespace hopskip {
 
 // Queries lie [K, N, G, E padded], so that those of a block of rows and one key/value head are consecutive.
-float* Model::queries_of(int row, int kv_head, const Pass& pass) {
-    return queries_.get() + (kv_head * pass.rows.count + row) * shape_.group_size() * padded(shape_.head_dim);
+int Model::first_query(int row, int kv_head, const Pass& pass) const {
+    return (kv_head * pass.rows.count + row) * shape_.group_size();
 }
 
 // One row's share of one key/value head: q and k normed and rotated, k and v written to the cache.
@@ -31,29 +30,25 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
             out[i + half] = (x[i + half] * cos[i] + x[i] * sin[i]) * scale;
         }
     };
-    const ptrdiff_t place =
-        pass.cache.place_of(layer.cache_layer, pass.rows.slots[row], kv_head, pass.place_of_row[row]);
-    const auto store = [&](const float* x, const CacheVectors& all) {
-        // whole registers are written, which the cache has no room for
-        alignas(64) char narrow[MAX_HEAD_DIM * sizeof(float)];
-        const CacheVectors to = pass.cache.from(all, place);
-        const int size = shape_.padded_head_dim();
-        if (pass.cache.type == CacheType::bf16) kernels_.to_bf16(x, size, reinterpret_cast<uint16_t*>(narrow));
-        if (pass.cache.type == CacheType::int8)
-            *to.scales = kernels_.to_int8(x, size, reinterpret_cast<int8_t*>(narrow));
-        std::memcpy(to.data, pass.cache.type == CacheType::f32 ? static_cast<const void*>(x) : narrow,
-                    pass.cache.vector_bytes());
-    };
+    Cache& cache = *pass.cache;
+    const int slot = pass.rows.slots[row], place = pass.place_of_row[row];
     alignas(64) float x[MAX_HEAD_DIM] = {};
     rotate(shape_.num_heads + kv_head, layer.k_norm, 1.0f, x);
-    store(x, pass.cache.k);
+    cache.store_key(cache.keys(layer.cache_layer, slot, kv_head), place, x, kernels_);
     std::copy_n(heads + (shape_.num_heads + shape_.num_kv_heads + kv_head) * head_dim, head_dim, x);
-    store(x, pass.cache.v);
+    cache.store_value(cache.values(layer.cache_layer, slot, kv_head), place, x, kernels_);
 
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    float* queries = queries_of(row, kv_head, pass);
-    for (int g = 0; g < group; ++g)
-        rotate(kv_head * group + g, layer.q_norm, scale, queries + g * shape_.padded_head_dim());
+    const Activations queries = queries_.rows_of(blocks_of(head_dim));
+    for (int g = 0; g < group; ++g) {
+        const ptrdiff_t block = queries.block(first_query(row, kv_head, pass) + g), at = block * BLOCK;
+        rotate(kv_head * group + g, layer.q_norm, scale, queries.f32 + at);
+        if (cache.layout().type == CacheType::int8 && kernels_.dots_bytes)
+            kernels_.quantize(queries.f32 + at, queries.blocks, queries.q8 + at, queries.scales + block,
+                              queries.starts + block, queries.scaled_sums + block);
+        if (cache.layout().type == CacheType::bf16 && kernels_.multiplies_bf16)
+            kernels_.to_bf16(queries.f32 + at, shape_.padded_head_dim(), queries.bf16 + at);
+    }
 }
 
 void Model::attend_chunk(const QueryBlock& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass,
@@ -64,10 +59,9 @@ void Model::attend_chunk(const QueryBlock& block, int index, int kv_head, int ch
         last[i] = pass.rows.positions[block.row + i / group];
         first[i] = shape_.window_start(last[i]);
     }
-    const CacheView& cache = pass.cache;
-    const ptrdiff_t start = cache.place_of(layers_[index].cache_layer, pass.rows.slots[block.row], kv_head, 0);
+    const int layer = layers_[index].cache_layer, slot = pass.rows.slots[block.row];
     ChunkTask task;
-    task.queries = queries_of(block.row, kv_head, pass);
+    task.queries = queries_.rows_of(blocks_of(shape_.head_dim)).from(first_query(block.row, kv_head, pass));
     task.num_queries = num_queries;
     task.first_seen = first;
     task.last_seen = last;
@@ -75,70 +69,59 @@ void Model::attend_chunk(const QueryBlock& block, int index, int kv_head, int ch
     task.shared_end = block.shared_end;
     task.places = pass.places.data() + block.row * pass.places_per_row;
     task.places_per_row = pass.places_per_row;
-    task.keys = cache.from(cache.k, start);
-    task.values = cache.from(cache.v, start);
-    task.type = cache.type;
-    task.head_dim = shape_.head_dim;
-    task.padded_head_dim = shape_.padded_head_dim();
+    task.keys = pass.cache->keys(layer, slot, kv_head);
+    task.values = pass.cache->values(layer, slot, kv_head);
+    task.layout = pass.cache->layout();
     task.begin = chunk * CHUNK;
     task.end = std::min(task.begin + CHUNK, block.end);
-    kernels_.attend_chunk(task, worker.scratch.get(), partials);
+    kernels_.attend_chunk(task, worker.tile.get(), worker.scores.get(), partials, shape_.partial_size());
 }
 
-void Model::attend(int item, int index, Worker& worker, const Pass& pass) {
-    const int group = shape_.group_size(), stride = shape_.partial_size();
-    const int chunks = pass.is_split ? pass.max_chunks : 1;
-    const QueryBlock& block = pass.blocks[item / chunks / shape_.num_kv_heads];
-    const int kv_head = item / chunks % shape_.num_kv_heads;
-    if (pass.is_split) {
-        const int chunk = item % chunks;
-        float* partials = partials_.get() + static_cast<ptrdiff_t>(item) * stride * MAX_BLOCK_ROWS * group;
-        if (chunk < block.num_chunks)
-            attend_chunk(block, index, kv_head, block.first_chunk + chunk, worker, pass, partials);
-        return;
-    }
-    const int queries = block.count * group;
-    float* partials = worker.partials.get();
-    float* states = partials + queries * stride;
-    for (int q = 0; q < queries; ++q) states[q * stride + PARTIAL_SUM] = 0;
-    for (int chunk = 0; chunk < block.num_chunks; ++chunk) {
-        attend_chunk(block, index, kv_head, block.first_chunk + chunk, worker, pass, partials);
+void Model::attend(const Piece& piece, int index, Worker& worker, const Pass& pass) {
+    const QueryBlock& block = pass.blocks[piece.block];
+    const int group = shape_.group_size(), queries = block.count * group, size = shape_.partial_size();
+    const ptrdiff_t stride = static_cast<ptrdiff_t>(queries) * size;
+    float* states = worker.partials.get();
+    const auto merge_span = [&](const float* partials, int count) {
         for (int q = 0; q < queries; ++q)
-            kernels_.fold(states + q * stride, partials + q * stride, shape_.padded_head_dim());
+            kernels_.merge(states + q * size, partials + q * size, stride, count, size - PARTIAL_VALUES);
+    };
+    // Chunks of one span each: use(first chunk, number).
+    const auto for_spans = [&](const auto& use) {
+        for (int q = 0; q < queries; ++q) states[q * size + PARTIAL_SUM] = 0;
+        for (int chunk = block.first_chunk, end = chunk + block.num_chunks; chunk < end;) {
+            const int next = std::min(end, (chunk / SPAN + 1) * SPAN);
+            use(chunk, next - chunk);
+            chunk = next;
+        }
+        for (int q = 0; q < queries; ++q)
+            write_head(states + q * size, piece.kv_head * group + q % group,
+                       attention_.get() + padded(shape_.queries_size()) * (block.row + q / group));
+    };
+    if (block.num_pieces == 1) {
+        float* partials = states + stride;
+        return for_spans([&](int first, int count) {
+            for (int i = 0; i < count; ++i)
+                attend_chunk(block, index, piece.kv_head, first + i, worker, pass, partials + stride * i);
+            merge_span(partials, count);
+        });
     }
-    for (int q = 0; q < queries; ++q)
-        write_head(states + q * stride, kv_head * group + q % group,
-                   attention_.get() + padded(shape_.queries_size()) * (block.row + q / group));
+    float* partials = partials_.get() + block.partials + stride * block.num_chunks * piece.kv_head;
+    const auto partial_of = [&](int chunk) { return partials + stride * (chunk - block.first_chunk); };
+    for (int i = 0; i < piece.num_chunks; ++i)
+        attend_chunk(block, index, piece.kv_head, piece.first_chunk + i, worker, pass,
+                     partial_of(piece.first_chunk + i));
+    // Who finishes last merges.
+    std::atomic<int>& left = pieces_left_[piece.block * shape_.num_kv_heads + piece.kv_head];
+    if (left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    left.store(block.num_pieces, std::memory_order_relaxed);
+    for_spans([&](int first, int count) { merge_span(partial_of(first), count); });
 }
 
 // One head of a row's attention: the weighted sum of values over the sum of weights.
 void Model::write_head(const float* state, int head, float* row) const {
     for (int e = 0; e < shape_.head_dim; ++e)
         row[head * shape_.head_dim + e] = state[PARTIAL_VALUES + e] / state[PARTIAL_SUM];
-}
-
-// The attention's output of one row, all heads: merges the chunks, in the order in which an unsplit block folds them.
-void Model::merge_attention(int row, const Pass& pass, Worker& worker, float* out) {
-    const ptrdiff_t width = padded(shape_.queries_size());
-    if (!pass.is_split) {
-        std::copy_n(attention_.get() + width * row, width, out);
-        return;
-    }
-    std::fill_n(out, width, 0.0f);
-    const int group = shape_.group_size(), stride = shape_.partial_size();
-    const int index = pass.block_of_row[row];
-    const QueryBlock& block = pass.blocks[index];
-    float* state = worker.partials.get();
-    for (int head = 0; head < shape_.num_heads; ++head) {
-        state[PARTIAL_SUM] = 0;
-        const int query = (row - block.row) * group + head % group;
-        for (int chunk = 0; chunk < block.num_chunks; ++chunk) {
-            const ptrdiff_t item = (index * shape_.num_kv_heads + head / group) * pass.max_chunks + chunk;
-            kernels_.fold(state, partials_.get() + (item * MAX_BLOCK_ROWS * group + query) * stride,
-                          shape_.padded_head_dim());
-        }
-        write_head(state, head, out);
-    }
 }
 
 }  // namespace hopskip

@@ -172,6 +172,6 @@ void best_sums(const LogitsView& logits, int number, float* sums, int32_t* indic
     }
 }
 
-const Kernels TABLE = {NAME,      MULTIPLIES_BF16, multiply,      rms_norm,     quantize,
-                       to_bf16,   to_int8,         silu_multiply, block_maxima, keep_before,
-                       keep_from, mass_before,     best_sums,     attend_chunk, fold};
+const Kernels TABLE = {NAME,        MULTIPLIES_BF16, DOTS_BYTES,    multiply,     rms_norm,    quantize,
+                       to_bf16,     to_int8,         silu_multiply, block_maxima, keep_before, keep_from,
+                       mass_before, best_sums,       attend_chunk,  merge};

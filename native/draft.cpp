@@ -22,7 +22,7 @@ void unit_rms(const float* in, const float* weight, int size, float eps, float* 
 // The drafts of one call. Sequences that go on are open. What is kept of each open sequence moves up as others close.
 class Model::Drafter {
 public:
-    Drafter(Model& model, const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task)
+    Drafter(Model& model, const Exit& exit, RowsView rows, Cache& cache, const DraftTask& task)
         : model_(model), exit_(exit), rows_(rows), cache_(cache), task_(task),
           head_(exit.head ? *exit.head : model.head_), size_(model.shape_.hidden_size), open_(task.limits.size()),
           token_states_(rows.count * size_), hidden_(open_.size() * size_), best_(open_.size()),
@@ -177,7 +177,7 @@ private:
     Model& model_;
     const Exit& exit_;
     const RowsView rows_;
-    const CacheView& cache_;
+    Cache& cache_;
     const DraftTask& task_;
     const Matrix& head_;
     const ptrdiff_t size_;
@@ -188,7 +188,7 @@ private:
     std::vector<char> is_sure_;                     // whether the open sequences may go on after them
 };
 
-void Model::draft(const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task) {
+void Model::draft(const Exit& exit, RowsView rows, Cache& cache, const DraftTask& task) {
     const auto turn = pool_.take_turn();
     if (exit.fuse) widest_ = std::max(widest_, padded(std::max(exit.fuse->cols, exit.mix->cols)));
     Drafter drafter(*this, exit, rows, cache, task);

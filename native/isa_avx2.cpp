@@ -1,6 +1,8 @@
 // AVX2 + FMA + F16C: 8 lanes. See isa_portable.cpp for what each function means.
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace hopskip {
@@ -9,9 +11,14 @@ namespace {  // internal linkage: no function compiled for this instruction set 
 constexpr const char* NAME = "avx2";
 constexpr int LANES = 8;
 constexpr bool MULTIPLIES_BF16 = false;
+constexpr int PREFETCH_AHEAD = 8 * 1024;
+constexpr int PREFETCH_LOCALITY = 2;
 constexpr int MAX_FLOAT_ROWS = 6;  // 12 of 16 registers accumulate
 constexpr int MAX_INT_ROWS = 8;
-constexpr int MAX_QUERIES = 3;
+constexpr bool DOTS_BYTES = false;
+constexpr int MAX_QUERIES = 6;
+constexpr int NUM_REGISTERS = 16;
+constexpr int BLOCKS_AT_ONCE = 4;
 using V = __m256;
 using I = __m256i;
 
@@ -69,6 +76,7 @@ inline I finish_nibbles(I sum) { return sum_pairs(sum); }
 
 #include "multiply.inl"
 #include "rows.inl"
+#include "attend.inl"
 #include "choose.inl"
 }  // namespace
 const Kernels& avx2_kernels() { return TABLE; }

@@ -1,5 +1,7 @@
 // Plain vector extensions of GCC and Clang: 4 lanes, which SSE2 and NEON both have. Also the description of what every
 // isa_*.cpp provides.
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace hopskip {
@@ -7,10 +9,15 @@ namespace {  // internal linkage: no function compiled for this instruction set 
 
 constexpr const char* NAME = "portable";
 constexpr int LANES = 4;
-constexpr bool MULTIPLIES_BF16 = false;  // has dot_bf16
-constexpr int MAX_FLOAT_ROWS = 3;        // rows of x that multiply a strip while it is in registers
+constexpr bool MULTIPLIES_BF16 = false;   // has dot_bf16
+constexpr int PREFETCH_AHEAD = 8 * 1024;  // bytes of weights: hardware prefetchers stop at each page
+constexpr int PREFETCH_LOCALITY = 2;      // of __builtin_prefetch: 2 is the second-level cache
+constexpr int MAX_FLOAT_ROWS = 3;         // rows of x that multiply a strip while it is in registers
 constexpr int MAX_INT_ROWS = 4;
-constexpr int MAX_QUERIES = 1;  // that share keys and values in registers
+constexpr bool DOTS_BYTES = false;  // attention multiplies bytes; else their values in f32
+constexpr int MAX_QUERIES = 3;      // whose products with keys or values are added up in registers
+constexpr int NUM_REGISTERS = 16;
+constexpr int BLOCKS_AT_ONCE = 4;  // of keys, or values: so few stay in the first-level cache
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
@@ -60,6 +67,7 @@ inline I finish_nibbles(I sum) { return sum_pairs(bits<W>(sum)); }
 
 #include "multiply.inl"
 #include "rows.inl"
+#include "attend.inl"
 #include "choose.inl"
 }  // namespace
 const Kernels& portable_kernels() { return TABLE; }

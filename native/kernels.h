@@ -64,37 +64,64 @@ struct Activations {
     int blocks;
 
     ptrdiff_t block(int row) const { return static_cast<ptrdiff_t>(row) * blocks; }  // number of a row's first one
+    Activations from(int row) const {
+        const ptrdiff_t b = block(row), at = b * BLOCK;
+        return {f32 + at, bf16 + at, q8 + at, scales + b, starts + b, scaled_sums + b, blocks};
+    }
 };
 
 enum class CacheType : int { f32, bf16, int8 };
 
-constexpr int element_size(CacheType type) { return type == CacheType::f32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
+// Keys and values of one head lie in blocks of TILE positions, in the layout of weights. Keys are strips: lane t of a
+// unit belongs to position t of the block and holds one f32, two bf16 or four int8 elements, these as value + 128.
+// Values are units of as many positions, lane e of a strip being element e, int8 ones signed: [units][strips][16]. So
+// products of a query and keys need no sum across lanes, nor do sums over positions. int8 blocks begin with the
+// positions' scales, f32 [16].
+struct CacheLayout {
+    CacheType type;
+    int head_dim;
 
-struct CacheVectors {  // keys or values
-    void* data;
-    float* scales;  // one per vector, int8 only
+    constexpr int element_size() const { return type == CacheType::f32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
+    constexpr int per_unit() const { return 4 / element_size(); }
+    constexpr int header_bytes() const { return type == CacheType::int8 ? HEADER_BYTES : 0; }
+    constexpr int key_units() const { return (head_dim + per_unit() - 1) / per_unit(); }
+    constexpr int value_units() const { return TILE / per_unit(); }
+    constexpr int value_strips() const { return (head_dim + TILE - 1) / TILE; }
+    constexpr ptrdiff_t key_block_bytes() const { return header_bytes() + key_units() * UNIT_BYTES; }
+    constexpr ptrdiff_t value_block_bytes() const {
+        return header_bytes() + value_units() * value_strips() * UNIT_BYTES;
+    }
+    // Bytes from the start of a block to an element of position `lane`.
+    constexpr ptrdiff_t key_offset(int lane, int element) const {
+        return header_bytes() + element / per_unit() * UNIT_BYTES + lane * 4 + element % per_unit() * element_size();
+    }
+    constexpr ptrdiff_t value_offset(int lane, int element) const {
+        const int unit = lane / per_unit() * value_strips() + element / TILE;
+        return header_bytes() + unit * UNIT_BYTES + element % TILE * 4 + lane % per_unit() * element_size();
+    }
 };
 
 // One chunk of positions begin..end-1 of one key/value head, for the queries of all rows that share it. They see the
 // same keys and values before `shared_end`; from there on a tree of tokens has branched, and rows have places of their
 // own in the cache.
 struct ChunkTask {
-    const float* queries;  // [num_queries][padded head_dim], scaled by 1 / sqrt(head_dim), RoPE applied
+    Activations queries;  // scaled by 1 / sqrt(head_dim), RoPE applied
     int num_queries;
     const int *first_seen, *last_seen;  // [num_queries] positions
     int queries_per_row;
     int shared_end;     // INT_MAX: the rows are no tree
     const int* places;  // [rows][places_per_row], where positions shared_end, shared_end + 1, .. lie in the cache
     int places_per_row;
-    CacheVectors keys, values;  // [places][head_dim], from place 0; a position before shared_end is its own place
-    CacheType type;
-    int head_dim, padded_head_dim;
+    const uint8_t *keys, *values;  // blocks from place 0 on; a position before shared_end is its own place
+    CacheLayout layout;
     int begin, end;  // begin is a multiple of CHUNK, end <= begin + CHUNK
 };
 
-// Result of one or more chunks for one query, float [2 + padded_head_dim]: maximum score, sum of exp(score - maximum),
+// Result of one or more chunks for one query, float [16 + padded head_dim]: maximum score, sum of exp(score - maximum),
 // and the sum of values weighted by it. A sum of zero says that the query sees no position there.
-constexpr int PARTIAL_MAX = 0, PARTIAL_SUM = 1, PARTIAL_VALUES = 2;
+constexpr int PARTIAL_MAX = 0, PARTIAL_SUM = 1, PARTIAL_SCALE = 2, PARTIAL_VALUES = TILE;  // the scale is used within
+
+constexpr int SPAN = 16;  // chunks that are merged at once, the first of them a multiple of it
 
 // What noise is made from: two halves of a hash of seed and position (model.h).
 struct NoiseKey {
@@ -113,7 +140,8 @@ struct LogitsView {
 
 struct Kernels {
     const char* name;
-    bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights
+    bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights, keys and values
+    bool dots_bytes;       // wants Activations::q8, not f32, beside int8 keys
 
     // out[row][16] = weights[strip] . x[row] for all rows. Every output has one accumulator that takes the columns in
     // order, so its bits do not depend on `rows`.
@@ -132,13 +160,16 @@ struct Kernels {
     double (*mass_before)(const LogitsView&, float value, int index);
     void (*best_sums)(const LogitsView&, int number, float* sums, int32_t* indices, double* mass);
 
-    // scratch: float [TILE * padded_head_dim + num_queries * CHUNK]; partials: [num_queries][2 + padded_head_dim]
-    void (*attend_chunk)(const ChunkTask&, float* scratch, float* partials);
-    void (*fold)(float* state, const float* partial, int padded_head_dim);  // state <- state and then partial
+    // attend.inl. tile: room for a block of keys or values; scores: [num_queries][CHUNK]; partials: [num_queries], each
+    // `stride` after the other
+    void (*attend_chunk)(const ChunkTask&, uint8_t* tile, float* scores, float* partials, ptrdiff_t stride);
+    // state <- state, then the partials of `count` chunks, at most SPAN
+    void (*merge)(float* state, const float* partials, ptrdiff_t stride, int count, int padded_head_dim);
 };
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
+const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_kernels();
 
 }  // namespace hopskip

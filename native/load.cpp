@@ -35,16 +35,16 @@ namespace {
 
 bool runs_here(const std::string& isa) {
 #ifdef HOPSKIP_EMULATES_AVX512
-    if (isa == "avx512") return true;
+    if (isa == "avx512" || isa == "avx512_vnni") return true;
 #endif
 #ifdef HOPSKIP_X86
     __builtin_cpu_init();
     if (isa == "avx2")
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (isa == "avx512")
+    if (isa == "avx512" || isa == "avx512_vnni")
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+               __builtin_cpu_supports("avx512vnni") && (isa != "avx512" || __builtin_cpu_supports("avx512bf16"));
 #endif
     return isa == "portable";
 }
@@ -53,6 +53,7 @@ const Kernels& kernels_for(const std::string& isa) {
     if (!runs_here(isa)) refuse("this processor cannot run the instruction set ", isa);
 #ifdef HOPSKIP_X86
     if (isa == "avx2") return avx2_kernels();
+    if (isa == "avx512_vnni") return avx512_vnni_kernels();
     if (isa == "avx512") return avx512_kernels();
 #endif
     return portable_kernels();
@@ -203,7 +204,7 @@ void set_rope(Model& model, const Input& cos, const Input& sin) {
 void bind_load(nb::module_& m, nb::class_<Model>& engine) {
     const auto none = nb::none();
     m.def("runs_here", &runs_here, "isa"_a,
-          "Whether this processor has the instruction set: avx512, avx2 or portable.");
+          "Whether this processor has the instruction set: avx512, avx512_vnni, avx2 or portable.");
     nb::class_<Shape>(m, "Shape", "Sizes of a model, from its config.")
         .def("__init__", constructor(&make_shape), nb::kw_only(), "hidden_size"_a, "intermediate_size"_a, "num_heads"_a,
              "num_kv_heads"_a, "head_dim"_a, "vocab_size"_a, "rms_norm_eps"_a, "sliding_window"_a = 0);

@@ -11,8 +11,10 @@ namespace hopskip {
 
 namespace {
 
-constexpr int MAX_PASS_ROWS = 128;   // more go in several passes: their activations then stay in the second-level cache
-constexpr int MAX_PRIVATE_ROWS = 4;  // up to which every thread makes inputs for itself, to save a phase
+constexpr int MAX_PASS_ROWS = 128;  // more go in several passes: their activations then stay in the second-level cache
+constexpr int MIN_BLOCK_ROWS = 8, MAX_BLOCK_ROWS = 32, MAX_BLOCK_QUERIES = 96;  // that attend together
+constexpr int PIECES_PER_THREAD = 4;  // of attention, so that one which is held up can be helped out
+constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread makes inputs for itself, to save a phase
 
 unsigned bit(Format format) { return 1u << static_cast<int>(format); }
 
@@ -51,23 +53,14 @@ void unpack_row(const Matrix& m, int row, float* out) {
 
 // All memory of a pass is taken here, on the caller's thread, where running out of it can still be reported.
 void Model::reserve(int rows) {
-    const ptrdiff_t n = rows, head_dim = shape_.padded_head_dim(), queries = MAX_BLOCK_ROWS * shape_.group_size();
+    const ptrdiff_t n = rows;
     hidden_.reserve(n * padded(shape_.hidden_size));
     qkv_.reserve(n * shape_.qkv_size());
-    queries_.reserve(n * shape_.num_heads * head_dim);
     attention_.reserve(n * padded(shape_.queries_size()));
     activation_.reserve(n * padded(shape_.intermediate_size));
     for (Worker& worker : workers_) {
-        worker.f32.reserve(n * widest_);
-        worker.bf16.reserve(kernels_.multiplies_bf16 ? n * widest_ : 0);
-        worker.q8.reserve(n * widest_);
-        worker.scales.reserve(n * widest_ / BLOCK);
-        worker.starts.reserve(n * widest_ / BLOCK);
-        worker.scaled_sums.reserve(n * widest_ / BLOCK);
+        worker.inputs.reserve(n * widest_ / BLOCK, kernels_.multiplies_bf16);
         worker.products.reserve(n * TILE * 2);
-        worker.scratch.reserve(TILE * head_dim + queries * CHUNK);
-        worker.partials.reserve(queries * shape_.partial_size() * 2);
-        worker.range.resize(queries * 2);
     }
 }
 
@@ -80,8 +73,7 @@ void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, 
                               const Use& use) {
     const bool is_shared = rows > MAX_PRIVATE_ROWS;
     Worker& worker = is_shared ? workers_.back() : workers_[team.thread()];
-    const Activations x{worker.f32.get(),    worker.bf16.get(),        worker.q8.get(), worker.scales.get(),
-                        worker.starts.get(), worker.scaled_sums.get(), blocks_of(cols)};
+    const Activations x = worker.inputs.rows_of(blocks_of(cols));
     const auto make = [&](int row) {
         const ptrdiff_t block = x.block(row), at = block * BLOCK;
         make_row(row, x.f32 + at);
@@ -174,10 +166,11 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
     };
     multiply(team, rows, {&layer.q, &layer.k, &layer.v}, norm(layer.input_norm), put_qkv);
     team.share(rows * shape_.num_kv_heads, [&](int item) { rotate_and_store(item, index, pass); });
-    team.share(static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads * (pass.is_split ? pass.max_chunks : 1),
-               [&](int item) { attend(item, index, worker, pass); });
-    const auto merge = [&](int row, float* out) { merge_attention(row, pass, worker, out); };
-    multiply(team, rows, {&layer.o}, merge, add_to_hidden(layer.o));
+    team.share(static_cast<int>(pass.pieces.size()), [&](int item) { attend(pass.pieces[item], index, worker, pass); });
+    const auto copy_from = [&](Buffer<float>& from, ptrdiff_t width) {
+        return [&, width](int row, float* out) { std::copy_n(from.get() + width * row, width, out); };
+    };
+    multiply(team, rows, {&layer.o}, copy_from(attention_, padded(shape_.queries_size())), add_to_hidden(layer.o));
     // Gate and up go together, so that their product needs no phase of its own.
     const unsigned formats = bit(layer.gate.format) | bit(layer.up.format);
     const auto activate = [&](const Activations& x, int strip) {
@@ -189,9 +182,7 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
         scatter(layer.gate, strip, products, rows, activation_.get(), intermediate, assign);
     };
     share_with_inputs(team, rows, shape_.hidden_size, formats, norm(layer.post_norm), layer.gate.strips, activate);
-    const float* activation = activation_.get();
-    const auto copy = [&](int row, float* out) { std::copy_n(activation + intermediate * row, intermediate, out); };
-    multiply(team, rows, {&layer.down}, copy, add_to_hidden(layer.down));
+    multiply(team, rows, {&layer.down}, copy_from(activation_, intermediate), add_to_hidden(layer.down));
 }
 
 // Where the rows' keys and values go, and where those of their ancestors in a tree are.
@@ -217,38 +208,79 @@ void Model::find_places(Pass& pass) {
     }
 }
 
-// Rows of one sequence, up to MAX_BLOCK_ROWS, share one reading of its keys and values.
+// Rows of one sequence that share one reading of its keys and values: more of them where there is work for all threads
+// anyway, as scores and sums of more would leave the second-level cache.
 void Model::find_blocks(Pass& pass) {
     const RowsView& rows = pass.rows;
+    const int most = std::clamp(MAX_BLOCK_QUERIES / shape_.group_size(), MIN_BLOCK_ROWS, MAX_BLOCK_ROWS);
+    int block_rows = MIN_BLOCK_ROWS;
+    while (block_rows * 2 <= most && rows.count / (block_rows * 2) * shape_.num_kv_heads >= 4 * pool_.threads())
+        block_rows *= 2;
     pass.blocks.clear();
-    pass.block_of_row.resize(rows.count);
-    pass.max_chunks = 0;
     for (int row = 0; row < rows.count; ++row) {
         const int position = rows.positions[row];
         const bool starts_sequence = rows.starts_sequence(row);
-        if (starts_sequence || pass.blocks.back().count == MAX_BLOCK_ROWS) {
+        if (starts_sequence || pass.blocks.back().count == block_rows) {
             // blocks of one tree share what comes up to its root
             const int root_end = starts_sequence ? position + 1 : pass.blocks.back().shared_end;
             const int shared_end = rows.parent_offsets ? root_end : INT_MAX;
-            pass.blocks.push_back({row, 0, shape_.window_start(position) / CHUNK, 0, 0, shared_end});
+            pass.blocks.push_back({row, 0, shape_.window_start(position) / CHUNK, 0, 0, shared_end, 1});
         }
         QueryBlock& block = pass.blocks.back();
         ++block.count;
         block.end = std::max(block.end, position + 1);
+        // of a tree, a later row may come before the first
+        block.first_chunk = std::min(block.first_chunk, shape_.window_start(position) / CHUNK);
         block.num_chunks = (block.end - 1) / CHUNK + 1 - block.first_chunk;
-        pass.max_chunks = std::max(pass.max_chunks, block.num_chunks);
-        pass.block_of_row[row] = static_cast<int>(pass.blocks.size()) - 1;
     }
-    const int items = static_cast<int>(pass.blocks.size()) * shape_.num_kv_heads;
-    pass.is_split = pass.max_chunks > 1 && items < 4 * pool_.threads();
-    const ptrdiff_t partials = static_cast<ptrdiff_t>(items) * pass.max_chunks * MAX_BLOCK_ROWS * shape_.group_size();
-    if (pass.is_split) partials_.reserve(partials * shape_.partial_size());
+}
+
+// Cuts long blocks into pieces of whole chunks, so that all threads get about the same work, and takes the memory for
+// it.
+void Model::cut_blocks(Pass& pass) {
+    const int group = shape_.group_size(), heads = shape_.num_kv_heads, size = shape_.partial_size();
+    const auto work_of = [&](const QueryBlock& block) { return static_cast<int64_t>(block.num_chunks) * block.count; };
+    int64_t work = 0;
+    for (const QueryBlock& block : pass.blocks) work += work_of(block) * heads;
+    const int64_t per_piece = std::max<int64_t>(work / (pool_.threads() * PIECES_PER_THREAD), 1);
+    pass.pieces.clear();
+    ptrdiff_t partials = 0;
+    int queries = 0;
+    for (int index = 0; index < static_cast<int>(pass.blocks.size()); ++index) {
+        QueryBlock& block = pass.blocks[index];
+        const int64_t wanted = pool_.threads() == 1 ? 1 : work_of(block) / per_piece;
+        block.num_pieces = static_cast<int>(std::clamp<int64_t>(wanted, 1, block.num_chunks));
+        block.partials = partials;
+        if (block.num_pieces > 1)
+            partials += static_cast<ptrdiff_t>(heads) * block.num_chunks * block.count * group * size;
+        queries = std::max(queries, block.count * group);
+        for (int head = 0; head < heads; ++head)
+            for (int piece = 0; piece < block.num_pieces; ++piece) {
+                const auto chunk_at = [&](int i) { return block.num_chunks * i / block.num_pieces; };
+                pass.pieces.push_back(
+                    {index, head, block.first_chunk + chunk_at(piece), chunk_at(piece + 1) - chunk_at(piece)});
+            }
+    }
+    if (pieces_left_.size() < pass.blocks.size() * heads)
+        pieces_left_ = std::vector<std::atomic<int>>(pass.blocks.size() * heads);
+    for (size_t i = 0; i < pass.blocks.size() * heads; ++i) pieces_left_[i] = pass.blocks[i / heads].num_pieces;
+    partials_.reserve(partials);
+    const CacheLayout& layout = pass.cache->layout();
+    queries_.reserve(static_cast<ptrdiff_t>(pass.rows.count) * shape_.num_heads * blocks_of(shape_.head_dim),
+                     kernels_.multiplies_bf16);
+    for (Worker& worker : workers_) {
+        worker.tile.reserve(std::max(layout.key_block_bytes(), layout.value_block_bytes()));
+        worker.scores.reserve(static_cast<ptrdiff_t>(queries) * CHUNK);
+        worker.partials.reserve(static_cast<ptrdiff_t>(queries) * (SPAN * size + size));
+        worker.range.resize(queries * 2);
+    }
 }
 
 void Model::run_pass(const float* in, float* out, Pass& pass) {
     const int rows = pass.rows.count;
     find_places(pass);
     find_blocks(pass);
+    cut_blocks(pass);
     reserve(rows);
     const int size = shape_.hidden_size;
     const ptrdiff_t stride = padded(size);
@@ -268,13 +300,13 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     copy_rows(hidden_.get(), stride, rows, size, out, size);
 }
 
-void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows,
-                       const CacheView& cache, Taps taps) {
+void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, Cache& cache,
+                       Taps taps) {
     const auto turn = pool_.take_turn();
     const ptrdiff_t size = shape_.hidden_size;
     const int32_t* offsets = rows.parent_offsets;
     Pass pass{};
-    pass.cache = cache;
+    pass.cache = &cache;
     pass.layers = layers;
     for (int first = 0, next; first < rows.count; first = next) {
         next = std::min(first + MAX_PASS_ROWS, rows.count);

@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "cache.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -33,7 +34,26 @@ private:
     std::vector<Line> lines_;
 };
 
-constexpr int MAX_BLOCK_ROWS = 8;  // rows of a sequence that share one reading of its keys and values
+// Room for rows of input in all forms that kernels may want.
+struct ActivationBuffers {
+    Buffer<float> f32, scales, scaled_sums;
+    Buffer<uint16_t> bf16;
+    Buffer<int8_t> q8;
+    Buffer<int32_t> starts;
+
+    void reserve(ptrdiff_t blocks, bool has_bf16) {  // of all rows
+        f32.reserve(blocks * BLOCK);
+        bf16.reserve(has_bf16 ? blocks * BLOCK : 0);
+        q8.reserve(blocks * BLOCK);
+        scales.reserve(blocks);
+        starts.reserve(blocks);
+        scaled_sums.reserve(blocks);
+    }
+    Activations rows_of(int blocks) {
+        return {f32.get(), bf16.get(), q8.get(), scales.get(), starts.get(), scaled_sums.get(), blocks};
+    }
+};
+
 constexpr int MAX_HEAD_DIM = 512;
 constexpr int MAX_TREE_ROWS = 64;
 
@@ -54,7 +74,7 @@ struct Shape {
     int queries_size() const { return num_heads * head_dim; }
     int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
     int padded_head_dim() const { return blocks_of(head_dim) * BLOCK; }
-    int partial_size() const { return PARTIAL_VALUES + padded_head_dim(); }
+    int partial_size() const { return PARTIAL_VALUES + (head_dim + TILE - 1) / TILE * TILE; }
     int window_start(int position) const { return sliding_window ? std::max(0, position - sliding_window + 1) : 0; }
 };
 
@@ -68,21 +88,6 @@ struct Layer {
     std::vector<float> q_bias, k_bias, v_bias;  // empty: none
     std::vector<float> q_norm, k_norm;          // empty: none
     int cache_layer = 0;  // where its keys and values lie; a copy of a layer in lower precision shares the original's
-};
-
-// Keys and values [layers, slots, kv heads, positions, head_dim]; int8 ones have a scale per [.., positions].
-struct CacheView {
-    CacheVectors k, v;
-    CacheType type;
-    int layers, slots, kv_heads, length, head_dim;
-
-    int vector_bytes() const { return head_dim * element_size(type); }
-    ptrdiff_t place_of(int layer, int slot, int kv_head, int place) const {  // counted over the whole cache
-        return ((static_cast<ptrdiff_t>(layer) * slots + slot) * kv_heads + kv_head) * length + place;
-    }
-    CacheVectors from(const CacheVectors& all, ptrdiff_t place) const {
-        return {static_cast<char*>(all.data) + place * vector_bytes(), all.scales ? all.scales + place : nullptr};
-    }
 };
 
 // Where each row lives. Rows of one sequence are consecutive. Without parent offsets they are in the order of their
@@ -189,7 +194,7 @@ public:
     // All that follow take f32 rows of hidden_size, unpadded. Calls from several threads take turns.
     void embed(const int32_t* ids, int count, float* out) const;
     // The layers in the order given.
-    void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, const CacheView& cache,
+    void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, Cache& cache,
                     Taps taps = {});
     // Logits [count, head rows] of hidden states, through the final norm.
     void logits(const float* in, int count, const Matrix& head, float* out);
@@ -197,7 +202,7 @@ public:
     void greedy(const float* in, int count, const Matrix& head, int32_t* out);
     // Tokens for hidden states, by the model's head and a rule each.
     void choose(const float* in, int count, const ChoiceTask& task);
-    void draft(const Exit& exit, RowsView rows, const CacheView& cache, const DraftTask& task);
+    void draft(const Exit& exit, RowsView rows, Cache& cache, const DraftTask& task);
 
 private:
     class Drafter;
@@ -209,11 +214,9 @@ private:
         }
     };
     struct Worker {  // what each thread has for itself
-        Buffer<float> f32, products, scratch, partials;
-        Buffer<uint16_t> bf16;
-        Buffer<int8_t> q8;
-        Buffer<float> scales, scaled_sums;
-        Buffer<int32_t> starts;
+        ActivationBuffers inputs;
+        Buffer<float> products, scores, partials;
+        Buffer<uint8_t> tile;
         std::vector<int> range;  // first and last position of each query
         std::vector<Best> best;  // of each row
         std::vector<float> maxima;
@@ -223,32 +226,36 @@ private:
         int row, count;
         int first_chunk, num_chunks;  // of the positions that any of them sees, all before `end`
         int end;
-        int shared_end;  // see ChunkTask
+        int shared_end;          // see ChunkTask
+        int num_pieces;          // that its chunks are cut into
+        ptrdiff_t partials = 0;  // if there are several, where theirs lie: [kv heads][chunks][queries]
+    };
+    struct Piece {  // work of one thread
+        int block, kv_head, first_chunk, num_chunks;
     };
     struct Pass {
         RowsView rows;
-        CacheView cache;
+        Cache* cache;
         std::span<const int32_t> layers;
         Taps taps;
         std::vector<QueryBlock> blocks;
-        std::vector<int> block_of_row, place_of_row;
+        std::vector<Piece> pieces;
+        std::vector<int> place_of_row;
         std::vector<int> places;  // [rows][places_per_row], of trees
         int places_per_row;
-        int max_chunks;
-        bool is_split;  // chunks of one block go to several threads, and are merged afterwards
     };
 
     void run_pass(const float* in, float* out, Pass& pass);
     void find_places(Pass& pass);
     void find_blocks(Pass& pass);
+    void cut_blocks(Pass& pass);
     void run_layer(Team& team, int index, const Pass& pass);
     void rotate_and_store(int item, int index, const Pass& pass);
-    float* queries_of(int row, int kv_head, const Pass& pass);
-    void attend(int item, int index, Worker& worker, const Pass& pass);
+    int first_query(int row, int kv_head, const Pass& pass) const;
+    void attend(const Piece& piece, int index, Worker& worker, const Pass& pass);
     void attend_chunk(const QueryBlock& block, int index, int kv_head, int chunk, Worker& worker, const Pass& pass,
                       float* partials);
     void write_head(const float* state, int head, float* row) const;
-    void merge_attention(int row, const Pass& pass, Worker& worker, float* out);
     template <class MakeRow, class Use>
     void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items,
                            const Use& use);
@@ -275,7 +282,9 @@ private:
     std::vector<float> norm_, cos_, sin_;
     int rope_length_ = 0;
     std::vector<Worker> workers_;  // the last one is shared: inputs of many rows, prepared once for all threads
-    Buffer<float> hidden_, qkv_, queries_, attention_, activation_, partials_, mixed_, logits_;
+    Buffer<float> hidden_, qkv_, attention_, activation_, partials_, mixed_, logits_;
+    ActivationBuffers queries_;
+    std::vector<std::atomic<int>> pieces_left_;  // of each block and key/value head
 };
 
 }  // namespace hopskip

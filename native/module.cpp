@@ -14,30 +14,41 @@ namespace {
 
 using Owners = std::vector<std::shared_ptr<const void>>;
 
-struct Cache : CacheView {
-    Owners owners;
-};
+Cache make_cache(const std::string& dtype, int64_t layers, int64_t slots, int64_t kv_heads, int64_t length,
+                 int64_t head_dim) {
+    const char* const types[] = {"float32", "bfloat16", "int8"};  // in the order of CacheType
+    const auto found = std::find(std::begin(types), std::end(types), dtype);
+    if (found == std::end(types)) refuse("dtype is ", dtype, "; it must be float32, bfloat16 or int8");
+    constexpr int64_t most = 1 << 30;
+    return Cache(static_cast<CacheType>(found - types), in_range(layers, "layers", 1, most),
+                 in_range(slots, "slots", 1, most), in_range(kv_heads, "kv_heads", 1, most),
+                 in_range(length, "length", 1, most), in_range(head_dim, "head_dim", 1, MAX_HEAD_DIM));
+}
 
-Cache make_cache(const Output& k, const Output& v, const OptionalOutput& k_scales, const OptionalOutput& v_scales) {
-    const nb::dlpack::dtype bf16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1}, type = k.dtype();
-    Cache cache{};
-    cache.type = type == bf16 ? CacheType::bf16 : type == nb::dtype<int8_t>() ? CacheType::int8 : CacheType::f32;
-    if (cache.type == CacheType::f32 && type != nb::dtype<float>())
-        refuse("the cache's k is neither float32, bfloat16 nor int8");
-    const size_t alignment = element_size(cache.type);
-    cache.k.data = checked(k, "the cache's k", type, {ANY, ANY, ANY, ANY, ANY}, alignment);
-    const int64_t layers = cache.layers = size_of(k, 0), slots = cache.slots = size_of(k, 1);
-    const int64_t heads = cache.kv_heads = size_of(k, 2), length = cache.length = size_of(k, 3);
-    const int64_t head_dim = cache.head_dim = size_of(k, 4);
-    cache.v.data = checked(v, "the cache's v", type, {layers, slots, heads, length, head_dim}, alignment);
-    cache.owners = {owner_of(k), owner_of(v)};
-    if (cache.type != CacheType::int8 && (k_scales || v_scales)) refuse("only an int8 cache has scales");
-    if (cache.type != CacheType::int8) return cache;
-    if (!k_scales || !v_scales) refuse("an int8 cache needs k_scales and v_scales");
-    cache.k.scales = checked<float>(*k_scales, "k_scales", {layers, slots, heads, length});
-    cache.v.scales = checked<float>(*v_scales, "v_scales", {layers, slots, heads, length});
-    cache.owners.insert(cache.owners.end(), {owner_of(*k_scales), owner_of(*v_scales)});
-    return cache;
+void copy_prefix(Cache& cache, int64_t source, int64_t target, int64_t length) {
+    const int from = in_range(source, "source", 0, cache.slots() - 1);
+    const int to = in_range(target, "target", 0, cache.slots() - 1);
+    if (from == to) refuse("source and target are both ", source);
+    cache.copy_prefix(from, to, in_range(length, "length", 0, cache.length()));
+}
+
+void keep_path(Cache& cache, int64_t slot, int64_t start, const std::vector<int32_t>& rows) {
+    in_range(start, "start", 0, cache.length() - 1);
+    for (size_t i = 0; i < rows.size(); ++i)
+        in_range(rows[i], "a row", i ? rows[i - 1] + int64_t{1} : 0, cache.length() - 1 - start);
+    cache.keep_path(in_range(slot, "slot", 0, cache.slots() - 1), static_cast<int>(start), rows);
+}
+
+void copy_from(Cache& cache, Cache& other) {
+    const auto is_same = [](const CacheLayout& a, const CacheLayout& b) {
+        return a.type == b.type && a.head_dim == b.head_dim;
+    };
+    if (!is_same(cache.layout(), other.layout()) || cache.layers() != other.layers() ||
+        cache.kv_heads() != other.kv_heads())
+        refuse("the other cache is of another kind");
+    in_range(other.slots(), "the other cache's number of slots", 1, cache.slots());
+    in_range(other.length(), "the other cache's length", 1, cache.length());
+    cache.copy_from(other);
 }
 
 struct Rows {
@@ -173,15 +184,16 @@ void check_ids(const Model& model, const std::vector<int32_t>& ids) {
     for (int32_t id : ids) in_range(id, "token id", 0, model.shape().vocab_size - 1);
 }
 
-void check_rows(const Model& model, const Rows& rows, const Cache& cache) {
+void check_rows(const Model& model, const Rows& rows, Cache& cache) {
     const Shape& shape = model.shape();
-    if (cache.layers != model.num_cache_layers() || cache.kv_heads != shape.num_kv_heads ||
-        cache.head_dim != shape.head_dim)
-        refuse("the cache has ", cache.layers, " layers, ", cache.kv_heads, " key/value heads of size ", cache.head_dim,
+    const int head_dim = cache.layout().head_dim;
+    if (cache.layers() != model.num_cache_layers() || cache.kv_heads() != shape.num_kv_heads ||
+        head_dim != shape.head_dim)
+        refuse("the cache has ", cache.layers(), " layers, ", cache.kv_heads(), " key/value heads of size ", head_dim,
                "; the model needs ", model.num_cache_layers(), ", ", shape.num_kv_heads, ", ", shape.head_dim);
     if (!rows.count()) return;
-    in_range(rows.largest_slot, "slot", 0, cache.slots - 1);
-    in_range(rows.largest_place, "position", 0, std::min(cache.length, model.rope_length()) - 1);
+    in_range(rows.largest_slot, "slot", 0, cache.slots() - 1);
+    in_range(rows.largest_place, "position", 0, std::min(cache.length(), model.rope_length()) - 1);
 }
 
 // The head that is meant; null: the model's own.
@@ -209,13 +221,12 @@ void check_exit(const Model& model, const Exit& exit) {
     if (std::ssize(exit.vocabulary) != head_rows) refuse("a draft vocabulary needs a token id per row of its head");
 }
 
-void check_task(const Model& model, const Exit& exit, const Rows& rows, const Cache& cache,
-                const CheckedDraftTask& task) {
+void check_task(const Model& model, const Exit& exit, const Rows& rows, Cache& cache, const CheckedDraftTask& task) {
     check_ids(model, task.ids);
     if (!rows.parent_offsets.empty()) refuse("the rows of a draft are no tree; leave out parent_offsets");
     if (rows.count() != std::ssize(task.ids)) refuse("ids and slots differ in length");
     const RowsView view = rows.view();
-    const int sequences = static_cast<int>(task.limits.size()), length = std::min(cache.length, model.rope_length());
+    const int sequences = static_cast<int>(task.limits.size()), length = std::min(cache.length(), model.rope_length());
     int sequence = -1;
     for (int row = 0; row < view.count; ++row) {
         if (!view.starts_sequence(row) && exit.own_layers.empty())
@@ -245,7 +256,7 @@ void embed(const Model& model, const Input& ids, const Output& out) {
 }
 
 void run_layers(Model& model, const Input& h, const Output& out, int64_t start, int64_t stop, const Rows& rows,
-                const Cache& cache, const OptionalInput& taps, const OptionalOutput& tapped) {
+                Cache& cache, const OptionalInput& taps, const OptionalOutput& tapped) {
     const int first = in_range(start, "start", 0, model.num_layers());
     const int last = in_range(stop, "stop", first, model.num_layers());
     check_rows(model, rows, cache);
@@ -309,7 +320,7 @@ void choose(Model& model, const Input& h, const Output& out, const std::vector<S
     model.choose(in, count, task);
 }
 
-void draft(Model& model, const Exit& exit, const Rows& rows, const Cache& cache, const CheckedDraftTask& task) {
+void draft(Model& model, const Exit& exit, const Rows& rows, Cache& cache, const CheckedDraftTask& task) {
     check_exit(model, exit);
     check_rows(model, rows, cache);
     check_task(model, exit, rows, cache, task);
@@ -322,10 +333,25 @@ void bind_module(nb::module_& m) {
     const auto none = nb::none();
     nb::class_<Cache>(
         m, "Cache",
-        "Keys and values [layers, slots, key/value heads, positions, head_dim], float32, bfloat16 or int8 "
-        "with float32 scales of the first four dimensions.")
-        .def("__init__", constructor(&make_cache), nb::kw_only(), "k"_a, "v"_a, "k_scales"_a = none,
-             "v_scales"_a = none);
+        "Keys and values of all layers, for some sequences. dtype: float32, bfloat16 or int8. See native/kernels.h "
+        "for the layout of `bytes`, uint8 [layers, slots, key/value heads, bytes of a head].")
+        .def("__init__", constructor(&make_cache), nb::kw_only(), "dtype"_a, "layers"_a, "slots"_a, "kv_heads"_a,
+             "length"_a, "head_dim"_a)
+        .def_prop_ro("nbytes", &Cache::bytes)
+        .def_prop_ro(
+            "bytes",
+            [](Cache& cache) {
+                const auto size_of = [](int size) { return static_cast<size_t>(size); };
+                const size_t heads = size_of(cache.layers()) * cache.slots() * cache.kv_heads();
+                return nb::ndarray<nb::numpy, uint8_t>(
+                    cache.data(), {size_of(cache.layers()), size_of(cache.slots()), size_of(cache.kv_heads()),
+                                   cache.bytes() / heads});
+            },
+            nb::rv_policy::reference_internal)
+        .def("copy_prefix", &copy_prefix, "source"_a, "target"_a, "length"_a)
+        .def("keep_path", &keep_path, "slot"_a, "start"_a, "rows"_a)
+        .def("copy_from", &copy_from, "other"_a)
+        .def("clear", &Cache::clear);
     nb::class_<Rows>(
         m, "Rows",
         "Where each row lives, int32 [N] each: its slot, its position, and in a tree of tokens how many rows "

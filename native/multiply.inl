@@ -5,8 +5,7 @@
 
 #define UNROLL_FOR _Pragma("GCC unroll 16") for  // sums[..] then become registers
 
-constexpr int PARTS = TILE / LANES;      // registers per 16 lanes
-constexpr int WEIGHTS_AHEAD = 8 * 1024;  // bytes to prefetch: hardware prefetchers stop at each page
+constexpr int PARTS = TILE / LANES;  // registers per 16 lanes
 
 inline I splat_unit(const void* p) { return splat_int(load_as<uint32_t>(p)); }  // a unit of one row of x, in every lane
 
@@ -14,6 +13,26 @@ inline I splat_unit(const void* p) { return splat_int(load_as<uint32_t>(p)); }  
 inline I load_units_again(const uint8_t* p) {
     asm volatile("" : "+r"(p));
     return load_units(p);
+}
+
+// Not inlined: together with the code around it, sums would not stay in registers.
+template <int R, class Use>
+__attribute__((noinline)) void use_group(int size, int first, const Use& use) {
+    if (size == R) {
+        use.template operator()<R>(first);
+    } else if constexpr (R > 1) {
+        use_group<R - 1>(size, first, use);
+    }
+}
+
+// Calls use.operator()<size>(first) for groups of at most MAX items, of nearly equal size: 7 are 4 + 3.
+template <int MAX, class Use>
+inline void in_groups(int first, int end, const Use& use) {
+    for (int groups = (end - first + MAX - 1) / MAX; groups > 0; --groups) {
+        const int size = (end - first + groups - 1) / groups;
+        use_group<MAX>(size, first, use);
+        first += size;
+    }
 }
 
 // f32 weights with f32 activations, bf16 weights with f32 ones or, where the processor multiplies bf16, with bf16.
@@ -35,7 +54,7 @@ struct FloatProduct {
         V sum[R][PARTS] = {};
         const uint8_t* unit = m.strip(strip);
         for (int c = 0; c < m.blocks * BLOCK; c += COLUMNS, unit += UNIT_BYTES) {
-            prefetch_to_l2(unit + WEIGHTS_AHEAD);
+            prefetch(unit + PREFETCH_AHEAD);
             V w[PARTS];
             if constexpr (IN_BF16) {
                 UNROLL_FOR (int p = 0; p < PARTS; ++p) w[p] = bits<V>(load_units(unit + p * LANES * 4));
@@ -92,7 +111,7 @@ struct IntProduct {
             const uint8_t* units = m.strip(strip) + units_offset(FORMAT, b);
             // every line, or the rest is in vain
             const auto* first = b % blocks_per_header(FORMAT) ? units : units - HEADER_BYTES;
-            for (const uint8_t* p = first; p < units + UNITS * UNIT_BYTES; p += 64) prefetch_to_l2(p + WEIGHTS_AHEAD);
+            for (const uint8_t* p = first; p < units + UNITS * UNIT_BYTES; p += 64) prefetch(p + PREFETCH_AHEAD);
             UNROLL_FOR (int p = 0; p < PARTS; ++p) {
                 const auto unit = [&](int u) { return load_units(units + (u * PARTS + p) * LANES * 4); };
                 const auto column = [&](int r, int c) { return splat_unit(rows[r] + b * BLOCK + c); };
@@ -129,23 +148,9 @@ struct IntProduct {
     }
 };
 
-template <class Product, int R>
-void run_rows(int rows, const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
-    if (rows == R) {
-        Product::template run<R>(m, strip, x, first_row, out);
-    } else if constexpr (R > 1) {
-        run_rows<Product, R - 1>(rows, m, strip, x, first_row, out);
-    }
-}
-
 template <class Product>
 void multiply_as(const Matrix& m, int strip, const Activations& x, int rows, float* out) {
-    const int groups = (rows + Product::MAX_ROWS - 1) / Product::MAX_ROWS;  // of nearly equal size: 7 rows are 4 + 3
-    for (int g = 0, row = 0; g < groups; ++g) {
-        const int own = (rows - row + groups - g - 1) / (groups - g);
-        run_rows<Product, Product::MAX_ROWS>(own, m, strip, x, row, out);
-        row += own;
-    }
+    in_groups<Product::MAX_ROWS>(0, rows, [&]<int R>(int row) { Product::template run<R>(m, strip, x, row, out); });
 }
 
 void multiply(const Matrix& m, int strip, const Activations& x, int rows, float* out) {

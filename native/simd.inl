@@ -28,6 +28,10 @@ inline V to_float(I x) {
     typedef int32_t Signed __attribute__((vector_size(LANES * 4)));
     return __builtin_convertvector(bits<Signed>(x), V);
 }
+inline I high_byte(I x) {  // signed
+    typedef int32_t Signed __attribute__((vector_size(LANES * 4)));
+    return bits<I>(bits<Signed>(x) >> 24);
+}
 inline V absolute(V x) { return bits<V>(bits<U>(x) & 0x7fffffffu); }
 inline V two_to(V n) { return bits<V>((bits<U>(to_int(n)) + 127) << 23); }
 inline float reduce_add(V x) {
@@ -49,4 +53,4 @@ inline void store_bf16(uint16_t* p, V x) {  // rounds to nearest even
 inline I low_nibbles(I w) { return bits<I>(bits<U>(w) & 0x0f0f0f0fu); }
 inline I high_nibbles(I w) { return bits<I>(bits<U>(w) >> 4 & 0x0f0f0f0fu); }
 
-inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, PREFETCH_LOCALITY); }

@@ -98,13 +98,9 @@ def plain_exit(**changes: object) -> Any:
     return isa.extension.Exit(**{"model_layers": ints(0, 1), **changes})
 
 
-def make_cache(dtype: torch.dtype, convert: Convert = as_is) -> tuple[dict[str, Any], Any]:
-    """The arrays, and the cache of them."""
-    shape = (3, NUM_SLOTS, KV_HEADS, LENGTH, HEAD_DIM)
-    arrays = {name: convert(torch.zeros(shape, dtype=dtype)) for name in ("k", "v")}
-    if dtype == torch.int8:
-        arrays |= {f"{name}_scales": convert(torch.zeros(shape[:-1])) for name in ("k", "v")}
-    return arrays, isa.extension.Cache(**arrays)
+def make_cache(dtype: torch.dtype = torch.float32, **changes: object) -> Any:
+    sizes = {"layers": 3, "slots": NUM_SLOTS, "kv_heads": KV_HEADS, "length": LENGTH, "head_dim": HEAD_DIM}
+    return isa.extension.Cache(**{"dtype": str(dtype).removeprefix("torch."), **sizes, **changes})
 
 
 def make_rows(slots: Tensor, positions: Tensor) -> Any:
@@ -150,8 +146,8 @@ RESULTS = ("tokens", "counts", "states", "runner_ups", "sums")
 def every_call(dtype: torch.dtype, given: Convert, result: Convert) -> dict[str, Any]:
     """What each call of the extension writes, by name: inputs go through `given`, results through `result`."""
     m, engine = isa.extension, make_engine(given)
-    arrays, cache = make_cache(dtype, result)
-    found: dict[str, Any] = dict(arrays)
+    cache = make_cache(dtype)
+    found: dict[str, Any] = {"cache": result(torch.from_numpy(cache.bytes))}
     slots, positions = given(ints(0, 0, 1)), given(ints(3, 4, 2))
     rows = m.Rows(slots=slots, positions=positions)
     tree = m.Rows(slots=slots, positions=positions, parent_offsets=given(ints(0, 1, 0)))
@@ -182,9 +178,9 @@ def every_call(dtype: torch.dtype, given: Convert, result: Convert) -> dict[str,
     return found | {name: task[name] for name in RESULTS}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_numpy_arrays_serve_as_well(dtype: torch.dtype) -> None:
-    """Inputs may be read-only. NumPy has no bfloat16, so such a cache is left out."""
+    """Inputs may be read-only."""
     expected = every_call(dtype, as_is, as_is)
     found = every_call(dtype, as_read_only_numpy, Tensor.numpy)
     assert expected.keys() == found.keys()
@@ -202,7 +198,7 @@ def test_results_must_be_writable() -> None:
 
 
 def test_rows_rules_and_tasks_keep_the_integers_that_were_checked() -> None:
-    engine, (_, cache) = make_engine(), make_cache(torch.float32)
+    engine, cache = make_engine(), make_cache()
     slots, positions = ints(0, 0, 1), ints(3, 4, 2)
     seen, counts = ints(6, 7, 8, 45), ints(0, 2, 1, 1)
     task, same_task = task_arguments(), task_arguments()
@@ -261,15 +257,65 @@ def draft(
 ) -> dict[str, Any]:
     """One draft on an empty cache, which must be left so if it is refused. Returns the task's arrays."""
     task = task_arguments(**changes)
-    arrays, cache = make_cache(torch.float32)
+    cache = make_cache()
     try:
         make_engine().draft(exit, make_rows(ints(*slots), ints(*positions)), cache, isa.extension.DraftTask(**task))
     except ValueError:
-        assert not arrays["k"].any()
+        assert not cache.bytes.any()
         assert not task["counts"].any()
         raise
-    assert bool(arrays["k"].any())
+    assert cache.bytes.any()
     return task
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float16"}, "dtype is float16; it must be float32, bfloat16 or int8"),
+        ({"layers": 0}, "layers is 0"),
+        ({"slots": -1}, "slots is -1"),
+        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"length": 2**40}, "length is"),
+        ({"head_dim": 513}, "head_dim is 513"),
+    ],
+)
+def test_bad_sizes_of_a_cache_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_cache(**change)  # type: ignore[arg-type]
+
+
+def test_a_cache_beyond_all_memory_is_an_error() -> None:
+    with pytest.raises(MemoryError):
+        make_cache(slots=2**20, length=2**28)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cache: cache.copy_prefix(0, 2, 4), "target is 2"),
+        (lambda cache: cache.copy_prefix(-1, 0, 4), "source is -1"),
+        (lambda cache: cache.copy_prefix(1, 1, 4), "source and target are both 1"),
+        (lambda cache: cache.copy_prefix(0, 1, LENGTH + 1), f"length is {LENGTH + 1}"),
+        (lambda cache: cache.keep_path(2, 0, [0]), "slot is 2"),
+        (lambda cache: cache.keep_path(0, LENGTH, [0]), f"start is {LENGTH}"),
+        (lambda cache: cache.keep_path(0, LENGTH - 1, [0, 1]), "a row is 1"),
+        (lambda cache: cache.keep_path(0, 0, [0, 2, 2]), "a row is 2"),
+        (lambda cache: cache.keep_path(0, 0, [-1]), "a row is -1"),
+        (lambda cache: cache.copy_from(make_cache(torch.int8)), "of another kind"),
+        (lambda cache: cache.copy_from(make_cache(head_dim=HEAD_DIM + 2)), "of another kind"),
+        (lambda cache: cache.copy_from(make_cache(layers=2)), "of another kind"),
+        (lambda cache: cache.copy_from(make_cache(kv_heads=KV_HEADS + 1)), "of another kind"),
+        (lambda cache: cache.copy_from(make_cache(slots=3)), "number of slots is 3"),
+        (lambda cache: cache.copy_from(make_cache(length=LENGTH + 1)), f"length is {LENGTH + 1}"),
+    ],
+)
+def test_bad_copies_are_refused(change: Callable[[Any], None], message: str) -> None:
+    cache = make_cache()
+    cache.bytes[...] = np.arange(cache.nbytes, dtype=np.uint64).astype(np.uint8).reshape(cache.bytes.shape)
+    before = cache.bytes.copy()
+    with pytest.raises(ValueError, match=message):
+        change(cache)
+    assert np.array_equal(cache.bytes, before)
 
 
 BARE: dict[str, Any] = {"features": None, "token_states": None, "ids": ints(1, 2)}
@@ -372,7 +418,7 @@ def test_the_noise_of_a_draft_is_that_of_its_positions() -> None:
 
 def test_the_rows_of_a_draft_are_no_tree() -> None:
     rows = isa.extension.Rows(slots=ints(0, 0, 1), positions=ints(3, 4, 2), parent_offsets=ints(0, 1, 0))
-    _, cache = make_cache(torch.float32)
+    cache = make_cache()
     with pytest.raises(ValueError, match="no tree"):
         make_engine().draft(make_exit(), rows, cache, isa.extension.DraftTask(**task_arguments()))
 
@@ -580,7 +626,7 @@ def test_fuzzed_trees_run_or_are_refused(data: st.DataObject, count: int, start:
         changed[data.draw(st.integers(0, count - 1))] = data.draw(
             st.integers(-(2**31), 2**31 - 1) | st.integers(-1, LENGTH)
         )
-    _, cache = make_cache(torch.float32)
+    cache = make_cache()
     try:
         tree = isa.extension.Rows(
             slots=torch.zeros(count, dtype=torch.int32), positions=positions, parent_offsets=offsets

@@ -66,7 +66,7 @@ def test_the_example_configuration_is_valid() -> None:
 # -- the real thing ----------------------------------------------------------------------------------------------------
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"

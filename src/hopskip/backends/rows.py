@@ -112,6 +112,8 @@ class Cache(ABC):
     length: int
     """Positions per slot."""
     nbytes: int
+    bytes_per_position: int
+    """Of one slot."""
 
     @abstractmethod
     def copy_prefix(self, source: int, target: int, length: int) -> None:

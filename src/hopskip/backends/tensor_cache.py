@@ -38,6 +38,7 @@ class TensorCache(Cache):
         self.v_scales_LSHT = torch.empty(shape[:-1], device=device) if has_scales else None
         self.num_slots, self.length = num_slots, length
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
+        self.bytes_per_position = self.nbytes // (num_slots * length)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -106,7 +106,8 @@ class _HopskipRunner(Runner):
         backend = opened.backend
         self._engine = make_engine(backend, speculative, identity=opened.identity, max_num_seqs=1, prefix_caching=False)
         self.footprint = Footprint(
-            weight_bytes=backend.traits.bytes_per_pass, kv_bytes_per_position=backend.new_cache(1, 1).nbytes
+            weight_bytes=backend.traits.bytes_per_pass,
+            kv_bytes_per_position=backend.new_cache(1, 1).bytes_per_position,
         )
 
     def generate(self, prompt_ids: list[int], num_tokens: int) -> Measurement:

@@ -56,7 +56,7 @@ class Slots:
         Raises:
             ConfigError: it does not fit; the message names the numbers.
         """
-        per_position = self._backend.new_cache(1, 1).nbytes
+        per_position = self._backend.new_cache(1, 1).bytes_per_position
         available = kv_memory // (per_position * num_slots) // _CACHE_BLOCK * _CACHE_BLOCK - self._num_spare
         if shrink and 2 <= available < num_positions:
             num_positions = available

@@ -23,7 +23,6 @@ from hopskip.backends.native.isa import extension, obstacle
 from hopskip.backends.native.load import add_copy, add_exit, make_engine
 from hopskip.backends.native.packed import PackedWeights
 from hopskip.backends.rows import Cache, Rows
-from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
@@ -141,7 +140,7 @@ class NativeBackend(Backend):
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def new_cache(self, num_slots: int, length: int) -> TensorCache:
+    def new_cache(self, num_slots: int, length: int) -> NativeCache:
         return NativeCache(replace(self.config, num_hidden_layers=self._num_layers), num_slots, length, self.kv_dtype)
 
     def embed(self, token_ids: Seq[int]) -> Array:
@@ -255,14 +254,37 @@ def _contiguous(array: Array | None) -> Array | None:
     return None if array is None else np.ascontiguousarray(array)
 
 
-class NativeCache(TensorCache):
-    """Tensors, and the engine's own view of them."""
+class NativeCache(Cache):
+    """Keys and values in the layout that the engine multiplies with (native/kernels.h), in blocks of 16 positions.
+
+    Memory is only reserved here: the operating system commits a page when it is first written.
+    """
 
     def __init__(self, config: ModelConfig, num_slots: int, length: int, dtype: torch.dtype) -> None:
-        super().__init__(config, num_slots, length, dtype)
+        self.num_slots, self.length = num_slots, length
+        self.dtype = dtype
         self.handle: Any = extension.Cache(
-            k=self.k_LSHTD, v=self.v_LSHTD, k_scales=self.k_scales_LSHT, v_scales=self.v_scales_LSHT
+            dtype=str(dtype).removeprefix("torch."),
+            layers=config.num_hidden_layers,
+            slots=num_slots,
+            kv_heads=config.num_key_value_heads,
+            length=length,
+            head_dim=config.head_dim,
         )
+        self.nbytes: int = self.handle.nbytes
+        self.bytes_per_position = self.nbytes // (num_slots * (-(-length // 16) * 16))
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        self.handle.copy_prefix(source, target, length)
+
+    def keep_path(self, slot: int, start: int, rows: Seq[int]) -> None:
+        self.handle.keep_path(slot, start, list(rows))
+
+    def copy_from(self, other: Cache) -> None:
+        self.handle.copy_from(_handle(other))
+
+    def clear(self) -> None:
+        self.handle.clear()
 
 
 def _handle(cache: Cache) -> Any:

@@ -16,7 +16,7 @@ try:
 except ImportError as error:  # installed without a compiler
     extension, _import_error = None, str(error)
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512", "avx512_vnni", "avx2", "portable")
 """Instruction sets, best first. The environment variable HOPSKIP_ISA forces one."""
 
 
