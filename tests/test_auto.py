@@ -16,11 +16,12 @@ from torch import Tensor
 
 from hopskip import ConfigError, SpeculativeConfig
 from hopskip.backends.base import Backend, Pass
+from hopskip.backends.rows import Rows
 from hopskip.draft import timing
 from hopskip.draft.auto import AutoDrafter
 from hopskip.draft.base import Round
 from hopskip.draft.controller import Controller
-from hopskip.draft.costs import Costs, DraftCost, interpolated
+from hopskip.draft.costs import ContextCost, Costs, DraftCost, interpolated
 from hopskip.draft.exit import source_of
 from hopskip.draft.make import exits_of
 from hopskip.draft.plans import Choice
@@ -173,15 +174,21 @@ def test_what_auto_may_draft_from() -> None:
         SpeculativeConfig(draft="auto", verify="reuse")
 
 
-def test_measured_costs_are_those_of_the_work_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that counts: a layer takes a second for one row, a tenth more for each other; the head takes half."""
-    model = tiny_model()
+@pytest.mark.parametrize(("window", "longest", "is_seen"), [(None, 8192, True), (600, 8192, True), (None, 130, False)])
+def test_measured_costs_are_those_of_the_work_done(
+    window: int | None, longest: int, is_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts: a layer takes a second for one row, a tenth more for each other, and of all positions
+    that a row sees beyond 128 a thousandth of a second to read each, a ten-thousandth for each row; the head takes
+    half a second and a twentieth more for each other row."""
+    model = tiny_model(sliding_window=window, max_position_embeddings=longest)
     clock = SimpleNamespace(now=0.0)
     run_layers, greedy = model.run_layers, model.greedy
 
-    def slow_layers(hidden_ND: Tensor, start: int, stop: int, *rest: Any) -> Pass:
-        clock.now += (stop - start) * (0.9 + 0.1 * len(hidden_ND))
-        return run_layers(hidden_ND, start, stop, *rest)
+    def slow_layers(hidden_ND: Tensor, start: int, stop: int, rows: Rows, *rest: Any) -> Pass:
+        beyond = max(0, min(rows.segments[0].start, window or longest) - 128)
+        clock.now += (stop - start) * (0.9 + 0.1 * len(rows) + beyond * (1e-3 + 1e-4 * len(rows)))
+        return run_layers(hidden_ND, start, stop, rows, *rest)
 
     def slow_greedy(hidden_ND: Tensor) -> list[int]:
         clock.now += 0.5 * (0.9 + 0.1 * len(hidden_ND))
@@ -201,6 +208,30 @@ def test_measured_costs_are_those_of_the_work_done(monkeypatch: pytest.MonkeyPat
         cost = found.drafts[source_of(early_exit(layers))]
         assert cost.step >= layers, "at least the layers of one row"
         assert cost.begin < 1, "the rest is the same for every step"
+        assert cost.attention_share == layers / depth
+    wanted = (depth * 1e-3, depth * 1e-4) if is_seen else (0, 0)
+    assert (found.context.read, found.context.row) == pytest.approx(wanted)
+    assert found.context.window == (window if is_seen else None)
+
+
+def test_costs_of_contexts() -> None:
+    costs = replace(TABLE, context=ContextCost(read=0.001, row=0.0001))
+    assert [costs.context.num_beyond(context) for context in (0, 128, 129, 4096)] == [0, 0, 1, 3968]
+    assert costs.pass_seconds(3, 128) == costs.pass_seconds(3) == TABLE.pass_seconds(3)
+    assert costs.pass_seconds(3, 228) == pytest.approx(TABLE.pass_seconds(3) + 100 * 0.0013)
+    source = next(iter(TABLE.drafts))
+    shared = replace(TABLE.drafts[source], attention_share=0.25)
+    costs = replace(costs, drafts={source: shared})
+    assert costs.draft_seconds(source, 4) == pytest.approx(shared.begin + 4 * shared.step)
+    assert costs.draft_seconds(source, 4, 228) == pytest.approx(shared.begin + 4 * (shared.step + 0.25 * 100 * 0.0011))
+    windowed = replace(costs, context=replace(costs.context, window=1000))
+    assert windowed.pass_seconds(1, 9000) == windowed.pass_seconds(1, 1000) > windowed.pass_seconds(1, 999)
+    assert Costs.from_json(json.loads(json.dumps(windowed.as_json()))) == windowed
+    older = TABLE.as_json()
+    del older["context"]
+    for cost in older["drafts"].values():
+        del cost["attention_share"]
+    assert Costs.from_json(older) == TABLE, "tables of before are read"
 
 
 def test_interpolation() -> None:

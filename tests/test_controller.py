@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from hopskip.bench.expected import best_num_draft_tokens
 from hopskip.draft.acceptance import Kind
 from hopskip.draft.base import Round, RoundOfSequence
 from hopskip.draft.controller import PROBE_SHARE, Controller
-from hopskip.draft.costs import Costs, DraftCost
+from hopskip.draft.costs import ContextCost, Costs, DraftCost
 from hopskip.draft.exit import source_of
 from hopskip.draft.live_costs import DraftTiming, LiveCosts
 from hopskip.draft.plans import Choice, Forecast, Plan, best_by_exits, best_by_lookup, priced
@@ -39,6 +40,38 @@ def best_plan(forecasts: list[Forecast], costs: LiveCosts) -> Plan:
 
 def geometric(acceptance: float, length: int = 16) -> list[float]:
     return [acceptance**i for i in range(1, length + 1)]
+
+
+def test_a_long_context_is_paid_for() -> None:
+    """By each sequence's own positions, its share of the rows, and a draft's share of the layers."""
+    drafts = {TRAINED_EXIT: replace(STEEP.drafts[TRAINED_EXIT], attention_share=0.5)}
+    long = replace(STEEP, drafts=drafts, context=ContextCost(read=1e-6, row=1e-7))
+    live, short = LiveCosts(long), LiveCosts(STEEP)
+    assert live.pass_seconds(5) == short.pass_seconds(5)
+    live.look_at([1128])
+    assert live.pass_seconds(5) == pytest.approx(short.pass_seconds(5) + 1000 * 1.5e-6)
+    assert live.layers_seconds(5) == pytest.approx(short.layers_seconds(5) + 1000 * 1.5e-6)
+    assert live.marginal_row(5) == pytest.approx(short.marginal_row(5) + 1000 * 1e-7)
+    assert live.draft_seconds(TRAINED_EXIT, 4, 1) == pytest.approx(
+        short.draft_seconds(TRAINED_EXIT, 4, 1) + 4 * 0.5 * 1000 * 1.1e-6
+    )
+    live.look_at([1128, 100, 2128])
+    assert live.pass_seconds(6) == pytest.approx(short.pass_seconds(6) + 3000 * 1.2e-6)
+    assert live.draft_seconds(TRAINED_EXIT, 4, 2) == pytest.approx(
+        short.draft_seconds(TRAINED_EXIT, 4, 2) + 4 * 0.5 * 3000 * 1.1e-6 * 2 / 3
+    )
+    live.look_at([128])
+    assert live.pass_seconds(5) == short.pass_seconds(5)
+
+
+def test_rows_that_are_dear_at_a_long_context_are_fewer_there() -> None:
+    controller = Controller(replace(FLAT, context=ContextCost(row=1e-6)), 16, priors={TRAINED_EXIT: geometric(0.8)})
+    lengths = []
+    for num_cached in (100, 4000):
+        sequence = Sequence(Request([0]), frozenset())
+        sequence.num_cached = num_cached
+        lengths.append(controller.plan([sequence], [16], [[]])[0].num_tokens)
+    assert 0 < lengths[1] < lengths[0]
 
 
 @pytest.mark.parametrize("acceptance", [0.02, 0.09, 0.11, 0.3, 0.5, 0.7, 0.9])

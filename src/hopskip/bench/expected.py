@@ -15,7 +15,7 @@ from typing import Literal
 from hopskip.backends.native.packed import format_of
 from hopskip.backends.native.quantize import BLOCK
 from hopskip.checkpoint.checkpoint import Checkpoint
-from hopskip.draft.costs import Costs, expected_speedup, expected_tokens
+from hopskip.draft.costs import CONTEXT, Costs, expected_speedup, expected_tokens
 from hopskip.speculative import Source
 
 MAX_DRAFT_TOKENS = 16
@@ -111,23 +111,25 @@ def best_num_draft_tokens(acceptance: float, step_cost: float) -> int:
     return max(range(MAX_DRAFT_TOKENS + 1), key=lambda k: expected_speedup(acceptance, k, step_cost))
 
 
-def measured_speedup(costs: Costs, source: Source | None, acceptance: float, num_draft_tokens: int) -> float:
+def measured_speedup(
+    costs: Costs, source: Source | None, acceptance: float, num_draft_tokens: int, context: int = CONTEXT
+) -> float:
     """Expected decoding speed over plain decoding, by measured costs, if each draft token is accepted with this
     probability.
 
     Args:
         source: an exit of the cost table; None drafts at no cost, as lookup does.
+        context: positions before the rows.
     """
-    seconds = costs.pass_seconds(num_draft_tokens + 1)
+    seconds = costs.pass_seconds(num_draft_tokens + 1, context)
     if source is not None and num_draft_tokens:
-        cost = costs.drafts[source]
-        seconds += cost.begin + num_draft_tokens * cost.step
-    return expected_tokens(acceptance, num_draft_tokens) * costs.pass_seconds(1) / seconds
+        seconds += costs.draft_seconds(source, num_draft_tokens, context)
+    return expected_tokens(acceptance, num_draft_tokens) * costs.pass_seconds(1, context) / seconds
 
 
-def best_measured(costs: Costs, source: Source | None, acceptance: float) -> tuple[int, float]:
+def best_measured(costs: Costs, source: Source | None, acceptance: float, context: int = CONTEXT) -> tuple[int, float]:
     """The k of the largest speed-up by measured costs, 0 to `MAX_DRAFT_TOKENS`, and that speed-up."""
-    speedups = [measured_speedup(costs, source, acceptance, k) for k in range(MAX_DRAFT_TOKENS + 1)]
+    speedups = [measured_speedup(costs, source, acceptance, k, context) for k in range(MAX_DRAFT_TOKENS + 1)]
     best = max(range(len(speedups)), key=speedups.__getitem__)
     return best, speedups[best]
 

@@ -249,6 +249,7 @@ class _Controlled:
         if position.request != self._request:
             self._request = position.request
             self._sequence = _any_sequence()
+        self._sequence.num_cached = position.position
         return self._controller.plan([self._sequence], [limit], [position.buckets[LOOKUP]])[0]
 
     def learn(self, position: _Position, choice: Choice, outcome: Round) -> None:
@@ -282,6 +283,7 @@ def _walk(
         if position.position < due:
             continue  # within what an earlier round has committed
         num_left = last[request] - position.position  # tokens that follow the one which the pass itself yields
+        prices.look_at([position.position])
         choice = choose(position, num_left)
         source, length, _ = choice  # replays know nothing of runner-ups
         num_accepted = min(length, position.num_correct[source]) if source else 0

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _ACCEPTANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MAX_EXITS = 8  # rows of the table
 _MEASURE_SECONDS = 5.0
+_LONG_CONTEXT = 4096
+"""Beside the short one for which costs are measured."""
 
 
 @with_options
@@ -42,7 +44,7 @@ def info(
     facts = _collect(load)
     costs = _measure(facts, load) if measure else None
     if as_json:
-        print_json(facts.as_dict() | ({} if costs is None else {"measured": _measured(costs)}))
+        print_json(facts.as_dict() | ({} if costs is None else {"measured": _measured(costs, facts)}))
         return
     _print_facts(facts)
     if costs is not None:
@@ -289,14 +291,24 @@ def _measure(facts: _Facts, load: LoadConfig) -> Costs:
         return measure(backend, [*exits, *map(early_exit, facts.exits)], _MEASURE_SECONDS, progress)
 
 
-def _measured(costs: Costs) -> dict[str, Any]:
-    """JSON-ready: the table, and for each source and acceptance the best length and its expected speed-up."""
+def _contexts(facts: _Facts) -> tuple[int, ...]:
+    """For which measured costs are shown: a short one and a long one."""
+    from hopskip.draft.costs import CONTEXT
+
+    longest = min(_LONG_CONTEXT, facts.config.max_position_embeddings)
+    return (CONTEXT, longest) if longest > CONTEXT else (CONTEXT,)
+
+
+def _measured(costs: Costs, facts: _Facts) -> dict[str, Any]:
+    """JSON-ready: the table, and for each source, context and acceptance the best length and its expected speed-up."""
     from hopskip.bench.expected import best_measured
 
     best = {
         "ngram" if source is None else str(source): [
-            dict(zip(("acceptance", "num_draft_tokens", "speedup"), (a, *best_measured(costs, source, a)), strict=True))
+            {"acceptance": a, "context": context, "num_draft_tokens": k, "speedup": speedup}
+            for context in _contexts(facts)
             for a in _ACCEPTANCES
+            for k, speedup in [best_measured(costs, source, a, context)]
         ]
         for source in (None, *costs.drafts)
     }
@@ -310,14 +322,13 @@ def _print_measured(costs: Costs, facts: _Facts) -> None:
     from hopskip.bench.expected import best_measured
 
     console = Console(highlight=False)
-    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
-    passes = Table(title="Measured: a verify pass with the head, by its rows", **style)
-    passes.add_column("rows")
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 1, 0, 0)}
+    passes = Table(
+        title="Measured: ms of a verify pass with the head, by its rows and the positions before them", **style
+    )
+    passes.add_column("at", justify="right", no_wrap=True)
     for rows in costs.layers:
         passes.add_column(str(rows), justify="right", no_wrap=True)
-    one = costs.pass_seconds(1)
-    passes.add_row("ms", *(f"{1e3 * costs.pass_seconds(rows):.1f}" for rows in costs.layers))
-    passes.add_row("x", *(f"{costs.pass_seconds(rows) / one:.2f}" for rows in costs.layers))
     drafts = Table(
         title="Measured: a draft step, with best draft length and expected speed-up by acceptance rate",
         caption=f"For one sequence, greedy, {facts.threads} threads. Lookup (ngram) takes no time of its own.",
@@ -325,14 +336,25 @@ def _print_measured(costs: Costs, facts: _Facts) -> None:
         **style,
     )
     drafts.add_column("source", no_wrap=True)
+    drafts.add_column("at", justify="right", no_wrap=True)
     drafts.add_column("ms", justify="right", no_wrap=True)
     for acceptance in _ACCEPTANCES:
         drafts.add_column(f"{acceptance:.0%}", justify="right", no_wrap=True)
+    for context in _contexts(facts):
+        seconds = [costs.pass_seconds(rows, context) for rows in costs.layers]
+        passes.add_row(
+            f"{context:,}", *(f"{1e3 * each:.1f}" if each < 0.1 else f"{1e3 * each:.0f}" for each in seconds)
+        )
+        passes.add_row("x", *(f"{each / seconds[0]:.2f}" for each in seconds))
     for source in (None, *costs.drafts):
-        found = [best_measured(costs, source, acceptance) for acceptance in _ACCEPTANCES]
-        cells = [f"{k} {speedup:.2f}x" if k else "-" for k, speedup in found]
-        step = "" if source is None else f"{1e3 * costs.drafts[source].step:.2f}"
-        drafts.add_row("ngram" if source is None else str(source), step, *cells)
+        for context in _contexts(facts):
+            found = [best_measured(costs, source, acceptance, context) for acceptance in _ACCEPTANCES]
+            cells = [f"{k} {speedup:.2f}x" if k else "-" for k, speedup in found]
+            step = ""
+            if source is not None:
+                one, two = (costs.draft_seconds(source, length, context) for length in (1, 2))
+                step = f"{1e3 * (two - one):.2f}"
+            drafts.add_row("ngram" if source is None else str(source), f"{context:,}", step, *cells)
     for table in (passes, drafts):
         console.print()
         console.print(table)

@@ -112,6 +112,7 @@ class Controller:
             num_unseen: of an exit and a sequence, the tokens that a draft begins with.
         """
         num_rows = len(sequences)
+        self.costs.look_at([sequence.num_cached for sequence in sequences])
         by_exits = self._kept_exit_plan(sequences[0], limits[0]) if num_rows == 1 else None
         # what exits are worth changes slowly, and thinking it through takes a while in which nobody computes
         exits = self._exits if by_exits is None and self._num_rounds >= self._exits_due else ()

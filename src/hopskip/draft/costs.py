@@ -11,6 +11,9 @@ from typing import Any
 
 from hopskip.speculative import Source
 
+CONTEXT = 128
+"""Positions before the rows that a table of costs is of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DraftCost:
@@ -18,6 +21,24 @@ class DraftCost:
 
     begin: float
     step: float
+    attention_share: float = 0.0
+    """Layers that a step runs, over those of the model: its share of what a longer context costs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextCost:
+    """Seconds that a pass takes for each position of a sequence's context beyond `CONTEXT`."""
+
+    read: float = 0.0
+    """To read its keys and values, once for all rows of the sequence."""
+    row: float = 0.0
+    """For each row to attend to it."""
+    window: int | None = None
+    """Positions that a row sees at most."""
+
+    def num_beyond(self, context: int) -> int:
+        """Positions of a context that count."""
+        return max(0, min(context, self.window or context) - CONTEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +50,28 @@ class Costs:
     head: Mapping[int, float]
     """The best token of each row, by rows."""
     drafts: Mapping[Source, DraftCost]
+    context: ContextCost = ContextCost()
 
-    def pass_seconds(self, num_rows: int) -> float:
-        """A pass of any number of rows, with the head."""
-        return interpolated(self.layers, num_rows) + interpolated(self.head, num_rows)
+    def pass_seconds(self, num_rows: int, context: int = CONTEXT) -> float:
+        """A pass of any number of rows of one sequence, with the head."""
+        attention = self.context.num_beyond(context) * (self.context.read + num_rows * self.context.row)
+        return interpolated(self.layers, num_rows) + interpolated(self.head, num_rows) + attention
+
+    def draft_seconds(self, source: Source, num_tokens: int, context: int = CONTEXT) -> float:
+        """A draft of so many tokens."""
+        cost = self.drafts[source]
+        attention = self.context.num_beyond(context) * (self.context.read + self.context.row)
+        return cost.begin + num_tokens * (cost.step + cost.attention_share * attention)
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
         drafts = {str(source): asdict(cost) for source, cost in self.drafts.items()}
-        return {"layers": dict(self.layers), "head": dict(self.head), "drafts": drafts}
+        return {
+            "layers": dict(self.layers),
+            "head": dict(self.head),
+            "drafts": drafts,
+            "context": asdict(self.context),
+        }
 
     @classmethod
     def from_json(cls, table: Any) -> Costs:
@@ -50,9 +84,10 @@ class Costs:
             layers={int(rows): float(seconds) for rows, seconds in table["layers"].items()},
             head={int(rows): float(seconds) for rows, seconds in table["head"].items()},
             drafts={
-                Source.parse(name): DraftCost(begin=float(cost["begin"]), step=float(cost["step"]))
+                Source.parse(name): DraftCost(**{key: float(seconds) for key, seconds in cost.items()})
                 for name, cost in table["drafts"].items()
             },
+            context=ContextCost(**table.get("context", {})),  # older tables know none
         )
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from hopskip.draft.base import Round
-from hopskip.draft.costs import Costs, DraftCost, interpolated
+from hopskip.draft.costs import Costs, interpolated
 from hopskip.speculative import Source
 
 _WRONG = 1.5
@@ -45,20 +45,27 @@ class LiveCosts:
         self._by_rows: list[float] = []
         """Factor by rows."""
         self._by_exit: dict[Source, float] = {}
+        self._num_beyond, self._num_sequences = 0, 1
+        """Of the contexts at hand: positions beyond those that the table is of."""
         self._other = 0.0
         """Seconds of a round outside of draft and pass."""
         self.planning = 0.0
         """Seconds that a plan takes, with all that is looked up for it; a pause saves them."""
 
+    def look_at(self, contexts: Seq[int]) -> None:
+        """What is asked from now on is about sequences with so many positions each."""
+        self._num_beyond = sum(map(self._costs.context.num_beyond, contexts))
+        self._num_sequences = len(contexts)
+
     def pass_seconds(self, num_rows: int) -> float:
         """A verify pass with the choice of tokens, and the rest of the round."""
-        table = self._table(num_rows)
+        table = self._table(num_rows) + self._attention(num_rows)
         return self._speed * self._by_rows[num_rows - 1] * table + self._other
 
     def layers_seconds(self, num_rows: int) -> float:
         """The part of a pass that all layers take."""
         self._table(num_rows)
-        return self._speed * self._by_rows[num_rows - 1] * self._layers[num_rows - 1]
+        return self._speed * self._by_rows[num_rows - 1] * (self._layers[num_rows - 1] + self._attention(num_rows))
 
     def draft_seconds(self, exit: Source, depth: int, num_sequences: int, num_entered: int | None = None) -> float:
         """Drafts of `depth` tokens for so many sequences, which share each step, beginning with so many tokens in all
@@ -67,11 +74,15 @@ class LiveCosts:
         one = self._table(1)
         begin = cost.begin * self._table(num_entered or num_sequences) / one
         steps = depth * cost.step * self._table(num_sequences) / one
+        steps += (
+            depth * cost.attention_share * self._attention(self._num_sequences) * num_sequences / self._num_sequences
+        )
         return self._speed * self._by_exit.get(exit, 1.0) * (begin + steps)
 
     def marginal_row(self, num_rows: int) -> float:
         """Seconds of a row beyond so many, roughly."""
-        return max(0.0, self._speed * (self._table(num_rows + 8) - self._table(num_rows)) / 8)
+        more = self._table(num_rows + 8) + self._attention(num_rows + 8)
+        return max(0.0, self._speed * (more - self._table(num_rows) - self._attention(num_rows)) / 8)
 
     def learn(self, outcome: Round, drafts: Seq[DraftTiming]) -> None:
         """Follow what a round has taken."""
@@ -102,11 +113,16 @@ class LiveCosts:
         corrected = {}
         for exit, cost in table.drafts.items():
             factor = self._by_exit.pop(exit, 1.0)
-            corrected[exit] = DraftCost(begin=cost.begin * factor, step=cost.step * factor)
+            corrected[exit] = replace(cost, begin=cost.begin * factor, step=cost.step * factor)
         layers = {rows: seconds * factors[rows] for rows, seconds in table.layers.items()}
         self._costs = replace(table, layers=layers, drafts=corrected)
         self._layers, self._head, self._by_rows = [], [], []
         return self._costs
+
+    def _attention(self, num_rows: int) -> float:
+        """Seconds for what the contexts at hand are longer than the table's, the rows shared out evenly."""
+        context = self._costs.context
+        return self._num_beyond * (context.read + context.row * num_rows / self._num_sequences)
 
     def _table(self, num_rows: int) -> float:
         for rows in range(len(self._layers) + 1, num_rows + 1):

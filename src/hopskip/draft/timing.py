@@ -12,17 +12,18 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.trained_exit import TrainedExit
-from hopskip.draft.costs import Costs, DraftCost
+from hopskip.draft.costs import CONTEXT, ContextCost, Costs, DraftCost
 from hopskip.draft.exit import Exit, ExitDrafter, source_of
 from hopskip.machine import cpu_name, kept_path, num_usable_cores, replacing_file
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import Source
 
-VERSION = 2
+VERSION = 3
 """Raised whenever timings of before would mislead: files of other versions are not looked at."""
 MAX_ROWS = 17
 """Of one sequence: a draft of 16 tokens, and the token before it."""
@@ -35,8 +36,10 @@ _SHORT, _LONG = 1, 4
 """Drafts of so many tokens are timed: two points of a line."""
 _SECONDS = 1.5
 """Time to spend; what it does not suffice for is timed once."""
-_CONTEXT = 128
-"""Positions before the timed rows."""
+_LONG_CONTEXT = 2048
+"""Positions before rows that are timed to see what a long context costs, if the model has so many."""
+_CONTEXT_ROWS = 1, 8
+"""So many rows are: two points of a line."""
 
 
 Progress = Callable[[float], None]
@@ -51,7 +54,41 @@ def measure(backend: Backend, exits: Seq[Exit], seconds: float = _SECONDS, progr
     lanes = {source_of(exit): _Lane(backend, exit) for exit in exits}
     any_lane = next(iter(lanes.values()), None) or _Lane(backend, None)
     with backend.stepping():
-        return _measure(lanes, any_lane, seconds, progress)
+        costs = _measure(lanes, any_lane, seconds, progress)
+        context = _measure_context(backend, seconds / 4)
+    num_layers = backend.config.num_hidden_layers
+    drafts = {
+        source: replace(cost, attention_share=_num_layers(exit) / num_layers)
+        for exit in exits
+        for source, cost in costs.drafts.items()
+        if source == source_of(exit)
+    }
+    return replace(costs, drafts=drafts, context=context)
+
+
+def _num_layers(exit: Exit) -> int:
+    """That a step of its drafts runs."""
+    return exit.config.start + exit.config.num_layers if isinstance(exit, TrainedExit) else len(exit.layers)
+
+
+def _measure_context(backend: Backend, seconds: float) -> ContextCost:
+    """What positions cost, from passes behind a few and behind many of them, which hold zeros."""
+    config = backend.config
+    most = min(
+        _LONG_CONTEXT, config.max_position_embeddings - max(_CONTEXT_ROWS), config.sliding_window or _LONG_CONTEXT
+    )
+    if most <= CONTEXT:
+        return ContextCost()
+    lane = _Lane(backend, None, most)
+    found: dict[tuple[int, int], float] = {}
+    started = time.perf_counter()
+    while len(found) < 4 or time.perf_counter() - started < seconds:
+        for point in itertools.product((CONTEXT, most), _CONTEXT_ROWS):
+            _, layer_seconds, _ = lane.run(0, point[1], point[0])
+            found[point] = min(layer_seconds, found.get(point, layer_seconds))
+    few, many = ((found[most, rows] - found[CONTEXT, rows]) / (most - CONTEXT) for rows in _CONTEXT_ROWS)
+    row = max(0.0, (many - few) / (_CONTEXT_ROWS[1] - _CONTEXT_ROWS[0]))
+    return ContextCost(read=max(0.0, few - _CONTEXT_ROWS[0] * row), row=row, window=config.sliding_window)
 
 
 def _measure(lanes: Mapping[Source, _Lane], any_lane: _Lane, seconds: float, progress: Progress | None) -> Costs:
@@ -149,26 +186,26 @@ def _describe(trained: TrainedExit) -> list[object]:
 class _Lane:
     """Rounds of one sequence that never gets anywhere: each drafts and verifies at the same positions."""
 
-    def __init__(self, backend: Backend, exit: Exit | None) -> None:
+    def __init__(self, backend: Backend, exit: Exit | None, longest: int = CONTEXT) -> None:
         self._backend = backend
         self._drafter = None if exit is None else ExitDrafter(backend, exit)
         self._taps = (self._drafter.taps if self._drafter else None) or ()
-        self._cache = backend.new_cache(1, _CONTEXT + _MOST_ROWS)
+        self._cache = backend.new_cache(1, longest + _MOST_ROWS)
         self._cache.clear()
-        self._sequence = Sequence(Request([0] * (_CONTEXT + 1)), frozenset())
-        self._sequence.slot, self._sequence.num_cached = 0, _CONTEXT
-        self._show(0, _CONTEXT)
+        self._sequence = Sequence(Request([0] * (CONTEXT + 1)), frozenset())
+        self._sequence.slot, self._sequence.num_cached = 0, CONTEXT
+        self._show(0, CONTEXT)
 
-    def run(self, num_tokens: int, num_rows: int) -> tuple[float, float, float]:
+    def run(self, num_tokens: int, num_rows: int, context: int = CONTEXT) -> tuple[float, float, float]:
         """Seconds of a draft of so many tokens, of all layers on so many rows, and of the head."""
         if num_tokens:
-            self._show(_CONTEXT - 1, 1)
+            self._show(CONTEXT - 1, 1)
         started = time.perf_counter()
         if self._drafter is not None and num_tokens:
             self._drafter.propose([self._sequence], [num_tokens], self._cache)
         self._backend.synchronize()
         drafted = time.perf_counter()
-        rows = Rows([Segment(0, _CONTEXT, num_rows)])
+        rows = Rows([Segment(0, context, num_rows)])
         hidden_ND = self._backend.forward([0] * num_rows, rows, self._cache, self._taps).hidden_ND
         self._backend.synchronize()
         passed = time.perf_counter()
