@@ -12,9 +12,10 @@ from hopskip.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, sp
 
 
 def test_prompt_sets_are_in_the_package() -> None:
-    assert [len(load_prompts(name)) for name in PROMPT_SETS] == [80, 80, 80, 80, 12]
+    assert [len(load_prompts(name)) for name in PROMPT_SETS] == [80, 80, 80, 80, 12, 40]
     assert len(load_prompts("mt_bench", 7)) == 7
-    assert [p.set for p in mixed_prompts(7)] == [*PROMPT_SETS, *PROMPT_SETS[:2]]
+    assert [p.set for p in mixed_prompts(7)] == [*PROMPT_SETS[:5], *PROMPT_SETS[:2]]
+    assert "long" not in {p.set for p in mixed_prompts(300)}, "proofs would take hours"
     assert spread(range(10), 4) == [0, 2, 5, 7]
 
 

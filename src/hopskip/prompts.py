@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from hopskip.errors import ConfigError, PromptError
 from hopskip.text.tokenizer import Tokenizer
 
-PROMPT_SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench", "copy")
-"""Shipped with the package: four sets of 80 prompts, and 12 whose answers repeat text of the prompt."""
+_SHORT_SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench", "copy")
+PROMPT_SETS = (*_SHORT_SETS, "long")
+"""Shipped with the package: four sets of 80 prompts; 12 whose answers repeat text of the prompt; and 40 of 700 to 1,500
+tokens: summaries, questions on documents, chats about a text."""
 
 T = TypeVar("T")
 
@@ -91,8 +93,8 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
 
 
 def mixed_prompts(num_prompts: int) -> list[Prompt]:
-    """A little of every set in turn, for proofs: chat, arithmetic, code, and text that n-gram drafts can copy."""
-    columns = [load_prompts(name) for name in PROMPT_SETS]
+    """A little of every set of short prompts in turn, for proofs: chat, arithmetic, code, and text that n-gram drafts can copy."""
+    columns = [load_prompts(name) for name in _SHORT_SETS]
     turns = max(len(column) for column in columns)
     prompts = [column[turn] for turn in range(turns) for column in columns if turn < len(column)]
     if not 1 <= num_prompts <= len(prompts):

@@ -23,7 +23,7 @@ def bench_serve(
         list[str] | None,
         typer.Option(
             metavar="SET|FILE",
-            help="alpaca, gsm8k, humaneval, mt_bench, copy, or a .jsonl file; may be given several times "
+            help="alpaca, gsm8k, humaneval, mt_bench, copy, long, or a .jsonl file; may be given several times "
             "(default: alpaca).",
             show_default=False,
         ),
