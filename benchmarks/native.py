@@ -5,7 +5,8 @@ a median of passes taken in turns, so that other load on the machine hits all al
 takes its turn among them; its median is the bandwidth that passes are measured against. (Of the same, as on virtual
 machines some memory may be nearer than other.) The last line is one JSON object.
 
-    python benchmarks/native.py --precisions bfloat16,q8,q4 --threads 2
+    python -m benchmarks.native --precisions bfloat16,q8,q4 --threads 2
+    python -m benchmarks.native --precisions bfloat16,q8,q4 --contexts    # rows by context, prefill far inside a text
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from hopskip.backends.base import DraftTask
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.packed import PackedWeights
 from hopskip.backends.native.quantize import Packed, pack, quantize_q4, quantize_q8
-from hopskip.backends.rows import Cache, Rows, Segment
-from hopskip.backends.tensor_cache import TensorCache
+from hopskip.backends.rows import Rows, Segment
 from hopskip.bench.turns import medians, take_turns
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
@@ -42,6 +42,7 @@ SHAPES = {
 }
 CONTEXT = 8192
 LONG, SHORT = 7000, 100  # positions already in the cache
+ROWS_AT, ROWS = (64, 512, 1024, 4096), (1, 5, 8)
 DRAFT_LAYERS, DRAFT_STEPS, DRAFT_VOCABULARY = 6, 4, 8192
 
 
@@ -99,28 +100,38 @@ def trimmed_exit(config: ModelConfig) -> TrainedExit:
     )
 
 
-def passes(backend: NativeBackend, cache: Cache) -> dict[str, Callable[[], object]]:
+def passes(backend: NativeBackend, by_context: bool) -> dict[str, Callable[[], object]]:
     """Name -> one pass: all layers, and the head for the rows that would need it; and one draft of several steps."""
     generator = torch.Generator().manual_seed(0)
+    alone, many = backend.new_cache(1, CONTEXT), backend.new_cache(16, 2 * SHORT)
+    for cache in (alone, many):
+        cache.clear()  # memory that was never written is not read from memory either
 
     def random_ids(count: int) -> list[int]:
         ids: list[int] = torch.randint(0, backend.config.vocab_size, (count,), generator=generator).tolist()
         return ids
 
-    def decode(rows: Rows) -> Callable[[], object]:
-        ids = random_ids(len(rows))
-        return lambda: backend.greedy(backend.forward(ids, rows, cache).hidden_ND)
+    def decode(count: int, start: int) -> Callable[[], object]:
+        ids, rows = random_ids(count), Rows([Segment(0, start, count)])
+        return lambda: backend.greedy(backend.forward(ids, rows, alone).hidden_ND)
 
-    def prefill(count: int) -> Callable[[], object]:
-        ids, rows = random_ids(count), Rows([Segment(0, 0, count)])
-        return lambda: backend.greedy(backend.forward(ids, rows, cache).hidden_ND[-1:])
+    def prefill(start: int) -> Callable[[], object]:
+        ids, rows = random_ids(512), Rows([Segment(0, start, 512)])
+        return lambda: backend.greedy(backend.forward(ids, rows, alone).hidden_ND[-1:])
 
+    if by_context:
+        found = {f"{m} row{'s'[: m - 1]} at {start}": decode(m, start) for start in ROWS_AT for m in ROWS}
+        found["1 row at 8190"] = decode(1, 8190)
+        found["prefill 512"] = prefill(0)
+        found["prefill at 7680"] = prefill(7680)
+        return found
     task = DraftTask(layers=None, token_ids=[1], rows=Rows([Segment(0, SHORT, 1)]), limits=[DRAFT_STEPS])
-    found = {f"{m} row{'s'[: m - 1]}": decode(Rows([Segment(0, SHORT, m)])) for m in (1, 2, 4, 6, 8, 16)}
-    found["16 sequences"] = decode(Rows(Segment(slot, SHORT, 1) for slot in range(16)))
-    found["context 7000"] = decode(Rows([Segment(0, LONG, 1)]))
-    found["draft"] = lambda: backend.draft(task, cache)
-    found["prefill 512"] = prefill(512)
+    each_ids, each = random_ids(16), Rows(Segment(slot, SHORT, 1) for slot in range(16))
+    found = {f"{m} row{'s'[: m - 1]}": decode(m, SHORT) for m in (1, 2, 4, 6, 8, 16)}
+    found["16 sequences"] = lambda: backend.greedy(backend.forward(each_ids, each, many).hidden_ND)
+    found["context 7000"] = decode(1, LONG)
+    found["draft"] = lambda: backend.draft(task, alone)
+    found["prefill 512"] = prefill(0)
     return found
 
 
@@ -151,23 +162,24 @@ def a_few(name: str, run: Callable[[], object], _turn: int) -> list[float]:
     return times
 
 
-def report_on(backend: NativeBackend, weights: PackedWeights, whole: Tensor, repeats: int) -> dict[str, object]:
+def report_on(
+    backend: NativeBackend, weights: PackedWeights, whole: Tensor, repeats: int, by_context: bool
+) -> dict[str, object]:
     backend.attach_exit(trimmed_exit(backend.config))
-    # of the kind that the backend makes itself; what a long context would have left there needs its tensors
-    cache = TensorCache(backend.config, 16, CONTEXT, backend.kv_dtype)
-    for tensor in cache.tensors:
-        for part in (tensor[:, 0], tensor[:, 1:, :, : SHORT + 1]):
-            part.random_(-127, 128) if tensor.dtype == torch.int8 else part.normal_()
     traits = backend.traits
     torch.set_num_threads(traits.threads)
-    ms = medians(measure({"read": whole.sum, **passes(backend, cache)}, repeats))
+    ms = medians(measure({"read": whole.sum, **passes(backend, by_context)}, repeats))
     bandwidth = whole.nbytes / ms.pop("read") / 1e6
-    ms["draft step"] = ms.pop("draft") / DRAFT_STEPS
-    one = ms["1 row"]
-    kv_bytes = cache.nbytes / (cache.num_slots * cache.length)
+    if not by_context:
+        ms["draft step"] = ms.pop("draft") / DRAFT_STEPS
+    one = ms[f"1 row at {ROWS_AT[0]}" if by_context else "1 row"]
+    kv_bytes = backend.new_cache(1, 1).bytes_per_position
+    positions_of = {"1 row": SHORT, "context 7000": LONG, "1 row at 8190": 8190}
+    positions_of |= {f"1 row at {start}": start for start in ROWS_AT}
     shares = {
         name: (traits.bytes_per_pass + kv_bytes * positions) / ms[name] / 1e6 / bandwidth
-        for name, positions in (("1 row", SHORT), ("context 7000", LONG))
+        for name, positions in positions_of.items()
+        if name in ms
     }
     return {
         "isa": traits.instruction_set,
@@ -178,9 +190,14 @@ def report_on(backend: NativeBackend, weights: PackedWeights, whole: Tensor, rep
         "read_bandwidth_gb_s": bandwidth,
         "bandwidth_share": shares,
         "ms": ms,
-        "over_one_row": {name: value / one for name, value in ms.items()},
-        "draft_step_over_its_share": ms["draft step"] / (one * draft_share(weights)),
+        "over_one_row": {name: value / (ms.get(_one_row_beside(name)) or one) for name, value in ms.items()},
+        "draft_step_over_its_share": ms["draft step"] / (one * draft_share(weights)) if "draft step" in ms else None,
     }
+
+
+def _one_row_beside(name: str) -> str:
+    """At the same context, if the name has one."""
+    return f"1 row at {name.rpartition(' at ')[2]}"
 
 
 def show(precision: str, report: Any) -> None:
@@ -193,7 +210,7 @@ def show(precision: str, report: Any) -> None:
         note = f"{share:.0%} of the bandwidth" if share else ""
         if name == "draft step":
             note = f"{report['draft_step_over_its_share']:.2f} x its share of the bytes"
-        print(f"  {name:14} {ms:9.2f} ms  {report['over_one_row'][name]:6.2f} x one row  {note}".rstrip())
+        print(f"  {name:15} {ms:9.2f} ms  {report['over_one_row'][name]:6.2f} x one row  {note}".rstrip())
 
 
 def main() -> None:
@@ -201,6 +218,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--model", type=Path, help="a checkpoint, instead of random weights")
     parser.add_argument("--precisions", default="float32,bfloat16,q8,q4")
+    parser.add_argument("--contexts", action="store_true", help="rows by context instead")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--kv-dtype", choices=["float32", "bfloat16", "int8"], default=None)
     parser.add_argument("--json", action="store_true", help="print the JSON object and nothing else")
@@ -216,7 +234,7 @@ def main() -> None:
             weights = random_weights(shape_config(arguments.shape), precision)
         weights, whole = in_one_piece(weights)
         backend = NativeBackend(weights.config, weights, arguments.threads, kv_dtype)
-        found = report_on(backend, weights, whole, arguments.repeats)
+        found = report_on(backend, weights, whole, arguments.repeats, arguments.contexts)
         report[precision] = found
         if not arguments.json:
             show(precision, found)

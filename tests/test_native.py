@@ -662,6 +662,25 @@ def test_kv_dtype(
     assert torch.equal(run(model, ids[299:], [Segment(1, 299, 1)], grown), found[299:])
 
 
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("precision", ["q8", "q4"])
+@pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-37, 1e-31])
+def test_tiny_activations_are_zeros(
+    checkpoints: dict[str, Checkpoint], precision: str, isa: str, tiny: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """127 over them would be infinite."""
+    monkeypatch.setenv("HOPSKIP_ISA", isa)
+    model = NativeBackend.load(checkpoints["smollm2"], precision)
+    h_ND = torch.linspace(-1, 1, 2 * model.config.hidden_size).view(2, -1).contiguous()
+    h_ND[0, :32] = tiny
+    h_ND[1] = h_ND[0]
+    h_ND[1, :32] = 0
+    rows, depth = Rows([Segment(0, 0, 1), Segment(1, 0, 1)]), model.config.num_hidden_layers
+    for out in (layers(model, h_ND, 0, depth, rows, model.new_cache(2, 4)), logits(model, h_ND)):
+        assert bool(out.isfinite().all())
+        assert torch.equal(out[0], out[1])
+
+
 def test_other_kv_dtypes_are_refused(checkpoints: dict[str, Checkpoint]) -> None:
     with pytest.raises(ConfigError, match=r"kv_dtype is torch\.float16; .* float32, bfloat16 or int8"):
         NativeBackend.load(checkpoints["smollm2"], kv_dtype=torch.float16)

@@ -93,7 +93,7 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
 
 
 def mixed_prompts(num_prompts: int) -> list[Prompt]:
-    """A little of every set of short prompts in turn, for proofs: chat, arithmetic, code, and text that n-gram drafts can copy."""
+    """A little of every set of short prompts in turn, for proofs: chat, arithmetic, code, text that lookup copies."""
     columns = [load_prompts(name) for name in _SHORT_SETS]
     turns = max(len(column) for column in columns)
     prompts = [column[turn] for turn in range(turns) for column in columns if turn < len(column)]

@@ -36,7 +36,8 @@ class BenchOptions:
 
     prompts: tuple[str, ...] = option(
         ("alpaca",),
-        "alpaca, gsm8k, humaneval, mt_bench, copy, long, or a .jsonl file; may be given several times (default: alpaca).",
+        "alpaca, gsm8k, humaneval, mt_bench, copy, long, or a .jsonl file; may be given several times "
+        "(default: alpaca).",
         "SET|FILE",
     )
     num_prompts: int = option(10, "Prompts of each set, evenly spread.", "N")
