@@ -6,17 +6,16 @@
 template <CacheType TYPE>
 constexpr CacheLayout LAYOUT = {TYPE, TILE};  // for what does not depend on the head size
 
-// Whether the elements of a unit are multiplied together: keys with queries of their type, values with weights of it.
-// Else they are widened to f32.
+// Whether the four elements of a unit are multiplied at once: int8 keys with int8 queries, int8 values with bytes of
+// weights. All others are widened to f32: bf16 products of bf16 queries and weights would double the error that
+// rounding keys and values makes, and splitting these in two to avoid that takes as many products as f32 does.
 template <CacheType TYPE>
-constexpr bool DOTS = TYPE == CacheType::bf16   ? MULTIPLIES_BF16
-                      : TYPE == CacheType::int8 ? DOTS_BYTES
-                                                : false;
+constexpr bool DOTS = TYPE == CacheType::int8 && DOTS_BYTES;
 
 // Registers of keys or values that fit beside the sums of R queries, of which int8 has two.
 template <CacheType TYPE>
 constexpr int parts_that_fit(int queries) {
-    const int sums = TYPE == CacheType::int8 && DOTS_BYTES ? 2 * queries : queries;
+    const int sums = DOTS<TYPE> ? 2 * queries : queries;
     return (sums + 1) * 4 < NUM_REGISTERS ? 4 : (sums + 1) * 2 < NUM_REGISTERS ? 2 : 1;
 }
 
@@ -42,7 +41,7 @@ inline void dot_keys(const Activations& queries, int first, const uint8_t* const
                      const uint8_t* const (&scales)[P], float* out) {
     V sum[R][P] = {};
     const auto block = [&](int r) { return queries.block(first + r); };
-    if constexpr (TYPE == CacheType::int8 && DOTS<TYPE>) {
+    if constexpr (DOTS<TYPE>) {
         constexpr int UNITS = BLOCK / 4;  // that share a scale of the queries
         for (int u = 0; u < num_units; u += UNITS) {
             I dot[R][P];
@@ -60,17 +59,6 @@ inline void dot_keys(const Activations& queries, int first, const uint8_t* const
             UNROLL_FOR (int r = 0; r < R; ++r) {
                 const V scale = splat(queries.scales[block(r) + u / UNITS]);
                 UNROLL_FOR (int p = 0; p < P; ++p) sum[r][p] = fma(to_float(dot[r][p]), scale, sum[r][p]);
-            }
-        }
-    } else if constexpr (DOTS<TYPE>) {
-        const uint16_t* rows[R];
-        UNROLL_FOR (int r = 0; r < R; ++r) rows[r] = queries.bf16 + BLOCK * block(r);
-        for (int u = 0; u < num_units; ++u) {
-            V w[P];
-            UNROLL_FOR (int p = 0; p < P; ++p) w[p] = bits<V>(load_units(units[p] + u * UNIT_BYTES));
-            UNROLL_FOR (int r = 0; r < R; ++r) {
-                const V pair = bits<V>(splat_unit(rows[r] + u * 2));
-                UNROLL_FOR (int p = 0; p < P; ++p) sum[r][p] = dot_bf16(sum[r][p], w[p], pair);
             }
         }
     } else {
@@ -95,12 +83,11 @@ inline void dot_keys(const Activations& queries, int first, const uint8_t* const
         }
 }
 
-// Weights are made in the place of the scores: f32; bf16; or of int8 for each TILE positions the higher, then the lower
-// seven of fourteen bits. Bytes from the start of a row of them to that of a position that begins a unit:
+// Weights are made in the place of the scores: f32, or for each TILE positions the higher and then the lower seven of
+// fourteen bits. Bytes from the start of a row of them to that of a position that begins a unit:
 template <CacheType TYPE>
 constexpr int weight_offset(int t) {
-    if (!DOTS<TYPE>) return t * 4;
-    return TYPE == CacheType::bf16 ? t * 2 : t / TILE * 2 * TILE + t % TILE;
+    return DOTS<TYPE> ? t / TILE * 2 * TILE + t % TILE : t * 4;
 }
 
 // Adds the values of `blocks` blocks, S registers of each position, times the weights of R queries: to f32 sums, or to
@@ -120,16 +107,14 @@ inline void add_values(const float* weights, const uint8_t* values, int blocks, 
                 use([&](int s) { return unit + s * LANES * 4; }, b * TILE + u * PER_UNIT);
             }
     };
-    const auto weights_of = [&](int r, int t) {
-        return reinterpret_cast<const uint8_t*>(weights + r * CHUNK) + weight_offset<TYPE>(t);
-    };
-    if constexpr (TYPE == CacheType::int8 && DOTS<TYPE>) {
+    if constexpr (DOTS<TYPE>) {
         I high[R][S] = {}, low[R][S] = {};
         for_units([&](const auto& unit, int t) {
             I v[S];
             UNROLL_FOR (int s = 0; s < S; ++s) v[s] = load_units(unit(s));
             UNROLL_FOR (int r = 0; r < R; ++r) {
-                const I upper = splat_unit(weights_of(r, t)), lower = splat_unit(weights_of(r, t) + TILE);
+                const auto* digits = reinterpret_cast<const uint8_t*>(weights + r * CHUNK) + weight_offset<TYPE>(t);
+                const I upper = splat_unit(digits), lower = splat_unit(digits + TILE);
                 UNROLL_FOR (int s = 0; s < S; ++s) {
                     high[r][s] = dot_bytes(high[r][s], upper, v[s]);
                     low[r][s] = dot_bytes(low[r][s], lower, v[s]);
@@ -147,19 +132,11 @@ inline void add_values(const float* weights, const uint8_t* values, int blocks, 
             UNROLL_FOR (int s = 0; s < S; ++s) sum[r][s] = load(at(r, s));
         for_units([&](const auto& unit, int t) {
             V v[S];
-            if constexpr (DOTS<TYPE>) {
-                UNROLL_FOR (int s = 0; s < S; ++s) v[s] = bits<V>(load_units(unit(s)));
+            UNROLL_FOR (int i = 0; i < PER_UNIT; ++i) {
+                UNROLL_FOR (int s = 0; s < S; ++s) v[s] = widened<TYPE, false>(unit(s), i);
                 UNROLL_FOR (int r = 0; r < R; ++r) {
-                    const V pair = bits<V>(splat_unit(weights_of(r, t)));
-                    UNROLL_FOR (int s = 0; s < S; ++s) sum[r][s] = dot_bf16(sum[r][s], v[s], pair);
-                }
-            } else {
-                UNROLL_FOR (int i = 0; i < PER_UNIT; ++i) {
-                    UNROLL_FOR (int s = 0; s < S; ++s) v[s] = widened<TYPE, false>(unit(s), i);
-                    UNROLL_FOR (int r = 0; r < R; ++r) {
-                        const V weight = splat(weights[r * CHUNK + t + i]);
-                        UNROLL_FOR (int s = 0; s < S; ++s) sum[r][s] = fma(v[s], weight, sum[r][s]);
-                    }
+                    const V weight = splat(weights[r * CHUNK + t + i]);
+                    UNROLL_FOR (int s = 0; s < S; ++s) sum[r][s] = fma(v[s], weight, sum[r][s]);
                 }
             }
         });
@@ -225,11 +202,7 @@ inline float soften(float* scores, int count, int first, int last, const float* 
     V largest_scaled = V{};
     for (int t = 0; t < count; t += LANES) {
         V weight = sees_any ? exponential(load(scores + t) - maximum) : V{};
-        if constexpr (TYPE == CacheType::bf16 && DOTS<TYPE>) {
-            auto* to = reinterpret_cast<uint16_t*>(scores) + t;
-            store_bf16(to, weight);
-            weight = load_bf16(to);  // what is added up is what values are multiplied by
-        } else if constexpr (TYPE == CacheType::int8) {
+        if constexpr (TYPE == CacheType::int8) {
             const V scaled = weight * load(scales + t);
             store(scores + t, scaled);
             largest_scaled = max(scaled, largest_scaled);
@@ -241,7 +214,7 @@ inline float soften(float* scores, int count, int first, int last, const float* 
     partial[PARTIAL_MAX] = maximum;
     partial[PARTIAL_SUM] = reduce_add(sum);
     for (int e = 0; e < padded; e += LANES) store(partial + PARTIAL_VALUES + e, V{});
-    if constexpr (TYPE != CacheType::int8 || !DOTS<TYPE>) return 1.0f;
+    if constexpr (!DOTS<TYPE>) return 1.0f;
     constexpr float STEPS = 127 * 128 + 127;
     const float most = reduce_max(largest_scaled), inverse = most > 1e-30f ? STEPS / most : 0.0f;
     auto* digits = reinterpret_cast<int8_t*>(scores);
@@ -258,8 +231,8 @@ inline float soften(float* scores, int count, int first, int last, const float* 
 
 template <CacheType TYPE>
 void attend_chunk_as(const ChunkTask& task, uint8_t* tile, float* scores, float* partials, ptrdiff_t stride) {
-    constexpr bool IS_INT8 = TYPE == CacheType::int8, DOTS_INT8 = IS_INT8 && DOTS<TYPE>;
-    constexpr int MAX_GROUP = DOTS_INT8 ? MAX_QUERIES / 2 : MAX_QUERIES;
+    constexpr bool IS_INT8 = TYPE == CacheType::int8;
+    constexpr int MAX_GROUP = DOTS<TYPE> ? MAX_QUERIES / 2 : MAX_QUERIES;
     const CacheLayout& layout = task.layout;
     const ptrdiff_t key_bytes = layout.key_block_bytes(), value_bytes = layout.value_block_bytes();
     const int header = layout.header_bytes(), num_units = layout.key_units();
@@ -345,7 +318,7 @@ void attend_chunk_as(const ChunkTask& task, uint8_t* tile, float* scores, float*
     }
     for_other_blocks(true, [&](int block, int query, int end) { add(tile, block, 1, query, end); });
 
-    if constexpr (DOTS_INT8) {
+    if constexpr (DOTS<TYPE>) {
         for (int q = 0; q < task.num_queries; ++q) {
             float *partial = partials + stride * q, *sums = partial + PARTIAL_VALUES;
             for (int e = 0; e < padded; e += LANES)

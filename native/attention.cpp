@@ -46,8 +46,6 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
         if (cache.layout().type == CacheType::int8 && kernels_.dots_bytes)
             kernels_.quantize(queries.f32 + at, queries.blocks, queries.q8 + at, queries.scales + block,
                               queries.starts + block, queries.scaled_sums + block);
-        if (cache.layout().type == CacheType::bf16 && kernels_.multiplies_bf16)
-            kernels_.to_bf16(queries.f32 + at, shape_.padded_head_dim(), queries.bf16 + at);
     }
 }
 

@@ -140,7 +140,7 @@ struct LogitsView {
 
 struct Kernels {
     const char* name;
-    bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights, keys and values
+    bool multiplies_bf16;  // wants Activations::bf16, not f32, beside bf16 weights
     bool dots_bytes;       // wants Activations::q8, not f32, beside int8 keys
 
     // out[row][16] = weights[strip] . x[row] for all rows. Every output has one accumulator that takes the columns in

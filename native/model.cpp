@@ -266,8 +266,7 @@ void Model::cut_blocks(Pass& pass) {
     for (size_t i = 0; i < pass.blocks.size() * heads; ++i) pieces_left_[i] = pass.blocks[i / heads].num_pieces;
     partials_.reserve(partials);
     const CacheLayout& layout = pass.cache->layout();
-    queries_.reserve(static_cast<ptrdiff_t>(pass.rows.count) * shape_.num_heads * blocks_of(shape_.head_dim),
-                     kernels_.multiplies_bf16);
+    queries_.reserve(static_cast<ptrdiff_t>(pass.rows.count) * shape_.num_heads * blocks_of(shape_.head_dim), false);
     for (Worker& worker : workers_) {
         worker.tile.reserve(std::max(layout.key_block_bytes(), layout.value_block_bytes()));
         worker.scores.reserve(static_cast<ptrdiff_t>(queries) * CHUNK);
