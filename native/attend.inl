@@ -183,7 +183,7 @@ void gather(const ChunkTask& task, bool is_values, int position, const int* plac
 // The weights of one query, of which `scores` [count] are the scores, and the sums that its values are added to.
 // scales: of the values, int8 only. Returns what the weights of int8 are to be multiplied by.
 template <CacheType TYPE>
-inline float soften(float* scores, int count, int first, int last, const float* scales, float* partial, int padded) {
+inline float softmax(float* scores, int count, int first, int last, const float* scales, float* partial, int padded) {
     const V hidden = splat(-__builtin_inff());
     V largest = hidden, sum = V{};
     const bool sees_all = first <= 0 && last >= count - 1;
@@ -296,8 +296,8 @@ void attend_chunk_as(const ChunkTask& task, uint8_t* tile, float* scores, float*
         if constexpr (IS_INT8)
             if (is_tree && q % task.queries_per_row == 0) read_scales(task.begin + num_shared * TILE, places_of(q));
         float* partial = partials + stride * q;
-        const float scale = soften<TYPE>(scores + q * CHUNK, num_blocks * TILE, task.first_seen[q] - task.begin,
-                                         task.last_seen[q] - task.begin, value_scales, partial, padded);
+        const float scale = softmax<TYPE>(scores + q * CHUNK, num_blocks * TILE, task.first_seen[q] - task.begin,
+                                          task.last_seen[q] - task.begin, value_scales, partial, padded);
         partial[PARTIAL_SCALE] = scale;
     }
 
