@@ -2,14 +2,13 @@
 
     python -m benchmarks.kv_dtypes --tokens 4096
 
-The text is this project's own documentation, one window of it. KL is the mean divergence of the next token's
+The text is the prompts `long`, one after the other, a window of it. KL is the mean divergence of the next token's
 distribution, and perplexity is that of the text. Settings share weights, so differences are theirs alone.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ from hopskip.backends.rows import Rows, Segment
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import find_model
 from hopskip.machine import cpu_name
+from hopskip.prompts import load_prompts
 from hopskip.text.tokenizer_files import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = 256
 
 
@@ -44,8 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
     path = find_model(arguments.model)
     checkpoint = open_checkpoint(path)
-    text = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md")))
-    token_ids = load_tokenizer(path, checkpoint.config).encode(text)[: arguments.tokens]
+    tokenizer = load_tokenizer(path, checkpoint.config)
+    token_ids = [i for prompt in load_prompts("long") for i in prompt.encode(tokenizer)][: arguments.tokens]
     print(f"{cpu_name()}, weights in {arguments.precision}, {len(token_ids)} tokens")
     following = torch.tensor(token_ids[1:])[:, None]
     exact = log_probs(checkpoint, arguments.precision, torch.float32, token_ids)

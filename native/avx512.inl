@@ -33,29 +33,9 @@ inline float reduce(V x, const Fold& fold) {
     s = fold(s, _mm_movehl_ps(s, s));
     return fold(s, _mm_movehdup_ps(s))[0];
 }
-inline I load_words(const uint16_t* p) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 #include "simd.inl"
 
-inline V sums(const V x[LANES]) {
-    const auto parts = [](V a, V b, auto choose) {  // 128-bit parts 0 and 2, or 1 and 3, of both
-        return _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), choose));
-    };
-    const auto add_parts = [&](V a, V b) {
-        return parts(a, b, std::integral_constant<int, 0x88>{}) + parts(a, b, std::integral_constant<int, 0xdd>{});
-    };
-    V quad[4];
-    for (int i = 0; i < 4; ++i) {  // [x0, x1, x2, x3] in each 128 bits
-        const V* y = x + 4 * i;
-        const V a = _mm512_unpacklo_ps(y[0], y[1]) + _mm512_unpackhi_ps(y[0], y[1]);
-        const V b = _mm512_unpacklo_ps(y[2], y[3]) + _mm512_unpackhi_ps(y[2], y[3]);
-        quad[i] = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);
-    }
-    return add_parts(add_parts(quad[0], quad[1]), add_parts(quad[2], quad[3]));
-}
 inline V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); }
-inline V load_int8(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(load_as<__m128i>(p))); }
 inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }
 inline void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
 

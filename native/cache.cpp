@@ -1,13 +1,24 @@
 #include "cache.h"
 
+#include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 namespace hopskip {
 
 namespace {
 
-constexpr int ALIGNMENT = 64, WIDEST_HEAD = 512;
+constexpr size_t ALIGNMENT = 64;
+
+// Throws std::bad_alloc if there is no such number.
+size_t product_of(std::initializer_list<ptrdiff_t> sizes) {
+    size_t product = 1;
+    for (ptrdiff_t size : sizes)
+        if (__builtin_mul_overflow(product, size, &product)) throw std::bad_alloc();
+    if (product > SIZE_MAX / 2) throw std::bad_alloc();
+    return product;
+}
 
 int blocks_for(int positions) { return (positions + TILE - 1) / TILE; }
 
@@ -17,8 +28,9 @@ Cache::Cache(CacheType type, int layers, int slots, int kv_heads, int length, in
     : layout_{type, head_dim}, layers_(layers), slots_(slots), kv_heads_(kv_heads), length_(length),
       num_blocks_(blocks_for(length)),
       head_bytes_(num_blocks_ * (layout_.key_block_bytes() + layout_.value_block_bytes())),
+      bytes_(product_of({head_bytes_, layers, slots, kv_heads})),
       // The system commits a page of it, of zeros, when it is first written.
-      memory_(std::calloc(bytes() + ALIGNMENT, 1)) {
+      memory_(std::calloc(bytes_ + ALIGNMENT, 1)) {
     if (!memory_) throw std::bad_alloc();
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     data_ = reinterpret_cast<uint8_t*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
@@ -28,11 +40,11 @@ namespace {
 
 // A vector in the cache's type; the scale of int8.
 struct Narrow {
-    alignas(64) uint8_t bytes[WIDEST_HEAD * 4];
+    alignas(64) uint8_t bytes[MAX_HEAD_DIM * 4];
     float scale;
 
     Narrow(const CacheLayout& layout, const float* x, const Kernels& kernels) {
-        const int size = (layout.head_dim + BLOCK - 1) / BLOCK * BLOCK;
+        const auto size = static_cast<int>(padded(layout.head_dim));
         switch (layout.type) {
             case CacheType::f32: std::memcpy(bytes, x, size * sizeof(float)); break;
             case CacheType::bf16: kernels.to_bf16(x, size, reinterpret_cast<uint16_t*>(bytes)); break;
@@ -128,6 +140,6 @@ void Cache::keep_path(int slot, int start, std::span<const int32_t> rows) {
     });
 }
 
-void Cache::clear() { std::memset(data_, 0, bytes()); }
+void Cache::clear() { std::memset(data_, 0, bytes_); }
 
 }  // namespace hopskip

@@ -19,7 +19,7 @@ public:
     int kv_heads() const { return kv_heads_; }
     int length() const { return length_; }  // positions of a slot
     uint8_t* data() { return data_; }
-    size_t bytes() const { return static_cast<size_t>(head_bytes_) * layers_ * slots_ * kv_heads_; }
+    size_t bytes() const { return bytes_; }
 
     // Blocks of one head, from position 0 on.
     uint8_t* keys(int layer, int slot, int kv_head) {
@@ -40,12 +40,13 @@ public:
 
 private:
     template <class Use>
-    void for_heads(int slot, const Use& use);  // use(keys, values)
+    void for_heads(int slot, const Use& use);  // use(layer, head, keys, values)
     void move(uint8_t* keys, uint8_t* values, int from, int to) const;
 
     CacheLayout layout_;
     int layers_, slots_, kv_heads_, length_;
     ptrdiff_t num_blocks_, head_bytes_;
+    size_t bytes_;
     struct Free {
         void operator()(void* memory) const { std::free(memory); }
     };

@@ -41,20 +41,9 @@ inline float reduce(V x, const Fold& fold) {
     s = fold(s, _mm_movehl_ps(s, s));
     return fold(s, _mm_movehdup_ps(s))[0];
 }
-inline I load_words(const uint16_t* p) {
-    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 #include "simd.inl"
 
-inline V sums(const V x[LANES]) {
-    const V low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-    const V high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
-    return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
-}
 inline V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(load_as<__m128i>(p)); }
-inline V load_int8(const int8_t* p) {
-    return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
 inline V odd_bf16(I x) {
     x = _mm256_srli_epi32(x, 16);
     pin(x);  // or the two shifts become a mask, which takes a register

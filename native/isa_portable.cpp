@@ -37,17 +37,13 @@ template <class Fold>
 inline float reduce(V x, const Fold& fold) {  // upper half of the lanes onto the lower, until one is left
     return fold(fold(x[0], x[2]), fold(x[1], x[3]));
 }
-inline I load_words(const uint16_t* p) { return I{p[0], p[1], p[2], p[3]}; }
 #include "simd.inl"
 
-// Lane i is the sum of the lanes of x[i].
-inline V sums(const V x[LANES]) { return V{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])}; }
 inline V load_f16(const uint16_t* p) {  // finite values only
     const U h = {p[0], p[1], p[2], p[3]};
     const V magnitude = bits<V>((h & 0x7fff) << 13) * splat(0x1p112f);
     return bits<V>(bits<U>(magnitude) | (h & 0x8000) << 16);
 }
-inline V load_int8(const int8_t* p) { return to_float(I{p[0], p[1], p[2], p[3]}); }
 inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }  // the upper column of a unit of two
 inline void store_bytes(int8_t* p, I x) {
     for (int i = 0; i < LANES; ++i) p[i] = static_cast<int8_t>(x[i]);

@@ -9,9 +9,13 @@
 
 namespace hopskip {
 
-constexpr int TILE = 16;    // output rows of a strip: the lanes of one AVX-512 register
-constexpr int BLOCK = 32;   // columns that share a scale; all column counts are padded to it
+constexpr int TILE = 16;   // output rows of a strip: the lanes of one AVX-512 register
+constexpr int BLOCK = 32;  // columns that share a scale; all column counts are padded to it
+constexpr int MAX_HEAD_DIM = 512;
 constexpr int CHUNK = 256;  // cache positions that one softmax partial covers
+
+constexpr int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
+constexpr ptrdiff_t padded(int cols) { return static_cast<ptrdiff_t>(blocks_of(cols)) * BLOCK; }
 
 enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
 
@@ -75,7 +79,7 @@ enum class CacheType : int { f32, bf16, int8 };
 // Keys and values of one head lie in blocks of TILE positions, in the layout of weights. Keys are strips: lane t of a
 // unit belongs to position t of the block and holds one f32, two bf16 or four int8 elements, these as value + 128.
 // Values are units of as many positions, lane e of a strip being element e, int8 ones signed: [units][strips][16]. So
-// products of a query and keys need no sum across lanes, nor do sums over positions. int8 blocks begin with the
+// neither products of a query and keys nor sums of values need a sum across lanes. int8 blocks begin with the
 // positions' scales, f32 [16].
 struct CacheLayout {
     CacheType type;

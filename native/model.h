@@ -54,12 +54,9 @@ struct ActivationBuffers {
     }
 };
 
-constexpr int MAX_HEAD_DIM = 512;
 constexpr int MAX_TREE_ROWS = 64;
 
 inline int choice_blocks_of(int tokens) { return (tokens + CHOICE_BLOCK - 1) / CHOICE_BLOCK; }
-inline int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
-inline ptrdiff_t padded(int cols) { return static_cast<ptrdiff_t>(blocks_of(cols)) * BLOCK; }
 
 inline void copy_rows(const float* from, ptrdiff_t from_stride, int count, int size, float* to, ptrdiff_t to_stride) {
     for (int row = 0; row < count; ++row) std::copy_n(from + row * from_stride, size, to + row * to_stride);

@@ -17,11 +17,11 @@ inline V exponential(V x) {
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int cols, float* out) {
-    const int padded = (cols + BLOCK - 1) / BLOCK * BLOCK;
+    const int size = static_cast<int>(padded(cols));
     V squares = V{};
-    for (int i = 0; i < padded; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+    for (int i = 0; i < size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     const float scale = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(cols) + eps);
-    for (int i = 0; i < padded; i += LANES) store(out + i, load(weight + i) * (load(x + i) * scale));
+    for (int i = 0; i < size; i += LANES) store(out + i, load(weight + i) * (load(x + i) * scale));
 }
 
 // Multiples of a step that are nearest to x[0..count-1]; returns their sum, which is exact.

@@ -43,8 +43,7 @@ inline float reduce_max(V x) {
 inline bool any_above(V x, float least) { return any(bits<I>(where_less(splat(least), x, splat(1.0f), V{}))); }
 
 inline V even_bf16(I x) { return bits<V>(bits<U>(x) << 16); }  // the lower column of a unit of two
-inline V load_bf16(const uint16_t* p) { return even_bf16(load_words(p)); }
-inline void store_bf16(uint16_t* p, V x) {  // rounds to nearest even
+inline void store_bf16(uint16_t* p, V x) {                     // rounds to nearest even
     typedef uint16_t Words __attribute__((vector_size(LANES * 2)));
     const U b = bits<U>(x);
     store_as(p, __builtin_convertvector((b + 0x7fff + (b >> 16 & 1)) >> 16, Words));

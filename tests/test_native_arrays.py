@@ -284,9 +284,10 @@ def test_bad_sizes_of_a_cache_are_refused(change: dict[str, object], message: st
         make_cache(**change)  # type: ignore[arg-type]
 
 
-def test_a_cache_beyond_all_memory_is_an_error() -> None:
+@pytest.mark.parametrize("sizes", [{"length": 2**28}, {"length": 2**30, "layers": 2**30, "kv_heads": 2**30}])
+def test_a_cache_beyond_all_memory_is_an_error(sizes: dict[str, int]) -> None:
     with pytest.raises(MemoryError):
-        make_cache(slots=2**20, length=2**28)
+        make_cache(torch.float32, slots=2**20, **sizes)
 
 
 @pytest.mark.parametrize(

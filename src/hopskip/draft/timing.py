@@ -58,10 +58,8 @@ def measure(backend: Backend, exits: Seq[Exit], seconds: float = _SECONDS, progr
         context = _measure_context(backend, seconds / 4)
     num_layers = backend.config.num_hidden_layers
     drafts = {
-        source: replace(cost, attention_share=_num_layers(exit) / num_layers)
+        source_of(exit): replace(costs.drafts[source_of(exit)], attention_share=_num_layers(exit) / num_layers)
         for exit in exits
-        for source, cost in costs.drafts.items()
-        if source == source_of(exit)
     }
     return replace(costs, drafts=drafts, context=context)
 
