@@ -64,6 +64,17 @@ def test_a_long_context_is_paid_for() -> None:
     assert live.pass_seconds(5) == short.pass_seconds(5)
 
 
+def test_what_a_round_takes_beside_its_pass_is_added() -> None:
+    live = LiveCosts(STEEP)
+    before = live.pass_seconds(3)
+    as_expected = Round(
+        draft_seconds=0.0, pass_seconds=live.layers_seconds(3), choose_seconds=0.0, commit_seconds=0.004, num_rows=3,
+        num_chosen_by_logits=0, sequences=(),
+    )  # fmt: skip
+    live.learn(as_expected, [])
+    assert live.pass_seconds(3) == pytest.approx(before + 0.004)
+
+
 def test_rows_that_are_dear_at_a_long_context_are_fewer_there() -> None:
     controller = Controller(replace(FLAT, context=ContextCost(row=1e-6)), 16, priors={TRAINED_EXIT: geometric(0.8)})
     lengths = []
