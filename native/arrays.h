@@ -18,6 +18,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "formats.h"
+
 namespace hopskip {
 
 namespace nb = nanobind;
@@ -94,6 +96,16 @@ template <class T>
 std::vector<T> copied(const Input& array, const char* name, int64_t size = ANY) {
     const T* data = checked<T>(array, name, {size});
     return {data, data + size_of(array, 0)};
+}
+
+// A matrix without data.
+inline Matrix checked_shape(int format, int64_t rows, int64_t cols) {
+    const auto kind = static_cast<Format>(in_range(format, "format", 0, NUM_FORMATS - 1));
+    const Matrix m = matrix_of(kind, in_range(rows, "rows", 1, 1 << 30), in_range(cols, "cols", 1, 1 << 24));
+    const BlockFormat f = block_format(kind);
+    if (f.has_factors() && m.cols % (f.blocks_per_header * BLOCK))
+        refuse("cols is ", cols, "; this format has blocks of ", f.blocks_per_header * BLOCK);
+    return m;
 }
 
 // Keeps an array's memory as long as it lives.

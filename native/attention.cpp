@@ -39,13 +39,12 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
     cache.store_value(cache.values(layer.cache_layer, slot, kv_head), place, x, kernels_);
 
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    const Activations queries = queries_.rows_of(blocks_of(head_dim));
+    Activations queries = queries_.rows_of(blocks_of(head_dim));
+    queries.half_starts = nullptr;
     for (int g = 0; g < group; ++g) {
-        const ptrdiff_t block = queries.block(first_query(row, kv_head, pass) + g), at = block * BLOCK;
-        rotate(kv_head * group + g, layer.q_norm, scale, queries.f32 + at);
-        if (cache.layout().type == CacheType::int8 && kernels_.dots_bytes)
-            kernels_.quantize(queries.f32 + at, queries.blocks, queries.q8 + at, queries.scales + block,
-                              queries.starts + block, queries.scaled_sums + block);
+        const Activations own = queries.from(first_query(row, kv_head, pass) + g);
+        rotate(kv_head * group + g, layer.q_norm, scale, own.f32);
+        if (cache.layout().type == CacheType::int8 && kernels_.dots_bytes) kernels_.quantize(own.f32, own);
     }
 }
 

@@ -4,6 +4,7 @@
 constexpr int LANES = 16;
 constexpr int MAX_FLOAT_ROWS = 12;
 constexpr int MAX_INT_ROWS = 12;
+constexpr int MAX_WORD_BITS = 0;
 constexpr bool DOTS_BYTES = true;
 constexpr int MAX_QUERIES = 12;
 constexpr int NUM_REGISTERS = 32;
@@ -36,10 +37,12 @@ inline float reduce(V x, const Fold& fold) {
 #include "simd.inl"
 
 inline V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); }
+inline void store_f16(uint16_t* p, V x) { store_as(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }
 inline void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
 
 inline V magnitude(V x) { return absolute(x); }
 inline I dot_bytes(I sum, I w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }
-inline I dot_nibbles(I sum, I w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }
-inline I finish_nibbles(I sum) { return sum; }
+inline I look_up(const uint8_t* table, I indices) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), indices);
+}

@@ -172,6 +172,6 @@ void best_sums(const LogitsView& logits, int number, float* sums, int32_t* indic
     }
 }
 
-const Kernels TABLE = {NAME,        MULTIPLIES_BF16, DOTS_BYTES,    multiply,     rms_norm,    quantize,
-                       to_bf16,     to_int8,         silu_multiply, block_maxima, keep_before, keep_from,
-                       mass_before, best_sums,       attend_chunk,  merge};
+const Kernels TABLE = {NAME,        MULTIPLIES_BF16, DOTS_BYTES,  multiply,  rms_norm,      quantize,
+                       pack_q8,     pack_q4,         to_bf16,     to_int8,   silu_multiply, block_maxima,
+                       keep_before, keep_from,       mass_before, best_sums, attend_chunk,  merge};

@@ -15,6 +15,7 @@ constexpr int PREFETCH_AHEAD = 8 * 1024;
 constexpr int PREFETCH_LOCALITY = 2;
 constexpr int MAX_FLOAT_ROWS = 6;  // 12 of 16 registers accumulate
 constexpr int MAX_INT_ROWS = 8;
+constexpr int MAX_WORD_BITS = 6;  // 31 * 128 * 8 and 63 * 128 * 4 still fit
 constexpr bool DOTS_BYTES = false;
 constexpr int MAX_QUERIES = 6;
 constexpr int NUM_REGISTERS = 16;
@@ -44,6 +45,7 @@ inline float reduce(V x, const Fold& fold) {
 #include "simd.inl"
 
 inline V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(load_as<__m128i>(p)); }
+inline void store_f16(uint16_t* p, V x) { store_as(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline V odd_bf16(I x) {
     x = _mm256_srli_epi32(x, 16);
     pin(x);  // or the two shifts become a mask, which takes a register
@@ -60,11 +62,15 @@ inline void store_bytes(int8_t* p, I x) {
 inline V magnitude(V x) { return absolute(x) + absolute(_mm256_permute_ps(x, 0xb1)); }
 inline I sum_pairs(I words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
 inline I dot_bytes(I sum, I w, I x) { return _mm256_add_epi32(sum, sum_pairs(_mm256_maddubs_epi16(w, x))); }
-inline I dot_nibbles(I sum, I w, I x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
-inline I finish_nibbles(I sum) { return sum_pairs(sum); }
+inline I add_words(I sum, I w, I x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
+inline I sum_words(I words) { return sum_pairs(words); }
+inline I look_up(const uint8_t* table, I indices) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(table)), indices);
+}
 
 #include "multiply.inl"
 #include "rows.inl"
+#include "pack.inl"
 #include "attend.inl"
 #include "choose.inl"
 }  // namespace

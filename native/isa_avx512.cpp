@@ -20,6 +20,7 @@ inline V dot_bf16(V sum, V w, V x) { return _mm512_dpbf16_ps(sum, bits<__m512bh>
 
 #include "multiply.inl"
 #include "rows.inl"
+#include "pack.inl"
 #include "attend.inl"
 #include "choose.inl"
 }  // namespace

@@ -16,6 +16,7 @@ constexpr int PREFETCH_LOCALITY = 3;
 #include "avx512.inl"
 #include "multiply.inl"
 #include "rows.inl"
+#include "pack.inl"
 #include "attend.inl"
 #include "choose.inl"
 }  // namespace

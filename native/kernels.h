@@ -1,76 +1,38 @@
-// What the engine and the kernels share: the layout of packed weights and activations, and the table of kernels.
+// What the engine and the kernels share: the forms of activations, the layout of caches, and the table of kernels.
 //
 // A kernel file is compiled once per instruction set (isa_*.cpp), each in a namespace of its own. Kernels see raw
 // pointers only: load.cpp and module.cpp have checked every size, alignment and range before one of them runs.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "formats.h"
 
 namespace hopskip {
 
-constexpr int TILE = 16;   // output rows of a strip: the lanes of one AVX-512 register
-constexpr int BLOCK = 32;  // columns that share a scale; all column counts are padded to it
 constexpr int MAX_HEAD_DIM = 512;
 constexpr int CHUNK = 256;  // cache positions that one softmax partial covers
 
-constexpr int blocks_of(int cols) { return (cols + BLOCK - 1) / BLOCK; }
-constexpr ptrdiff_t padded(int cols) { return static_cast<ptrdiff_t>(blocks_of(cols)) * BLOCK; }
-
-enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
-
-// Packed weights [rows, cols]: strips of 16 output rows, contiguous in memory. A strip is a sequence of units, u32
-// [16]: lane r belongs to output row r. A unit holds of each row one f32 column; two bf16 columns; four q8 columns,
-// each as value + 128; or eight q4 columns, byte j holding column j of the unit's group in its low nibble and column j
-// + 16 in its high one (GGUF's own order). So one load takes the same columns of all lanes' rows, and multiplying it by
-// one broadcast activation needs no shuffle.
-//
-// Among the units of q8 and q4 lie headers of 64 bytes, f16 [2][16]: before every two blocks of q8 their scales, before
-// every block of q4 its scales and its minima. A kernel thus reads one stream; with the scales elsewhere it reached
-// half the bandwidth.
-struct Matrix {
-    const uint8_t* data;
-    Format format;
-    int rows, cols;      // as in the model, unpadded
-    int strips, blocks;  // padded: rows <= strips * 16, cols <= blocks * 32
-    ptrdiff_t strip_bytes;
-
-    const uint8_t* strip(int index) const { return data + strip_bytes * index; }
-};
-
-constexpr int UNIT_BYTES = TILE * 4, HEADER_BYTES = TILE * 4;
-
-constexpr int units_per_block(Format format) {
-    return format == Format::f32 ? 32 : format == Format::bf16 ? 16 : format == Format::q8 ? 8 : 4;
-}
-
-constexpr int blocks_per_header(Format format) { return format == Format::q8 ? 2 : format == Format::q4 ? 1 : 0; }
-
-// Bytes from the start of a strip to a block's header, and to its units; q8 and q4.
-constexpr ptrdiff_t header_offset(Format format, int block) {
-    const int blocks = blocks_per_header(format);
-    return static_cast<ptrdiff_t>(block / blocks) * (HEADER_BYTES + blocks * units_per_block(format) * UNIT_BYTES);
-}
-
-constexpr ptrdiff_t units_offset(Format format, int block) {
-    return header_offset(format, block) + HEADER_BYTES +
-           block % blocks_per_header(format) * units_per_block(format) * UNIT_BYTES;
-}
-
 // Rows of input, in each of the forms that some weight format multiplies with. Columns beyond the model's are zero.
 struct Activations {
-    float* f32;          // [rows][blocks * 32]
-    uint16_t* bf16;      // [rows][blocks * 32], only where the instruction set multiplies bf16
-    int8_t* q8;          // [rows][blocks * 32], -127..127
-    float* scales;       // [rows][blocks] of q8
-    int32_t* starts;     // [rows][blocks] -128 * (sum of q8's integers): where sums begin, as q8 weights are w + 128
-    float* scaled_sums;  // [rows][blocks] of q8's integers, times the scale
+    float* f32;            // [rows][blocks * 32]
+    uint16_t* bf16;        // [rows][blocks * 32], only where the instruction set multiplies bf16
+    int8_t* q8;            // [rows][blocks * 32], -127..127
+    float* scales;         // [rows][blocks] of q8
+    int32_t* starts;       // [rows][blocks] -128 * (sum of q8's integers): where sums begin, as q8 weights are w + 128
+    float* scaled_sums;    // [rows][blocks] of q8's integers, times the scale
+    int32_t* half_starts;  // [rows][blocks][2] -32 * (sum of q8's integers) of 16 columns; null: not wanted
     int blocks;
 
     ptrdiff_t block(int row) const { return static_cast<ptrdiff_t>(row) * blocks; }  // number of a row's first one
     Activations from(int row) const {
         const ptrdiff_t b = block(row), at = b * BLOCK;
-        return {f32 + at, bf16 + at, q8 + at, scales + b, starts + b, scaled_sums + b, blocks};
+        return {f32 + at,
+                bf16 + at,
+                q8 + at,
+                scales + b,
+                starts + b,
+                scaled_sums + b,
+                half_starts ? half_starts + 2 * b : nullptr,
+                blocks};
     }
 };
 
@@ -152,7 +114,11 @@ struct Kernels {
     void (*multiply)(const Matrix&, int strip, const Activations&, int rows, float* out);
 
     void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
-    void (*quantize)(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums);
+    void (*quantize)(const float* x, const Activations& row);  // to q8 and what belongs to it
+    // pack.inl: 32 columns of 16 rows, float [32][16], to the scales or the header and the units of a block
+    void (*pack_q8)(const float* columns, uint16_t* scales, uint8_t* units);
+    void (*pack_q4)(const float* columns, const float* weights, uint16_t* header, uint8_t* units);
+
     void (*to_bf16)(const float* x, size_t count, uint16_t* out);
     float (*to_int8)(const float* x, int count, int8_t* out);  // returns the scale; count: a multiple of 16
     void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16

@@ -49,6 +49,8 @@ bool runs_here(const std::string& isa) {
     return isa == "portable";
 }
 
+}  // namespace
+
 const Kernels& kernels_for(const std::string& isa) {
     if (!runs_here(isa)) refuse("this processor cannot run the instruction set ", isa);
 #ifdef HOPSKIP_X86
@@ -58,6 +60,8 @@ const Kernels& kernels_for(const std::string& isa) {
 #endif
     return portable_kernels();
 }
+
+namespace {
 
 Shape make_shape(int64_t hidden_size, int64_t intermediate_size, int64_t num_heads, int64_t num_kv_heads,
                  int64_t head_dim, int64_t vocab_size, float rms_norm_eps, int64_t sliding_window) {
@@ -76,15 +80,7 @@ Shape make_shape(int64_t hidden_size, int64_t intermediate_size, int64_t num_hea
 
 PackedMatrix make_matrix(int format, int64_t rows, int64_t cols, const Input& data) {
     PackedMatrix m{};
-    m.format = static_cast<Format>(in_range(format, "format", 0, 3));
-    m.rows = in_range(rows, "rows", 1, 1 << 30);
-    m.cols = in_range(cols, "cols", 1, 1 << 24);
-    m.strips = (m.rows + TILE - 1) / TILE;
-    m.blocks = blocks_of(m.cols);
-    const int per_header = blocks_per_header(m.format);
-    const ptrdiff_t headers = per_header ? (m.blocks + per_header - 1) / per_header : 0;
-    const ptrdiff_t units = static_cast<ptrdiff_t>(m.blocks) * units_per_block(m.format);
-    m.strip_bytes = headers * HEADER_BYTES + units * UNIT_BYTES;
+    static_cast<Matrix&>(m) = checked_shape(format, rows, cols);
     m.data =
         static_cast<const uint8_t*>(checked(data, "data", nb::dtype<int32_t>(), {m.strips, m.strip_bytes / 4}, 64));
     m.owner = owner_of(data);

@@ -2,6 +2,7 @@
 // what another has written.
 // Shape letters: N rows, D hidden size, H query heads, K key/value heads, G = H / K, E head dimension.
 #include "model.h"
+#include "pack.h"
 
 #include <bit>
 #include <climits>
@@ -15,39 +16,6 @@ constexpr int MAX_PASS_ROWS = 128;  // more go in several passes: their activati
 constexpr int MIN_BLOCK_ROWS = 8, MAX_BLOCK_ROWS = 32, MAX_BLOCK_QUERIES = 96;  // that attend together
 constexpr int PIECES_PER_THREAD = 4;  // of attention, so that one which is held up can be helped out
 constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread makes inputs for itself, to save a phase
-
-unsigned bit(Format format) { return 1u << static_cast<int>(format); }
-
-float from_f16(uint16_t h) {  // finite values
-    const float magnitude = std::bit_cast<float>((h & 0x7fff) << 13) * 0x1p112f;
-    return h & 0x8000 ? -magnitude : magnitude;
-}
-
-// One output row of packed weights as f32: a row of the embedding, which is the tied head.
-void unpack_row(const Matrix& m, int row, float* out) {
-    const uint8_t* strip = m.strip(row / TILE);
-    const int lane = row % TILE;
-    const auto units_at = [&](ptrdiff_t offset) { return reinterpret_cast<const uint32_t*>(strip + offset) + lane; };
-    for (int c = 0; c < m.cols; ++c) {
-        if (m.format == Format::f32) {
-            out[c] = std::bit_cast<float>(units_at(0)[c * TILE]);
-        } else if (m.format == Format::bf16) {
-            const uint32_t unit = units_at(0)[c / 2 * TILE];
-            out[c] = std::bit_cast<float>(c % 2 ? unit & 0xffff0000u : unit << 16);
-        } else {
-            const int block = c / BLOCK, in_block = c % BLOCK, column = in_block % 16;
-            const auto* header = reinterpret_cast<const uint16_t*>(strip + header_offset(m.format, block)) + lane;
-            const uint32_t* units = units_at(units_offset(m.format, block));
-            if (m.format == Format::q8) {
-                const int q = static_cast<int>(units[in_block / 4 * TILE] >> (in_block % 4 * 8) & 255) - 128;
-                out[c] = from_f16(header[block % 2 * TILE]) * static_cast<float>(q);
-            } else {
-                const uint32_t q = units[column / 4 * TILE] >> (column % 4 * 8 + in_block / 16 * 4) & 15;
-                out[c] = from_f16(header[0]) * static_cast<float>(q) + from_f16(header[TILE]);
-            }
-        }
-    }
-}
 
 }  // namespace
 
@@ -69,19 +37,17 @@ void Model::reserve(int rows) {
 //
 // Few rows are made by every thread for itself, when it takes its first item; many are made once, in their own phase.
 template <class MakeRow, class Use>
-void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items,
+void Model::share_with_inputs(Team& team, int rows, int cols, Needs needs, const MakeRow& make_row, int items,
                               const Use& use) {
     const bool is_shared = rows > MAX_PRIVATE_ROWS;
     Worker& worker = is_shared ? workers_.back() : workers_[team.thread()];
-    const Activations x = worker.inputs.rows_of(blocks_of(cols));
+    Activations x = worker.inputs.rows_of(blocks_of(cols));
+    if (!needs.halves) x.half_starts = nullptr;
     const auto make = [&](int row) {
-        const ptrdiff_t block = x.block(row), at = block * BLOCK;
-        make_row(row, x.f32 + at);
-        if (formats & (bit(Format::q8) | bit(Format::q4)))
-            kernels_.quantize(x.f32 + at, x.blocks, x.q8 + at, x.scales + block, x.starts + block,
-                              x.scaled_sums + block);
-        if (kernels_.multiplies_bf16 && formats & bit(Format::bf16))
-            kernels_.to_bf16(x.f32 + at, padded(cols), x.bf16 + at);
+        const Activations own = x.from(row);
+        make_row(row, own.f32);
+        if (needs.q8) kernels_.quantize(own.f32, own);
+        if (kernels_.multiplies_bf16 && needs.bf16) kernels_.to_bf16(own.f32, padded(cols), own.bf16);
     };
     if (is_shared) team.share(rows, make);
     bool is_ready = is_shared;
@@ -96,10 +62,10 @@ void Model::share_with_inputs(Team& team, int rows, int cols, unsigned formats, 
 template <class MakeRow, class Use>
 void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row,
                      const Use& use) {
-    unsigned formats = 0;
+    Needs needs;
     int strips = 0, items = 0;
     for (const Matrix* m : matrices) {
-        formats |= bit(m->format);
+        needs.add(m->format);
         strips += m->strips;
     }
     // Items large enough to stream, small enough that a thread which was held up can be helped out.
@@ -117,7 +83,7 @@ void Model::multiply(Team& team, int rows, std::initializer_list<const Matrix*> 
             use(index, strip, products);
         }
     };
-    share_with_inputs(team, rows, (*matrices.begin())->cols, formats, make_row, items, multiply_item);
+    share_with_inputs(team, rows, (*matrices.begin())->cols, needs, make_row, items, multiply_item);
 }
 
 namespace {
@@ -172,7 +138,9 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
     };
     multiply(team, rows, {&layer.o}, copy_from(attention_, padded(shape_.queries_size())), add_to_hidden(layer.o));
     // Gate and up go together, so that their product needs no phase of its own.
-    const unsigned formats = bit(layer.gate.format) | bit(layer.up.format);
+    Needs needs;
+    needs.add(layer.gate.format);
+    needs.add(layer.up.format);
     const auto activate = [&](const Activations& x, int strip) {
         const int size = rows * TILE;
         float* products = worker.products.get();
@@ -181,7 +149,7 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
         kernels_.silu_multiply(products, products + size, size, products);
         scatter(layer.gate, strip, products, rows, activation_.get(), intermediate, assign);
     };
-    share_with_inputs(team, rows, shape_.hidden_size, formats, norm(layer.post_norm), layer.gate.strips, activate);
+    share_with_inputs(team, rows, shape_.hidden_size, needs, norm(layer.post_norm), layer.gate.strips, activate);
     multiply(team, rows, {&layer.down}, copy_from(activation_, intermediate), add_to_hidden(layer.down));
 }
 

@@ -39,7 +39,7 @@ struct ActivationBuffers {
     Buffer<float> f32, scales, scaled_sums;
     Buffer<uint16_t> bf16;
     Buffer<int8_t> q8;
-    Buffer<int32_t> starts;
+    Buffer<int32_t> starts, half_starts;
 
     void reserve(ptrdiff_t blocks, bool has_bf16) {  // of all rows
         f32.reserve(blocks * BLOCK);
@@ -48,9 +48,23 @@ struct ActivationBuffers {
         scales.reserve(blocks);
         starts.reserve(blocks);
         scaled_sums.reserve(blocks);
+        half_starts.reserve(blocks * 2);
     }
     Activations rows_of(int blocks) {
-        return {f32.get(), bf16.get(), q8.get(), scales.get(), starts.get(), scaled_sums.get(), blocks};
+        return {f32.get(),    bf16.get(),        q8.get(),          scales.get(),
+                starts.get(), scaled_sums.get(), half_starts.get(), blocks};
+    }
+};
+
+// Forms of activations that some matrices are multiplied with, beside f32.
+struct Needs {
+    bool bf16 = false, q8 = false, halves = false;
+
+    void add(Format format) {
+        const BlockFormat f = block_format(format);
+        bf16 |= format == Format::bf16;
+        q8 |= f.is_quantized();
+        halves |= f.has_halves;
     }
 };
 
@@ -254,7 +268,7 @@ private:
                       float* partials);
     void write_head(const float* state, int head, float* row) const;
     template <class MakeRow, class Use>
-    void share_with_inputs(Team& team, int rows, int cols, unsigned formats, const MakeRow& make_row, int items,
+    void share_with_inputs(Team& team, int rows, int cols, Needs needs, const MakeRow& make_row, int items,
                            const Use& use);
     template <class MakeRow, class Use>
     void multiply(Team& team, int rows, std::initializer_list<const Matrix*> matrices, const MakeRow& make_row,

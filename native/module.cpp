@@ -9,6 +9,7 @@
 namespace hopskip {
 
 void bind_load(nb::module_& m, nb::class_<Model>& engine);
+void bind_pack(nb::module_& m);
 
 namespace {
 
@@ -370,6 +371,7 @@ void bind_module(nb::module_& m) {
              "int32: tokens of the text, each once, and how often each was generated. The values are copied.");
     nb::class_<Model> engine(m, "Engine", "The decoder. Results are written to the arrays given for them.");
     bind_load(m, engine);
+    bind_pack(m);
     engine.def("embed", &embed, "ids"_a, "out"_a, "int32 [N] -> float32 [N, D].")
         .def("run_layers", &run_layers, "h"_a, "out"_a, "start"_a, "stop"_a, "rows"_a, "cache"_a, "taps"_a = none,
              "tapped"_a = none,

@@ -85,10 +85,42 @@ struct FloatProduct {
     }
 };
 
-// q8 and q4 weights with int8 activations: integers within a block of 32 columns, f32 across blocks.
+// Integers of a block, as unsigned bytes of one register: of the four columns of a group (formats.h).
+template <Format FORMAT>
+struct Groups {
+    static constexpr BlockFormat F = block_format(FORMAT);
+    static constexpr int TWO_BITS = F.bits & 4 ? 4 : 0,
+                         ONE_BIT = F.bits & 4 ? 4 : 2;  // the unit, and the bit, they start at
+
+    const uint8_t* units;
+    int part;
+
+    I unit(int u) const { return load_units(units + (u * PARTS + part) * LANES * 4); }
+    // Bits of all bytes, from bit `from` of each to bit `to`.
+    template <int MASK>
+    static I moved(I x, int from, int to) {
+        const U u = bits<U>(x);
+        return bits<I>((from > to ? u >> (from - to) : u << (to - from)) & (MASK * 0x01010101u << to));
+    }
+    I operator[](int group) const {  // constant where this is called
+        if constexpr (F.bits == 8) return unit(group);
+        I w{};
+        if constexpr (F.bits & 4) w = group < 4 ? low_nibbles(unit(group)) : high_nibbles(unit(group - 4));
+        if constexpr (F.bits & 2) w |= moved<3>(unit(TWO_BITS + group / 4), group % 4 * 2, TWO_BITS);
+        if constexpr (F.bits & 1) w |= moved<1>(unit(F.bits - 1), group, ONE_BIT);
+        if constexpr (F.has_table) w = look_up(table_of(FORMAT), w);
+        return w;
+    }
+};
+
+// Quantized weights with int8 activations: integers within a block of 32 columns, or half of one, f32 across blocks.
 template <Format FORMAT>
 struct IntProduct {
     static constexpr int MAX_ROWS = MAX_INT_ROWS;
+    static constexpr BlockFormat F = block_format(FORMAT);
+    static constexpr int HALVES = F.has_halves ? 2 : 1, GROUPS = 8 / HALVES;  // that are summed as integers
+    static constexpr bool SUMS_WORDS = !F.has_table && F.bits <= MAX_WORD_BITS;
+    static constexpr int SHIFT = F.center ? __builtin_ctz((F.has_halves ? 32 : 128) / F.center) : 0;
 
     template <int R>
     static void run(const Matrix& m, int strip, const Activations& x, int first_row, float* out) {
@@ -97,55 +129,91 @@ struct IntProduct {
         const int32_t* x_starts[R];
         const float* x_scaled_sums[R];
         UNROLL_FOR (int r = 0; r < R; ++r) {
-            const ptrdiff_t start = x.block(first_row + r);
-            rows[r] = x.q8 + BLOCK * start;
-            x_scales[r] = x.scales + start;
-            x_starts[r] = x.starts + start;
-            x_scaled_sums[r] = x.scaled_sums + start;
+            const ptrdiff_t block = x.block(first_row + r);
+            rows[r] = x.q8 + BLOCK * block;
+            x_scales[r] = x.scales + block;
+            x_starts[r] = F.has_halves ? x.half_starts + 2 * block : x.starts + block;
+            x_scaled_sums[r] = x.scaled_sums + block;
         }
         V sum[PARTS][R] = {};
-        constexpr int UNITS = units_per_block(FORMAT);
-        for (int b = 0; b < m.blocks; ++b) {
-            const uint16_t* header = reinterpret_cast<const uint16_t*>(m.strip(strip) + header_offset(FORMAT, b));
-            const uint16_t *scales = header + b % blocks_per_header(FORMAT) * TILE, *minima = header + TILE;
-            const uint8_t* units = m.strip(strip) + units_offset(FORMAT, b);
+        const uint8_t* header = m.strip(strip);
+        for (int b = 0; b < m.blocks;) {
+            const uint8_t* units = header + F.header_bytes();
             // every line, or the rest is in vain
-            const auto* first = b % blocks_per_header(FORMAT) ? units : units - HEADER_BYTES;
-            for (const uint8_t* p = first; p < units + UNITS * UNIT_BYTES; p += 64) prefetch(p + PREFETCH_AHEAD);
-            UNROLL_FOR (int p = 0; p < PARTS; ++p) {
-                const auto unit = [&](int u) { return load_units(units + (u * PARTS + p) * LANES * 4); };
-                const auto column = [&](int r, int c) { return splat_unit(rows[r] + b * BLOCK + c); };
-                const V scale = load_f16(scales + p * LANES);
-                if constexpr (FORMAT == Format::q8) {
-                    I dot[R];
-                    UNROLL_FOR (int r = 0; r < R; ++r) dot[r] = splat_unit(x_starts[r] + b);
-                    for (int u = 0; u < UNITS; ++u) {
-                        const I w = unit(u);
-                        UNROLL_FOR (int r = 0; r < R; ++r) pin(dot[r] = dot_bytes(dot[r], w, column(r, u * 4)));
-                    }
-                    UNROLL_FOR (int r = 0; r < R; ++r)
-                        sum[p][r] = fma(to_float(dot[r]), scale * x_scales[r][b], sum[p][r]);
-                } else {
-                    I dot[R] = {};
-                    for (int u = 0; u < UNITS; ++u) {
-                        const I w = unit(u), low = low_nibbles(w), high = high_nibbles(w);
-                        UNROLL_FOR (int r = 0; r < R; ++r) {
-                            dot[r] = dot_nibbles(dot[r], low, column(r, u * 4));
-                            pin(dot[r] = dot_nibbles(dot[r], high, column(r, u * 4 + 16)));
+            for (const uint8_t* p = header; p < units; p += 64) prefetch(p + PREFETCH_AHEAD);
+            const int end = b + F.blocks_per_header < m.blocks ? b + F.blocks_per_header : m.blocks;
+            for (int i = 0; b < end; ++b, ++i, units += F.units() * UNIT_BYTES) {
+                for (int u = 0; u < F.units(); ++u) prefetch(units + u * UNIT_BYTES + PREFETCH_AHEAD);
+                UNROLL_FOR (int p = 0; p < PARTS; ++p) {
+                    const Groups<FORMAT> groups{units, p};
+                    UNROLL_FOR (int half = 0; half < HALVES; ++half) {
+                        I dot[R];
+                        UNROLL_FOR (int r = 0; r < R; ++r)
+                            dot[r] = SUMS_WORDS || F.has_minima() ? I{} : start(x_starts[r], b, half);
+                        UNROLL_FOR (int g = 0; g < GROUPS; ++g) {
+                            const int group = half * GROUPS + g;
+                            const auto w = groups[group];
+                            UNROLL_FOR (int r = 0; r < R; ++r) {
+                                const I four = splat_unit(rows[r] + b * BLOCK + group * 4);
+                                if constexpr (SUMS_WORDS)
+                                    pin(dot[r] = add_words(dot[r], w, four));
+                                else
+                                    pin(dot[r] = dot_bytes(dot[r], w, four));
+                            }
                         }
-                    }
-                    const V minimum = load_f16(minima + p * LANES);
-                    // w = scale * nibble + minimum: the minimum multiplies the sum of x
-                    UNROLL_FOR (int r = 0; r < R; ++r) {
-                        const V with_minimum = fma(minimum, splat(x_scaled_sums[r][b]), sum[p][r]);
-                        sum[p][r] = fma(to_float(finish_nibbles(dot[r])), scale * x_scales[r][b], with_minimum);
+                        const Scales s(header, i, half, p);
+                        UNROLL_FOR (int r = 0; r < R; ++r) {
+                            if constexpr (SUMS_WORDS) dot[r] = sum_words(dot[r]);
+                            if constexpr (SUMS_WORDS && !F.has_minima())
+                                dot[r] = add_ints(dot[r], start(x_starts[r], b, half));
+                            if constexpr (F.has_minima()) {  // each multiplies the sum of x
+                                float scaled_sum = x_scaled_sums[r][b];
+                                if constexpr (F.has_halves)
+                                    scaled_sum = static_cast<float>(x_starts[r][b * 2 + half]) * x_scales[r][b] / -32;
+                                sum[p][r] = fma(s.minimum, splat(scaled_sum), sum[p][r]);
+                            }
+                            sum[p][r] = fma(to_float(dot[r]), s.scale * x_scales[r][b], sum[p][r]);
+                        }
                     }
                 }
             }
+            header = units;
         }
         UNROLL_FOR (int r = 0; r < R; ++r)
             UNROLL_FOR (int p = 0; p < PARTS; ++p) store(out + (first_row + r) * TILE + p * LANES, sum[p][r]);
     }
+
+private:
+    // -center * (sum of x), where sums begin.
+    static I start(const int32_t* starts, int block, int half) {
+        const I x = F.has_halves ? splat_unit(starts + block * 2 + half) : splat_unit(starts + block);
+        return SHIFT ? shift_right<SHIFT>(x) : x;
+    }
+
+    struct Scales {
+        V scale, minimum{};
+
+        Scales(const uint8_t* header, int index, int half, int part) {
+            const auto f16 = [&](int i) {
+                return load_f16(reinterpret_cast<const uint16_t*>(header) + i * TILE + part * LANES);
+            };
+            const auto factors = [&](int i) {
+                return load_as<Bytes>(header + HEADER_BYTES + index * FACTOR_BYTES + i * TILE + part * LANES);
+            };
+            if constexpr (!F.has_factors()) {
+                scale = f16(F.has_minima() ? 0 : index);
+                if constexpr (F.has_minima()) minimum = f16(1);
+            } else if constexpr (!F.has_halves) {
+                scale = f16(0) * from_bytes(factors(0));
+                minimum = f16(1) * from_bytes(factors(1));
+            } else if constexpr (F.has_minima()) {
+                scale = f16(0) * from_bytes(factors(half) & 15);
+                minimum = f16(1) * from_bytes(factors(half) >> 4 & 15);
+            } else {
+                scale = f16(0) * from_bytes(factors(half));
+            }
+        }
+    };
 };
 
 template <class Product>
@@ -159,5 +227,15 @@ void multiply(const Matrix& m, int strip, const Activations& x, int rows, float*
         case Format::bf16: return multiply_as<FloatProduct<Format::bf16>>(m, strip, x, rows, out);
         case Format::q8: return multiply_as<IntProduct<Format::q8>>(m, strip, x, rows, out);
         case Format::q4: return multiply_as<IntProduct<Format::q4>>(m, strip, x, rows, out);
+        case Format::q4_0: return multiply_as<IntProduct<Format::q4_0>>(m, strip, x, rows, out);
+        case Format::q5_0: return multiply_as<IntProduct<Format::q5_0>>(m, strip, x, rows, out);
+        case Format::q5_1: return multiply_as<IntProduct<Format::q5_1>>(m, strip, x, rows, out);
+        case Format::iq4: return multiply_as<IntProduct<Format::iq4>>(m, strip, x, rows, out);
+        case Format::mxfp4: return multiply_as<IntProduct<Format::mxfp4>>(m, strip, x, rows, out);
+        case Format::q2_k: return multiply_as<IntProduct<Format::q2_k>>(m, strip, x, rows, out);
+        case Format::q3_k: return multiply_as<IntProduct<Format::q3_k>>(m, strip, x, rows, out);
+        case Format::q4_k: return multiply_as<IntProduct<Format::q4_k>>(m, strip, x, rows, out);
+        case Format::q5_k: return multiply_as<IntProduct<Format::q5_k>>(m, strip, x, rows, out);
+        case Format::q6_k: return multiply_as<IntProduct<Format::q6_k>>(m, strip, x, rows, out);
     }
 }

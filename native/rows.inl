@@ -39,15 +39,25 @@ inline float round_to_int8(const float* x, int count, float inverse_step, int8_t
 inline float inverse_step(float maximum) { return maximum > 1e-30f ? 127.0f / maximum : 0.0f; }
 
 // int8 per block of 32 columns, the largest magnitude (isa_*.cpp) at 127.
-void quantize(const float* x, int blocks, int8_t* q8, float* scales, int32_t* starts, float* scaled_sums) {
-    for (int b = 0; b < blocks; ++b, x += BLOCK, q8 += BLOCK) {
+void quantize(const float* x, const Activations& row) {
+    constexpr int HALF = BLOCK / 2;
+    for (int b = 0; b < row.blocks; ++b, x += BLOCK) {
         V largest = V{};
         for (int i = 0; i < BLOCK; i += LANES) largest = max(magnitude(load(x + i)), largest);
-        const float maximum = reduce_max(largest);
-        const float sum = round_to_int8(x, BLOCK, inverse_step(maximum), q8);
-        scales[b] = maximum / 127.0f;
-        starts[b] = -128 * static_cast<int32_t>(sum);
-        scaled_sums[b] = scales[b] * sum;
+        const float maximum = reduce_max(largest), inverse = inverse_step(maximum);
+        int8_t* q8 = row.q8 + b * BLOCK;
+        float sum;
+        if (row.half_starts) {
+            const float sums[] = {round_to_int8(x, HALF, inverse, q8),
+                                  round_to_int8(x + HALF, HALF, inverse, q8 + HALF)};
+            for (int half = 0; half < 2; ++half) row.half_starts[b * 2 + half] = -32 * static_cast<int32_t>(sums[half]);
+            sum = sums[0] + sums[1];
+        } else {
+            sum = round_to_int8(x, BLOCK, inverse, q8);
+        }
+        row.scales[b] = maximum / 127.0f;
+        row.starts[b] = -128 * static_cast<int32_t>(sum);
+        row.scaled_sums[b] = row.scales[b] * sum;
     }
 }
 

@@ -2,6 +2,7 @@
 // many 32-bit integers, or the bytes and words inside them). Arithmetic on V is the compiler's own: a + b, a * b.
 
 typedef uint32_t U __attribute__((vector_size(LANES * 4)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class To, class From>
 inline To bits(const From& from) {
@@ -32,6 +33,12 @@ inline I high_byte(I x) {  // signed
     typedef int32_t Signed __attribute__((vector_size(LANES * 4)));
     return bits<I>(bits<Signed>(x) >> 24);
 }
+template <int COUNT>
+inline I shift_right(I x) {  // of signed integers
+    typedef int32_t Signed __attribute__((vector_size(LANES * 4)));
+    return bits<I>(bits<Signed>(x) >> COUNT);
+}
+inline I add_ints(I a, I b) { return bits<I>(bits<U>(a) + bits<U>(b)); }
 inline V absolute(V x) { return bits<V>(bits<U>(x) & 0x7fffffffu); }
 inline V two_to(V n) { return bits<V>((bits<U>(to_int(n)) + 127) << 23); }
 inline float reduce_add(V x) {
@@ -49,6 +56,7 @@ inline void store_bf16(uint16_t* p, V x) {                     // rounds to near
     store_as(p, __builtin_convertvector((b + 0x7fff + (b >> 16 & 1)) >> 16, Words));
 }
 
+inline V from_bytes(Bytes x) { return __builtin_convertvector(x, V); }
 inline I low_nibbles(I w) { return bits<I>(bits<U>(w) & 0x0f0f0f0fu); }
 inline I high_nibbles(I w) { return bits<I>(bits<U>(w) >> 4 & 0x0f0f0f0fu); }
 
