@@ -21,13 +21,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hopskip.backends.base import DraftTask
 from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.native.formats import choose_format
 from hopskip.backends.native.packed import PackedWeights
-from hopskip.backends.native.quantize import Packed, pack, quantize_q4, quantize_q8
+from hopskip.backends.native.packing import Packed, Packer, aligned
 from hopskip.backends.rows import Rows, Segment
 from hopskip.bench.turns import medians, take_turns
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
@@ -58,34 +61,33 @@ def shape_config(name: str) -> ModelConfig:
 
 def random_weights(config: ModelConfig, precision: str) -> PackedWeights:
     """One random matrix per shape, copied for each layer: quantizing all of them would take minutes."""
+    packer = Packer()
     packed: dict[tuple[int, ...], Packed] = {}
     matrices: dict[str, Packed] = {}
-    vectors: dict[str, Tensor] = {}
+    vectors: dict[str, NDArray[np.float32]] = {}
     for name, shape in expected_tensors(config).items():
         if len(shape) == 1:
-            vectors[name] = torch.ones(shape)
+            vectors[name] = np.ones(shape, dtype=np.float32)
             continue
         if shape not in packed:
             weight = torch.randn(shape) * shape[1] ** -0.5
-            if precision in ("q8", "q4"):
-                packed[shape] = pack((quantize_q8 if precision == "q8" else quantize_q4)(weight), shape[1])
-            else:
-                packed[shape] = pack(weight.to(getattr(torch, precision)), shape[1])
-        first = packed[shape]
-        matrices[name] = Packed(first.format, first.rows, first.cols, first.data.clone())
+            packed[shape] = packer.pack_array(weight.numpy(), choose_format("F32", name, precision))
+        matrices[name] = packed[shape]
     return PackedWeights(config, matrices, vectors)
 
 
 def in_one_piece(weights: PackedWeights) -> tuple[PackedWeights, Tensor]:
-    """The same weights in one stretch of memory, and that, int64."""
+    """The same weights in one stretch of memory, each matrix a copy of its own, and that, int64."""
     parts = [matrix.data for matrix in weights.matrices.values()]
-    whole = torch.empty(sum(part.numel() for part in parts) + 16, dtype=torch.int32)
-    first = -whole.data_ptr() % 64 // 4
-    whole = whole[first : first + sum(part.numel() for part in parts)]
+    whole = aligned(sum(part.nbytes for part in parts)).view(np.int32)
     matrices: dict[str, Packed] = {}
-    for (name, m), room in zip(weights.matrices.items(), torch.split(whole, [p.numel() for p in parts]), strict=True):
-        matrices[name] = Packed(m.format, m.rows, m.cols, room.view(m.data.shape).copy_(m.data))
-    return PackedWeights(weights.config, matrices, weights.vectors), whole.view(torch.int64)
+    at = 0
+    for name, m in weights.matrices.items():
+        room = whole[at : at + m.data.size].reshape(m.data.shape)
+        room[:] = m.data
+        matrices[name] = Packed(m.format, m.rows, m.cols, room)
+        at += m.data.size
+    return PackedWeights(weights.config, matrices, weights.vectors), torch.from_numpy(whole.view(np.int64))
 
 
 def trimmed_exit(config: ModelConfig) -> TrainedExit:

@@ -2,36 +2,10 @@
 #pragma once
 
 #include "kernels.h"
+#include "stored.h"
 #include "threads.h"
 
 namespace hopskip {
-
-// How a checkpoint stores weights: plain values, or ggml's blocks.
-enum class Stored : int {
-    f32,
-    f16,
-    bf16,
-    q8_0,
-    q4_0,
-    q4_1,
-    q5_0,
-    q5_1,
-    iq4_nl,
-    iq4_xs,
-    mxfp4,
-    q2_k,
-    q3_k,
-    q4_k,
-    q5_k,
-    q6_k,
-};
-constexpr int NUM_STORED = 16;
-
-struct StoredType {
-    int values, bytes;  // of a block
-    Format format;      // that holds its values without a change; of plain ones, their own
-};
-StoredType stored_type(Stored stored);
 
 enum class PackError : int { none, not_finite, scale_too_large };
 

@@ -97,9 +97,6 @@ void select(int format, int64_t rows, int64_t cols, const Input& data, const Inp
 
 void bind_pack(nb::module_& m) {
     const auto none = nb::none();
-    m.def(
-        "strip_bytes", [](int format, int64_t cols) { return checked_shape(format, 1, cols).strip_bytes; }, "format"_a,
-        "cols"_a, "Bytes of a strip: 16 rows of a packed matrix.");
     m.def("unpack", &unpack, "format"_a, "rows"_a, "cols"_a, "data"_a, "chosen"_a, "out"_a,
           "Rows int32 `chosen` of a packed matrix, float32 [chosen, cols].");
     m.def("select_rows", &select, "format"_a, "rows"_a, "cols"_a, "data"_a, "chosen"_a, "out"_a,

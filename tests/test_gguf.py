@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from hopskip.checkpoint.gguf import GGUFFile, hf_name
 from hopskip.checkpoint.stored import BLOCK_TYPES, dequantize, unpermute_rows
 from hopskip.errors import CheckpointError
 from hopskip.text.tokenizer_files import load_tokenizer
+from tests.packing import random_blocks
 from tests.properties import examples
 from tests.test_families import load, logits_in_chunks, reference_logits
 from tests.tiny import FAMILIES, VOCAB_SIZE, byte_level_tokenizer, gguf_name, make_model, permute, write_gguf
 
-K_TYPES = (Type.Q4_K, Type.Q6_K)
+WIDE_TYPES = [Type[block.name] for block in BLOCK_TYPES.values() if block.num_values > 1]
 ROUGH = {
     Type.F32: 0.0,
     Type.F16: 1e-3,
@@ -134,15 +136,13 @@ def test_written_types(kind: Type, model: PreTrainedModel, tmp_path: Path) -> No
     for name, parameter in model.named_parameters():
         values = checkpoint.tensor(name, torch.float32)
         assert (values - parameter).abs().max() <= ROUGH[kind] * parameter.abs().max(), name
-        quantized = checkpoint.quantized(name)
         if is_plain or parameter.ndim == 1:
-            assert quantized is None
             continue
-        # the blocks are in Hugging Face's order, and are what the values come from, bit for bit
-        assert quantized is not None
-        assert (quantized.type, quantized.shape) == (kind.name, tuple(parameter.shape))
-        assert torch.equal(torch.from_numpy(gguf.dequantize(quantized.blocks.numpy(), kind)), values)
+        stored = checkpoint.stored(name)
+        assert (stored.type.name, stored.shape) == (kind.name, tuple(parameter.shape))
         assert checkpoint.tensor(name).dtype == torch.float32
+        # some of the rows, in Hugging Face's order
+        assert np.array_equal(checkpoint.rows(name, 3, 5), values[3:8].numpy())
     q_proj = checkpoint.tensor("model.layers.1.self_attn.q_proj.weight", torch.float32)
     assert torch.equal(weights.layers[1].qkv_proj[:64], q_proj)
 
@@ -150,38 +150,23 @@ def test_written_types(kind: Type, model: PreTrainedModel, tmp_path: Path) -> No
 def test_quantized_rows_move_but_never_change(model: PreTrainedModel, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", model, types=Type.Q8_0)
     stored = GGUFFile(tmp_path / "m.gguf").tensors["blk.0.attn_k.weight"].blocks().numpy()
-    quantized = open_checkpoint(tmp_path / "m.gguf").quantized("model.layers.0.self_attn.k_proj.weight")
-    assert quantized is not None
-    assert np.array_equal(permute(quantized.blocks.numpy(), 2), stored)
-    assert not np.array_equal(quantized.blocks.numpy(), stored)
+    order = open_checkpoint(tmp_path / "m.gguf").row_order("model.layers.0.self_attn.k_proj.weight")
+    assert order is not None
+    assert np.array_equal(permute(stored[order], 2), stored)
+    assert not np.array_equal(stored[order], stored)
 
 
-def random_blocks(kind: Type, num_blocks: int) -> np.ndarray:
-    """Random blocks of a K type with finite scales (the `gguf` package cannot write these types)."""
-    generator = np.random.default_rng(0)
-    _, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-    blocks = generator.integers(0, 256, (num_blocks, num_bytes), dtype=np.uint8)
-    scales = generator.uniform(0.001, 0.01, (num_blocks, 2)).astype(np.float16).view(np.uint8)
-    if kind == Type.Q4_K:
-        blocks[:, :4] = scales
-    else:
-        blocks[:, -2:] = scales[:, :2]
-    return blocks
-
-
-@pytest.mark.parametrize("kind", K_TYPES, ids=lambda kind: kind.name)
-def test_k_types(kind: Type, tmp_path: Path) -> None:
-    """In a model wide enough for super-blocks of 256, all matrices of a K type; read as the `gguf` package does."""
+@pytest.mark.parametrize("kind", WIDE_TYPES, ids=lambda kind: kind.name)
+def test_types_of_blocks(kind: Type, tmp_path: Path) -> None:
+    """In a model wide enough for blocks of 256, all matrices of one type; read as the `gguf` package does."""
     shape = {**make_model("llama2-mha").config.to_dict(), "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
     path = tmp_path / "m.gguf"
-    _, num_bytes = gguf.GGML_QUANT_SIZES[kind]
     writer_types = {}
     blocks: dict[str, np.ndarray] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            rows = random_blocks(kind, parameter.numel() // 256).reshape(parameter.shape[0], -1)
-            assert rows.shape[1] == parameter.shape[1] // 256 * num_bytes
+            rows = random_blocks(kind.name, *parameter.shape)
             blocks[gguf_name(name)] = rows
             writer_types[gguf_name(name)] = kind
     write_gguf(path, model, types=writer_types, raw_blocks=blocks)
@@ -203,14 +188,16 @@ def test_mixed_types(model: PreTrainedModel, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", model, types=types)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert checkpoint.quantization == "Q4_1"
-    embedding = checkpoint.quantized("model.embed_tokens.weight")
-    assert embedding is not None
-    assert embedding.type == "Q8_0"
+    assert checkpoint.stored("model.embed_tokens.weight").type.name == "Q8_0"
 
 
 def test_unknown_type_lists_those_that_are_read(model: PreTrainedModel, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", model, types=Type.Q5_0)
-    with pytest.raises(CheckpointError, match=r"has type Q5_0.*BF16, F16, F32, Q4_0, Q4_1, Q4_K, Q6_K, Q8_0"):
+    write_gguf(tmp_path / "m.gguf", model, types=Type.Q8_0)
+    data = (tmp_path / "m.gguf").read_bytes()
+    name = b"blk.0.attn_q.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions, and two of them
+    (tmp_path / "m.gguf").write_bytes(data[:at] + struct.pack("<I", 41) + data[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"'blk.0.attn_q.weight' has type Q1_0.*BF16, F16, F32, IQ1_M.*Q8_0"):
         open_checkpoint(tmp_path / "m.gguf")
 
 

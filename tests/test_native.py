@@ -25,12 +25,12 @@ from hopskip.backends.base import Backend, DraftTask, Head
 from hopskip.backends.native import backend as native_backend
 from hopskip.backends.native import isa as isa_module
 from hopskip.backends.native.backend import NativeBackend
-from hopskip.backends.native.packed import PackedWeights, format_of, quantized_to
-from hopskip.backends.native.quantize import from_gguf_blocks
+from hopskip.backends.native.formats import Format, choose_format
+from hopskip.backends.native.packed import PackedWeights
 from hopskip.backends.rows import Cache, Rows, Segment
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.backends.torch.weights import load_weights
-from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.errors import CheckpointError, ConfigError
@@ -41,8 +41,8 @@ from tests.properties import examples
 
 from .models import tiny_config
 from .native_cache import fill_with_garbage, native, set_vectors, vectors
-from .test_gguf import random_blocks
-from .tiny import FAMILIES, make_model, write_checkpoint, write_gguf
+from .packing import ArrayCheckpoint, read_packed
+from .tiny import FAMILIES, write_checkpoint, write_gguf
 
 pytestmark = pytest.mark.skipif(isa_module.obstacle() is not None, reason=isa_module.obstacle() or "")
 
@@ -81,11 +81,12 @@ class Dequantized:
     def copy_into(self, name: str, out: Tensor) -> None:
         value = self._checkpoint.tensor(name, torch.float32)
         if value.ndim == 2:
-            if self._precision == "bfloat16":
+            format = choose_format("F32", name, self._precision)
+            if format.is_quantized:  # as the packer does it, which has tests of its own
+                weights = PackedWeights.from_checkpoint(self._checkpoint, self._precision)
+                value = torch.from_numpy(read_packed(weights.matrices[name]))
+            elif format is Format.BF16:
                 value = value.bfloat16()
-            elif self._precision in ("q8", "q4"):
-                quantized = quantized_to(value, self._checkpoint, name, format_of(name, self._precision))
-                value = quantized.dequantize()[:, : value.shape[1]]
         out.copy_(value)
 
 
@@ -97,19 +98,7 @@ def reference(checkpoint: Checkpoint, precision: str) -> TorchBackend:
 def random_packed_weights(config: ModelConfig, precision: str, given: dict[str, Tensor]) -> PackedWeights:
     """Ones where `given` has nothing."""
 
-    class InMemory:
-        path = Path("memory")
-
-        def __init__(self) -> None:
-            self.config = config
-
-        def quantized(self, name: str) -> None:
-            return None
-
-        def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-            return given.get(name, torch.ones(expected_tensors(config)[name])).to(dtype or torch.float32)
-
-    return PackedWeights.from_checkpoint(InMemory(), precision)  # type: ignore[arg-type]
+    return PackedWeights.from_checkpoint(ArrayCheckpoint(config, given), precision)  # type: ignore[arg-type]
 
 
 def tokens(model: Backend, count: int, seed: int = 0) -> Tensor:
@@ -607,18 +596,16 @@ def test_precision_auto_keeps_what_the_file_has(tmp_path: Path) -> None:
     mixed = NativeBackend.load(checkpoint)
     formats = {name.removeprefix("model."): m.format.name for name, m in mixed._weights.matrices.items()}
     assert formats["embed_tokens.weight"] == "Q8"
-    assert formats["layers.0.self_attn.q_proj.weight"] == "Q4"
+    assert formats["layers.0.self_attn.q_proj.weight"] == "Q4_0"
     assert formats["layers.2.mlp.up_proj.weight"] == "Q4"
     assert formats["layers.1.mlp.down_proj.weight"] == "BF16"
     assert formats["layers.1.mlp.gate_proj.weight"] == "F32"
     # the embedding's rows are the file's values, bit for bit
     ids = torch.arange(mixed.config.vocab_size)
     assert torch.equal(embed(mixed, ids), checkpoint.tensor("model.embed_tokens.weight", torch.float32))
-    quantized = checkpoint.quantized("model.layers.0.self_attn.q_proj.weight")
-    assert quantized is not None
-    exact = from_gguf_blocks(quantized.type, quantized.blocks)
-    assert exact is not None
-    assert torch.equal(exact.dequantize(), checkpoint.tensor("model.layers.0.self_attn.q_proj.weight", torch.float32))
+    name = "model.layers.0.self_attn.q_proj.weight"  # whose rows are stored in another order
+    stored = checkpoint.tensor(name, torch.float32)
+    assert torch.equal(torch.from_numpy(read_packed(mixed._weights.matrices[name])), stored)
     # mixed formats share one input: q in q4, k and v in float32
     torch_model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
     ids, segments = tokens(mixed, 20), [Segment(0, 0, 20)]
@@ -720,32 +707,6 @@ def test_without_the_extension(checkpoints: dict[str, Checkpoint], monkeypatch: 
     assert "not built" in (isa_module.obstacle() or "")
     with pytest.raises(ConfigError, match="not built"):
         NativeBackend.load(checkpoints["smollm2"])
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_gguf_blocks_without_a_counterpart_become_q8(tmp_path: Path, kind: str) -> None:
-    import gguf
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    type_ = gguf.GGMLQuantizationType[kind]
-    shape = {**make_model("llama2-mha").config.to_dict(), "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-    matrices = {"blk.0.attn_v.weight": (256, 256), "blk.1.ffn_down.weight": (256, 512)}
-    blocks = {
-        name: random_blocks(type_, rows * cols // 256).reshape(rows, -1) for name, (rows, cols) in matrices.items()
-    }
-    path = tmp_path / "k.gguf"
-    write_gguf(path, LlamaForCausalLM(LlamaConfig(**shape)), types=dict.fromkeys(matrices, type_), raw_blocks=blocks)
-    checkpoint = open_checkpoint(path)
-    model = NativeBackend.load(checkpoint, threads=1)
-    formats = {name: matrix.format.name for name, matrix in model._weights.matrices.items()}
-    changed = {"model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight"}
-    assert {name for name, found in formats.items() if found == "Q8"} == changed
-    assert set(formats.values()) == {"Q8", "F32"}
-    torch_model = TorchBackend(checkpoint.config, load_weights(checkpoint, torch.float32))
-    ids, segments = tokens(model, 20), [Segment(0, 0, 20)]
-    expected = logits(torch_model, run(torch_model, ids, segments, torch_model.new_cache(1, 32)))
-    found = logits(model, run(model, ids, segments, garbage_cache(model, 1, 32)))
-    assert 1e-6 < error(found, expected) < TOLERANCES["q8"]
 
 
 def test_a_damaged_weight_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hopskip.backends.native import isa
-from hopskip.backends.native.quantize import pack
+from hopskip.backends.native.formats import Format
+from hopskip.backends.native.packing import Packer
 from hopskip.backends.rows import Rows, Segment
 from hopskip.sampling import best_sums
 from hopskip.sampling_params import SamplingParams
@@ -48,8 +49,8 @@ def as_read_only_numpy(x: Tensor) -> Any:
 
 def matrix(rows: int, cols: int, seed: int, convert: Convert = as_is) -> Any:
     weight = torch.randn((rows, cols), generator=torch.Generator().manual_seed(seed)) * cols**-0.5
-    packed = pack(weight, cols)
-    return isa.extension.Matrix(int(packed.format), rows, cols, convert(packed.data))
+    packed = Packer().pack_array(weight.numpy(), Format.F32)
+    return isa.extension.Matrix(int(packed.format), rows, cols, convert(torch.from_numpy(packed.data)))
 
 
 def layer(seed: int, convert: Convert = as_is, **changes: object) -> Any:

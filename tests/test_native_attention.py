@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -26,6 +25,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.rope import RopeConfig
 from tests.models import tiny_config
 from tests.native_cache import fill_with_garbage, set_vectors, vectors
+from tests.packing import ArrayCheckpoint
 from tests.properties import examples
 
 pytestmark = pytest.mark.skipif(isa_module.obstacle() is not None, reason=isa_module.obstacle() or "")
@@ -42,31 +42,19 @@ class Case(NamedTuple):
     seed: int
 
 
-class InMemory:
-    """A checkpoint of random matrices, norms of ones, and a decoder layer that does nothing but attend."""
+def random_checkpoint(config: ModelConfig, seed: int) -> ArrayCheckpoint:
+    """Random matrices, norms of ones, and a decoder layer that does nothing but attend."""
+    generator = torch.Generator().manual_seed(seed)
 
-    path = Path("memory")
-
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self.config = config
-        self._generator: torch.Generator = torch.Generator().manual_seed(seed)
-        self.tensors: dict[str, Tensor] = {
-            name: self._make(name, shape) for name, shape in expected_tensors(config).items()
-        }
-
-    def _make(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def make(name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
             return torch.ones(shape)
         if "down_proj" in name:
             return torch.zeros(shape)
-        scaled: Tensor = torch.randn(shape, generator=self._generator) * shape[1] ** -0.5
+        scaled: Tensor = torch.randn(shape, generator=generator) * shape[1] ** -0.5
         return scaled
 
-    def quantized(self, name: str) -> None:
-        return None
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.tensors[name].to(dtype or torch.float32)
+    return ArrayCheckpoint(config, {name: make(name, shape) for name, shape in expected_tensors(config).items()})
 
 
 def make_case(seed: int) -> Case:
@@ -104,14 +92,14 @@ def make_case(seed: int) -> Case:
     return Case(config, tuple(segments), rng.choice(KV_DTYPES), seed)
 
 
-def expected_rows(case: Case, weights: InMemory, x_ND: Tensor, k_SKTE: Tensor, v_SKTE: Tensor) -> Tensor:
+def expected_rows(case: Case, weights: ArrayCheckpoint, x_ND: Tensor, k_SKTE: Tensor, v_SKTE: Tensor) -> Tensor:
     """Hidden states after the layer, by keys and values as they lie in the cache."""
     config, name = case.config, "model.layers.0.self_attn."
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     x_ND = x_ND.double()
     normed_ND = x_ND * (x_ND.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
-    q_NHE = (normed_ND @ weights.tensors[name + "q_proj.weight"].double().T).view(-1, heads, size)
-    o_DH = weights.tensors[name + "o_proj.weight"].double()
+    q_NHE = (normed_ND @ weights.tensor(name + "q_proj.weight").double().T).view(-1, heads, size)
+    o_DH = weights.tensor(name + "o_proj.weight").double()
     cos, sin = (table.double() for table in config.rope.tables(k_SKTE.shape[2]))
     out, first = [], 0
     for segment in case.segments:
@@ -148,7 +136,7 @@ def test_rows_are_right_and_their_bits_their_own(isa: str, seed: int) -> None:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("HOPSKIP_ISA", isa)
     rng, config = random.Random(case.seed), case.config
-    weights = InMemory(config, case.seed)
+    weights = random_checkpoint(config, case.seed)
     packed = PackedWeights.from_checkpoint(weights, "float32")  # type: ignore[arg-type]
     model, other = (NativeBackend(config, packed, threads, case.kv_dtype) for threads in rng.sample([1, 2, 3, 5], 2))
     monkeypatch.undo()

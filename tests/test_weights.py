@@ -57,7 +57,7 @@ def test_tensors_are_bit_exact_and_never_views_that_change_the_file(folder: Path
     for name in checkpoint.names():
         assert torch.equal(checkpoint.tensor(name), stored[name])
         assert torch.equal(checkpoint.tensor(name, torch.bfloat16), stored[name].bfloat16())
-        assert checkpoint.quantized(name) is None
+        assert checkpoint.row_order(name) is None
         checkpoint.tensor(name).zero_()
         assert torch.equal(checkpoint.tensor(name), stored[name])
     assert (checkpoint.dtype, checkpoint.quantization) == (torch.float32, None)

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -53,7 +55,7 @@ def replacing_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    partial = path.with_name(f".{path.name}.{platform.node() or 'here'}-{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield partial
         if flush:
@@ -61,6 +63,44 @@ def replacing_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+_LEFTOVER = re.compile(r"\..+\.(.+)-(\d+)-\d+\.part")
+_ABANDONED_AFTER = 86_400  # seconds without a change, of what another machine writes
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files of `replacing_file` that killed processes have left behind."""
+    found = []
+    for path in folder.glob(".*.part"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[1] == (platform.node() or "here"):
+            is_abandoned = not _is_running(int(match[2]))
+        else:
+            is_abandoned = False
+            with suppress(FileNotFoundError):
+                is_abandoned = time.time() - path.stat().st_mtime > _ABANDONED_AFTER
+        if is_abandoned:
+            found.append(path)
+    return sorted(found)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `leftovers` finds."""
+    for path in leftovers(folder):
+        path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def flush_to_disk(path: Path) -> None:

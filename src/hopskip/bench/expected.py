@@ -8,12 +8,10 @@ and yields tau tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal
 
-from hopskip.backends.native.packed import format_of
-from hopskip.backends.native.quantize import BLOCK
+from hopskip.backends.native.formats import choose_format, matrix_bytes
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.draft.costs import CONTEXT, Costs, expected_speedup, expected_tokens
 from hopskip.speculative import Source
@@ -21,10 +19,8 @@ from hopskip.speculative import Source
 MAX_DRAFT_TOKENS = 16
 """Longest draft that is considered: above it, rows stop being nearly free."""
 
-_BLOCK_BYTES = {"q8": BLOCK + 2, "q4": BLOCK // 2 + 4}  # values and float16 scales, see `quantize.Q8` and `Q4`
 _PLAIN_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_NATIVE_FORMATS = {"F32": "float32", "F16": "bfloat16", "BF16": "bfloat16", "Q4_0": "q4", "Q4_1": "q4"}
-"""What the native backend's precision `auto` makes of a stored type; any other becomes q8."""
+_PLAIN_NAMES = {"F32": "float32", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +34,7 @@ class ModelCosts:
     """0 where embedding and head are one matrix."""
     kv_bytes_per_token: int
     bytes_by_format: dict[str, int]
-    """Bytes of weights by format (`float32`, `bfloat16`, `float16`, `q8`, `q4`), the largest first."""
+    """Bytes of weights by format (`float32`, `bfloat16`, `float16`, `q8`, `q4_k`, ...), the largest first."""
 
     @property
     def total_bytes(self) -> int:
@@ -79,11 +75,14 @@ def model_costs(
         if name.endswith(("norm.weight", ".bias")):
             continue
         stored = checkpoint.stored(name)
-        own = _NATIVE_FORMATS.get(stored.type.name, "q8")
-        # blocks of 4 bits stay what they are when 4 bits are asked for
-        own_format = own if precision in ("auto", own) else format_of(name, precision)
-        num_bytes = _matrix_bytes(stored.shape, own_format)
-        by_format[own_format] += num_bytes
+        rows, columns = stored.shape
+        if backend == "torch":
+            format_name, num_bytes = precision, rows * columns * _PLAIN_BYTES[precision]
+        else:
+            format = choose_format(stored.type.name, name, precision)
+            format_name = _PLAIN_NAMES.get(format.name, format.name.lower())
+            num_bytes = matrix_bytes(format, rows, columns)
+        by_format[format_name] += num_bytes
         if name.startswith("model.layers."):
             layer_bytes[int(name.split(".")[2])] += num_bytes
         else:
@@ -132,10 +131,3 @@ def best_measured(costs: Costs, source: Source | None, acceptance: float, contex
     speedups = [measured_speedup(costs, source, acceptance, k, context) for k in range(MAX_DRAFT_TOKENS + 1)]
     best = max(range(len(speedups)), key=speedups.__getitem__)
     return best, speedups[best]
-
-
-def _matrix_bytes(shape: Seq[int], own_format: str) -> int:
-    rows, columns = shape
-    if own_format in _PLAIN_BYTES:
-        return rows * columns * _PLAIN_BYTES[own_format]
-    return rows * -(-columns // BLOCK) * _BLOCK_BYTES[own_format]

@@ -9,10 +9,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hopskip.checkpoint.config import ModelConfig
@@ -31,18 +33,6 @@ LAYERSKIP_RECOMMENDED = {
     "layerskip-llama3.2-1B": (4, 4),
 }
 """Exit layer and draft length to start from, for the checkpoints of arXiv 2404.16710 (facebook/layerskip-*)."""
-
-
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """A matrix as a GGUF file stores it, with the rows in Hugging Face order."""
-
-    type: str
-    """ggml's name of the block type: `Q4_1`, `Q8_0`, ..."""
-    blocks: Tensor
-    """uint8 [rows, bytes per row], bit for bit as in the file."""
-    shape: tuple[int, ...]
-    """Rows and columns of the values."""
 
 
 class Checkpoint:
@@ -95,15 +85,25 @@ class Checkpoint:
         if name in self._permuted_heads:
             out.copy_(unpermute_rows(out, self._permuted_heads[name]))
 
-    def quantized(self, name: str) -> QuantizedTensor | None:
-        """The stored blocks of a quantized tensor, None if it is stored in a plain precision."""
-        stored = self._tensors[name]
-        if stored.type.dtype is not None:
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A tensor of one dimension, float32."""
+        values: NDArray[np.float32] = self.tensor(name, torch.float32).numpy()
+        return values
+
+    def row_order(self, name: str) -> NDArray[np.int32] | None:
+        """Which stored row each row of a matrix is, int32 [rows]; None: they are stored in order."""
+        if name not in self._permuted_heads:
             return None
-        blocks = stored.blocks()
-        if name in self._permuted_heads:
-            blocks = unpermute_rows(blocks, self._permuted_heads[name])
-        return QuantizedTensor(stored.type.name, blocks, stored.shape)
+        places = torch.arange(self._tensors[name].num_rows, dtype=torch.int32)[:, None]
+        order: NDArray[np.int32] = unpermute_rows(places, self._permuted_heads[name])[:, 0].contiguous().numpy()
+        return order
+
+    def rows(self, name: str, first: int, count: int) -> NDArray[np.float32]:
+        """Some rows of a matrix, float32 [count, columns], needing little memory besides."""
+        stored, order = self._tensors[name], self.row_order(name)
+        blocks = stored.blocks(first, count) if order is None else stored.blocks()[order[first : first + count]]
+        values: NDArray[np.float32] = dequantize(blocks, stored.type).float().contiguous().numpy()
+        return values
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

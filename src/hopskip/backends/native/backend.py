@@ -62,6 +62,7 @@ class NativeBackend(Backend):
         self.config = config
         self.kv_dtype = kv_dtype or weights.kv_dtype
         self._weights = weights
+        self._mapped = [weights]
         self._engine = make_engine(config, weights, num_usable_cores() if threads is None else threads)
         self._num_layers = config.num_hidden_layers
         self._first_layer_of_copy: dict[DraftPrecision, int] = {}
@@ -81,8 +82,8 @@ class NativeBackend(Backend):
 
         Args:
             precision: `auto` keeps the checkpoint's own, tensor by tensor: float32 and bfloat16 as they are, float16
-                as bfloat16, GGUF's Q8_0 as q8, Q4_0 and Q4_1 as q4 without a change to their values, its other block
-                types as q8. `float32`, `bfloat16`, `q8`, `q4` ask for one; blocks that are so already stay as they are.
+                as bfloat16, GGUF's blocks in formats of their own (see `formats.EXACT`), other block types as q8.
+                `float32`, `bfloat16`, `q8`, `q4` ask for one; q4 leaves blocks of 4 bits or fewer as they are.
             threads: None uses as many as the process may run on.
             kv_dtype: of the cache, float32, bfloat16 or int8; None takes float32 beside float32 weights, else bfloat16.
             progress: told the share packed so far, up to 1.
@@ -126,6 +127,7 @@ class NativeBackend(Backend):
                 f"draft_precision={precision} gains nothing: a pass of the model itself reads {own / 1e6:.1f} MB, one "
                 f"in {precision} {weights.bytes_per_pass / 1e6:.1f} MB; leave it out"
             )
+        self._mapped.append(weights)
         self._first_layer_of_copy[precision] = self._num_layers + len(self.copies) * self.config.num_hidden_layers
         self._heads[precision] = add_copy(self._engine, self.config, weights)
         self.copies = (*self.copies, precision)
@@ -151,6 +153,7 @@ class NativeBackend(Backend):
     def run_layers(
         self, hidden_ND: Array, start: int, stop: int, rows: Rows, cache: Cache, taps: Seq[int] = ()
     ) -> Pass:
+        self._check_weights()
         out_ND = np.empty(hidden_ND.shape, dtype=np.float32)
         tapped_NAD = np.empty((len(hidden_ND), len(taps), hidden_ND.shape[1]), dtype=np.float32) if taps else None
         self._extend_rope(cache.length)
@@ -191,6 +194,7 @@ class NativeBackend(Backend):
         return Chosen(out_N.tolist(), logits_NV)
 
     def draft(self, task: DraftTask, cache: Cache) -> Chains:
+        self._check_weights()
         packed_exit = self._packed_exit if task.layers is None else self._own_layers(task.layers, task.precision)
         size, k, t = len(task.limits), max(task.limits), task.num_runner_ups
         tokens_Bk = np.zeros((size, k), dtype=np.int32)
@@ -238,6 +242,10 @@ class NativeBackend(Backend):
         return extension.Exit(
             model_layers=_int32(self.layer_numbers(layers, precision)), head=self._heads[precision or "full"]
         )
+
+    def _check_weights(self) -> None:
+        for weights in self._mapped:
+            weights.check_unchanged()
 
     def _extend_rope(self, length: int) -> None:
         if self._engine.rope_length < length:

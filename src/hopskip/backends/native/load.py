@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hopskip.backends.native.formats import Format
 from hopskip.backends.native.isa import choose_isa, extension
 from hopskip.backends.native.packed import PackedWeights
-from hopskip.backends.native.quantize import Packed, pack, quantize_q8, rows_in_q8
+from hopskip.backends.native.packing import Packed, Packer
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 
@@ -53,21 +55,28 @@ def add_exit(engine: Any, config: ModelConfig, weights: PackedWeights, trained_e
     Both are packed to 8 bits at most, whatever the model's precision: what they draft is verified, so that costs a
     little acceptance and never exactness.
     """
+    packer = Packer()
+
+    def in_q8(weight_OI: Tensor) -> Packed:
+        return packer.pack_array(_array(weight_OI), Format.Q8)
+
     for layer in trained_exit.layers:
-        matrices = {name: _pack_q8(t) for name, t in layer.items() if t.ndim == 2}
-        vectors = {name: t.float().contiguous() for name, t in layer.items() if t.ndim == 1}
+        matrices = {name: in_q8(tensor) for name, tensor in layer.items() if tensor.ndim == 2}
+        vectors = {name: _array(tensor) for name, tensor in layer.items() if tensor.ndim == 1}
         engine.add_layer(_layer(config, matrices, vectors))
     mixing: dict[str, object] = {}
     if trained_exit.mixing:
-        mixing = {name: _matrix(_pack_q8(trained_exit.mixing[name])) for name in ("fuse", "mix")}
-        mixing |= {name: trained_exit.mixing[name].float().contiguous() for name in ("token_norm", "feature_norm")}
-    head = _matrix(rows_in_q8(weights.head, trained_exit.vocabulary))
+        mixing = {name: _matrix(in_q8(trained_exit.mixing[name])) for name in ("fuse", "mix")}
+        mixing |= {name: _array(trained_exit.mixing[name]) for name in ("token_norm", "feature_norm")}
+    vocabulary = np.ascontiguousarray(trained_exit.vocabulary.numpy().astype(np.int32))
+    rows = weights.head.select_rows(vocabulary)
+    head = _matrix(rows if rows.format.is_quantized else packer.pack_array(rows.unpack(), Format.Q8))
     depth = config.num_hidden_layers
     packed = extension.Exit(
         model_layers=np.arange(trained_exit.config.start, dtype=np.int32),
         own_layers=np.arange(depth, depth + trained_exit.config.num_layers, dtype=np.int32),
         head=head,
-        vocabulary=trained_exit.vocabulary.int(),
+        vocabulary=vocabulary,
         num_features=len(trained_exit.config.features),
         **mixing,
     )
@@ -86,7 +95,7 @@ def _layer_of(config: ModelConfig, weights: PackedWeights, index: int) -> Any:
     return _layer(config, _within(weights.matrices, prefix), _within(weights.vectors, prefix))
 
 
-def _layer(config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]) -> Any:
+def _layer(config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, NDArray[np.float32]]) -> Any:
     """A layer, from its tensors by their names in it."""
     arguments: dict[str, object] = {
         part: _matrix(matrices[f"{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj.weight"])
@@ -105,8 +114,8 @@ def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _pack_q8(weight_OI: Tensor) -> Packed:
-    return pack(quantize_q8(weight_OI.float()), weight_OI.shape[1])
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    return np.ascontiguousarray(tensor.float().numpy())
 
 
 def _matrix(packed: Packed) -> Any:
