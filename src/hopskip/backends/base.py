@@ -212,6 +212,14 @@ class Backend(ABC):
             "leave it out"
         )
 
+    def verify_weights(self) -> None:
+        """Compare files that the backend keeps of its own with their checksums. There may be none.
+
+        Raises:
+            CheckpointError: one is damaged.
+        """
+        return
+
     def useful_copy(self, checkpoint: Checkpoint) -> DraftPrecision | None:
         """The lowest precision in which a copy would read less than the model itself, if there is one."""
         return None

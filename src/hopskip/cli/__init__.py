@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from hopskip import __version__
 from hopskip.cli.bench import app as bench_app
+from hopskip.cli.cache import app as cache
 from hopskip.cli.chat import chat
 from hopskip.cli.check import check
 from hopskip.cli.console import plain_warnings, print_error
@@ -113,6 +114,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(perplexity)
 app.add_typer(train, name="train")
 app.add_typer(trace, name="trace")
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

@@ -119,6 +119,7 @@ def _proofs(
     ids = [prompt.encode(tokenizer) for prompt in prompts]
     length = max_new_tokens or _MAX_NEW_TOKENS
     for name, backend in load_each(load, precisions, checkpoint, quiet=quiet):
+        backend.verify_weights()
         for proofs in (
             greedy_proofs(backend, ids, length),
             sampling_proofs(backend, ids, length),

@@ -63,7 +63,7 @@ class NativeBackend(Backend):
         self.kv_dtype = kv_dtype or weights.kv_dtype
         self._weights = weights
         self._mapped = [weights]
-        self._engine = make_engine(config, weights, num_usable_cores() if threads is None else threads)
+        self._compiled = make_engine(config, weights, num_usable_cores() if threads is None else threads)
         self._num_layers = config.num_hidden_layers
         self._first_layer_of_copy: dict[DraftPrecision, int] = {}
         self._packed_exit: Any = None
@@ -132,6 +132,10 @@ class NativeBackend(Backend):
         self._heads[precision] = add_copy(self._engine, self.config, weights)
         self.copies = (*self.copies, precision)
 
+    def verify_weights(self) -> None:
+        for weights in self._mapped:
+            weights.verify()
+
     def useful_copy(self, checkpoint: Checkpoint) -> DraftPrecision | None:
         gains = PackedWeights.load(checkpoint, "q4").bytes_per_pass < self._weights.bytes_per_pass
         return "q4" if gains else None
@@ -153,7 +157,6 @@ class NativeBackend(Backend):
     def run_layers(
         self, hidden_ND: Array, start: int, stop: int, rows: Rows, cache: Cache, taps: Seq[int] = ()
     ) -> Pass:
-        self._check_weights()
         out_ND = np.empty(hidden_ND.shape, dtype=np.float32)
         tapped_NAD = np.empty((len(hidden_ND), len(taps), hidden_ND.shape[1]), dtype=np.float32) if taps else None
         self._extend_rope(cache.length)
@@ -194,7 +197,6 @@ class NativeBackend(Backend):
         return Chosen(out_N.tolist(), logits_NV)
 
     def draft(self, task: DraftTask, cache: Cache) -> Chains:
-        self._check_weights()
         packed_exit = self._packed_exit if task.layers is None else self._own_layers(task.layers, task.precision)
         size, k, t = len(task.limits), max(task.limits), task.num_runner_ups
         tokens_Bk = np.zeros((size, k), dtype=np.int32)
@@ -243,9 +245,13 @@ class NativeBackend(Backend):
             model_layers=_int32(self.layer_numbers(layers, precision)), head=self._heads[precision or "full"]
         )
 
-    def _check_weights(self) -> None:
+    @property
+    def _engine(self) -> Any:
+        """The compiled engine, whenever it is called. It reads its weights from files: of one that has been cut short,
+        the operating system would end the process."""
         for weights in self._mapped:
             weights.check_unchanged()
+        return self._compiled
 
     def _extend_rope(self, length: int) -> None:
         if self._engine.rope_length < length:

@@ -76,9 +76,9 @@ class PackedWeights:
         self.matrices = matrices
         self.vectors = vectors
         """Norms and biases, float32."""
-        self._path, self._handle, self._state = None, None, None
-        if file is not None:  # that they are mapped from
-            self._path, self._handle, self._state = file.name, os.dup(file.fileno()), _state(file.fileno())
+        self._path: Path | None = None  # of the file that they are mapped from
+        if file is not None:
+            self._path, self._handle, self._state = Path(file.name), os.dup(file.fileno()), _state(file.fileno())
             finalize(self, os.close, self._handle)
 
     @classmethod
@@ -150,10 +150,24 @@ class PackedWeights:
         Raises:
             CheckpointError: it has been written to, or cut short.
         """
-        if self._handle is not None and _state(self._handle) != self._state:
+        if self._path is not None and _state(self._handle) != self._state:
             raise CheckpointError(
                 f"the packed weights {self._path} have been changed while in use; start again to rebuild them"
             )
+
+    def verify(self) -> None:
+        """Read all of the file that the weights are mapped from, if they are, and compare it with its checksums.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if self._path is not None:
+            try:
+                verify(self._path)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"the packed weights {self._path} are damaged ({error}); remove them with: hopskip cache verify"
+                ) from None
 
     @property
     def head(self) -> Packed:
@@ -186,6 +200,16 @@ def write(checkpoint: Checkpoint, precision: str, path: Path, progress: Progress
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _in_a_layout(checkpoint, precision, lambda entries: _write(checkpoint, entries, path, progress))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a cache file says of itself: `model`, where the checkpoint was, `size`, `tensors`. Its samples are checked.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: as `PackedWeights.read`.
+    """
+    with path.open("rb") as file:
+        return _open(file)[0]
 
 
 def verify(path: Path) -> None:
@@ -279,9 +303,9 @@ def _write(checkpoint: Checkpoint, entries: Mapping[str, _Entry], path: Path, pr
     if shutil.disk_usage(path.parent).free < size:
         raise OSError(f"less than {size / 1e9:.1f} GB are free there")
     checksums = dict.fromkeys(entries, 0)
-    changed = int(time.time())
+    model, changed = str(checkpoint.path), int(time.time())
     with replacing_file(path) as partial, partial.open("w+b") as file:
-        start = file.write(_header(entries, checksums, checksums, changed))  # its size is what matters now
+        start = file.write(_header(model, entries, checksums, checksums, changed))  # its size is what matters now
         for name, position, part in _parts(checkpoint, entries, progress):
             checksums[name] = zlib.crc32(part.data, checksums[name])
             file.seek(start + position)
@@ -291,7 +315,7 @@ def _write(checkpoint: Checkpoint, entries: Mapping[str, _Entry], path: Path, pr
         data = np.memmap(file, dtype=np.uint8, mode="r")[start:]
         samples = {name: zlib.crc32(_sample(data, entry)) for name, entry in entries.items()}
         file.seek(0)
-        file.write(_header(entries, checksums, samples, changed))
+        file.write(_header(model, entries, checksums, samples, changed))
         file.flush()
         try:
             _check_all(*_open(file))
@@ -302,7 +326,11 @@ def _write(checkpoint: Checkpoint, entries: Mapping[str, _Entry], path: Path, pr
 
 
 def _header(
-    entries: Mapping[str, _Entry], checksums: Mapping[str, int], samples: Mapping[str, int], changed: int
+    model: str,
+    entries: Mapping[str, _Entry],
+    checksums: Mapping[str, int],
+    samples: Mapping[str, int],
+    changed: int,
 ) -> bytes:
     """The same number of bytes, whatever the checksums."""
     tensors = {
@@ -316,7 +344,7 @@ def _header(
         }
         for name, entry in entries.items()
     }
-    header = json.dumps({"tensors": tensors, "size": _size(entries), "changed": changed}).encode()
+    header = json.dumps({"model": model, "size": _size(entries), "changed": changed, "tensors": tensors}).encode()
     header += b" " * (-(_START + len(header)) % _ALIGNMENT)
     return _MAGIC + len(header).to_bytes(8, "little") + zlib.crc32(header).to_bytes(8, "little") + header
 
