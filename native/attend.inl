@@ -197,11 +197,11 @@ inline float softmax(float* scores, int count, int first, int last, const float*
         }
         largest = max(score, largest);
     }
-    const float maximum = reduce_max(largest);
-    const bool sees_any = maximum > -__builtin_inff();
+    const float maximum = reduce_max(largest);  // of those that are numbers
+    const float base = maximum > -__builtin_inff() ? maximum : 0.0f;
     V largest_scaled = V{};
     for (int t = 0; t < count; t += LANES) {
-        V weight = sees_any ? exponential(load(scores + t) - maximum) : V{};
+        const V weight = exponential(load(scores + t) - base);
         if constexpr (TYPE == CacheType::int8) {
             const V scaled = weight * load(scales + t);
             store(scores + t, scaled);
@@ -211,8 +211,9 @@ inline float softmax(float* scores, int count, int first, int last, const float*
         }
         sum += weight;
     }
-    partial[PARTIAL_MAX] = maximum;
-    partial[PARTIAL_SUM] = reduce_add(sum);
+    const float total = reduce_add(sum);  // zero if it sees nothing, not a number if some score is not
+    partial[PARTIAL_MAX] = total != 0 ? base : -__builtin_inff();
+    partial[PARTIAL_SUM] = total;
     for (int e = 0; e < padded; e += LANES) store(partial + PARTIAL_VALUES + e, V{});
     if constexpr (!DOTS<TYPE>) return 1.0f;
     constexpr float STEPS = 127 * 128 + 127;

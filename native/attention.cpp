@@ -1,11 +1,111 @@
 // Attention of one layer: queries and keys are rotated, keys and values stored, and chunks of the cache attended to.
 // The softmax of a row is taken over fixed chunks of positions, which are merged in fixed spans: its bits depend
 // neither on the rows that share the work nor on which thread does which chunks.
+#include <climits>
 #include <cmath>
+#include <limits>
 
 #include "model.h"
 
 namespace hopskip {
+
+namespace {
+
+constexpr int MIN_BLOCK_ROWS = 8, MAX_BLOCK_ROWS = 32, MAX_BLOCK_QUERIES = 96;  // that attend together
+constexpr int PIECES_PER_THREAD = 4;          // of attention, so that one which is held up can be helped out
+constexpr float LARGEST_VALUE = 0x1.fep127f;  // bfloat16 rounds what is larger to infinity
+
+}  // namespace
+
+// Where the rows' keys and values go, and where those of their ancestors in a tree are.
+void Model::find_places(Pass& pass) {
+    const RowsView& rows = pass.rows;
+    pass.place_of_row.assign(rows.positions, rows.positions + rows.count);
+    pass.places.clear();
+    pass.places_per_row = 0;
+    if (!rows.parent_offsets) return;
+    std::vector<int> depths(rows.count);
+    for (int row = 0, root = 0; row < rows.count; ++row) {
+        if (rows.parent_offsets[row] == 0) root = row;
+        pass.place_of_row[row] = rows.positions[root] + row - root;
+        depths[row] = rows.positions[row] - rows.positions[root];
+        pass.places_per_row = std::max(pass.places_per_row, depths[row]);
+    }
+    for (int row = 0; row < rows.count; ++row) {
+        // a row does not look behind itself, so there any place will do
+        pass.places.insert(pass.places.end(), pass.places_per_row, pass.place_of_row[row]);
+        int* own = pass.places.data() + row * pass.places_per_row;
+        for (int ancestor = row; depths[ancestor]; ancestor -= rows.parent_offsets[ancestor])
+            own[depths[ancestor] - 1] = pass.place_of_row[ancestor];
+    }
+}
+
+// Rows of one sequence that share one reading of its keys and values: more of them where there is work for all threads
+// anyway, as scores and sums of more would leave the second-level cache.
+void Model::find_blocks(Pass& pass) {
+    const RowsView& rows = pass.rows;
+    const int most = std::clamp(MAX_BLOCK_QUERIES / shape_.group_size(), MIN_BLOCK_ROWS, MAX_BLOCK_ROWS);
+    int block_rows = MIN_BLOCK_ROWS;
+    while (block_rows * 2 <= most && rows.count / (block_rows * 2) * shape_.num_kv_heads >= 4 * pool_.threads())
+        block_rows *= 2;
+    pass.blocks.clear();
+    for (int row = 0; row < rows.count; ++row) {
+        const int position = rows.positions[row];
+        const bool starts_sequence = rows.starts_sequence(row);
+        if (starts_sequence || pass.blocks.back().count == block_rows) {
+            // blocks of one tree share what comes up to its root
+            const int root_end = starts_sequence ? position + 1 : pass.blocks.back().shared_end;
+            const int shared_end = rows.parent_offsets ? root_end : INT_MAX;
+            pass.blocks.push_back({row, 0, shape_.window_start(position) / CHUNK, 0, 0, shared_end, 1});
+        }
+        QueryBlock& block = pass.blocks.back();
+        ++block.count;
+        block.end = std::max(block.end, position + 1);
+        // of a tree, a later row may come before the first
+        block.first_chunk = std::min(block.first_chunk, shape_.window_start(position) / CHUNK);
+        block.num_chunks = (block.end - 1) / CHUNK + 1 - block.first_chunk;
+    }
+}
+
+// Cuts long blocks into pieces of whole chunks, so that all threads get about the same work, and takes the memory for
+// it.
+void Model::cut_blocks(Pass& pass) {
+    const int group = shape_.group_size(), heads = shape_.num_kv_heads, size = shape_.partial_size();
+    const auto work_of = [&](const QueryBlock& block) { return static_cast<int64_t>(block.num_chunks) * block.count; };
+    int64_t work = 0;
+    for (const QueryBlock& block : pass.blocks) work += work_of(block) * heads;
+    const int64_t per_piece = std::max<int64_t>(work / (pool_.threads() * PIECES_PER_THREAD), 1);
+    pass.pieces.clear();
+    ptrdiff_t partials = 0;
+    int queries = 0;
+    for (int index = 0; index < static_cast<int>(pass.blocks.size()); ++index) {
+        QueryBlock& block = pass.blocks[index];
+        const int64_t wanted = pool_.threads() == 1 ? 1 : work_of(block) / per_piece;
+        block.num_pieces = static_cast<int>(std::clamp<int64_t>(wanted, 1, block.num_chunks));
+        block.partials = partials;
+        if (block.num_pieces > 1)
+            partials += static_cast<ptrdiff_t>(heads) * block.num_chunks * block.count * group * size;
+        queries = std::max(queries, block.count * group);
+        for (int head = 0; head < heads; ++head)
+            for (int piece = 0; piece < block.num_pieces; ++piece) {
+                const auto chunk_at = [&](int i) { return block.num_chunks * i / block.num_pieces; };
+                pass.pieces.push_back(
+                    {index, head, block.first_chunk + chunk_at(piece), chunk_at(piece + 1) - chunk_at(piece)});
+            }
+    }
+    if (pieces_left_.size() < pass.blocks.size() * heads)
+        pieces_left_ = std::vector<std::atomic<int>>(pass.blocks.size() * heads);
+    for (size_t i = 0; i < pass.blocks.size() * heads; ++i) pieces_left_[i] = pass.blocks[i / heads].num_pieces;
+    partials_.reserve(partials);
+    const CacheLayout& layout = pass.cache->layout();
+    queries_.reserve(static_cast<ptrdiff_t>(pass.rows.count) * shape_.num_heads * blocks_of(shape_.head_dim), false);
+    for (Worker& worker : workers_) {
+        worker.tile.reserve(std::max(layout.key_block_bytes(), layout.value_block_bytes()));
+        worker.scores.reserve(static_cast<ptrdiff_t>(queries) * CHUNK);
+        worker.partials.reserve(static_cast<ptrdiff_t>(queries) * (SPAN * size + size));
+        worker.range.resize(queries * 2);
+    }
+}
 
 // Queries lie [K, N, G, E padded], so that those of a block of rows and one key/value head are consecutive.
 int Model::first_query(int row, int kv_head, const Pass& pass) const {
@@ -32,11 +132,17 @@ void Model::rotate_and_store(int item, int index, const Pass& pass) {
     };
     Cache& cache = *pass.cache;
     const int slot = pass.rows.slots[row], place = pass.place_of_row[row];
-    alignas(64) float x[MAX_HEAD_DIM] = {};
-    rotate(shape_.num_heads + kv_head, layer.k_norm, 1.0f, x);
-    cache.store_key(cache.keys(layer.cache_layer, slot, kv_head), place, x, kernels_);
-    std::copy_n(heads + (shape_.num_heads + shape_.num_kv_heads + kv_head) * head_dim, head_dim, x);
-    cache.store_value(cache.values(layer.cache_layer, slot, kv_head), place, x, kernels_);
+    alignas(64) float key[MAX_HEAD_DIM] = {}, value[MAX_HEAD_DIM] = {};
+    rotate(shape_.num_heads + kv_head, layer.k_norm, 1.0f, key);
+    std::copy_n(heads + (shape_.num_heads + shape_.num_kv_heads + kv_head) * head_dim, head_dim, value);
+    // Even a weight of zero would let a value that is not finite reach rows that do not see it. Scores do not, so that
+    // the key says it in its place.
+    if (!std::all_of(value, value + head_dim, [](float x) { return std::abs(x) < LARGEST_VALUE; })) {
+        std::fill_n(key, head_dim, std::numeric_limits<float>::quiet_NaN());
+        std::fill_n(value, head_dim, 0.0f);
+    }
+    cache.store_key(cache.keys(layer.cache_layer, slot, kv_head), place, key, kernels_);
+    cache.store_value(cache.values(layer.cache_layer, slot, kv_head), place, value, kernels_);
 
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     Activations queries = queries_.rows_of(blocks_of(head_dim));

@@ -97,8 +97,7 @@ int32_t Model::choose_row(const Rule& rule, const Place& place, float* x, Worker
     if (place.allowed) forbid(place.allowed, head_.rows, x);
     const int blocks = choice_blocks_of(head_.rows);
     worker.maxima.resize(blocks);
-    kernels_.block_maxima(x, blocks, worker.maxima.data());
-    const float maximum = *std::ranges::max_element(worker.maxima), scale = scale_of(rule);
+    const float maximum = kernels_.block_maxima(x, blocks, worker.maxima.data()), scale = scale_of(rule);
     if (!(maximum > NEVER)) return -1;
     const bool is_drawn = rule.temperature > 0, has_nucleus = is_drawn && rule.top_p < 1;
     const NoiseKey key = noise_key(rule.seed, place.position);
@@ -125,7 +124,6 @@ int32_t Model::choose_row(const Rule& rule, const Place& place, float* x, Worker
 }
 
 void Model::choose(const float* in, int count, const ChoiceTask& task) {
-    const auto turn = pool_.take_turn();
     padded_logits(in, count, head_, [&](Team& team, int first, int rows, float* logits, ptrdiff_t stride) {
         team.share(rows, [&](int i) {
             const int row = first + i;

@@ -53,13 +53,21 @@ inline V gumbel(U random) {
     return -logarithm(g, exponent);
 }
 
-// The largest of each CHOICE_BLOCK of numbers.
-void block_maxima(const float* x, int blocks, float* maxima) {
+// The largest of each CHOICE_BLOCK of numbers. Returns the largest of all; NaN if one of them is that.
+float block_maxima(const float* x, int blocks, float* maxima) {
+    V largest_of_all = splat(-__builtin_inff());
+    U is_nan = U{};
     for (int b = 0; b < blocks; ++b, x += CHOICE_BLOCK) {
-        V largest = load(x);
-        for (int i = LANES; i < CHOICE_BLOCK; i += LANES) largest = max(load(x + i), largest);
+        V largest = splat(-__builtin_inff());
+        for (int i = 0; i < CHOICE_BLOCK; i += LANES) {
+            const V y = load(x + i);
+            largest = max(y, largest);
+            is_nan |= bits<U>(y != y);
+        }
         maxima[b] = reduce_max(largest);
+        largest_of_all = max(largest, largest_of_all);
     }
+    return any(bits<I>(is_nan)) ? __builtin_nanf("") : reduce_max(largest_of_all);
 }
 
 inline U as_lanes(int first) { return bits<U>(to_int(lane_indices())) + static_cast<uint32_t>(first); }

@@ -1,6 +1,7 @@
 // Drafts: a loop of steps in one call. The draft of one sequence is a chain, so its steps cannot share a pass; those of
 // several sequences do.
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "choose.h"
@@ -75,11 +76,12 @@ public:
         for (int i = 0; i < count; ++i) {
             const int sequence = open_[i];
             const ptrdiff_t at = place_of(sequence, step);
+            task_.counts[sequence] = step + (best_[i] >= 0);
+            if (best_[i] < 0) continue;
             const int32_t token = task_.tokens[at] = token_of(best_[i]);
             const float* state = &hidden_[i * size_];
             std::copy_n(state, size_, task_.states + size_ * at);
-            task_.counts[sequence] = step + 1;
-            if (!is_sure_[i] || step + 1 == task_.limits[sequence]) continue;
+            if (!is_sure_[i] || step + 1 == task_.limits[sequence] || task_.ends_text(sequence, token)) continue;
             std::copy_n(state, size_, &hidden_[num_open * size_]);
             open_[num_open] = sequence;
             ids_[num_open] = token;
@@ -145,8 +147,8 @@ private:
         return static_cast<ptrdiff_t>(sequence) * task_.num_draft_tokens + step;
     }
 
-    // Chooses the token of the i-th open sequence, into best_, and writes what is wanted beside it. A step without any
-    // token that can be chosen takes the head's first.
+    // Chooses the token of the i-th open sequence, into best_, and writes what is wanted beside it; -1 where none can
+    // be chosen.
     void choose_by_logits(int i, int step, float* logits, Worker& worker) {
         static const Rule plain{};
         const Rule& rule = task_.rules.empty() ? plain : *task_.rules[open_[i]];
@@ -154,8 +156,9 @@ private:
         adjust(rule, {task_.tokens + at - step, static_cast<size_t>(step)}, exit_.row_of_token, logits);
         const int blocks = choice_blocks_of(head_.rows), number = 1 + task_.num_runner_ups;
         worker.maxima.resize(blocks);
-        model_.kernels_.block_maxima(logits, blocks, worker.maxima.data());
-        const float maximum = *std::ranges::max_element(worker.maxima);
+        const float maximum = model_.kernels_.block_maxima(logits, blocks, worker.maxima.data());
+        best_[i] = -1;
+        if (!(maximum > -std::numeric_limits<float>::infinity())) return;
         const float scale = rule.temperature > 0 ? scale_of(rule) * task_.sharpness : 1;
         const NoiseKey key = noise_key(rule.seed, positions_[i] + 1);
         const int32_t* ids = exit_.vocabulary.empty() ? nullptr : exit_.padded_vocabulary.data();
@@ -184,12 +187,11 @@ private:
     std::vector<int> open_, last_rows_;             // sequences; the last row of each sequence
     std::vector<int32_t> ids_, slots_, positions_;  // of the open sequences' latest tokens
     std::vector<float> token_states_, hidden_;      // the next tokens are read from hidden_
-    std::vector<int32_t> best_;                     // the head's rows that the open sequences take
+    std::vector<int32_t> best_;                     // the head's rows that the open sequences take; -1: none
     std::vector<char> is_sure_;                     // whether the open sequences may go on after them
 };
 
 void Model::draft(const Exit& exit, RowsView rows, Cache& cache, const DraftTask& task) {
-    const auto turn = pool_.take_turn();
     if (exit.fuse) widest_ = std::max(widest_, padded(std::max(exit.fuse->cols, exit.mix->cols)));
     Drafter drafter(*this, exit, rows, cache, task);
     drafter.enter();

@@ -30,8 +30,8 @@ inline V fma(V a, V b, V c) { return a * b + c; }  // rounded twice: SSE2 has no
 inline V max(V a, V b) { return a > b ? a : b; }
 inline V min(V a, V b) { return a < b ? a : b; }
 inline V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
-inline V round_even(V x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }  // |x| < 2^22
-inline I to_int(V x) { return __builtin_convertvector(round_even(x), I); }
+inline V round_even(V x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }         // |x| < 2^22
+inline I to_int(V x) { return __builtin_convertvector(x == x ? round_even(x) : V{}, I); }  // undefined for NaN
 inline V lane_indices() { return V{0, 1, 2, 3}; }
 inline bool any(I x) { return x[0] | x[1] | x[2] | x[3]; }  // bit
 template <class Fold>

@@ -124,7 +124,7 @@ struct Kernels {
     void (*silu_multiply)(const float* gate, const float* up, size_t count, float* out);  // count: a multiple of 16
 
     // choose.inl
-    void (*block_maxima)(const float* x, int blocks, float* maxima);
+    float (*block_maxima)(const float* x, int blocks, float* maxima);  // returns the largest; NaN if one is that
     void (*keep_before)(float* x, int blocks, float value, int index);
     void (*keep_from)(float* x, int blocks, float maximum, float scale, float least);
     double (*mass_before)(const LogitsView&, float value, int index);

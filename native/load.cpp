@@ -1,13 +1,15 @@
 // What is set up once: the instruction set, the model's shape, its layers, head and RoPE tables, and exits.
+#include <cmath>
+
 #include "arrays.h"
-#include "model.h"
+#include "turns.h"
 
 namespace hopskip {
 
-Model::Model(const Shape& shape, const Kernels& kernels, int threads)
+Model::Model(const Shape& shape, const Kernels& kernels, int threads, Interruption interruption)
     : shape_(shape), kernels_(kernels), pool_(threads),
       widest_(padded(std::max({shape.hidden_size, shape.intermediate_size, shape.queries_size()}))),
-      workers_(threads + 1) {}
+      workers_(threads + 1), ask_(interruption) {}
 
 void Model::add_layer(Layer layer) {
     for (auto* norm : {&layer.input_norm, &layer.post_norm, &layer.q_norm, &layer.k_norm})
@@ -24,7 +26,7 @@ void Model::set_embedding_and_head(const PackedMatrix& embedding, const PackedMa
 }
 
 void Model::set_rope(const float* cos, const float* sin, int length) {
-    const auto turn = pool_.take_turn();
+    if (length <= rope_length_) return;
     const ptrdiff_t size = static_cast<ptrdiff_t>(length) * (shape_.head_dim / 2);
     cos_.assign(cos, cos + size);
     sin_.assign(sin, sin + size);
@@ -156,6 +158,8 @@ void check_size(const PackedMatrix& m, const char* name, int rows, int cols) {
 void check_size(const std::vector<float>& values, const char* name, int size) {
     if (!values.empty() && std::ssize(values) != size)
         refuse(name, " has ", values.size(), " elements; the model's config asks for ", size);
+    for (float value : values)
+        if (!std::isfinite(value)) refuse(name, " has an element that is ", value, "; weights must be finite");
 }
 
 void add_layer(Model& model, Layer layer, std::optional<int64_t> cache_layer) {
@@ -176,23 +180,27 @@ void add_layer(Model& model, Layer layer, std::optional<int64_t> cache_layer) {
     check_size(layer.v_bias, "v_proj.bias", keys);
     check_size(layer.q_norm, "q_norm", shape.head_dim);
     check_size(layer.k_norm, "k_norm", shape.head_dim);
-    const int next = model.num_cache_layers();
-    layer.cache_layer = in_range(cache_layer.value_or(next), "cache_layer", 0, next);
-    model.add_layer(std::move(layer));
+    in_turn(model, [&] {
+        const int next = model.num_cache_layers();
+        layer.cache_layer = in_range(cache_layer.value_or(next), "cache_layer", 0, next);
+        model.add_layer(std::move(layer));
+    });
 }
 
 void set_embedding_and_head(Model& model, const PackedMatrix& embedding, const PackedMatrix& head, const Input& norm) {
     const Shape& shape = model.shape();
     check_size(embedding, "embed_tokens", shape.vocab_size, shape.hidden_size);
     check_size(head, "lm_head", shape.vocab_size, shape.hidden_size);
-    model.set_embedding_and_head(embedding, head, copied<float>(norm, "norm", shape.hidden_size));
+    auto weights = copied<float>(norm, "norm", shape.hidden_size);
+    check_size(weights, "norm", shape.hidden_size);
+    in_turn(model, [&] { model.set_embedding_and_head(embedding, head, std::move(weights)); });
 }
 
 void set_rope(Model& model, const Input& cos, const Input& sin) {
     const int half = model.shape().head_dim / 2;
     const float* cosines = checked<float>(cos, "cos", {ANY, half});
     const float* sines = checked<float>(sin, "sin", {size_of(cos, 0), half});
-    model.set_rope(cosines, sines, size_of(cos, 0));
+    in_turn(model, [&] { model.set_rope(cosines, sines, size_of(cos, 0)); });
 }
 
 }  // namespace
@@ -220,13 +228,14 @@ void bind_load(nb::module_& m, nb::class_<Model>& engine) {
         .def(
             "__init__",
             [](Model* self, const std::string& isa, int64_t threads, const Shape& shape) {
-                new (self) Model(shape, kernels_for(isa), in_range(threads, "threads", 1, 1024));
+                new (self) Model(shape, kernels_for(isa), in_range(threads, "threads", 1, 1024), &raised_by_signal);
             },
             "isa"_a, "threads"_a, "shape"_a)
         .def("add_layer", &add_layer, "layer"_a, "cache_layer"_a = none,
              "The next layer. Its keys and values lie in `cache_layer` of the cache; None: in one of its own.")
         .def("set_embedding_and_head", &set_embedding_and_head, "embedding"_a, "head"_a, "norm"_a)
-        .def("set_rope", &set_rope, "cos"_a, "sin"_a, "float32 [positions, head_dim / 2] each.")
+        .def("set_rope", &set_rope, "cos"_a, "sin"_a,
+             "float32 [positions, head_dim / 2] each. Tables that are no longer than those there are change nothing.")
         .def_prop_ro("isa", &Model::isa)
         .def_prop_ro("threads", &Model::threads)
         .def_prop_ro("rope_length", &Model::rope_length);

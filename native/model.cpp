@@ -5,17 +5,16 @@
 #include "pack.h"
 
 #include <bit>
-#include <climits>
 #include <limits>
+#include <stdexcept>
+#include <utility>
 
 namespace hopskip {
 
 namespace {
 
-constexpr int MAX_PASS_ROWS = 128;  // more go in several passes: their activations then stay in the second-level cache
-constexpr int MIN_BLOCK_ROWS = 8, MAX_BLOCK_ROWS = 32, MAX_BLOCK_QUERIES = 96;  // that attend together
-constexpr int PIECES_PER_THREAD = 4;  // of attention, so that one which is held up can be helped out
-constexpr int MAX_PRIVATE_ROWS = 4;   // up to which every thread makes inputs for itself, to save a phase
+constexpr int MAX_PASS_ROWS = 128;   // more go in several passes: their activations then stay in the second-level cache
+constexpr int MAX_PRIVATE_ROWS = 4;  // up to which every thread makes inputs for itself, to save a phase
 
 }  // namespace
 
@@ -27,7 +26,9 @@ void Model::reserve(int rows) {
     attention_.reserve(n * padded(shape_.queries_size()));
     activation_.reserve(n * padded(shape_.intermediate_size));
     for (Worker& worker : workers_) {
-        worker.inputs.reserve(n * widest_ / BLOCK, kernels_.multiplies_bf16);
+        // inputs of many rows are made once, in the last one
+        const ptrdiff_t own = &worker == &workers_.back() ? n : std::min<ptrdiff_t>(n, MAX_PRIVATE_ROWS);
+        worker.inputs.reserve(own * widest_ / BLOCK, kernels_.multiplies_bf16);
         worker.products.reserve(n * TILE * 2);
     }
 }
@@ -153,94 +154,21 @@ void Model::run_layer(Team& team, int index, const Pass& pass) {
     multiply(team, rows, {&layer.down}, copy_from(activation_, intermediate), add_to_hidden(layer.down));
 }
 
-// Where the rows' keys and values go, and where those of their ancestors in a tree are.
-void Model::find_places(Pass& pass) {
-    const RowsView& rows = pass.rows;
-    pass.place_of_row.assign(rows.positions, rows.positions + rows.count);
-    pass.places.clear();
-    pass.places_per_row = 0;
-    if (!rows.parent_offsets) return;
-    std::vector<int> depths(rows.count);
-    for (int row = 0, root = 0; row < rows.count; ++row) {
-        if (rows.parent_offsets[row] == 0) root = row;
-        pass.place_of_row[row] = rows.positions[root] + row - root;
-        depths[row] = rows.positions[row] - rows.positions[root];
-        pass.places_per_row = std::max(pass.places_per_row, depths[row]);
-    }
-    for (int row = 0; row < rows.count; ++row) {
-        // a row does not look behind itself, so there any place will do
-        pass.places.insert(pass.places.end(), pass.places_per_row, pass.place_of_row[row]);
-        int* own = pass.places.data() + row * pass.places_per_row;
-        for (int ancestor = row; depths[ancestor]; ancestor -= rows.parent_offsets[ancestor])
-            own[depths[ancestor] - 1] = pass.place_of_row[ancestor];
-    }
+// Asks at most ten times a second: for an answer the caller's thread may have to wait.
+bool Model::is_interrupted() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - asked_ < std::chrono::milliseconds(100)) return false;
+    asked_ = now;
+    asking_ = std::this_thread::get_id();
+    interruption_ = ask_();
+    asking_ = std::thread::id();
+    return interruption_ != nullptr;
 }
 
-// Rows of one sequence that share one reading of its keys and values: more of them where there is work for all threads
-// anyway, as scores and sums of more would leave the second-level cache.
-void Model::find_blocks(Pass& pass) {
-    const RowsView& rows = pass.rows;
-    const int most = std::clamp(MAX_BLOCK_QUERIES / shape_.group_size(), MIN_BLOCK_ROWS, MAX_BLOCK_ROWS);
-    int block_rows = MIN_BLOCK_ROWS;
-    while (block_rows * 2 <= most && rows.count / (block_rows * 2) * shape_.num_kv_heads >= 4 * pool_.threads())
-        block_rows *= 2;
-    pass.blocks.clear();
-    for (int row = 0; row < rows.count; ++row) {
-        const int position = rows.positions[row];
-        const bool starts_sequence = rows.starts_sequence(row);
-        if (starts_sequence || pass.blocks.back().count == block_rows) {
-            // blocks of one tree share what comes up to its root
-            const int root_end = starts_sequence ? position + 1 : pass.blocks.back().shared_end;
-            const int shared_end = rows.parent_offsets ? root_end : INT_MAX;
-            pass.blocks.push_back({row, 0, shape_.window_start(position) / CHUNK, 0, 0, shared_end, 1});
-        }
-        QueryBlock& block = pass.blocks.back();
-        ++block.count;
-        block.end = std::max(block.end, position + 1);
-        // of a tree, a later row may come before the first
-        block.first_chunk = std::min(block.first_chunk, shape_.window_start(position) / CHUNK);
-        block.num_chunks = (block.end - 1) / CHUNK + 1 - block.first_chunk;
-    }
-}
-
-// Cuts long blocks into pieces of whole chunks, so that all threads get about the same work, and takes the memory for
-// it.
-void Model::cut_blocks(Pass& pass) {
-    const int group = shape_.group_size(), heads = shape_.num_kv_heads, size = shape_.partial_size();
-    const auto work_of = [&](const QueryBlock& block) { return static_cast<int64_t>(block.num_chunks) * block.count; };
-    int64_t work = 0;
-    for (const QueryBlock& block : pass.blocks) work += work_of(block) * heads;
-    const int64_t per_piece = std::max<int64_t>(work / (pool_.threads() * PIECES_PER_THREAD), 1);
-    pass.pieces.clear();
-    ptrdiff_t partials = 0;
-    int queries = 0;
-    for (int index = 0; index < static_cast<int>(pass.blocks.size()); ++index) {
-        QueryBlock& block = pass.blocks[index];
-        const int64_t wanted = pool_.threads() == 1 ? 1 : work_of(block) / per_piece;
-        block.num_pieces = static_cast<int>(std::clamp<int64_t>(wanted, 1, block.num_chunks));
-        block.partials = partials;
-        if (block.num_pieces > 1)
-            partials += static_cast<ptrdiff_t>(heads) * block.num_chunks * block.count * group * size;
-        queries = std::max(queries, block.count * group);
-        for (int head = 0; head < heads; ++head)
-            for (int piece = 0; piece < block.num_pieces; ++piece) {
-                const auto chunk_at = [&](int i) { return block.num_chunks * i / block.num_pieces; };
-                pass.pieces.push_back(
-                    {index, head, block.first_chunk + chunk_at(piece), chunk_at(piece + 1) - chunk_at(piece)});
-            }
-    }
-    if (pieces_left_.size() < pass.blocks.size() * heads)
-        pieces_left_ = std::vector<std::atomic<int>>(pass.blocks.size() * heads);
-    for (size_t i = 0; i < pass.blocks.size() * heads; ++i) pieces_left_[i] = pass.blocks[i / heads].num_pieces;
-    partials_.reserve(partials);
-    const CacheLayout& layout = pass.cache->layout();
-    queries_.reserve(static_cast<ptrdiff_t>(pass.rows.count) * shape_.num_heads * blocks_of(shape_.head_dim), false);
-    for (Worker& worker : workers_) {
-        worker.tile.reserve(std::max(layout.key_block_bytes(), layout.value_block_bytes()));
-        worker.scores.reserve(static_cast<ptrdiff_t>(queries) * CHUNK);
-        worker.partials.reserve(static_cast<ptrdiff_t>(queries) * (SPAN * size + size));
-        worker.range.resize(queries * 2);
-    }
+std::unique_lock<std::mutex> Model::take_turn() {
+    if (asking_ == std::this_thread::get_id())
+        throw std::runtime_error("a signal handler cannot use the model in the middle of a pass");
+    return pool_.take_turn();
 }
 
 void Model::run_pass(const float* in, float* out, Pass& pass) {
@@ -252,9 +180,13 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
     const int size = shape_.hidden_size;
     const ptrdiff_t stride = padded(size);
     copy_rows(in, size, rows, size, hidden_.get(), stride);
+    std::atomic<bool> is_over{false};
     pool_.run(static_cast<int>(pass.layers.size()) * MAX_LAYER_PHASES + pass.taps.count, [&](Team& team) {
         int tap = 0;
         for (int32_t layer : pass.layers) {
+            // Who is a layer ahead when the others leave ends it without them.
+            if (team.thread() == 0 && is_interrupted()) is_over = true;
+            if (is_over) return;
             run_layer(team, layer, pass);
             if (tap == pass.taps.count || pass.taps.layers[tap] != layer + 1) continue;
             team.share(rows, [&](int row) {
@@ -264,12 +196,12 @@ void Model::run_pass(const float* in, float* out, Pass& pass) {
             ++tap;
         }
     });
+    if (is_over) std::rethrow_exception(std::exchange(interruption_, nullptr));
     copy_rows(hidden_.get(), stride, rows, size, out, size);
 }
 
 void Model::run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, Cache& cache,
                        Taps taps) {
-    const auto turn = pool_.take_turn();
     const ptrdiff_t size = shape_.hidden_size;
     const int32_t* offsets = rows.parent_offsets;
     Pass pass{};
@@ -335,20 +267,24 @@ void Model::padded_logits(const float* in, int count, const Matrix& head, const 
 }
 
 void Model::logits(const float* in, int count, const Matrix& head, float* out) {
-    const auto turn = pool_.take_turn();
     linear(head, norm_.data(), in, count, out);
 }
 
 void Model::greedy(const float* in, int count, const Matrix& head, int32_t* out) {
-    const auto turn = pool_.take_turn();
-    for (Worker& worker : workers_) worker.best.assign(count, {-std::numeric_limits<float>::infinity(), 0});
+    constexpr float INFINITE = std::numeric_limits<float>::infinity();
+    constexpr Best NONE{-INFINITE, -1}, NOT_A_NUMBER{INFINITE, -1};  // the one before all others, the other after
+    for (Worker& worker : workers_) worker.best.assign(count, NONE);
     const auto compare = [&](int thread, int first, int rows, int strip, const float* products) {
         const int lanes = std::min(TILE, head.rows - strip * TILE);
         for (int row = 0; row < rows; ++row, products += TILE) {
             Best& best = workers_[thread].best[first + row];
             Best found{products[0], strip * TILE};
-            for (int lane = 1; lane < lanes; ++lane)
+            bool is_a_number = true;
+            for (int lane = 0; lane < lanes; ++lane) {
+                is_a_number &= products[lane] == products[lane];
                 found.value = products[lane] > found.value ? products[lane] : found.value;
+            }
+            if (!is_a_number) best = NOT_A_NUMBER;
             if (!(best < found)) continue;
             found.id += static_cast<int32_t>(std::find(products, products + lanes, found.value) - products);
             best = found;

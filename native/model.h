@@ -3,11 +3,15 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <exception>
 #include <functional>
 #include <initializer_list>
 #include <memory>
 #include <optional>
 #include <span>
+#include <thread>
 #include <vector>
 
 #include "cache.h"
@@ -160,7 +164,7 @@ struct Place {
 
 struct ChoiceTask {
     std::vector<Place> places;      // of each row
-    int32_t* tokens;                // [rows]; -1 where no token can be chosen: none is allowed, or no logit is a number
+    int32_t* tokens;                // [rows]; -1 where none can be chosen: none is allowed, or a logit is not a number
     std::vector<int32_t> reported;  // rows, rising, whose logits are wanted,
     float* logits = nullptr;        // [reported, vocabulary], as the head gives them
 };
@@ -171,6 +175,7 @@ struct DraftTask {
     std::vector<int32_t> ids;                        // [rows]
     std::vector<int32_t> limits;                     // [sequences], most tokens to draft, at most num_draft_tokens
     std::vector<std::shared_ptr<const Rule>> rules;  // [sequences], truncations left out; empty: take the best token
+    std::vector<std::vector<int32_t>> last_tokens;   // [sequences], that end a text, and its draft; empty: none do
     float sharpness;                                 // what scaled logits are multiplied by before noise is added
     float min_confidence;                            // a sequence stops after its first token that is less probable
     int num_draft_tokens, num_runner_ups;
@@ -183,14 +188,26 @@ struct DraftTask {
     float* states;        // [.., hidden_size], which the tokens were read from
     int32_t* runner_ups;  // [.., num_runner_ups], next best tokens, best first
     float* sums;          // [.., 1 + num_runner_ups], by which the token and its runner-ups were chosen
+
+    bool ends_text(int sequence, int32_t token) const {
+        return !last_tokens.empty() && std::ranges::count(last_tokens[sequence], token) > 0;
+    }
 };
+
+// Asked now and then in the middle of a pass, on the caller's thread: what is to end the pass, if anything.
+using Interruption = std::exception_ptr (*)();
 
 class Model {
 public:
-    Model(const Shape& shape, const Kernels& kernels, int threads);
+    Model(const Shape& shape, const Kernels& kernels, int threads, Interruption interruption);
+
+    // All calls but those of `threads`, `isa`, `shape` and `rope_length` are for who has the turn. Throws
+    // std::runtime_error where an interruption asks for one, as the pass that it is in the middle of has it.
+    std::unique_lock<std::mutex> take_turn();
 
     void add_layer(Layer layer);
     void set_embedding_and_head(const PackedMatrix& embedding, const PackedMatrix& head, std::vector<float> norm);
+    // A table that is no longer than the one there is changes nothing: passes may have been checked against that.
     void set_rope(const float* cos, const float* sin, int length);
 
     const Shape& shape() const { return shape_; }
@@ -202,14 +219,15 @@ public:
     int threads() const { return pool_.threads(); }
     const char* isa() const { return kernels_.name; }
 
-    // All that follow take f32 rows of hidden_size, unpadded. Calls from several threads take turns.
+    // All that follow take f32 rows of hidden_size, unpadded.
     void embed(const int32_t* ids, int count, float* out) const;
-    // The layers in the order given.
+    // The layers in the order given. Throws what interrupts it: the rows' keys and values are then those of some
+    // layers.
     void run_layers(const float* in, float* out, std::span<const int32_t> layers, RowsView rows, Cache& cache,
                     Taps taps = {});
     // Logits [count, head rows] of hidden states, through the final norm.
     void logits(const float* in, int count, const Matrix& head, float* out);
-    // Best row of the head for each hidden state; of equals, the lowest.
+    // Best row of the head for each hidden state; of equals, the lowest. -1 where a logit is not a number.
     void greedy(const float* in, int count, const Matrix& head, int32_t* out);
     // Tokens for hidden states, by the model's head and a rule each.
     void choose(const float* in, int count, const ChoiceTask& task);
@@ -282,6 +300,7 @@ private:
     void padded_logits(const float* in, int count, const Matrix& head, const Finish& finish);
     int32_t choose_row(const Rule& rule, const Place& place, float* logits, Worker& worker) const;
     void reserve(int rows);
+    bool is_interrupted();
 
     Shape shape_;
     const Kernels& kernels_;
@@ -291,11 +310,15 @@ private:
     ptrdiff_t widest_;  // padded columns of the widest input
     PackedMatrix embedding_{}, head_{};
     std::vector<float> norm_, cos_, sin_;
-    int rope_length_ = 0;
+    std::atomic<int> rope_length_ = 0;
     std::vector<Worker> workers_;  // the last one is shared: inputs of many rows, prepared once for all threads
     Buffer<float> hidden_, qkv_, attention_, activation_, partials_, mixed_, logits_;
     ActivationBuffers queries_;
     std::vector<std::atomic<int>> pieces_left_;  // of each block and key/value head
+    Interruption ask_;
+    std::chrono::steady_clock::time_point asked_{};  // when it was last asked
+    std::exception_ptr interruption_;                // what it has answered in this pass
+    std::atomic<std::thread::id> asking_{};          // the thread that waits for its answer
 };
 
 }  // namespace hopskip

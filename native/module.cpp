@@ -4,53 +4,17 @@
 #include <numeric>
 
 #include "arrays.h"
-#include "model.h"
+#include "turns.h"
 
 namespace hopskip {
 
+void bind_cache(nb::module_& m);
 void bind_load(nb::module_& m, nb::class_<Model>& engine);
 void bind_pack(nb::module_& m);
 
 namespace {
 
 using Owners = std::vector<std::shared_ptr<const void>>;
-
-Cache make_cache(const std::string& dtype, int64_t layers, int64_t slots, int64_t kv_heads, int64_t length,
-                 int64_t head_dim) {
-    const char* const types[] = {"float32", "bfloat16", "int8"};  // in the order of CacheType
-    const auto found = std::find(std::begin(types), std::end(types), dtype);
-    if (found == std::end(types)) refuse("dtype is ", dtype, "; it must be float32, bfloat16 or int8");
-    constexpr int64_t most = 1 << 30;
-    return Cache(static_cast<CacheType>(found - types), in_range(layers, "layers", 1, most),
-                 in_range(slots, "slots", 1, most), in_range(kv_heads, "kv_heads", 1, most),
-                 in_range(length, "length", 1, most), in_range(head_dim, "head_dim", 1, MAX_HEAD_DIM));
-}
-
-void copy_prefix(Cache& cache, int64_t source, int64_t target, int64_t length) {
-    const int from = in_range(source, "source", 0, cache.slots() - 1);
-    const int to = in_range(target, "target", 0, cache.slots() - 1);
-    if (from == to) refuse("source and target are both ", source);
-    cache.copy_prefix(from, to, in_range(length, "length", 0, cache.length()));
-}
-
-void keep_path(Cache& cache, int64_t slot, int64_t start, const std::vector<int32_t>& rows) {
-    in_range(start, "start", 0, cache.length() - 1);
-    for (size_t i = 0; i < rows.size(); ++i)
-        in_range(rows[i], "a row", i ? rows[i - 1] + int64_t{1} : 0, cache.length() - 1 - start);
-    cache.keep_path(in_range(slot, "slot", 0, cache.slots() - 1), static_cast<int>(start), rows);
-}
-
-void copy_from(Cache& cache, Cache& other) {
-    const auto is_same = [](const CacheLayout& a, const CacheLayout& b) {
-        return a.type == b.type && a.head_dim == b.head_dim;
-    };
-    if (!is_same(cache.layout(), other.layout()) || cache.layers() != other.layers() ||
-        cache.kv_heads() != other.kv_heads())
-        refuse("the other cache is of another kind");
-    in_range(other.slots(), "the other cache's number of slots", 1, cache.slots());
-    in_range(other.length(), "the other cache's length", 1, cache.length());
-    cache.copy_from(other);
-}
 
 struct Rows {
     std::vector<int32_t> slots, positions, parent_offsets;
@@ -140,7 +104,8 @@ struct CheckedDraftTask : DraftTask {
 
 CheckedDraftTask make_draft_task(const Input& ids, const Input& limits, float min_confidence,
                                  const OptionalInput& features, const OptionalInput& token_states,
-                                 const std::vector<SharedRule>& rules, float sharpness, const Output& tokens,
+                                 const std::vector<SharedRule>& rules, float sharpness,
+                                 std::vector<std::vector<int32_t>> last_tokens, const Output& tokens,
                                  const Output& counts, const Output& states, const OptionalOutput& runner_ups,
                                  const OptionalOutput& sums) {
     CheckedDraftTask task{};
@@ -175,6 +140,9 @@ CheckedDraftTask make_draft_task(const Input& ids, const Input& limits, float mi
     if (!rules.empty() && std::ssize(rules) != sequences)
         refuse("there are ", rules.size(), " rules for ", sequences, " sequences");
     task.rules.assign(rules.begin(), rules.end());
+    if (!last_tokens.empty() && std::ssize(last_tokens) != sequences)
+        refuse("there are ", last_tokens.size(), " lists of last tokens for ", sequences, " sequences");
+    task.last_tokens = std::move(last_tokens);
     if (!(sharpness > 0 && std::isfinite(sharpness))) refuse("sharpness is ", sharpness, "; it must be above 0");
     task.sharpness = sharpness;
     return task;
@@ -247,20 +215,18 @@ void check_task(const Model& model, const Exit& exit, const Rows& rows, Cache& c
     for (const auto& rule : task.rules) in_range(rule->largest_token, "token id", -1, model.shape().vocab_size - 1);
 }
 
-void embed(const Model& model, const Input& ids, const Output& out) {
+void embed(Model& model, const Input& ids, const Output& out) {
     const auto tokens = copied<int32_t>(ids, "ids");
-    check_ids(model, tokens);
     const int count = static_cast<int>(tokens.size());
     float* to = checked<float>(out, "out", {count, model.shape().hidden_size});
-    nb::gil_scoped_release release;
-    model.embed(tokens.data(), count, to);
+    in_turn(model, [&] {
+        check_ids(model, tokens);
+        model.embed(tokens.data(), count, to);
+    });
 }
 
 void run_layers(Model& model, const Input& h, const Output& out, int64_t start, int64_t stop, const Rows& rows,
                 Cache& cache, const OptionalInput& taps, const OptionalOutput& tapped) {
-    const int first = in_range(start, "start", 0, model.num_layers());
-    const int last = in_range(stop, "stop", first, model.num_layers());
-    check_rows(model, rows, cache);
     const int count = rows.count(), size = model.shape().hidden_size;
     const float* in = checked<float>(h, "h", {count, size});
     float* to = checked<float>(out, "out", {count, size});
@@ -271,88 +237,73 @@ void run_layers(Model& model, const Input& h, const Output& out, int64_t start, 
         tap_layers = copied<int32_t>(*taps, "taps");
         kept = {static_cast<int>(tap_layers.size()), tap_layers.data(), nullptr};
         kept.out = checked<float>(*tapped, "tapped", {count, kept.count, size});
+    }
+    in_turn(model, [&] {
+        const int first = in_range(start, "start", 0, model.num_layers());
+        const int last = in_range(stop, "stop", first, model.num_layers());
         for (int i = 0; i < kept.count; ++i)
             in_range(tap_layers[i], "a tap", i ? tap_layers[i - 1] + int64_t{1} : first + 1, last);
-    }
-    std::vector<int32_t> layers(last - first);
-    std::iota(layers.begin(), layers.end(), first);
-    nb::gil_scoped_release release;
-    model.run_layers(in, to, layers, rows.view(), cache, kept);
+        check_rows(model, rows, cache);
+        std::vector<int32_t> layers(last - first);
+        std::iota(layers.begin(), layers.end(), first);
+        model.run_layers(in, to, layers, rows.view(), cache, kept);
+    });
 }
 
 void logits(Model& model, const Input& h, const Output& out, const PackedMatrix* head) {
-    const Matrix& used = check_head(model, head);
-    const float* in = checked<float>(h, "h", {ANY, model.shape().hidden_size});
-    float* to = checked<float>(out, "out", {size_of(h, 0), used.rows});
-    nb::gil_scoped_release release;
-    model.logits(in, size_of(h, 0), used, to);
+    in_turn(model, [&] {
+        const Matrix& used = check_head(model, head);
+        const float* in = checked<float>(h, "h", {ANY, model.shape().hidden_size});
+        float* to = checked<float>(out, "out", {size_of(h, 0), used.rows});
+        model.logits(in, size_of(h, 0), used, to);
+    });
 }
 
 void greedy(Model& model, const Input& h, const Output& out, const PackedMatrix* head) {
-    const Matrix& used = check_head(model, head);
     const float* in = checked<float>(h, "h", {ANY, model.shape().hidden_size});
     int32_t* to = checked<int32_t>(out, "out", {size_of(h, 0)});
-    nb::gil_scoped_release release;
-    model.greedy(in, size_of(h, 0), used, to);
+    in_turn(model, [&] { model.greedy(in, size_of(h, 0), check_head(model, head), to); });
 }
 
 // Tokens for hidden states: by a rule each, at a position of the text, after some draft tokens, among allowed ones.
 void choose(Model& model, const Input& h, const Output& out, const std::vector<SharedRule>& rules,
             const std::vector<int32_t>& positions, const std::vector<std::vector<int32_t>>& paths,
             const std::vector<OptionalInput>& allowed, std::vector<int32_t> reported, const OptionalOutput& logits) {
-    const Matrix& head = check_head(model, nullptr);
+    const int vocab_size = model.shape().vocab_size;
     const float* in = checked<float>(h, "h", {ANY, model.shape().hidden_size});
     const size_t count = size_of(h, 0);
     ChoiceTask task{std::vector<Place>(count), checked<int32_t>(out, "out", {static_cast<int64_t>(count)}), {}};
     if (rules.size() != count || positions.size() != count || paths.size() != count || allowed.size() != count)
         refuse("rules, positions, paths and allowed must have ", count, " entries, as h has rows");
     for (size_t row = 0; row < count; ++row) {
-        in_range(std::max(rules[row]->largest_token, largest_of(paths[row])), "token id", -1, head.rows - 1);
+        in_range(std::max(rules[row]->largest_token, largest_of(paths[row])), "token id", -1, vocab_size - 1);
         task.places[row] = {rules[row].get(), in_range(positions[row], "position", 0, INT32_MAX), paths[row]};
         if (allowed[row])
-            task.places[row].allowed = checked<uint32_t>(*allowed[row], "allowed", {(head.rows + 31) / 32});
+            task.places[row].allowed = checked<uint32_t>(*allowed[row], "allowed", {(vocab_size + 31) / 32});
     }
     if (reported.empty() == !!logits) refuse("reported and logits go together");
     for (size_t i = 0; i < reported.size(); ++i)
         in_range(reported[i], "a reported row", i ? reported[i - 1] + int64_t{1} : 0, count - int64_t{1});
-    if (logits) task.logits = checked<float>(*logits, "logits", {std::ssize(reported), head.rows});
+    if (logits) task.logits = checked<float>(*logits, "logits", {std::ssize(reported), vocab_size});
     task.reported = std::move(reported);
-    nb::gil_scoped_release release;
-    model.choose(in, count, task);
+    in_turn(model, [&] {
+        check_head(model, nullptr);
+        model.choose(in, count, task);
+    });
 }
 
 void draft(Model& model, const Exit& exit, const Rows& rows, Cache& cache, const CheckedDraftTask& task) {
-    check_exit(model, exit);
-    check_rows(model, rows, cache);
-    check_task(model, exit, rows, cache, task);
-    if (!rows.count()) return;
-    nb::gil_scoped_release release;
-    model.draft(exit, rows.view(), cache, task);
+    in_turn(model, [&] {
+        check_exit(model, exit);
+        check_rows(model, rows, cache);
+        check_task(model, exit, rows, cache, task);
+        if (rows.count()) model.draft(exit, rows.view(), cache, task);
+    });
 }
 
 void bind_module(nb::module_& m) {
     const auto none = nb::none();
-    nb::class_<Cache>(
-        m, "Cache",
-        "Keys and values of all layers, for some sequences. dtype: float32, bfloat16 or int8. See native/kernels.h "
-        "for the layout of `bytes`, uint8 [layers, slots, key/value heads, bytes of a head].")
-        .def("__init__", constructor(&make_cache), nb::kw_only(), "dtype"_a, "layers"_a, "slots"_a, "kv_heads"_a,
-             "length"_a, "head_dim"_a)
-        .def_prop_ro("nbytes", &Cache::bytes)
-        .def_prop_ro(
-            "bytes",
-            [](Cache& cache) {
-                const auto size_of = [](int size) { return static_cast<size_t>(size); };
-                const size_t heads = size_of(cache.layers()) * cache.slots() * cache.kv_heads();
-                return nb::ndarray<nb::numpy, uint8_t>(
-                    cache.data(), {size_of(cache.layers()), size_of(cache.slots()), size_of(cache.kv_heads()),
-                                   cache.bytes() / heads});
-            },
-            nb::rv_policy::reference_internal)
-        .def("copy_prefix", &copy_prefix, "source"_a, "target"_a, "length"_a)
-        .def("keep_path", &keep_path, "slot"_a, "start"_a, "rows"_a)
-        .def("copy_from", &copy_from, "other"_a)
-        .def("clear", &Cache::clear);
+    bind_cache(m);
     nb::class_<Rows>(
         m, "Rows",
         "Where each row lives, int32 [N] each: its slot, its position, and in a tree of tokens how many rows "
@@ -362,7 +313,8 @@ void bind_module(nb::module_& m) {
                                  "What to draft, and arrays for the results; see `DraftTask` in native/model.h.")
         .def("__init__", constructor(&make_draft_task), nb::kw_only(), "ids"_a, "limits"_a, "min_confidence"_a = 0.0f,
              "features"_a = none, "token_states"_a = none, "rules"_a = std::vector<SharedRule>{}, "sharpness"_a = 1.0f,
-             "tokens"_a, "counts"_a, "states"_a, "runner_ups"_a = none, "sums"_a = none);
+             "last_tokens"_a = std::vector<std::vector<int32_t>>{}, "tokens"_a, "counts"_a, "states"_a,
+             "runner_ups"_a = none, "sums"_a = none);
     nb::class_<Rule>(m, "Rule", "How the tokens of one text are chosen; see native/model.h.")
         .def("__init__", constructor(&make_rule), nb::kw_only(), "temperature"_a = 0.0f, "seed"_a = 0, "top_k"_a = 0,
              "top_p"_a = 1.0f, "min_p"_a = 0.0f, "repetition"_a = 1.0f, "presence"_a = 0.0f, "frequency"_a = 0.0f,
@@ -378,7 +330,8 @@ void bind_module(nb::module_& m) {
              "Layers start..stop-1: float32 [N, D] -> [N, D]; also the outputs of layers int32 taps[i] - 1, rising: "
              "tapped [N, taps, D].")
         .def("logits", &logits, "h"_a, "out"_a, "head"_a = none, "float32 [N, D] -> [N, rows of the head].")
-        .def("greedy", &greedy, "h"_a, "out"_a, "head"_a = none, "float32 [N, D] -> int32 [N], rows of the head.")
+        .def("greedy", &greedy, "h"_a, "out"_a, "head"_a = none,
+             "float32 [N, D] -> int32 [N], rows of the head; -1 where a logit is not a number.")
         .def(
             "choose", &choose, "h"_a, "out"_a, nb::kw_only(), "rules"_a, "positions"_a, "paths"_a, "allowed"_a,
             "reported"_a = std::vector<int32_t>{}, "logits"_a = none,

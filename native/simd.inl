@@ -52,8 +52,8 @@ inline bool any_above(V x, float least) { return any(bits<I>(where_less(splat(le
 inline V even_bf16(I x) { return bits<V>(bits<U>(x) << 16); }  // the lower column of a unit of two
 inline void store_bf16(uint16_t* p, V x) {                     // rounds to nearest even
     typedef uint16_t Words __attribute__((vector_size(LANES * 2)));
-    const U b = bits<U>(x);
-    store_as(p, __builtin_convertvector((b + 0x7fff + (b >> 16 & 1)) >> 16, Words));
+    const U b = bits<U>(x), is_nan = bits<U>(x != x);  // all bits; rounding could carry into a zero
+    store_as(p, __builtin_convertvector(((b + 0x7fff + (b >> 16 & 1)) | is_nan) >> 16, Words));
 }
 
 inline V from_bytes(Bytes x) { return __builtin_convertvector(x, V); }

@@ -1,6 +1,8 @@
 #include "threads.h"
 
 #include <csignal>
+#include <stdexcept>
+#include <string>
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -28,30 +30,76 @@ void wait_while_equal(const std::atomic<int>& value, int old) {
     value.wait(old, std::memory_order_acquire);
 }
 
-void Pool::start() {
-    process_ = getpid();
-    state_ = new State;
-    sigset_t all, before;  // signals go to the program's own threads, where Python handles them
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (int thread = 1; thread < threads_; ++thread)
-        state_->workers.emplace_back([this, thread] { work(*state_, thread); });
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+namespace {
+
+// Signals go to the program's own threads, where Python handles them: threads that start meanwhile block them all.
+class SignalsBlocked {
+public:
+    SignalsBlocked() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    SignalsBlocked(const SignalsBlocked&) = delete;
+    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+private:
+    sigset_t before_;
+};
+
+}  // namespace
+
+Pool::Pool(int threads) : threads_(threads), process_(getpid()), state_(started().release()) {}
+
+// All of the threads, or none and an exception.
+std::unique_ptr<Pool::State> Pool::started() const {
+    auto state = std::make_unique<State>();
+    const SignalsBlocked blocked;
+    try {
+        state->workers.reserve(threads_ - 1);
+        for (int thread = 1; thread < threads_; ++thread)
+            state->workers.emplace_back([this, &state = *state, thread] { work(state, thread); });
+    } catch (const std::exception& error) {
+        const size_t running = 1 + state->workers.size();
+        stop(*state);
+        throw std::runtime_error("cannot start " + std::to_string(threads_) + " threads: the system gave " +
+                                 std::to_string(running) + " (" + error.what() + "); ask for fewer");
+    }
+    return state;
+}
+
+void Pool::stop(State& state) const {
+    state.stop = true;
+    state.job.fetch_add(1, std::memory_order_release);
+    state.job.notify_all();
+    for (auto& worker : state.workers) worker.join();
 }
 
 Pool::~Pool() {
     if (process_ != getpid()) return;  // the threads stayed in the parent, and so does their state
-    state_->stop = true;
-    state_->job.fetch_add(1, std::memory_order_release);
-    state_->job.notify_all();
-    for (auto& worker : state_->workers) worker.join();
+    stop(*state_);
     delete state_;
 }
 
-std::unique_lock<std::recursive_mutex> Pool::take_turn() {
+std::unique_lock<std::mutex> Pool::take_turn() {
     // A fork copies the caller's thread only: whoever held the lock no longer exists, and the old state belongs to the
-    // parent's threads.
-    if (process_ != getpid()) start();
+    // parent's threads. Of several threads that find that out one starts new ones, and the others wait for them.
+    const long own = getpid();
+    for (long seen = process_; seen != own; seen = process_) {
+        if (seen == -own) {
+            process_.wait(seen);
+        } else if (process_.compare_exchange_strong(seen, -own)) {
+            try {
+                state_ = started().release();
+            } catch (...) {
+                process_ = seen;
+                process_.notify_all();
+                throw;
+            }
+            process_ = own;
+            process_.notify_all();
+        }
+    }
     return std::unique_lock(state_->turn);
 }
 

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -60,14 +61,16 @@ private:
 
 class Pool {
 public:
-    explicit Pool(int threads) : threads_(threads) { start(); }
+    // Throws std::runtime_error, naming the number, where the system does not give so many threads.
+    explicit Pool(int threads);
     Pool(const Pool&) = delete;
     ~Pool();
 
     int threads() const { return threads_; }
 
-    // Callers of `run` take turns: each holds this lock. After a fork the child gets a lock and threads of its own.
-    std::unique_lock<std::recursive_mutex> take_turn();
+    // Callers of `run` take turns: each holds this lock. After a fork the child gets a lock and threads of its own, and
+    // this throws where the system does not give them.
+    std::unique_lock<std::mutex> take_turn();
 
     // Calls body(Team&), with at most `phases` phases, on the caller's thread (number 0) and whichever of the others
     // come in time; returns when all have left it. The body must not throw.
@@ -79,7 +82,7 @@ public:
 private:
     static constexpr int CLOSED = 1 << 30;
     struct State {
-        std::recursive_mutex turn;
+        std::mutex turn;
         std::atomic<int> job{0};                      // counts runs; a worker sleeps until it changes
         alignas(64) std::atomic<int> inside{CLOSED};  // workers in the body; CLOSED more when no more may enter
         std::function<void(Team&)> body;
@@ -88,12 +91,13 @@ private:
         std::vector<std::thread> workers;
     };
 
-    void start();
+    std::unique_ptr<State> started() const;
+    void stop(State& state) const;
     void run_erased(int phases, std::function<void(Team&)> body);
     void work(State& state, int thread) const;
 
     int threads_;
-    long process_;
+    std::atomic<long> process_;  // that the threads belong to; minus its number while it starts them
     State* state_;
 };
 

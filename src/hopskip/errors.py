@@ -21,6 +21,10 @@ class PromptError(HopskipError, ValueError):
     """A prompt cannot be served: empty, longer than the context, or not text."""
 
 
+class ResourceError(HopskipError, RuntimeError):
+    """The system does not give what was asked for, such as so many threads."""
+
+
 class TrainingError(HopskipError):
     """Training cannot go on: the loss is not a number, or a checkpoint cannot be written."""
 

@@ -15,6 +15,7 @@ from hopskip.backends.native.packed import PackedWeights
 from hopskip.backends.native.packing import Packed, Packer
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
+from hopskip.errors import ResourceError
 
 T = TypeVar("T")
 
@@ -24,21 +25,22 @@ def make_engine(config: ModelConfig, weights: PackedWeights, threads: int) -> An
 
     Raises:
         ConfigError: see `choose_isa`.
+        ResourceError: the system does not give so many threads.
     """
-    engine = extension.Engine(
-        choose_isa(),
-        threads,
-        extension.Shape(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            sliding_window=config.sliding_window or 0,
-        ),
+    shape = extension.Shape(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_window=config.sliding_window or 0,
     )
+    try:
+        engine = extension.Engine(choose_isa(), threads, shape)
+    except RuntimeError as error:
+        raise ResourceError(str(error)) from None
     for index in range(config.num_hidden_layers):
         engine.add_layer(_layer_of(config, weights, index))
     engine.set_embedding_and_head(
