@@ -45,7 +45,7 @@ def choose_tokens(logits_NV: Array, places: Seq[Place], xp: Any) -> list[int]:
     keys = [noise_key(place.rule.seed, place.position) for place in places]
     first, second = (xp.asarray(half, dtype=xp.int64, device=device(logits_NV)) for half in zip(*keys, strict=True))
     sums_NV[rows, ids] += _gumbel(_random_bits(ids, first[rows], second[rows]), xp)
-    can_be_N = xp.any(kept_NV, axis=-1)
+    can_be_N = xp.any(kept_NV, axis=-1) & (xp.max(logits_NV, axis=-1) > -math.inf)  # the largest is NaN if any is
     return [int(token) if can else -1 for token, can in zip(xp.argmax(sums_NV, axis=-1), can_be_N, strict=True)]
 
 
@@ -53,8 +53,8 @@ def best_sums(
     logits_n: Array, ids: Seq[int] | None, place: Place, number: int, xp: Any, sharpness: float = 1.0
 ) -> tuple[list[tuple[float, int]], float]:
     """What a draft takes for a token, and its next best: sums of scaled logits and noise, and rows of the head, best
-    first; and how probable the first is without noise. Nothing is truncated: that changes how many tokens are accepted,
-    not which text comes.
+    first; and how probable the first is without noise. None where there is `NoTokenError`. Nothing is truncated: that
+    changes how many tokens are accepted, not which text comes.
 
     Args:
         ids: tokens that the head's rows stand for; None: all, in order.
@@ -62,6 +62,8 @@ def best_sums(
     """
     params, row_of = place.rule.params, None if ids is None else {token: row for row, token in enumerate(ids)}
     logits_n = _adjusted(xp.asarray(logits_n, copy=True), place, row_of, xp)
+    if not xp.max(logits_n) > -math.inf:  # the largest is NaN if any is
+        return [], 0.0
     scale = scale_of(params.temperature)
     if not params.is_greedy:
         scale = float(np.float32(scale) * np.float32(sharpness))

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hopskip.errors import HopskipError
 from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import DraftKind
 
@@ -109,8 +110,14 @@ class Place(NamedTuple):
     """[W]; None: all are."""
 
 
-class NoTokenError(ValueError):
-    """No token is allowed, or no logit is a number."""
+class NoTokenError(HopskipError, ValueError):
+    """No token is allowed, or a logit is not a number."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token can be chosen: none is allowed, or the model's logits are not numbers; without a grammar and "
+            "biases its weights are damaged, or its numbers overflow: load it anew, or in another precision"
+        )
 
 
 Origin = DraftKind | Literal["target", "bonus"]

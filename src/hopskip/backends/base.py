@@ -18,6 +18,7 @@ Shape letters: N rows, D hidden size, V vocabulary, n tokens of a head, A featur
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -95,10 +96,13 @@ class DraftTask:
     """How each sequence's tokens are chosen, truncation left out. None: all take the best."""
     sharpness: float = 1.0
     """With `rules`, what scaled logits are multiplied by before noise is added."""
+    last_token_ids: list[frozenset[int]] | None = None
+    """Those that end each sequence's text, so that its draft ends with the first of them too. None: none do."""
 
 
 class Chains(NamedTuple):
-    """What was drafted, by sequence and step."""
+    """What was drafted, by sequence and step. A chain ends before a step in which no token can be chosen, so it may be
+    empty."""
 
     token_ids: list[list[int]]
     states: list[Array]
@@ -133,6 +137,9 @@ class Backend(ABC):
     """The one that is attached."""
     copies: tuple[DraftPrecision, ...] = ()
     """Precisions of the attached copies."""
+    num_prefill_rows: int = 512
+    """Most prompt tokens in one pass: enough to keep arithmetic units busy, few enough to bound activations, and the
+    time that aborts and other requests wait for."""
 
     # -- every backend has these ---------------------------------------------------------------------------------------
 
@@ -183,12 +190,20 @@ class Backend(ABC):
         return self.run_layers(self.embed(token_ids), 0, self.config.num_hidden_layers, rows, cache, taps)
 
     def greedy(self, hidden_ND: Array, head: Head = "full") -> list[int]:
-        """The best token of each row after final norm and head; of equals, the first of the head."""
-        best = self.xp.argmax(self.logits(hidden_ND, head), axis=-1).tolist()
+        """The best token of each row after final norm and head; of equals, the first of the head. -1 where there is
+        `NoTokenError`."""
+        logits_Nn = self.logits(hidden_ND, head)
+        best_N = self.xp.argmax(logits_Nn, axis=-1)
+        is_one_N = self.xp.max(logits_Nn, axis=-1) > -math.inf  # what is not a number is the largest of all
+        return self.head_tokens(self.xp.where(is_one_N, best_N, -1).tolist(), head)
+
+    def head_tokens(self, rows: list[int], head: Head) -> list[int]:
+        """The tokens that rows of a head stand for; -1 stays."""
         if head != "exit":
-            return list(best)
+            return rows
         assert self.trained_exit is not None
-        return [self.trained_exit.vocabulary_list[index] for index in best]
+        vocabulary = self.trained_exit.vocabulary_list
+        return [-1 if row < 0 else vocabulary[row] for row in rows]
 
     def choose(self, hidden_ND: Array, places: Seq[Place], reported: Seq[int] = ()) -> Chosen:
         """The token of each row, by its place's rule. The same as `greedy` where all rules say so.

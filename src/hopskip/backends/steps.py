@@ -34,13 +34,11 @@ class StepwiseBackend(Backend):
             logits_Bn = self.logits(hidden_BD, steps.head)
             goes_on = []
             for row, index in enumerate(active):
-                chosen[index].states.append(hidden_BD[row])
-                is_sure = steps.choose(index, logits_Bn[row], chosen[index])
-                goes_on.append(is_sure and len(chosen[index].token_ids) < task.limits[index])
+                goes_on.append(steps.choose(index, hidden_BD[row], logits_Bn[row], chosen[index]))
             kept = [row for row, goes in enumerate(goes_on) if goes]
             active = [active[row] for row in kept]
             if not active:
-                return _chains(task, chosen, self.xp)
+                return _chains(task, chosen, hidden_BD, self.xp)
             hidden_BD = steps.advance(active, chosen, hidden_BD[kept])
 
     @property
@@ -105,19 +103,23 @@ class _Steps:
             states_BD = self._mixing.mix(states_BD, hidden_BD)
         return self._through_own_layers(states_BD, rows)
 
-    def choose(self, index: int, logits_n: Array, to: _Chosen) -> bool:
-        """Add one token; whether it is sure enough to go on after."""
+    def choose(self, index: int, hidden_D: Array, logits_n: Array, to: _Chosen) -> bool:
+        """Add one token, if any can be chosen; whether the draft goes on after it."""
         task, xp = self._task, self._backend.xp
         rule = _BEST if task.rules is None else task.rules[index]
         last = self._task.rows.segments[index]
         place = Place(rule, last.start + last.count + len(to.token_ids), tuple(to.token_ids))
         found, probability = best_sums(logits_n, self._vocabulary, place, 1 + task.num_runner_ups, xp, task.sharpness)
+        if not found:
+            return False
         tokens = [row if self._vocabulary is None else self._vocabulary[row] for _, row in found]
         to.token_ids.append(tokens[0])
+        to.states.append(hidden_D)
         if task.num_runner_ups:
             to.runner_ups.append(tokens[1:])
             to.sums.append([value for value, _ in found])
-        return probability >= task.min_confidence
+        ends_text = task.last_token_ids is not None and tokens[0] in task.last_token_ids[index]
+        return probability >= task.min_confidence and len(to.token_ids) < task.limits[index] and not ends_text
 
     def _last_segments(self) -> Rows:
         return Rows(Segment(s.slot, s.start + s.count - 1, 1) for s in self._task.rows.segments)
@@ -137,10 +139,10 @@ class _Steps:
 _BEST = Rule(SamplingParams(), seed=0)
 
 
-def _chains(task: DraftTask, chosen: list[_Chosen], xp: Any) -> Chains:
+def _chains(task: DraftTask, chosen: list[_Chosen], like_ND: Array, xp: Any) -> Chains:
     return Chains(
         [part.token_ids for part in chosen],
-        [xp.stack(part.states) for part in chosen],
+        [xp.stack(part.states) if part.states else like_ND[:0] for part in chosen],
         [part.runner_ups for part in chosen] if task.num_runner_ups else None,
         [part.sums for part in chosen] if task.num_runner_ups else None,
     )

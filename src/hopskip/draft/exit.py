@@ -54,7 +54,7 @@ class ExitDrafter(Drafter):
     will be made with, if the text is drawn.
 
     A draft ends early after its first token whose probability at the exit is below `min_confidence`: what follows an
-    unsure token is likely to be rejected with it.
+    unsure token is likely to be rejected with it. It also ends with a token that would end the text.
 
     Beside its own best tokens it may name others for the same places, so that the draft is a tree of one long path and
     leaves beside it: they cost rows of the verify pass, but no draft step.
@@ -136,6 +136,7 @@ class ExitDrafter(Drafter):
             rows=Rows(segments),
             limits=[part.limit for part in work],
             min_confidence=self._min_confidence,
+            last_token_ids=[part.sequence.stop_token_ids for part in work],
         )
         if self._feature_columns:
             task.features_NAD = self._columns(self._joined(features), self._feature_columns)

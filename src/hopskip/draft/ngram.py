@@ -60,7 +60,8 @@ class NgramIndex:
 
 
 class NgramDrafter(Drafter):
-    """Copies from the sequence's own prompt and output. Runs no layers; proposes nothing without a match."""
+    """Copies from the sequence's own prompt and output, up to a token that would end the text. Runs no layers; proposes
+    nothing without a match."""
 
     def __init__(self, *, min_size: int = 2, max_size: int = 4) -> None:
         self._min_size, self._max_size = min_size, max_size
@@ -78,7 +79,9 @@ class NgramDrafter(Drafter):
         if start is None:
             return Draft()
         matched = match_length(text, start)
-        return Draft(LOOKUP, index.copy(text, start, limit), buckets=list(range(matched, matched + limit)))
+        tokens = index.copy(text, start, limit)
+        ends = next((i + 1 for i, token in enumerate(tokens) if token in sequence.stop_token_ids), limit)
+        return Draft(LOOKUP, tokens[:ends], buckets=list(range(matched, matched + ends)))
 
     def _index(self, sequence: Sequence) -> NgramIndex:
         if sequence not in self._indexes:

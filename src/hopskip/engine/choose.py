@@ -99,7 +99,7 @@ def choose(backend: Backend, sequences: Seq[Sequence], drafts: Seq[Draft], hidde
             own_NV = logits_NV[first_reported : first_reported + num_rows]
             first_reported += num_rows
         if verdict.next_token < 0 and sequence.error is None:
-            sequence.fail(NoTokenError("no token can be chosen: none is allowed, or no logit is a number"))
+            sequence.fail(NoTokenError())
         has_failed = sequence.error is not None
         choices.append(_FAILED if has_failed else Choice(verdict, _tokens(sequence, draft, verdict, own_NV)))
     return choices

@@ -22,10 +22,8 @@ from hopskip.errors import ConfigError, PromptError
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 
-_PREFILL_ROWS = 512
-"""Most prompt tokens in one pass: enough to keep the arithmetic units busy, few enough to bound activations."""
 _PREFILL_ROWS_BESIDE_DECODING = 128
-"""The same while other sequences decode: they wait for this pass in every step."""
+"""Most prompt tokens in a pass while other sequences decode: they wait for it in every step."""
 
 
 class Engine:
@@ -207,7 +205,8 @@ class Engine:
                 if decoding:
                     self._round(decoding)
                 if prefilling:
-                    self._prefill(prefilling, _PREFILL_ROWS_BESIDE_DECODING if decoding else _PREFILL_ROWS)
+                    most = self.backend.num_prefill_rows
+                    self._prefill(prefilling, min(most, _PREFILL_ROWS_BESIDE_DECODING) if decoding else most)
         finally:
             self._retire()
 

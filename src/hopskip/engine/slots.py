@@ -110,8 +110,10 @@ class Slots:
         self._held.pop(sequence.slot, None)
 
     def give_back(self, sequence: Sequence) -> None:
-        """The slot is free, and keeps what it holds until somebody takes it."""
-        self._held[sequence.slot] = sequence.token_ids[: sequence.num_cached]
+        """The slot is free, and keeps what it holds until somebody takes it; but not after an error, which may come of
+        just that."""
+        if sequence.error is None:
+            self._held[sequence.slot] = sequence.token_ids[: sequence.num_cached]
 
     def _length_for(self, num_positions: int) -> int:
         return -(-(num_positions + self._num_spare) // _CACHE_BLOCK) * _CACHE_BLOCK

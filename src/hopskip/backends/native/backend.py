@@ -45,6 +45,7 @@ class NativeBackend(Backend):
     """
 
     xp = array_api_compat.numpy
+    num_prefill_rows = 128  # what one pass inside takes (native/model.cpp): more would run in several of them
 
     def __init__(
         self,
@@ -174,11 +175,7 @@ class NativeBackend(Backend):
     def greedy(self, hidden_ND: Array, head: Head = "full") -> list[int]:
         out_N = np.empty(len(hidden_ND), dtype=np.int32)
         self._engine.greedy(hidden_ND, out_N, self._heads[head])
-        best: list[int] = out_N.tolist()
-        if head != "exit":
-            return best
-        assert self.trained_exit is not None
-        return [self.trained_exit.vocabulary_list[index] for index in best]
+        return self.head_tokens(out_N.tolist(), head)
 
     def choose(self, hidden_ND: Array, places: Seq[Place], reported: Seq[int] = ()) -> Chosen:
         out_N = np.empty(len(hidden_ND), dtype=np.int32)
@@ -213,6 +210,7 @@ class NativeBackend(Backend):
             token_states=_contiguous(task.token_states_ND),
             rules=[_native_rule(rule) for rule in task.rules or ()],
             sharpness=task.sharpness,
+            last_tokens=[[i for i in ids if 0 <= i < self.config.vocab_size] for ids in task.last_token_ids or ()],
             tokens=tokens_Bk,
             counts=counts_B,
             states=states_BkD,
@@ -254,6 +252,7 @@ class NativeBackend(Backend):
         return self._compiled
 
     def _extend_rope(self, length: int) -> None:
+        # another thread may do the same: the engine keeps the longest table
         if self._engine.rope_length < length:
             cos, sin = self.config.rope.tables(length)
             self._engine.set_rope(cos.contiguous(), sin.contiguous())
