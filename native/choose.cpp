@@ -98,7 +98,7 @@ int32_t Model::choose_row(const Rule& rule, const Place& place, float* x, Worker
     const int blocks = choice_blocks_of(head_.rows);
     worker.maxima.resize(blocks);
     const float maximum = kernels_.block_maxima(x, blocks, worker.maxima.data()), scale = scale_of(rule);
-    if (!(maximum > NEVER)) return -1;
+    if (!is_number(maximum)) return -1;
     const bool is_drawn = rule.temperature > 0, has_nucleus = is_drawn && rule.top_p < 1;
     const NoiseKey key = noise_key(rule.seed, place.position);
     if (is_drawn && rule.top_k > 0 && rule.top_k < head_.rows) {

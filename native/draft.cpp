@@ -1,7 +1,6 @@
 // Drafts: a loop of steps in one call. The draft of one sequence is a chain, so its steps cannot share a pass; those of
 // several sequences do.
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "choose.h"
@@ -158,7 +157,7 @@ private:
         worker.maxima.resize(blocks);
         const float maximum = model_.kernels_.block_maxima(logits, blocks, worker.maxima.data());
         best_[i] = -1;
-        if (!(maximum > -std::numeric_limits<float>::infinity())) return;
+        if (!is_number(maximum)) return;
         const float scale = rule.temperature > 0 ? scale_of(rule) * task_.sharpness : 1;
         const NoiseKey key = noise_key(rule.seed, positions_[i] + 1);
         const int32_t* ids = exit_.vocabulary.empty() ? nullptr : exit_.padded_vocabulary.data();

@@ -294,7 +294,7 @@ void Model::greedy(const float* in, int count, const Matrix& head, int32_t* out)
     for (int row = 0; row < count; ++row) {
         Best best = workers_[0].best[row];
         for (const Worker& worker : workers_) best = std::max(best, worker.best[row]);
-        out[row] = best.id;
+        out[row] = best.value < INFINITE ? best.id : -1;
     }
 }
 

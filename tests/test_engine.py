@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +17,24 @@ from torch import Tensor
 from hopskip import ConfigError, PromptError, SamplingParams, SpeculativeConfig
 from hopskip.backends.base import Backend
 from hopskip.backends.native.backend import NativeBackend
+from hopskip.backends.native.isa import obstacle
 from hopskip.backends.table import TableBackend
+from hopskip.checkpoint.checkpoint import open_checkpoint
+from hopskip.draft.base import Draft
 from hopskip.draft.make import resolve
 from hopskip.engine import Engine, make_engine
 from hopskip.prove import recorder
 from hopskip.sequence import Request, Sequence
 from tests.models import table_model, tiny_config, tiny_model
 from tests.properties import examples
+from tests.tiny import write_checkpoint
 
 PROMPTS = [
     torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() * 2 for n in (1, 3, 9, 20, 33)
 ]
 PLAIN = SpeculativeConfig(draft="none")
 GREEDY = SamplingParams(max_new_tokens=40)
+with_extension = pytest.mark.skipif(obstacle() is not None, reason=f"no native engine here: {obstacle()}")
 
 
 def run(engine: Engine, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Sequence]:
@@ -198,6 +206,57 @@ def test_the_earliest_eos_counts_also_inside_a_draft(model: Backend, plain_ids: 
         assert sequence.stats.num_tokens == expected
     ignoring = SamplingParams(max_new_tokens=40, ignore_eos=True)
     assert new_ids(run(make_engine(model, config, eos_token_ids=[late]), [PROMPTS[3]], ignoring))[0] == ids
+
+
+@pytest.mark.parametrize(
+    ("is_native", "draft", "num_runner_ups"),
+    [
+        *(pytest.param(True, *each, marks=with_extension) for each in (("early-exit", 0), ("both", 3))),
+        (False, "early-exit", 4),
+        (False, "ngram", 0),
+    ],
+)
+def test_nothing_is_drafted_after_the_end_of_the_text(
+    model: Backend, tmp_path: Path, is_native: bool, draft: str, num_runner_ups: int
+) -> None:
+    """After an EOS or a stop token; unless it does not end the text."""
+    if is_native:
+        write_checkpoint(tmp_path)
+        model = NativeBackend.load(open_checkpoint(tmp_path), threads=1)
+    config = SpeculativeConfig(draft=draft, num_draft_tokens=6, num_runner_ups=num_runner_ups or None)  # type: ignore[arg-type]
+    prompts = [[*PROMPTS[3], *PROMPTS[2]], PROMPTS[4]]
+
+    def drafted(ends: Seq[int], **params: Any) -> tuple[list[list[int]], list[Draft]]:
+        engine = make_engine(model, config, eos_token_ids=ends)
+        drafts: list[Draft] = []
+        propose = engine._rounds._draft
+
+        def watched(sequences: list[Sequence]) -> list[Draft]:
+            drafts.extend(found := propose(sequences))
+            return found
+
+        engine._rounds._draft = watched  # type: ignore[method-assign]
+        return new_ids(run(engine, prompts, SamplingParams(max_new_tokens=24, **params))), drafts
+
+    def num_after(drafts: list[Draft], ends: Seq[int]) -> int:
+        """Tokens that follow one of these in a draft."""
+        parents = [(d, d.parents or range(-1, len(d.token_ids) - 1)) for d in drafts]
+        return sum(d.token_ids[parent] in ends for d, own in parents for parent in own if parent >= 0)
+
+    _, free = drafted([])
+    counts = Counter(token for d in free for token in d.token_ids[: d.num_chained - 1])
+    ends = [token for token, _ in counts.most_common(4)]
+    ignored, not_ended = drafted(ends, ignore_eos=True)
+    assert num_after(not_ended, ends) > 0, "this proves nothing"
+    plain = make_engine(model, PLAIN, eos_token_ids=[])
+    assert ignored == new_ids(run(plain, prompts, SamplingParams(max_new_tokens=24)))
+    for own, params in (ends, {}), ([], {"stop_token_ids": tuple(ends)}):
+        ids, found = drafted(own, **params)
+        plain = make_engine(model, PLAIN, eos_token_ids=own)
+        assert ids == new_ids(run(plain, prompts, SamplingParams(max_new_tokens=24, **params)))
+        assert num_after(found, ends) == 0
+        assert all(d.exit_states is None or len(d.exit_states) == d.num_chained for d in found)
+        assert all(len(d.buckets) == d.num_chained for d in found)
 
 
 def test_every_stop_position_inside_a_draft(model: Backend, plain_ids: list[list[int]]) -> None:

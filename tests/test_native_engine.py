@@ -81,6 +81,7 @@ def test_a_batch_changes_nothing(model: NativeBackend) -> None:
     assert new_ids(run(make_engine(model, config), PROMPTS, PARAMS)) == alone
 
 
+@pytest.mark.parametrize("eos_token_ids", [frozenset(), frozenset(range(0, 300, 3))])
 @pytest.mark.parametrize("min_confidence", [0.0, 0.04])
 @pytest.mark.parametrize("num_runner_ups", [0, 3])
 @pytest.mark.parametrize("limits", [(5, 5, 5, 5, 5), (3, 6, 1, 4, 6), (0, 4, 0, 0, 2), (0, 0, 0, 5, 5)])
@@ -89,9 +90,10 @@ def test_a_draft_in_one_call_is_the_draft_of_its_steps(
     limits: tuple[int, ...],
     num_runner_ups: int,
     min_confidence: float,
+    eos_token_ids: frozenset[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    params = [SamplingParams()] * 3
+    params = [SamplingParams()] * 2 + [SamplingParams(ignore_eos=True, stop_token_ids=(2**40, 7, 8))]
     params += [SamplingParams(repetition_penalty=1.5), SamplingParams(temperature=1.0, top_k=50, seed=1)]
     found = []
     for goes_by_steps in (False, True):
@@ -103,7 +105,7 @@ def test_a_draft_in_one_call_is_the_draft_of_its_steps(
         sequences = []
         for slot, own in enumerate(params):
             ids = [(7 * slot + 3 * i) % 300 for i in range(4 + slot)]
-            sequence = Sequence(Request(ids, own), frozenset())
+            sequence = Sequence(Request(ids, own), eos_token_ids)
             sequence.slot, sequence.num_cached = 4 - slot, len(ids) - 1
             model.forward(ids[:-1], Rows([Segment(4 - slot, 0, len(ids) - 1)]), cache)
             sequences.append(sequence)

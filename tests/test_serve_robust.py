@@ -15,6 +15,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import httpx
@@ -292,6 +293,41 @@ def test_a_request_that_breaks_its_step_fails_alone(llm: LLM, monkeypatch: pytes
         with client.stream("POST", "/v1/completions", json={"prompt": "a", "seed": 666, "stream": True}) as stream:
             assert '"type":"server_error"' in stream.read().decode()
         assert client.get("/health").status_code == 200
+
+
+def test_a_request_whose_logits_are_no_numbers_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = llm.backend.embed
+    innocent: set[int] = set()
+
+    def watch(token_ids: Sequence[int]) -> Any:
+        innocent.update(token_ids)
+        return embed(token_ids)
+
+    def damage(token_ids: Sequence[int]) -> Any:
+        h_ND = embed(token_ids)
+        h_ND[[row for row, token in enumerate(token_ids) if token == damaged]] = float("nan")
+        return h_ND
+
+    good = {**LONG, "max_tokens": 20}
+    with live_server(llm) as live, live.client() as client:
+        monkeypatch.setattr(llm.backend, "embed", watch)
+        expected = client.post("/v1/completions", json=good).json()["choices"]
+        letter = next(letter for letter in ascii_lowercase if innocent.isdisjoint(llm.tokenizer.encode(letter)))
+        bad, damaged = {"prompt": letter, "max_tokens": 5}, llm.tokenizer.encode(letter)[-1]
+        monkeypatch.setattr(llm.backend, "embed", damage)
+        brake = Brake(llm.engine)
+        with ThreadPoolExecutor() as pool:
+            bystander = pool.submit(httpx.post, f"{live.url}/v1/completions", json=good, timeout=60)
+            until(lambda: brake.is_holding)
+            failing = pool.submit(httpx.post, f"{live.url}/v1/completions", json=bad, timeout=60)
+            until(lambda: llm.engine.num_waiting == 1)
+            brake.release()
+            assert failing.result().status_code == 500
+            assert failing.result().json()["error"]["type"] == "server_error"
+            assert bystander.result().json()["choices"] == expected
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr(llm.backend, "embed", embed)
+        assert client.post("/v1/completions", json=bad).status_code == 200
 
 
 def test_a_grammar_that_fails_on_the_way_is_the_clients_fault(shared: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def choose_tokens(logits_NV: Array, places: Seq[Place], xp: Any) -> list[int]:
     keys = [noise_key(place.rule.seed, place.position) for place in places]
     first, second = (xp.asarray(half, dtype=xp.int64, device=device(logits_NV)) for half in zip(*keys, strict=True))
     sums_NV[rows, ids] += _gumbel(_random_bits(ids, first[rows], second[rows]), xp)
-    can_be_N = xp.any(kept_NV, axis=-1) & (xp.max(logits_NV, axis=-1) > -math.inf)  # the largest is NaN if any is
+    can_be_N = xp.any(kept_NV, axis=-1) & is_number(xp.max(logits_NV, axis=-1))
     return [int(token) if can else -1 for token, can in zip(xp.argmax(sums_NV, axis=-1), can_be_N, strict=True)]
 
 
@@ -62,7 +62,7 @@ def best_sums(
     """
     params, row_of = place.rule.params, None if ids is None else {token: row for row, token in enumerate(ids)}
     logits_n = _adjusted(xp.asarray(logits_n, copy=True), place, row_of, xp)
-    if not xp.max(logits_n) > -math.inf:  # the largest is NaN if any is
+    if not is_number(xp.max(logits_n)):
         return [], 0.0
     scale = scale_of(params.temperature)
     if not params.is_greedy:
@@ -122,7 +122,7 @@ def _scaled(logits_NV: Array, params: Seq[SamplingParams], xp: Any) -> Array:
     """Log-probabilities but for a term that all tokens of a row share."""
     scales = [scale_of(p.temperature) for p in params]
     best_N1 = xp.max(logits_NV, axis=-1, keepdims=True)
-    best_N1 = xp.where(best_N1 > -math.inf, best_N1, xp.zeros_like(best_N1))  # of a row where nothing is allowed
+    best_N1 = xp.where(is_number(best_N1), best_N1, xp.zeros_like(best_N1))  # of a row where nothing is allowed
     return (logits_NV - best_N1) * _column(scales, logits_NV, xp)
 
 
@@ -161,6 +161,12 @@ def kept_tokens(logits_NV: Array, params: Seq[SamplingParams], xp: Any) -> Array
     least = [float(np.log(np.float32(max(p.min_p, _SMALLEST_FLOAT)))) if p.min_p else -math.inf for p in params]
     least_N1 = _column(least, logits_NV, xp)
     return kept_NV & (scaled_NV >= least_N1)
+
+
+def is_number(largest: Array) -> Array:
+    """Whether the largest of some logits can be chosen. It is NaN if any of them is, and minus infinity if none is
+    allowed."""
+    return (largest > -math.inf) & (largest < math.inf)
 
 
 def _column(values: Seq[float], like: Array, xp: Any) -> Array:

@@ -18,7 +18,6 @@ Shape letters: N rows, D hidden size, V vocabulary, n tokens of a head, A featur
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -31,7 +30,7 @@ from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
-from hopskip.sampling import choose_tokens
+from hopskip.sampling import choose_tokens, is_number
 from hopskip.sequence import Place, Rule
 from hopskip.speculative import DraftPrecision
 
@@ -194,7 +193,7 @@ class Backend(ABC):
         `NoTokenError`."""
         logits_Nn = self.logits(hidden_ND, head)
         best_N = self.xp.argmax(logits_Nn, axis=-1)
-        is_one_N = self.xp.max(logits_Nn, axis=-1) > -math.inf  # what is not a number is the largest of all
+        is_one_N = is_number(self.xp.max(logits_Nn, axis=-1))
         return self.head_tokens(self.xp.where(is_one_N, best_N, -1).tolist(), head)
 
     def head_tokens(self, rows: list[int], head: Head) -> list[int]:

@@ -119,9 +119,10 @@ class TorchBackend(StepwiseBackend):
 
     def _rotation(self, rows: Rows, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of each row's position, [N, 1, E / 2] in the model's precision."""
-        if self._rope_tables is None or self._rope_tables[0].shape[0] < length:
+        tables = self._rope_tables  # another thread may put shorter ones in their place
+        if tables is None or tables[0].shape[0] < length:
             cos, sin = self.config.rope.tables(length)
-            self._rope_tables = (cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))
+            tables = self._rope_tables = (cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))
         positions = torch.from_numpy(rows.positions).to(self.device)
-        cos, sin = self._rope_tables
+        cos, sin = tables
         return cos[positions, None, :], sin[positions, None, :]
