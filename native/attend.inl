@@ -46,11 +46,11 @@ inline void dot_keys(const Activations& queries, int first, const uint8_t* const
         for (int u = 0; u < num_units; u += UNITS) {
             I dot[R][P];
             UNROLL_FOR (int r = 0; r < R; ++r)
-                UNROLL_FOR (int p = 0; p < P; ++p) dot[r][p] = splat_unit(queries.starts + block(r) + u / UNITS);
+                UNROLL_FOR (int p = 0; p < P; ++p) dot[r][p] = start_of(queries.starts + block(r) + u / UNITS);
             const int end = u + UNITS < num_units ? u + UNITS : num_units;
             for (int i = u; i < end; ++i) {
                 I w[P];
-                UNROLL_FOR (int p = 0; p < P; ++p) w[p] = load_units(units[p] + i * UNIT_BYTES);
+                UNROLL_FOR (int p = 0; p < P; ++p) w[p] = byte_weights(load_units(units[p] + i * UNIT_BYTES));
                 UNROLL_FOR (int r = 0; r < R; ++r) {
                     const I query = splat_unit(queries.q8 + BLOCK * block(r) + i * 4);
                     UNROLL_FOR (int p = 0; p < P; ++p) dot[r][p] = dot_bytes(dot[r][p], w[p], query);

@@ -12,8 +12,7 @@ constexpr int BLOCKS_AT_ONCE = 4;
 using V = __m512;
 using I = __m512i;
 
-inline void pin(V&) {}  // 32 registers: nothing to keep
-inline void pin(I&) {}
+inline void pin(I&) {}  // 32 registers: nothing to keep
 
 inline V splat(float x) { return _mm512_set1_ps(x); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
@@ -42,6 +41,9 @@ inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }
 inline void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
 
 inline V magnitude(V x) { return absolute(x); }
+inline I column_of(const int8_t* x, int column) { return splat_unit(x + column); }
+inline I byte_weights(I w) { return w; }
+inline I start_of(const int32_t* start) { return splat_unit(start); }
 inline I dot_bytes(I sum, I w, I x) { return _mm512_dpbusd_epi32(sum, w, x); }
 inline I look_up(const uint8_t* table, I indices) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), indices);

@@ -22,8 +22,7 @@ constexpr int BLOCKS_AT_ONCE = 4;  // of keys, or values: so few stay in the fir
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
-inline void pin(V&) {}  // holds a sum in its register
-inline void pin(I&) {}
+inline void pin(I&) {}  // holds a sum in its register
 
 inline V splat(float x) { return V{x, x, x, x}; }
 inline V fma(V a, V b, V c) { return a * b + c; }  // rounded twice: SSE2 has no fused one
@@ -66,6 +65,9 @@ typedef uint16_t UW __attribute__((vector_size(16)));
 inline W even_products(I w, I x) { return (bits<W>(w) & 255) * (bits<W>(bits<UW>(x) << 8) >> 8); }
 inline W odd_products(I w, I x) { return bits<W>(bits<UW>(w) >> 8) * (bits<W>(x) >> 8); }
 inline I sum_pairs(W words) { return (bits<I>(bits<U>(words) << 16) >> 16) + (bits<I>(words) >> 16); }
+inline I column_of(const int8_t* x, int column) { return splat_unit(x + column); }
+inline I byte_weights(I w) { return w; }
+inline I start_of(const int32_t* start) { return splat_unit(start); }
 inline I dot_bytes(I sum, I w, I x) { return sum + sum_pairs(even_products(w, x)) + sum_pairs(odd_products(w, x)); }
 // The same for narrow integers, where 16 bits hold the sum of a whole block: words that sum_words makes 32-bit sums of.
 inline I add_words(I sum, I w, I x) { return bits<I>(bits<W>(sum) + even_products(w, x) + odd_products(w, x)); }

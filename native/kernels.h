@@ -137,9 +137,4 @@ struct Kernels {
     void (*merge)(float* state, const float* partials, ptrdiff_t stride, int count, int padded_head_dim);
 };
 
-const Kernels& portable_kernels();
-const Kernels& avx2_kernels();
-const Kernels& avx512_vnni_kernels();
-const Kernels& avx512_kernels();
-
 }  // namespace hopskip

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "arrays.h"
+#include "isa.h"
 #include "turns.h"
 
 namespace hopskip {
@@ -33,34 +34,10 @@ void Model::set_rope(const float* cos, const float* sin, int length) {
     rope_length_ = length;
 }
 
-namespace {
-
-bool runs_here(const std::string& isa) {
-#ifdef HOPSKIP_EMULATES_AVX512
-    if (isa == "avx512" || isa == "avx512_vnni") return true;
-#endif
-#ifdef HOPSKIP_X86
-    __builtin_cpu_init();
-    if (isa == "avx2")
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (isa == "avx512" || isa == "avx512_vnni")
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni") && (isa != "avx512" || __builtin_cpu_supports("avx512bf16"));
-#endif
-    return isa == "portable";
-}
-
-}  // namespace
-
 const Kernels& kernels_for(const std::string& isa) {
-    if (!runs_here(isa)) refuse("this processor cannot run the instruction set ", isa);
-#ifdef HOPSKIP_X86
-    if (isa == "avx2") return avx2_kernels();
-    if (isa == "avx512_vnni") return avx512_vnni_kernels();
-    if (isa == "avx512") return avx512_kernels();
-#endif
-    return portable_kernels();
+    const InstructionSet* found = find_isa(isa);
+    if (!found || !found->runs_here()) refuse("this processor cannot run the instruction set ", isa);
+    return found->kernels();
 }
 
 namespace {
@@ -207,8 +184,16 @@ void set_rope(Model& model, const Input& cos, const Input& sin) {
 
 void bind_load(nb::module_& m, nb::class_<Model>& engine) {
     const auto none = nb::none();
-    m.def("runs_here", &runs_here, "isa"_a,
-          "Whether this processor has the instruction set: avx512, avx512_vnni, avx2 or portable.");
+    nb::list names;
+    for (const InstructionSet& isa : instruction_sets()) names.append(isa.name);
+    m.attr("ISAS") = nb::tuple(names);
+    m.def(
+        "runs_here",
+        [](const std::string& isa) {
+            const InstructionSet* found = find_isa(isa);
+            return found && found->runs_here();
+        },
+        "isa"_a, "Whether this processor has an instruction set, one of ISAS: those with kernels here, best first.");
     nb::class_<Shape>(m, "Shape", "Sizes of a model, from its config.")
         .def("__init__", constructor(&make_shape), nb::kw_only(), "hidden_size"_a, "intermediate_size"_a, "num_heads"_a,
              "num_kv_heads"_a, "head_dim"_a, "vocab_size"_a, "rms_norm_eps"_a, "sliding_window"_a = 0);

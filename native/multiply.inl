@@ -3,11 +3,13 @@
 // A strip is read once and serves R rows from registers; more rows go in groups over the same strip, which then sits in
 // the first-level cache. Each (row, output) has its own accumulator: that is all there is to bit-identical rows.
 
+#ifdef __clang__
+#define UNROLL_FOR _Pragma("clang loop unroll(full)") for
+#else
 #define UNROLL_FOR _Pragma("GCC unroll 16") for  // sums[..] then become registers
+#endif
 
 constexpr int PARTS = TILE / LANES;  // registers per 16 lanes
-
-inline I splat_unit(const void* p) { return splat_int(load_as<uint32_t>(p)); }  // a unit of one row of x, in every lane
 
 // load_units that the compiler cannot merge with an earlier load of the same units.
 inline I load_units_again(const uint8_t* p) {
@@ -119,6 +121,7 @@ struct IntProduct {
     static constexpr int MAX_ROWS = MAX_INT_ROWS;
     static constexpr BlockFormat F = block_format(FORMAT);
     static constexpr int HALVES = F.has_halves ? 2 : 1, GROUPS = 8 / HALVES;  // that are summed as integers
+    static constexpr bool IS_WIDE = F.center == 128;  // integers take all of their unsigned byte
     static constexpr bool SUMS_WORDS = !F.has_table && F.bits <= MAX_WORD_BITS;
     static constexpr int SHIFT = F.center ? __builtin_ctz((F.has_halves ? 32 : 128) / F.center) : 0;
 
@@ -152,9 +155,9 @@ struct IntProduct {
                             dot[r] = SUMS_WORDS || F.has_minima() ? I{} : start(x_starts[r], b, half);
                         UNROLL_FOR (int g = 0; g < GROUPS; ++g) {
                             const int group = half * GROUPS + g;
-                            const auto w = groups[group];
+                            const auto w = IS_WIDE ? byte_weights(groups[group]) : groups[group];
                             UNROLL_FOR (int r = 0; r < R; ++r) {
-                                const I four = splat_unit(rows[r] + b * BLOCK + group * 4);
+                                const auto four = column_of(rows[r] + b * BLOCK, group * 4);
                                 if constexpr (SUMS_WORDS)
                                     pin(dot[r] = add_words(dot[r], w, four));
                                 else
@@ -186,8 +189,8 @@ struct IntProduct {
 private:
     // -center * (sum of x), where sums begin.
     static I start(const int32_t* starts, int block, int half) {
-        const I x = F.has_halves ? splat_unit(starts + block * 2 + half) : splat_unit(starts + block);
-        return SHIFT ? shift_right<SHIFT>(x) : x;
+        if constexpr (IS_WIDE) return start_of(starts + block);
+        return shift_right<SHIFT>(splat_unit(starts + (F.has_halves ? block * 2 + half : block)));
     }
 
     struct Scales {

@@ -25,6 +25,7 @@ inline I load_units(const void* p) { return load_as<I>(p); }
 inline void store(float* p, V x) { store_as(p, x); }
 
 inline I splat_int(uint32_t x) { return bits<I>(U{} + x); }
+inline I splat_unit(const void* p) { return splat_int(load_as<uint32_t>(p)); }
 inline V to_float(I x) {
     typedef int32_t Signed __attribute__((vector_size(LANES * 4)));
     return __builtin_convertvector(bits<Signed>(x), V);
@@ -56,8 +57,9 @@ inline void store_bf16(uint16_t* p, V x) {                     // rounds to near
     store_as(p, __builtin_convertvector(((b + 0x7fff + (b >> 16 & 1)) | is_nan) >> 16, Words));
 }
 
+typedef uint8_t UnsignedBytes __attribute__((vector_size(LANES * 4)));
 inline V from_bytes(Bytes x) { return __builtin_convertvector(x, V); }
 inline I low_nibbles(I w) { return bits<I>(bits<U>(w) & 0x0f0f0f0fu); }
-inline I high_nibbles(I w) { return bits<I>(bits<U>(w) >> 4 & 0x0f0f0f0fu); }
+inline I high_nibbles(I w) { return bits<I>(bits<UnsignedBytes>(w) >> 4); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, PREFETCH_LOCALITY); }

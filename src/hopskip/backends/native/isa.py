@@ -16,8 +16,10 @@ try:
 except ImportError as error:  # installed without a compiler
     extension, _import_error = None, str(error)
 
-ISAS = ("avx512", "avx512_vnni", "avx2", "portable")
-"""Instruction sets, best first. The environment variable HOPSKIP_ISA forces one."""
+ISAS: tuple[str, ...] = extension.ISAS if extension is not None else ()
+"""Instruction sets of this kind of processor that there are kernels for, best first: on x86-64 avx512, avx512_vnni,
+avx_vnni and avx2, on ARM64 neon_i8mm, neon_dotprod and neon, and portable. The environment variable HOPSKIP_ISA forces
+one."""
 
 
 def obstacle() -> str | None:

@@ -1,0 +1,38 @@
+// The pool: every item of every phase is done once, whatever the number of threads; and how long a thread spins.
+#include "threads.h"
+
+#include <chrono>
+
+#include "check.h"
+
+namespace hopskip::checks {
+
+namespace {
+
+void check_pool(Failures& failures) {
+    constexpr int PHASES = 5, ITEMS = 23;
+    for (int threads : {1, 2, 3, 7}) {
+        Pool pool(threads);
+        for (int run = 0; run < 20; ++run) {
+            std::vector<std::atomic<int>> done(PHASES * ITEMS);
+            std::atomic<bool> is_early{false};
+            pool.run(PHASES, [&](Team& team) {
+                for (int phase = 0; phase < PHASES; ++phase)
+                    team.share(ITEMS, [&](int item) {
+                        if (phase > 0)
+                            for (int i = 0; i < ITEMS; ++i)
+                                if (done[(phase - 1) * ITEMS + i] != 1) is_early = true;
+                        ++done[phase * ITEMS + item];
+                    });
+            });
+            for (const auto& count : done) failures.expect(count == 1, "an item was done %d times", count.load());
+            failures.expect(!is_early, "a phase began before the one in front of it was done");
+        }
+    }
+}
+
+}  // namespace
+
+void check_threads(Failures& failures) { check_pool(failures); }
+
+}  // namespace hopskip::checks
