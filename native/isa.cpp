@@ -33,13 +33,16 @@ constexpr auto has_avx2 = always, has_avx_vnni = always, has_avx512_vnni = alway
 
 #elif defined(__x86_64__)
 
-// What __builtin_cpu_supports knows, the system saves on a switch of threads too.
+// What __builtin_cpu_supports knows, the system saves on a switch of threads too. Some compilers have no name for what
+// is asked for by its bit.
 bool has_avx2() {
+    unsigned eax, ebx, ecx, edx;
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+    return has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-bool has_avx_vnni() {  // by its bit, which not every compiler has a name for
+bool has_avx_vnni() {
     unsigned eax, ebx, ecx, edx;
     return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & 1u << 4;
 }

@@ -1,4 +1,5 @@
-// AVX-512 by emulation, for tests on processors without it: SIMDe, and the few intrinsics that version 0.7.4 lacks.
+// AVX-512 and AVX-VNNI by emulation, for tests on processors without them: SIMDe, and the few intrinsics that version
+// 0.7.4 lacks.
 #pragma once
 
 #define SIMDE_NO_NATIVE  // or it would include the real header by this name
@@ -65,3 +66,5 @@ static inline __m512 emulated_cvtph_ps(__m256i x) {
     return _mm512_loadu_ps(to);
 }
 #define _mm512_cvtph_ps emulated_cvtph_ps
+
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32

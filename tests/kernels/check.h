@@ -40,9 +40,12 @@ public:
     void expect(bool is_right, const char* format, Values... values) {
         if (is_right) return;
         if (++count_ > 10) return;
-        std::printf("  FAILED: ");
-        std::printf(format, values...);
-        std::printf("\n");
+        char text[256];
+        if constexpr (sizeof...(values) > 0)
+            std::snprintf(text, sizeof text, format, values...);
+        else
+            std::snprintf(text, sizeof text, "%s", format);
+        std::printf("  FAILED: %s\n", text);
     }
     void expect_near(double found, double expected, double tolerance, const char* what, int index) {
         expect(std::abs(found - expected) <= tolerance, "%s [%d] is %.9g; expected %.9g within %.3g", what, index,

@@ -47,9 +47,7 @@ class Count(NamedTuple):
 
     def cycles(self, core: Core) -> float:
         """If the weights are in the first-level cache."""
-        return max(
-            self.instructions / core.width, self.vector / core.vector_pipes, self.memory / core.memory_pipes
-        )
+        return max(self.instructions / core.width, self.vector / core.vector_pipes, self.memory / core.memory_pipes)
 
     def cycles_from_memory(self, core: Core) -> float:
         return max(self.cycles(core), self.weight_bytes / core.bytes_per_cycle)

@@ -45,8 +45,8 @@ bool check_all(std::span<char* const> names) {
     for (const InstructionSet& isa : instruction_sets()) {
         const auto is_it = [&](std::string_view name) { return name == isa.name; };
         if (!isa.runs_here() || (!names.empty() && std::none_of(names.begin(), names.end(), is_it))) continue;
-        for (const auto& [name, check] : CHECKS)
-            is_right &= passes(isa.name, name, [&](Failures& failures) { check(isa.kernels(), failures); });
+        for (const auto& each : CHECKS)
+            is_right &= passes(isa.name, each.name, [&](Failures& failures) { each.check(isa.kernels(), failures); });
     }
     return is_right;
 }
