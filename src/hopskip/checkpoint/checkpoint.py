@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.gguf import PERMUTED_ARCHITECTURES, ROPE_FACTORS, GGUFFile, hf_name
-from hopskip.checkpoint.hf_folder import read_config, read_safetensors, some, weight_files
+from hopskip.checkpoint.fp8 import with_scales
+from hopskip.checkpoint.gguf import PERMUTED_ARCHITECTURES, ROPE_FACTORS, hf_name, open_gguf
+from hopskip.checkpoint.hf_folder import read_config, read_safetensors, refuse_folder, some, weight_files
+from hopskip.checkpoint.kinds import refuse_file, starts_as_gguf
 from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize, unpermute_rows
 from hopskip.errors import CheckpointError
 
@@ -109,18 +111,19 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face folder (safetensors, single or sharded) or a GGUF file; check all names and shapes.
 
+    A GGUF file is known by its first letters, whatever its name. Any part of a split one stands for all of them; the
+    checkpoint's path is then that of part one.
+
     Raises:
         CheckpointError: a file is missing, truncated or corrupt, the architecture is not supported, or tensors are
             missing, unexpected or misshapen (all of them are named).
     """
     if path.is_dir():
         return _open_folder(path)
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return _open_gguf(path)
     if path.is_file():
-        raise CheckpointError(
-            f"{path} is neither a folder with safetensors files nor a .gguf file; hopskip reads those"
-        )
+        if path.suffix.lower() != ".gguf" and not starts_as_gguf(path):
+            refuse_file(path)
+        return _open_gguf(path)
     raise CheckpointError(f"{path} does not exist; check the path, or give a Hub id (ORGANISATION/NAME)")
 
 
@@ -137,7 +140,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = _with_recommendations(read_config(folder), folder)
+    refuse_folder(folder)
+    config, fp8 = read_config(folder)
+    config = _with_recommendations(config, folder)
     tensors: dict[str, StoredTensor] = {}
     digest = hashlib.sha256()
     for path in weight_files(folder):
@@ -146,6 +151,7 @@ def _open_folder(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path} repeats tensors of another shard: {some(twice)}; download the model again")
         tensors |= found
         _hash_file(digest, path, header_size)
+    tensors = with_scales(tensors, fp8, folder)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         config = _resolve_tying(config, tensors)
     _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, folder)
@@ -153,11 +159,11 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    file = GGUFFile(path)
+    file = open_gguf(path)
     config = file.config()
     # an unknown tensor keeps its GGUF name, and is then reported as unexpected
     tensors = {hf_name(name) or name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
-    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, path)
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, file.path)
     permuted_heads: dict[str, int] = {}
     if file.architecture in PERMUTED_ARCHITECTURES:
         for index in range(config.num_hidden_layers):
@@ -165,8 +171,9 @@ def _open_gguf(path: Path) -> Checkpoint:
             permuted_heads[f"{attention}q_proj.weight"] = config.num_attention_heads
             permuted_heads[f"{attention}k_proj.weight"] = config.num_key_value_heads
     digest = hashlib.sha256()
-    _hash_file(digest, path, file.header_size)
-    return Checkpoint(path, config, tensors, digest.hexdigest(), permuted_heads)
+    for part, header_size in file.parts.items():
+        _hash_file(digest, part, header_size)
+    return Checkpoint(file.path, config, tensors, digest.hexdigest(), permuted_heads)
 
 
 def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> ModelConfig:
@@ -175,7 +182,7 @@ def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> Mod
     if embedding is not None and head.shape == embedding.shape and head.type == embedding.type:
         step = 1024
         if all(
-            torch.equal(head.blocks(first, step), embedding.blocks(first, step))
+            torch.equal(head.values(first, step), embedding.values(first, step))
             for first in range(0, head.num_rows, step)
         ):
             del tensors["lm_head.weight"]

@@ -6,16 +6,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hopskip.checkpoint.rope import RopeConfig
+from hopskip.checkpoint.rope import RopeConfig, is_number
 from hopskip.errors import CheckpointError
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` that run here. Llama 1 to 3.2, CodeLlama and SmolLM2 are all `llama`."""
+"""Values of `model_type` that run here. Llama 1 to 3.3, CodeLlama and SmolLM2 are all `llama`."""
+
+_EXAMPLES = {
+    "llama": "meta-llama/Llama-3.2-1B-Instruct",
+    "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen2": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen3": "Qwen/Qwen3-4B",
+}
+_RELATIVES = {"mixtral": "mistral", "ministral": "mistral", "pixtral": "mistral", "smollm": "llama", "yi": "llama"}
+_MOST_POSITIONS = 2**31 - 1  # they are counted in 32 bits
+_MOST_HEAD_DIM = 1 << 16
+
+
+def nearest(model_type: object) -> str:
+    """What to try in place of a family that is not supported, as the end of a sentence.
+
+    >>> nearest("qwen3_moe")
+    '; nearest to it is qwen3, such as Qwen/Qwen3-4B'
+    """
+    text = str(model_type).lower()
+    known = {family: family for family in SUPPORTED_MODEL_TYPES} | {"qwen": "qwen2"} | _RELATIVES
+    family = next((known[stem] for stem in sorted(known, key=len, reverse=True) if text.startswith(stem)), None)
+    if family is None:
+        return f"; for a model of about its size see the dense ones of a family that runs, such as {_EXAMPLES['qwen3']}"
+    return f"; nearest to it is {family}, such as {_EXAMPLES[family]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One decoder of the Llama family. Field names are those of Hugging Face's `config.json`.
+    """One decoder of the Llama family. Field names are those of Hugging Face's `config.json`; `context_length` says how
+    long a text may be.
 
     The decoder is the same for every family but for four switches: grouped heads (`num_key_value_heads`), `qkv_bias`
     (Qwen2), `qk_norm` (Qwen3) and `sliding_window` (Mistral 0.1).
@@ -58,19 +83,45 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise CheckpointError(f"{name} is {value!r} in the model's config; it must be a positive integer")
-        if not isinstance(self.rms_norm_eps, int | float) or self.rms_norm_eps < 0:
+        window = self.sliding_window
+        if window is not None and (type(window) is not int or window < 1):
+            raise CheckpointError(f"sliding_window is {window!r} in the model's config; it must be a positive integer")
+        if not is_number(self.rms_norm_eps) or self.rms_norm_eps < 0:
             raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps!r} in the model's config; it must be >= 0")
-        if not all(isinstance(token_id, int) for token_id in self.eos_token_ids):
+        if not all(type(token_id) is int for token_id in self.eos_token_ids):
             raise CheckpointError(f"eos_token_id is {self.eos_token_ids!r} in the model's config; it must be token ids")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}; the model's config is wrong"
             )
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even one")
+        if self.head_dim % 2 or self.head_dim > _MOST_HEAD_DIM:
+            raise CheckpointError(
+                f"head_dim is {self.head_dim}; rotary embeddings need an even one, of at most {_MOST_HEAD_DIM}"
+            )
+        self.rope.check_frequencies()
+        if not 1 <= self.context_length <= _MOST_POSITIONS:
+            raise CheckpointError(
+                f"the model's config gives a context of {self.context_length} positions (max_position_embeddings "
+                f"{self.max_position_embeddings}, RoPE factor {self.rope.factor}), which cannot be"
+            )
+
+    @property
+    def context_length(self) -> int:
+        """Positions of the longest text: `max_position_embeddings`, or what linear and YaRN scaling make of it.
+
+        Both stretch positions, so that the original context times `factor` fits: as in vLLM, and in llama.cpp. The
+        original context is `original_max_position_embeddings` where the settings have it (YaRN's always should), else
+        `max_position_embeddings`, which then is the length before scaling. Where a YaRN config has both and the latter
+        was multiplied already (131072 = 4 x 32768), the former decides. `llama3` scaling changes nothing: its
+        `max_position_embeddings` is the length after scaling.
+        """
+        if self.rope.rope_type not in ("linear", "yarn"):
+            return self.max_position_embeddings
+        original = self.rope.original_max_position_embeddings or self.max_position_embeddings
+        return int(min(original * self.rope.factor, 2.0**53))
 
     @property
     def qkv_size(self) -> int:
@@ -133,6 +184,7 @@ class ModelConfig:
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise CheckpointError(
                 f"model_type {model_type!r} is not supported; hopskip runs: {', '.join(SUPPORTED_MODEL_TYPES)}"
+                f"{nearest(model_type)}"
             )
         _refuse_unsupported_variants(config)
         try:
@@ -145,6 +197,7 @@ class ModelConfig:
             uses_window = config.get("use_sliding_window", model_type == "mistral")
             eos = (generation_config or {}).get("eos_token_id", config.get("eos_token_id"))
             recommended = config.get("hopskip") or {}
+            bos = config.get("bos_token_id")
             return cls(
                 model_type=model_type,
                 vocab_size=config["vocab_size"],
@@ -157,18 +210,18 @@ class ModelConfig:
                 max_position_embeddings=max_positions,
                 rms_norm_eps=config.get("rms_norm_eps", 1e-6),
                 rope=RopeConfig.from_hf(config, head_dim),
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=model_type == "qwen2",
                 qk_norm=model_type == "qwen3",
                 sliding_window=config.get("sliding_window", own_window) if uses_window else None,
-                bos_token_id=config.get("bos_token_id"),
+                bos_token_id=bos if type(bos) is int else None,
                 eos_token_ids=_as_tuple(eos),
                 recommended_exit_layer=recommended.get("exit_layer"),
                 recommended_num_draft_tokens=recommended.get("num_draft_tokens"),
             )
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error.args[0]!r}; is this a complete checkpoint?") from None
-        except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
             raise CheckpointError(
                 f"the model's config has a field of the wrong type ({error}); download it again"
             ) from None
@@ -187,7 +240,7 @@ def _refuse_unsupported_variants(config: Mapping[str, Any]) -> None:
         "attention_bias": bool,
         "mlp_bias": bool,
         "partial_rotary_factor": lambda v: v not in (None, 1, 1.0),
-        "quantization_config": bool,
+        "architectures": lambda v: isinstance(v, list) and bool(v) and not any(map(_makes_text, v)),
     }
     if config["model_type"] in ("qwen2", "qwen3"):  # theirs begins at some layer, Mistral's holds for all
         refused["use_sliding_window"] = bool
@@ -195,5 +248,10 @@ def _refuse_unsupported_variants(config: Mapping[str, Any]) -> None:
         if is_refused(config.get(name)):
             raise CheckpointError(
                 f"{name}={config[name]!r} is not supported for model_type {config['model_type']!r}; "
-                "use a checkpoint of the plain architecture (unquantized, SiLU, no attention or MLP bias)"
+                "use a checkpoint of the plain architecture (a causal language model, SiLU, no attention or MLP bias)"
             )
+
+
+def _makes_text(architecture: object) -> bool:
+    """Embedding models, rewarders and classifiers have the same layers, but no head over the vocabulary."""
+    return str(architecture).endswith(("ForCausalLM", "LMHeadModel"))

@@ -7,11 +7,14 @@ The header is read here rather than by `gguf.GGUFReader`, which makes an array o
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
-from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.config import ModelConfig, nearest
+from hopskip.checkpoint.gguf_names import part_of
+from hopskip.checkpoint.kinds import refuse_pointer
 from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor, dequantize
 from hopskip.errors import CheckpointError
 
@@ -45,6 +48,10 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+_LONGEST_HEADER, _LONGEST_ARRAY = 1 << 28, 1 << 22  # far above any vocabulary
+_MOST_DIVISORS = 1 << 16
+_PIECE = re.compile(r"\.gguf[-.](split-\w+|part\w+)$", re.IGNORECASE)
+"""How files were named that had been cut into pieces of bytes, before there were split ones."""
 _VERSIONS = (2, 3)  # version 1 counted in 32 bits; no file in use has it
 
 
@@ -56,16 +63,22 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
+        refuse_pointer(path)
         self.path = path
         self.metadata: dict[str, Value] = {}
         self.tensors: dict[str, StoredTensor] = {}
         """By GGUF name."""
+        self.header_size = 0
+        self.parts: dict[Path, int] = {}
+        """The files that hold the tensors, and the size of each one's header in bytes."""
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self._parse(_Reader(data))
         except (OSError, ValueError, struct.error, OverflowError, RecursionError) as error:
             # mmap: empty or unreadable file; struct and the reader: a count or length that points past the end
-            raise CheckpointError(f"{path} cannot be read as GGUF ({error}); copy or download it again") from None
+            remedy = "join the pieces first: cat" if _PIECE.search(path.name) else "copy or download it again"
+            raise CheckpointError(f"{path} cannot be read as GGUF ({error}); {remedy}") from None
+        self.parts[path] = self.header_size
 
     def _parse(self, reader: _Reader) -> None:
         if reader.take(4) != b"GGUF":
@@ -73,18 +86,24 @@ class GGUFFile:
         version, num_tensors, num_metadata = reader.unpack("<IQQ")
         if version not in _VERSIONS:
             raise ValueError(f"GGUF version {version} or big-endian; hopskip reads little-endian versions 2 and 3")
-        for _ in range(num_metadata):
+        for _ in range(reader.checked_count(num_metadata, 13)):
             key = reader.string()
+            if key in self.metadata:
+                raise ValueError(f"metadata {key!r} is there twice")
             self.metadata[key] = reader.value(reader.unpack("<I")[0])
         entries = [reader.tensor_entry() for _ in range(reader.checked_count(num_tensors, 24))]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
-        self.header_size = -(-reader.position // alignment) * alignment
+        self.header_size = end = -(-reader.position // alignment) * alignment
         for name, shape, type_id, offset in entries:
-            self._add_tensor(name, shape, type_id, self.header_size + offset, reader.size)
+            if self.header_size + offset != end:
+                # as in llama.cpp: an offset that was changed cannot go unnoticed
+                raise ValueError(f"tensor {name!r} begins at byte {self.header_size + offset} instead of {end}")
+            tensor = self._add_tensor(name, shape, type_id, end, reader.file_size)
+            end += -(-tensor.num_bytes // alignment) * alignment
 
-    def _add_tensor(self, name: str, shape: tuple[int, ...], type_id: int, offset: int, file_size: int) -> None:
+    def _add_tensor(self, name: str, shape: tuple[int, ...], type_id: int, offset: int, file_size: int) -> StoredTensor:
         block = BLOCK_TYPES.get(type_id)
         if block is None:
             raise CheckpointError(
@@ -99,6 +118,7 @@ class GGUFFile:
         if offset + tensor.num_bytes > file_size:
             raise ValueError(f"tensor {name!r} ends at byte {offset + tensor.num_bytes}, the file at {file_size}")
         self.tensors[name] = tensor
+        return tensor
 
     @property
     def architecture(self) -> str:
@@ -114,14 +134,13 @@ class GGUFFile:
         Raises:
             CheckpointError: an architecture or variant that is not supported, or a key is missing.
         """
+        kind = self.metadata.get("general.type", "model")
+        if kind != "model" or self.architecture == "clip":
+            raise CheckpointError(f"{self.path} is no model but something beside one ({kind}); give the model's file")
         if self.architecture not in ARCHITECTURES:
             raise CheckpointError(
                 f"{self.path}: architecture {self.architecture!r} is not supported; "
-                f"hopskip runs GGUF files of: {', '.join(ARCHITECTURES)}"
-            )
-        if self.metadata.get("split.count", 1) not in (0, 1):
-            raise CheckpointError(
-                f"{self.path} is one part of {self.metadata['split.count']}; join them first: llama-gguf-split --merge"
+                f"hopskip runs GGUF files of: {', '.join(ARCHITECTURES)}{nearest(self.architecture)}"
             )
         if self.get("expert_count", 0):
             raise CheckpointError(f"{self.path} is a mixture of experts, which hopskip does not run; use a dense model")
@@ -129,7 +148,7 @@ class GGUFFile:
             return ModelConfig.from_hf(self._hf_config())
         except KeyError as error:
             raise CheckpointError(f"{self.path} lacks the metadata or tensor {error.args[0]!r}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{self.path} has metadata of the wrong type ({error}); download it again") from None
 
     def _hf_config(self) -> dict[str, Any]:
@@ -176,8 +195,48 @@ class GGUFFile:
             parameters |= {"rope_type": "linear", "factor": old_factor}
         if ROPE_FACTORS in self.tensors:
             divisors = self.tensors[ROPE_FACTORS]
+            if divisors.num_values > _MOST_DIVISORS:
+                raise ValueError(f"{ROPE_FACTORS} has {divisors.num_values} values")
             parameters["frequency_divisors"] = dequantize(divisors.blocks(), divisors.type).flatten().tolist()
         return parameters
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """A GGUF file; any part of a split one stands for all of them. Metadata comes from part one, tensors from all.
+
+    Raises:
+        CheckpointError: as `GGUFFile`; or a part is missing, or not of this model.
+    """
+    file = GGUFFile(path)
+    count = file.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return file
+    part = part_of(path.name)
+    if part is None or part.count != count:
+        raise CheckpointError(
+            f"{path} is one part of {count}, but its name does not say where the others are; name the parts "
+            f"NAME-00001-of-{count:05}.gguf and so on, or join them: llama-gguf-split --merge"
+            if isinstance(count, int)
+            else f"{path}: split.count is {count!r}, not a number; download it again"
+        )
+    paths = [path.with_name(name) for name in part.names()]
+    if missing := [other.name for other in paths if not other.is_file()]:
+        raise CheckpointError(f"{path} is one part of {count}; beside it there is no {missing[0]}: download all parts")
+    first = GGUFFile(paths[0])
+    for index, other in enumerate(first if other == paths[0] else GGUFFile(other) for other in paths):
+        own = [other.metadata.get(f"split.{key}") for key in ("no", "count", "tensors.count")]
+        if own != [index, count, first.metadata.get("split.tensors.count")]:
+            raise CheckpointError(f"{other.path} is not part {index + 1} of {paths[0].name}; download all parts again")
+        if other is not first and (twice := first.tensors.keys() & other.tensors.keys()):
+            raise CheckpointError(f"{other.path} repeats the tensor {min(twice)} of another part; download it again")
+        first.tensors |= other.tensors
+        first.parts |= other.parts
+    if len(first.tensors) != first.metadata.get("split.tensors.count"):
+        raise CheckpointError(
+            f"{path}: the parts have {len(first.tensors)} tensors of {first.metadata.get('split.tensors.count')}; "
+            "download all parts again"
+        )
+    return first
 
 
 class _Reader:
@@ -185,7 +244,8 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.size = len(data)
+        self.file_size = len(data)
+        self.size = min(len(data), _LONGEST_HEADER)
         self.position = 0
 
     def take(self, count: int) -> bytes:
@@ -194,8 +254,10 @@ class _Reader:
         return self.data[start : self.position]
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
+        size = struct.calcsize(layout)
+        self.checked_count(1, size)
         values = struct.unpack_from(layout, self.data, self.position)
-        self.position += struct.calcsize(layout)
+        self.position += size
         return values
 
     def checked_count(self, count: int, item_bytes: int) -> int:
@@ -220,6 +282,8 @@ class _Reader:
         return value
 
     def array(self, item_type: int, count: int) -> list[Any]:
+        if count > _LONGEST_ARRAY:
+            raise ValueError(f"an array of {count} items at byte {self.position}")
         if item_type in _SCALARS:
             code = _SCALARS[item_type][1]
             self.checked_count(count, struct.calcsize("<" + code))

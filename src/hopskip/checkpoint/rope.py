@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,17 @@ from torch import Tensor
 
 from hopskip.errors import CheckpointError
 
+_POSITIVE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+_OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")
+
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def is_number(value: object) -> bool:
+    """An int or a float, but neither NaN nor infinite, nor too large for a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +47,20 @@ class RopeConfig:
     """GGUF files give the llama3 scaling so: one divisor for each of the head_dim / 2 frequencies."""
 
     def __post_init__(self) -> None:
-        for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        for name in _POSITIVE:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or value <= 0:
+            if not is_number(value) or value <= 0:
                 raise CheckpointError(f"{name} is {value!r} in the model's RoPE settings; it must be a positive number")
+        for name in _OPTIONAL:
+            value = getattr(self, name)
+            if value is not None and not is_number(value):
+                raise CheckpointError(f"{name} is {value!r} in the model's RoPE settings; it must be a number")
+        original = self.original_max_position_embeddings
+        if not is_number(original) or original < 0:
+            raise CheckpointError(
+                f"original_max_position_embeddings is {original!r} in the model's RoPE settings; it must be a number "
+                "of positions"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> RopeConfig:
@@ -70,6 +91,15 @@ class RopeConfig:
         if rope_type in ("linear", "llama3", "yarn") and "factor" not in known:
             raise CheckpointError(f"rope_type {rope_type!r} needs a 'factor' in the model's config, and has none")
         return cls(**{**known, "head_dim": head_dim, "rope_type": rope_type, "frequency_divisors": divisors})
+
+    def check_frequencies(self) -> None:
+        """Raises CheckpointError if the settings, each of them possible, give no rotation together."""
+        try:
+            is_finite = bool(self.inverse_frequencies().isfinite().all()) and math.isfinite(self.amplitude)
+        except (ValueError, ArithmeticError):
+            is_finite = False
+        if not is_finite:
+            raise CheckpointError(f"the model's RoPE settings cannot be computed ({self}); download the model again")
 
     def inverse_frequencies(self) -> Tensor:
         """Rotation per position of each pair of dimensions, radians, float32 [head_dim / 2]."""

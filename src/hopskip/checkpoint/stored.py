@@ -90,6 +90,10 @@ class StoredTensor:
         data = np.memmap(self.path, dtype=np.uint8, mode="c", offset=start, shape=(size,))
         return torch.from_numpy(data).view(rows, self.row_bytes)
 
+    def values(self, first: int = 0, count: int | None = None) -> Tensor:
+        """The values of `count` rows, [rows, values per row], as `dequantize` gives them."""
+        return dequantize(self.blocks(first, count), self.type)
+
     def copy_into(self, out: Tensor) -> None:
         """Write the values to `out`, of this shape and any precision and device; dequantized to float32, rounded once.
 
@@ -98,7 +102,7 @@ class StoredTensor:
         rows = out.view(self.num_rows, self.shape[-1])
         step = max(1, _CHUNK_VALUES // self.shape[-1])
         for first in range(0, self.num_rows, step):
-            rows[first : first + step] = dequantize(self.blocks(first, step), self.type)
+            rows[first : first + step] = self.values(first, step)
 
 
 def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:

@@ -143,10 +143,10 @@ def _prepare(
     prompts = [prompt for source in dict.fromkeys(what.prompts) for prompt in load_prompts(source, what.num_prompts)]
     encoded = [(prompt, prompt.encode(tokenizer)) for prompt in prompts]
     longest = max(len(ids) for _, ids in encoded) + what.max_new_tokens
-    if longest > checkpoint.config.max_position_embeddings:
+    if longest > checkpoint.config.context_length:
         raise PromptError(
             f"a prompt with its {what.max_new_tokens} new tokens has {longest} tokens; the model's context holds "
-            f"{checkpoint.config.max_position_embeddings}"
+            f"{checkpoint.config.context_length}"
         )
     contenders = lineup(
         checkpoint,

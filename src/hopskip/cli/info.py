@@ -83,6 +83,7 @@ class _Facts:
         return {
             "path": str(self.path),
             "config": asdict(config),
+            "context_length": config.context_length,
             "num_parameters": config.num_parameters,
             "stored_as": self.stored_as,
             "backend": self.backend,
@@ -204,7 +205,7 @@ def _print_facts(facts: _Facts) -> None:
     head = f"{costs.head_in_layers:.1f} layers" + (", tied to the embedding" if config.tie_word_embeddings else "")
     formats = ", ".join(f"{name} {_memory(num_bytes)}" for name, num_bytes in costs.bytes_by_format.items())
     isa = f" ({facts.isa})" if facts.isa else ""
-    context = config.max_position_embeddings
+    context = config.context_length
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -295,7 +296,7 @@ def _contexts(facts: _Facts) -> tuple[int, ...]:
     """For which measured costs are shown: a short one and a long one."""
     from hopskip.draft.costs import CONTEXT
 
-    longest = min(_LONG_CONTEXT, facts.config.max_position_embeddings)
+    longest = min(_LONG_CONTEXT, facts.config.context_length)
     return (CONTEXT, longest) if longest > CONTEXT else (CONTEXT,)
 
 

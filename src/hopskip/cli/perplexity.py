@@ -66,7 +66,7 @@ def perplexity(
 
     checkpoint = open_checkpoint(find_model(load.model))
     stops = places_to_read(checkpoint.config.num_hidden_layers, _numbers(what.exit_layers))
-    longest = checkpoint.config.max_position_embeddings
+    longest = checkpoint.config.context_length
     if what.context is not None and what.context > longest:
         raise ConfigError(f"context is {what.context}; the model's own is {longest}")
     others = [(file.name, _open_other(file, checkpoint)) for file in what.against]

@@ -90,7 +90,7 @@ class _Search:
         self._progress = progress
         self._started = time.perf_counter()
         self._depth = backend.config.num_hidden_layers
-        self._cache = backend.new_cache(_NUM_TEXTS, min(_LENGTH, backend.config.max_position_embeddings))
+        self._cache = backend.new_cache(_NUM_TEXTS, min(_LENGTH, backend.config.context_length))
         self._token_ids = self._write()
         everything = layer_skip((), self._depth)
         self._best = self._read(everything)

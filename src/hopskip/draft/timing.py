@@ -72,9 +72,7 @@ def _num_layers(exit: Exit) -> int:
 def _measure_context(backend: Backend, seconds: float) -> ContextCost:
     """What positions cost, from passes behind a few and behind many of them, which hold zeros."""
     config = backend.config
-    most = min(
-        _LONG_CONTEXT, config.max_position_embeddings - max(_CONTEXT_ROWS), config.sliding_window or _LONG_CONTEXT
-    )
+    most = min(_LONG_CONTEXT, config.context_length - max(_CONTEXT_ROWS), config.sliding_window or _LONG_CONTEXT)
     if most <= CONTEXT:
         return ContextCost()
     lane = _Lane(backend, None, most)

@@ -55,7 +55,7 @@ class Engine:
         prefix_caching: bool | None = None,
         rows_per_sequence: int | None = None,
     ) -> None:
-        context = backend.config.max_position_embeddings
+        context = backend.config.context_length
         if max_model_len is not None and not 1 < max_model_len <= context:
             raise ConfigError(f"max_model_len is {max_model_len}; the model's context allows 2 to {context}")
         if max_num_seqs < 1:

@@ -52,7 +52,7 @@ def run(recipe: Recipe) -> Path:
         resume = last_checkpoint(output)
     set_seed(arguments.seed)  # before anything random: fresh weights, LoRA's
     model, tokenizer = load_base(recipe.model)
-    context = model.config.max_position_embeddings
+    context = ModelConfig.from_hf(model.config.to_dict()).context_length
     train_rows = load_rows(recipe.data, tokenizer, context)
     eval_rows = load_rows(recipe.data, tokenizer, context, held_out=True) if recipe.data.has_eval else None
     if recipe.lora is not None:

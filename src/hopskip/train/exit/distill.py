@@ -81,7 +81,7 @@ class ExitTrainer(nn.Module):
             self.token_norm = nn.Parameter(torch.ones(size))
             self.feature_norm = nn.Parameter(torch.ones(size))
         head = checkpoint.tensor("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
-        cos, sin = config.rope.tables(config.max_position_embeddings)
+        cos, sin = config.rope.tables(config.context_length)
         for name, tensor in {
             "head": head[vocabulary].to(dtype),
             "norm": checkpoint.tensor("model.norm.weight", torch.float32).clone(),

@@ -1,0 +1,133 @@
+"""Weights of 8-bit floats with scales, as safetensors files hold them: dequantized when they are read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hopskip.checkpoint.quantization import Fp8Format, refuse_quantized_names
+from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize
+from hopskip.errors import CheckpointError
+
+_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+FP8_TYPES = {name: BlockType(name, 1, 1) for name in _DTYPES}
+"""Types of weights that have a scale beside them."""
+
+_EXPONENTS = ("F8_E8M0", "U8")
+_SIZES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E8M0": 1,
+}
+SMALL_TYPES = {name: BlockType(name, 1, size) for name, size in _SIZES.items()}
+"""Types that no weight has here; scales of powers of two are kept as their exponents."""
+
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+"""What follows a module's name: all of them multiply, also the one that is called an inverse."""
+_UNUSED = re.compile(
+    r".*\.(input_scale(_inv|_ub)?|activation_scale|output_scale|prob_output_scale|[qkv]_scale|kv_scale"
+    r"|(input|output|weight|[qkv])_zero_point)"
+)
+"""Scales of activations and of cached keys and values, which are kept in full precision here."""
+
+
+@dataclass(frozen=True)
+class ScaledTensor(StoredTensor):
+    """A matrix of 8-bit floats, each block of which has a scale. A value is the product of the two, in float32."""
+
+    scale: StoredTensor
+    """Rows and columns of scales."""
+    block: tuple[int, int]
+    """Rows and columns of values that share one; at the end of the matrix fewer may remain."""
+
+    def values(self, first: int = 0, count: int | None = None) -> Tensor:
+        """See `StoredTensor.values`. Needs little more memory than the result."""
+        codes = self.blocks(first, count).view(_DTYPES[self.type.name])
+        height, width = self.block
+        scale_rows = torch.arange(first, first + len(codes)) // height
+        first_scale = first // height
+        scales = _scale_values(self.scale, first_scale, int(scale_rows[-1]) - first_scale + 1)
+        per_row = scales[scale_rows - first_scale]
+        per_value = per_row if per_row.shape[1] == 1 else per_row.repeat_interleave(width, dim=1)[:, : self.shape[-1]]
+        return codes.float() * per_value
+
+
+def with_scales(tensors: dict[str, StoredTensor], fp8: Fp8Format | None, place: Path) -> dict[str, StoredTensor]:
+    """The weights of a checkpoint: each 8-bit one joined with its scale, and what is of no use here left out.
+
+    Raises:
+        CheckpointError: a scale is missing or does not fit, or a tensor is of a type that no weight has.
+    """
+    weights: dict[str, StoredTensor] = {}
+    used = set()
+    for name, tensor in tensors.items():
+        if tensor.type.name not in FP8_TYPES:
+            continue
+        module = name.removesuffix(".weight")
+        found = next((scale for end in _SCALES if (scale := f"{module}.{end}") in tensors), None)
+        if fp8 is None or found is None or len(tensor.shape) != 2:
+            raise CheckpointError(
+                f"{place}: tensor {name!r} has dtype {tensor.type.name!r}, but "
+                f"{'the config says nothing of FP8' if fp8 is None else 'there is no scale for it'}; "
+                "download the model again"
+            )
+        weights[name] = _join(name, tensor, tensors[found], fp8.block, place)
+        used.add(found)
+    for name, tensor in tensors.items():
+        if name in weights or name in used or (fp8 is not None and _is_unused(name, tensor, place)):
+            continue
+        if tensor.type.dtype is None:
+            refuse_quantized_names(tensors, place)
+            raise CheckpointError(
+                f"{place}: tensor {name!r} has dtype {tensor.type.name!r}; hopskip reads F32, F16, BF16, and "
+                f"{', '.join(FP8_TYPES)} with scales"
+            )
+        weights[name] = tensor
+    return weights
+
+
+def _join(
+    name: str, weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None, place: Path
+) -> ScaledTensor:
+    """A weight with its scale: one for all, one for each row, or one for each block."""
+    rows, columns = weight.shape
+    grid = scale.shape if len(scale.shape) == 2 else (scale.num_values, 1)
+    if block is not None and grid == (-(-rows // block[0]), -(-columns // block[1])):
+        size = block
+    elif rows % grid[0] == 0 and columns % grid[1] == 0:
+        size = rows // grid[0], columns // grid[1]
+    else:
+        raise CheckpointError(
+            f"{place}: the scales of {name!r} have shape {list(scale.shape)}, which does not fit its "
+            f"{list(weight.shape)}; download the model again"
+        )
+    if scale.type.dtype is None and scale.type.name not in _EXPONENTS:
+        raise CheckpointError(f"{place}: the scales of {name!r} have dtype {scale.type.name!r}; hopskip reads floats")
+    return ScaledTensor(weight.path, weight.offset, weight.type, weight.shape, replace(scale, shape=grid), size)
+
+
+def _scale_values(scale: StoredTensor, first: int, count: int) -> Tensor:
+    """Scales, float32 [count, columns]."""
+    if scale.type.name in _EXPONENTS:  # a byte says the power of two
+        return torch.exp2(scale.blocks(first, count).float() - 127.0)
+    return dequantize(scale.blocks(first, count), scale.type).float()
+
+
+def _is_unused(name: str, tensor: StoredTensor, place: Path) -> bool:
+    if not _UNUSED.fullmatch(name):
+        return False
+    if name.endswith(".weight_zero_point") and bool((tensor.blocks() & 0x7F).any()):
+        raise CheckpointError(f"{place}: {name!r} is not zero, which hopskip does not read; use the original model")
+    return True
