@@ -151,7 +151,8 @@ def test_only_complete_snapshots_are_used(
 
 CACHED = (
     "config.json", "M-IQ4_XS.gguf", "M-Q4_K_S.gguf", "M-Q8_0.gguf", "M-UD-Q5_K_XL.gguf", "imatrix.gguf",
-    "mmproj-F16.gguf", "BF16/M-BF16-00001-of-00002.gguf", "BF16/M-BF16-00002-of-00002.gguf", "M-Q6_K-00001-of-00002.gguf",
+    "mmproj-F16.gguf", "BF16/M-BF16-00001-of-00002.gguf", "BF16/M-BF16-00002-of-00002.gguf",
+    "M-Q6_K-00001-of-00002.gguf",
 )  # fmt: skip
 """A cached repository of GGUF files, with one part of the Q6_K missing."""
 

@@ -71,9 +71,9 @@ def with_scales(tensors: dict[str, StoredTensor], fp8: Fp8Format | None, place: 
         CheckpointError: a scale is missing or does not fit, or a tensor is of a type that no weight has.
     """
     weights: dict[str, StoredTensor] = {}
-    used = set()
+    used = {name for name, tensor in tensors.items() if fp8 is not None and _is_unused(name, tensor, place)}
     for name, tensor in tensors.items():
-        if tensor.type.name not in FP8_TYPES:
+        if name in used or tensor.type.name not in FP8_TYPES:
             continue
         module = name.removesuffix(".weight")
         found = next((scale for end in _SCALES if (scale := f"{module}.{end}") in tensors), None)
@@ -86,7 +86,7 @@ def with_scales(tensors: dict[str, StoredTensor], fp8: Fp8Format | None, place: 
         weights[name] = _join(name, tensor, tensors[found], fp8.block, place)
         used.add(found)
     for name, tensor in tensors.items():
-        if name in weights or name in used or (fp8 is not None and _is_unused(name, tensor, place)):
+        if name in weights or name in used:
             continue
         if tensor.type.dtype is None:
             refuse_quantized_names(tensors, place)
@@ -102,13 +102,9 @@ def _join(
     name: str, weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None, place: Path
 ) -> ScaledTensor:
     """A weight with its scale: one for all, one for each row, or one for each block."""
-    rows, columns = weight.shape
-    grid = scale.shape if len(scale.shape) == 2 else (scale.num_values, 1)
-    if block is not None and grid == (-(-rows // block[0]), -(-columns // block[1])):
-        size = block
-    elif rows % grid[0] == 0 and columns % grid[1] == 0:
-        size = rows // grid[0], columns // grid[1]
-    else:
+    grid = (scale.num_values, 1) if len(scale.shape) == 1 else scale.shape
+    size = _block_size(weight.shape, grid, block)
+    if size is None:
         raise CheckpointError(
             f"{place}: the scales of {name!r} have shape {list(scale.shape)}, which does not fit its "
             f"{list(weight.shape)}; download the model again"
@@ -116,6 +112,17 @@ def _join(
     if scale.type.dtype is None and scale.type.name not in _EXPONENTS:
         raise CheckpointError(f"{place}: the scales of {name!r} have dtype {scale.type.name!r}; hopskip reads floats")
     return ScaledTensor(weight.path, weight.offset, weight.type, weight.shape, replace(scale, shape=grid), size)
+
+
+def _block_size(shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows and columns of values to each scale of a grid: what the config says if it fits, else equal shares."""
+    if len(grid) != 2:
+        return None
+    if block is not None and grid == (-(-shape[0] // block[0]), -(-shape[1] // block[1])):
+        return block
+    if shape[0] % grid[0] or shape[1] % grid[1]:
+        return None
+    return shape[0] // grid[0], shape[1] // grid[1]
 
 
 def _scale_values(scale: StoredTensor, first: int, count: int) -> Tensor:

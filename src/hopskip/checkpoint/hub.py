@@ -122,18 +122,25 @@ def _download(name: HubName) -> Path:
     """What is needed of a repository, and no more. Whatever can be refused is refused before the weights are loaded."""
     from huggingface_hub import model_info, snapshot_download
 
-    def load(**which: list[str]) -> Path:
-        return Path(_ask(name, lambda: snapshot_download(name.repo_id, revision=name.revision, **which)))
+    def load(wanted: list[str], unwanted: list[str] | None = None) -> Path:
+        return Path(
+            _ask(
+                name,
+                lambda: snapshot_download(
+                    name.repo_id, revision=name.revision, allow_patterns=wanted, ignore_patterns=unwanted
+                ),
+            )
+        )
 
     info = _ask(name, lambda: model_info(name.repo_id, revision=name.revision))
     files = [file.rfilename for file in info.siblings or ()]
     if name.file is None and name.tag is None and has_weights(files):
         if reason := kinds.obstacle(files, has_weights=True):
             raise CheckpointError(f"model {str(name)!r} {reason}")
-        read_config(load(allow_patterns=_SETTINGS))
-        return load(allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        read_config(load(_SETTINGS))
+        return load(_WANTED, _UNWANTED)
     parts = _gguf_files(name, files)
-    return load(allow_patterns=[glob.escape(part) for part in parts]) / PurePosixPath(parts[0])
+    return load([glob.escape(part) for part in parts]) / PurePosixPath(parts[0])
 
 
 def _gguf_files(name: HubName, files: list[str]) -> list[str]:

@@ -24,6 +24,9 @@ _NAMES = {
     "quanto": "Quanto",
     "vptq": "VPTQ",
     "bitnet": "BitNet",
+    "modelopt": "ModelOpt",
+    "quark": "Quark",
+    "mlx": "MLX",
     "mxfp4": "MXFP4",
     "nvfp4": "NVFP4",
 }
@@ -69,14 +72,7 @@ def fp8_format(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = N
     if not isinstance(settings, Mapping):
         raise CheckpointError(f"quantization_config is {settings!r} in the model's config; it must be an object")
     method = str(settings.get("quant_method") or _unnamed(settings)).lower().replace("_tensors", "-tensors")
-    kind = {
-        "fp8": lambda: None,
-        "mxfp8": lambda: None,
-        "fbgemm_fp8": lambda: None,
-        "compressed-tensors": lambda: _other_than_fp8(settings),
-        "modelopt": lambda: _unless(str(settings.get("quant_algo", "")), r"FP8.*|MXFP8"),
-        "quark": lambda: _unless(_dtype_in_quark(settings), r"fp8_e4m3|fp8_e5m2"),
-    }.get(method, lambda: "")()
+    kind = _other_than_fp8(method, settings)
     if kind is None:
         return Fp8Format((1, 32) if method == "mxfp8" else _block(settings))
     name = _NAMES.get(method.split("_")[0], method) + (f" ({kind})" if kind else "")
@@ -117,7 +113,20 @@ def _weight_groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [weights for group in groups if (weights := _object(_object(group).get("weights")))]
 
 
-def _other_than_fp8(settings: Mapping[str, Any]) -> str | None:
+def _other_than_fp8(method: str, settings: Mapping[str, Any]) -> str | None:
+    """What a method makes of weights that is not FP8, as far as there is a name for it; None if it is FP8."""
+    if method in ("fp8", "mxfp8", "fbgemm_fp8"):
+        return None
+    if method == "compressed-tensors":
+        return _compressed_otherwise(settings)
+    if method == "modelopt":
+        return _unless(str(settings.get("quant_algo", "")), r"FP8.*|MXFP8")
+    if method == "quark":
+        return _unless(_dtype_in_quark(settings), r"fp8_e4m3|fp8_e5m2")
+    return ""
+
+
+def _compressed_otherwise(settings: Mapping[str, Any]) -> str | None:
     """The first kind of weights in compressed-tensors that is not float of 8 bits."""
     sparsity = str(_object(settings.get("sparsity_config")).get("format", "dense"))
     if sparsity != "dense":

@@ -64,6 +64,8 @@ def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     if checkpoint.path.is_dir():
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         config.tie_word_embeddings = checkpoint.config.tie_word_embeddings
+        if hasattr(config, "quantization_config"):  # the weights are dequantized here
+            del config.quantization_config
     else:
         config = AutoConfig.for_model(**hf_config(checkpoint.config))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
