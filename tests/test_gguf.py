@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hopskip.backends.torch.weights import load_weights
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
 from hopskip.checkpoint.gguf import GGUFFile, hf_name
+from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.stored import BLOCK_TYPES, dequantize, unpermute_rows
 from hopskip.errors import CheckpointError
 from hopskip.text.tokenizer_files import load_tokenizer
@@ -90,19 +94,21 @@ def test_query_rows_are_really_stored_in_another_order(model: PreTrainedModel, t
 
 
 @pytest.mark.parametrize(
-    ("scaling", "metadata"),
+    ("scaling", "metadata", "context"),
     [
         (
             {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
             {"type": "yarn", "factor": 8.0, "original_context_length": 64},
+            512,
         ),
-        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
-        ({"rope_type": "linear", "factor": 4.0}, {"scale_linear": 4.0}),
-        ({"rope_type": "default"}, {"type": "none"}),
+        ({"rope_type": "yarn", "factor": 2.0}, {"type": "yarn", "factor": 2.0}, 2048),
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}, 4096),
+        ({"rope_type": "linear", "factor": 4.0}, {"scale_linear": 4.0}, 4096),
+        ({"rope_type": "default"}, {"type": "none"}, 1024),
     ],
-    ids=["yarn", "linear", "linear-as-once", "none"],
+    ids=["yarn", "yarn-of-context-length", "linear", "linear-as-once", "none"],
 )
-def test_rope_scaling_keys(scaling: dict[str, Any], metadata: dict[str, Any], tmp_path: Path) -> None:
+def test_rope_scaling_keys(scaling: dict[str, Any], metadata: dict[str, Any], context: int, tmp_path: Path) -> None:
     shape = make_model("llama2-mha").config.to_dict()
     model = LlamaForCausalLM(LlamaConfig(**{**shape, "rope_parameters": {"rope_theta": 10_000.0, **scaling}})).eval()
     keys = {f"llama.rope.{'' if k == 'scale_linear' else 'scaling.'}{k}": value for k, value in metadata.items()}
@@ -110,7 +116,9 @@ def test_rope_scaling_keys(scaling: dict[str, Any], metadata: dict[str, Any], tm
     ids = torch.randint(VOCAB_SIZE, (200,), generator=torch.Generator().manual_seed(1))
     logits = logits_in_chunks(load(tmp_path / "m.gguf"), ids, [200])
     torch.testing.assert_close(logits, reference_logits(model, ids), rtol=0, atol=1e-4)
-    assert open_checkpoint(tmp_path / "m.gguf").config.rope.rope_type == scaling["rope_type"]
+    config = open_checkpoint(tmp_path / "m.gguf").config
+    assert config.rope.rope_type == scaling["rope_type"]
+    assert (config.context_length, config.max_position_embeddings) == (context, 1024)
 
 
 def test_llama3_scaling_comes_as_a_tensor(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -204,9 +212,14 @@ def test_unknown_type_lists_those_that_are_read(model: PreTrainedModel, tmp_path
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"general.architecture": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3"),
+        ({"general.architecture": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3; for a model of about its size"),
+        ({"general.architecture": "qwen3moe"}, "'qwen3moe'.*nearest to it is qwen3, such as Qwen/Qwen3-4B"),
+        ({"general.architecture": "clip"}, "something beside one"),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"split.count": 3}, "one part of 3.*gguf-split"),
+        ({"split.count": 3}, "one part of 3.*name the parts NAME-00001-of-00003.gguf.*gguf-split"),
+        ({"split.count": "3"}, "split.count is '3', not a number"),
+        ({"general.type": "adapter"}, r"something beside one \(adapter\)"),
+        ({"general.type": "imatrix"}, r"something beside one \(imatrix\)"),
         ({"llama.rope.dimension_count": 8}, "rotates 8 of 16"),
         ({"llama.block_count": None}, r"lacks .*'llama\.block_count'"),
         ({"llama.block_count": 2}, r"unexpected: model\.layers\.2\."),
@@ -249,6 +262,162 @@ def test_unexpected_tensors_are_named_as_in_the_file(model: PreTrainedModel, tmp
 def test_not_gguf(content: bytes, named: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def write_parts(folder: Path, model: PreTrainedModel, count: int, *, metadata_only_first: bool = False) -> list[Path]:
+    """A model in several files, as llama-gguf-split writes them: metadata in the first, tensors one after the other."""
+    write_gguf(folder / "whole.gguf", model, tokenizer=byte_level_tokenizer())
+    reader = gguf.GGUFReader(folder / "whole.gguf")
+    shares: list[list[gguf.ReaderTensor]] = [[] for _ in range(count)]
+    for index, tensor in enumerate(reader.tensors):
+        first = 1 if metadata_only_first else 0
+        shares[first + index * (count - first) // len(reader.tensors)].append(tensor)
+    paths = [folder / f"m-F32-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    for number, (path, share) in enumerate(zip(paths, shares, strict=True)):
+        writer = gguf.GGUFWriter(path, "llama")
+        if number == 0:
+            for field in reader.fields.values():
+                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                    kind, sub = field.types[0], field.types[-1] if len(field.types) > 1 else None
+                    writer.add_key_value(field.name, field.contents(), kind, sub_type=sub)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in share:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+@pytest.mark.parametrize("metadata_only_first", [False, True])
+def test_a_split_model_is_one(metadata_only_first: bool, model: PreTrainedModel, tmp_path: Path) -> None:
+    """Whichever part is named: the tensors of all, and the tokenizer of the first, where the path then leads."""
+    paths = write_parts(tmp_path, model, 3, metadata_only_first=metadata_only_first)
+    whole = open_checkpoint(tmp_path / "whole.gguf")
+    prints = set()
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.path == paths[0]
+        assert checkpoint.config == whole.config
+        assert {checkpoint.stored(name).path for name in checkpoint.names()} == set(paths[metadata_only_first:])
+        for name, parameter in model.named_parameters():
+            assert torch.equal(checkpoint.tensor(name), parameter), name
+        prints.add(checkpoint.fingerprint)
+    assert len(prints) == 1
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+    assert tokenizer.encode("hello") == load_tokenizer(whole.path, whole.config).encode("hello")
+    # each part counts, by what it holds
+    last = bytearray(paths[2].read_bytes())
+    last[GGUFFile(paths[2]).header_size] ^= 1
+    paths[2].write_bytes(last)
+    assert open_checkpoint(paths[0]).fingerprint not in prints
+
+
+def set_split(path: Path, key: str, value: int) -> None:
+    """Change a `split.*` value in place."""
+    reader = gguf.GGUFReader(path, "r+")
+    field = reader.get_field(key)
+    assert field is not None
+    field.parts[field.data[0]][0] = value
+    reader.data.flush()
+
+
+def test_parts_that_do_not_belong_together(model: PreTrainedModel, tmp_path: Path) -> None:
+    def broken(named: str, change: Callable[[list[Path]], object]) -> None:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        paths = write_parts(folder, model, 3)
+        change(paths)
+        for path in (path for path in paths if path.exists()):
+            with pytest.raises(CheckpointError, match=named) as caught:
+                open_checkpoint(path)
+            assert "\n" not in str(caught.value)
+
+    broken(r"one part of 3; beside it there is no m-F32-00002-of-00003\.gguf: download all", lambda p: p[1].unlink())
+    broken(r"beside it there is no m-F32-00001-of-00003", lambda p: p[0].unlink())
+    broken(r"00002-of-00003\.gguf is not part 2 of m-F32-00001", lambda p: shutil.copy(p[2], p[1]))
+    broken(r"is not part 3 of", lambda p: set_split(p[2], "split.no", 1))
+    broken(r"is not part 2 of", lambda p: set_split(p[1], "split.tensors.count", 7))
+    broken(r"one part of \d, but its name|is not part 3 of", lambda p: set_split(p[2], "split.count", 4))
+    broken(
+        r"the parts have 29 tensors of 28",
+        lambda p: [set_split(path, "split.tensors.count", 28) for path in p],
+    )
+    broken(r"cannot be read as GGUF", lambda p: p[1].write_bytes(p[1].read_bytes()[:-2000]))
+    broken(r"00003-of-00003\.gguf is a Git LFS pointer", lambda p: p[2].write_bytes(POINTER))
+
+
+def test_a_part_that_repeats_tensors(model: PreTrainedModel, tmp_path: Path) -> None:
+    paths = write_parts(tmp_path, model, 2)
+    (tmp_path / "whole.gguf").unlink()
+    writer = gguf.GGUFWriter(paths[1], "llama")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 2)
+    writer.add_int32("split.tensors.count", 29)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"repeats the tensor blk\.0\.attn_norm\.weight of another part"):
+        open_checkpoint(paths[0])
+
+
+def test_a_file_named_as_a_part_that_is_whole(model: PreTrainedModel, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m-00001-of-00003.gguf", model)
+    assert open_checkpoint(tmp_path / "m-00001-of-00003.gguf").path.name == "m-00001-of-00003.gguf"
+
+
+def test_a_gguf_file_is_known_by_its_first_letters(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Ollama keeps models as blobs, whose names are hashes."""
+    blob = tmp_path / "blobs" / ("sha256-" + "0123456789abcdef" * 4)
+    blob.parent.mkdir()
+    write_gguf(blob, model, tokenizer=byte_level_tokenizer())
+    checkpoint = open_checkpoint(find_model(str(blob)))
+    assert checkpoint.path == blob
+    assert load_tokenizer(checkpoint.path, checkpoint.config).encode("hello")
+    write_gguf(tmp_path / "m.bin", model)
+    assert open_checkpoint(tmp_path / "m.bin").names() == checkpoint.names()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("m.gguf", POINTER, "m.gguf is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"),
+        ("sha256-0a", POINTER, "is a Git LFS pointer"),
+        ("pytorch_model.bin", b"PK\x03\x04" + bytes(60), "holds pickled weights.*safetensors or GGUF version"),
+        ("m.pt", b"\x80\x02}q", "holds pickled weights"),
+        ("m.bin", b"<!DOCTYPE html>", "is a web page.*/resolve/"),
+        ("m.bin", b"FUGG" + bytes(20), "is a big-endian GGUF file"),
+        ("ggml-model.bin", b"tjgg" + bytes(20), "is of the old GGML format"),
+        ("model.safetensors", (900).to_bytes(8, "little") + b'{"a"', "one file of a checkpoint; give its folder"),
+        ("config.json", b"{}", "one file of a checkpoint; give its folder"),
+        ("m.bin", b"x", "neither a folder with safetensors files nor a GGUF file"),
+        ("m.bin", b"", "neither a folder"),
+        ("m.gguf-split-a", b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "join the pieces first: cat"),
+        ("m.gguf.part1of2", b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "join the pieces first: cat"),
+    ],
+)
+def test_files_that_are_none(name: str, content: bytes, named: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        open_checkpoint(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_begins_elsewhere(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Offsets follow from the sizes, as in llama.cpp: one that was changed would give other weights."""
+    write_gguf(tmp_path / "m.gguf", model)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf", "r+")
+    reader.tensors[3].field.parts[-1][0] += 32
+    reader.data.flush()
+    with pytest.raises(CheckpointError, match=r"begins at byte \d+ instead of \d+"):
         open_checkpoint(tmp_path / "m.gguf")
 
 

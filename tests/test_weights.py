@@ -132,7 +132,14 @@ def test_absurd_layer_count(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"model_type": "gpt_oss"}, "'gpt_oss'.*llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt_oss"}, "'gpt_oss'.*llama, mistral, qwen2, qwen3; for a model of about its size.*Qwen3-4B"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe'.*; nearest to it is qwen3, such as Qwen/Qwen3-4B"),
+        ({"model_type": "qwen2_vl"}, "nearest to it is qwen2"),
+        ({"model_type": "mixtral"}, "nearest to it is mistral"),
+        ({"model_type": "llama4"}, "nearest to it is llama"),
+        ({"model_type": ["llama"]}, "model_type \\['llama'\\] is not supported"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures=.*a causal language model"),
+        ({"architectures": ["Qwen3Model"]}, "architectures="),
         ({"hidden_size": "big"}, "hidden_size"),
         ({"hidden_size": None, "head_dim": None}, "hidden_size"),
         ({"rope_parameters": 3}, "wrong type"),
@@ -140,6 +147,22 @@ def test_absurd_layer_count(folder: Path) -> None:
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"eos_token_id": ["x"]}, "eos_token_id"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"hidden_size": "64"}, "hidden_size|wrong type"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"vocab_size": float("nan")}, "vocab_size is nan"),
+        ({"head_dim": 10**13}, "head_dim is 10000000000000"),
+        ({"head_dim": 33}, "head_dim is 33"),
+        ({"max_position_embeddings": 10**12}, "a context of 1000000000000 positions"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"sliding_window": "all", "use_sliding_window": True, "model_type": "mistral"}, "sliding_window is 'all'"),
+        ({"sliding_window": -1, "use_sliding_window": True, "model_type": "mistral"}, "sliding_window is -1"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"eos_token_id": 2.5}, "wrong type|eos_token_id"),
+        ({"hopskip": "yes"}, "wrong type"),
+        ({"rope_parameters": "abc"}, "wrong type"),
         ({"attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "gelu"),
@@ -181,6 +204,66 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="neither a folder"):
         open_checkpoint(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model"])
+def test_files_that_git_lfs_did_not_fetch(name: str, folder: Path) -> None:
+    """A clone without `git lfs` leaves a few lines of text in place of each large file."""
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n")
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer.*run `git lfs pull` in its folder"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["model_index.json", "unet/diffusion.safetensors"], "is a diffusers pipeline, which makes no text"),
+        (["modules.json", "config.json", "model.safetensors"], "is an embedding model of sentence-transformers"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is an adapter; merge it into its base"),
+        (["config.json", "pytorch_model-00001-of-00002.bin"], "has only pickled weights.*safetensors version"),
+        (["params.json", "consolidated.00.pth"], "has only pickled weights"),
+        (["params.json", "consolidated.safetensors"], "its maker's own layout.*version for transformers"),
+        (["config.json", "weights.npz"], "for MLX only"),
+        (["config.json", "onnx/model.onnx"], "for ONNX only"),
+        (["config.json", "openvino_model.xml"], "for OpenVINO only"),
+        (["config.json", "tf_model.h5"], "for TensorFlow or Flax only"),
+        (["config.json", "flax_model.msgpack"], "for TensorFlow or Flax only"),
+        (["__0_0.distcp"], "training checkpoint in shards"),
+        (["model.nemo"], "for another program only"),
+    ],
+)
+def test_folders_of_other_kinds(files: list[str], named: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=named) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_beside_whole_weights_is_no_matter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert open_checkpoint(folder).names()
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, "llama2-mha", max_shard_size="100KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    checkpoint = open_checkpoint(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(checkpoint.tensor(name), parameter)
+    last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks the shards {last.name}"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a" * 300, "a\0b", "", 3, None, ["x"]])
+def test_an_index_that_leads_elsewhere(name: Any, folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="no usable 'weight_map'"):
+        open_checkpoint(folder)
 
 
 def test_pickled_weights_are_never_opened(folder: Path) -> None:
@@ -260,6 +343,14 @@ def test_damaged_header(folder: Path, data: st.DataObject) -> None:
         {"dtype": "F32", "shape": [-64], "data_offsets": [0, 256]},
         {"dtype": "F32", "shape": 64, "data_offsets": [0, 256]},
         {"dtype": "F32", "shape": [64]},
+        {"dtype": "F32", "shape": ["64"], "data_offsets": [0, 256]},
+        {"dtype": "F32", "shape": [64.0], "data_offsets": [0, 256]},
+        {"dtype": "F32", "shape": [64], "data_offsets": [0, float("inf")]},
+        {"dtype": "F32", "shape": [64], "data_offsets": [True, 256]},
+        {"dtype": "F32", "shape": [64], "data_offsets": [0, 256, 512]},
+        {"dtype": "F32", "shape": [64], "data_offsets": [2**63, 2**63 + 256]},
+        {"dtype": "F32", "shape": [1] * 20 + [64], "data_offsets": [0, 256]},
+        {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]},  # nothing of the rest belongs to a tensor
         {"dtype": ["F32"], "shape": [64], "data_offsets": [0, 256]},
         "F32",
     ],
@@ -268,6 +359,26 @@ def test_impossible_header_entries(folder: Path, entry: Any) -> None:
     header = json.dumps({"model.norm.weight": entry}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(1024))
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("change", ["overlapping", "moved", "repeated"])
+def test_tensors_that_share_bytes(change: str, folder: Path) -> None:
+    """Tensors fill the file one after the other, or a changed entry would give other weights without a sign of it."""
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    names = [f"model.layers.{index}.input_layernorm.weight" for index in (0, 1)]
+    if change == "moved":
+        header[names[0]]["data_offsets"] = [offset + 4 for offset in header[names[0]]["data_offsets"]]
+    else:
+        header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+    text = json.dumps(header)
+    if change == "repeated":
+        text = text.replace(names[0], names[1])
+    file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + whole[8 + length :])
+    with pytest.raises(CheckpointError, match=r"truncated or corrupt \(tensor .* begins at byte \d+ instead of \d+"):
         open_checkpoint(folder)
 
 

@@ -103,9 +103,12 @@ class Checkpoint:
     def rows(self, name: str, first: int, count: int) -> NDArray[np.float32]:
         """Some rows of a matrix, float32 [count, columns], needing little memory besides."""
         stored, order = self._tensors[name], self.row_order(name)
-        blocks = stored.blocks(first, count) if order is None else stored.blocks()[order[first : first + count]]
-        values: NDArray[np.float32] = dequantize(blocks, stored.type).float().contiguous().numpy()
-        return values
+        if order is None:
+            values = stored.values(first, count)
+        else:
+            values = dequantize(stored.blocks()[order[first : first + count]], stored.type)
+        rows: NDArray[np.float32] = values.float().contiguous().numpy()
+        return rows
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
