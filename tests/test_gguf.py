@@ -6,6 +6,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,8 @@ def test_unknown_type_lists_those_that_are_read(model: PreTrainedModel, tmp_path
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"split.count": 3}, "one part of 3.*name the parts NAME-00001-of-00003.gguf.*gguf-split"),
         ({"split.count": "3"}, "split.count is '3', not a number"),
-        ({"general.type": "adapter"}, r"something beside one \(adapter\)"),
-        ({"general.type": "imatrix"}, r"something beside one \(imatrix\)"),
+        ({"general.type": "adapter"}, r"something beside one \('adapter'\)"),
+        ({"general.type": "imatrix"}, r"something beside one \('imatrix'\)"),
         ({"llama.rope.dimension_count": 8}, "rotates 8 of 16"),
         ({"llama.block_count": None}, r"lacks .*'llama\.block_count'"),
         ({"llama.block_count": 2}, r"unexpected: model\.layers\.2\."),
@@ -344,7 +345,7 @@ def test_parts_that_do_not_belong_together(model: PreTrainedModel, tmp_path: Pat
     broken(r"one part of \d, but its name|is not part 3 of", lambda p: set_split(p[2], "split.count", 4))
     broken(
         r"the parts have 29 tensors of 28",
-        lambda p: [set_split(path, "split.tensors.count", 28) for path in p],
+        lambda p: list(map(partial(set_split, key="split.tensors.count", value=28), p)),
     )
     broken(r"cannot be read as GGUF", lambda p: p[1].write_bytes(p[1].read_bytes()[:-2000]))
     broken(r"00003-of-00003\.gguf is a Git LFS pointer", lambda p: p[2].write_bytes(POINTER))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from benchmarks import formats
 from typer.testing import CliRunner
 
 from hopskip.cli import app
@@ -67,6 +68,16 @@ def test_scripts_exist(command: str) -> None:
 def test_benchmarks_exist(page: Path) -> None:
     for name in re.findall(r"python -m benchmarks\.(\w+)", page.read_text()):
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize("table", [formats.families, formats.files, formats.scalings])
+def test_what_is_read_is_listed(table: Callable[[], str]) -> None:
+    """`python -m benchmarks.formats` writes these tables; a page that has one in an older state fails too."""
+    text = table()
+    pages = [page.name for page in PAGES if text.splitlines()[0] in page.read_text()]
+    assert pages, f"no page has this table:\n{text}"
+    for name in pages:
+        assert any(text in page.read_text() for page in PAGES if page.name == name), f"{name} needs:\n{text}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -29,6 +29,12 @@ class TrainingError(HopskipError):
     """Training cannot go on: the loss is not a number, or a checkpoint cannot be written."""
 
 
+def shown(value: object) -> str:
+    """A value as part of a message of one line: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raises ConfigError unless a value is one of a Literal's, or None."""
     if value is not None and value not in get_args(choices):

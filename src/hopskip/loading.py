@@ -43,7 +43,7 @@ class LoadConfig:
 
     model: str | Path | None = option(
         None,
-        "A folder with a Hugging Face checkpoint, a GGUF file, or a Hub id (default: SmolLM2-135M-Instruct).",
+        "A Hugging Face folder, a GGUF file, or a Hub id, OWNER/REPO[:Q4_K_M] (default: SmolLM2-135M-Instruct).",
         "MODEL",
         short="-m",
     )

@@ -15,6 +15,7 @@ import torch
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.in_transformers import load_in_transformers
+from hopskip.checkpoint.kinds import starts_as_gguf
 from hopskip.engine.engine import make_engine
 from hopskip.loading import LoadConfig, OpenModel, open_model
 from hopskip.sampling_params import SamplingParams
@@ -211,7 +212,7 @@ class LlamaCpp(Contender):
             import llama_cpp
         except ImportError:
             raise AbsentError("llama-cpp-python is not installed") from None
-        if self.path.suffix.lower() != ".gguf":
+        if not (self.path.is_file() and starts_as_gguf(self.path)):
             raise AbsentError("llama.cpp reads GGUF files only; give one with --llama-cpp-model")
         draft_model = None
         if self.num_lookup_tokens is not None:

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopskip.checkpoint.rope import RopeConfig, is_number
-from hopskip.errors import CheckpointError
+from hopskip.errors import CheckpointError, shown
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` that run here. Llama 1 to 3.3, CodeLlama and SmolLM2 are all `llama`."""
+FAMILIES = {
+    "llama": "Llama 1 to 3.3, CodeLlama, SmolLM 1 and 2, the LayerSkip checkpoints",
+    "mistral": "Mistral, of which 0.1 has a sliding window",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3, the dense ones",
+}
+"""Models that run here, by `model_type`."""
+SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 
 _EXAMPLES = {
     "llama": "meta-llama/Llama-3.2-1B-Instruct",
@@ -84,14 +90,18 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise CheckpointError(f"{name} is {value!r} in the model's config; it must be a positive integer")
+                raise CheckpointError(f"{name} is {shown(value)} in the model's config; it must be a positive integer")
         window = self.sliding_window
         if window is not None and (type(window) is not int or window < 1):
-            raise CheckpointError(f"sliding_window is {window!r} in the model's config; it must be a positive integer")
+            raise CheckpointError(
+                f"sliding_window is {shown(window)} in the model's config; it must be a positive integer"
+            )
         if not is_number(self.rms_norm_eps) or self.rms_norm_eps < 0:
-            raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps!r} in the model's config; it must be >= 0")
+            raise CheckpointError(f"rms_norm_eps is {shown(self.rms_norm_eps)} in the model's config; it must be >= 0")
         if not all(type(token_id) is int for token_id in self.eos_token_ids):
-            raise CheckpointError(f"eos_token_id is {self.eos_token_ids!r} in the model's config; it must be token ids")
+            raise CheckpointError(
+                f"eos_token_id is {shown(self.eos_token_ids)} in the model's config; it must be token ids"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -183,7 +193,7 @@ class ModelConfig:
         model_type = config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise CheckpointError(
-                f"model_type {model_type!r} is not supported; hopskip runs: {', '.join(SUPPORTED_MODEL_TYPES)}"
+                f"model_type {shown(model_type)} is not supported; hopskip runs: {', '.join(SUPPORTED_MODEL_TYPES)}"
                 f"{nearest(model_type)}"
             )
         _refuse_unsupported_variants(config)
@@ -247,7 +257,7 @@ def _refuse_unsupported_variants(config: Mapping[str, Any]) -> None:
     for name, is_refused in refused.items():
         if is_refused(config.get(name)):
             raise CheckpointError(
-                f"{name}={config[name]!r} is not supported for model_type {config['model_type']!r}; "
+                f"{name}={shown(config[name])} is not supported for model_type {config['model_type']!r}; "
                 "use a checkpoint of the plain architecture (a causal language model, SiLU, no attention or MLP bias)"
             )
 

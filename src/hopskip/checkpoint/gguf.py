@@ -16,7 +16,7 @@ from hopskip.checkpoint.config import ModelConfig, nearest
 from hopskip.checkpoint.gguf_names import part_of
 from hopskip.checkpoint.kinds import refuse_pointer
 from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor, dequantize
-from hopskip.errors import CheckpointError
+from hopskip.errors import CheckpointError, shown
 
 Value = bool | int | float | str | list[Any]
 """A metadata value."""
@@ -49,7 +49,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST_HEADER, _LONGEST_ARRAY = 1 << 28, 1 << 22  # far above any vocabulary
-_MOST_DIVISORS = 1 << 16
+_MOST_DIVISORS, _LONGEST_NAME = 1 << 16, 256
 _PIECE = re.compile(r"\.gguf[-.](split-\w+|part\w+)$", re.IGNORECASE)
 """How files were named that had been cut into pieces of bytes, before there were split ones."""
 _VERSIONS = (2, 3)  # version 1 counted in 32 bits; no file in use has it
@@ -89,12 +89,12 @@ class GGUFFile:
         for _ in range(reader.checked_count(num_metadata, 13)):
             key = reader.string()
             if key in self.metadata:
-                raise ValueError(f"metadata {key!r} is there twice")
+                raise ValueError(f"metadata {shown(key)} is there twice")
             self.metadata[key] = reader.value(reader.unpack("<I")[0])
         entries = [reader.tensor_entry() for _ in range(reader.checked_count(num_tensors, 24))]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
+            raise ValueError(f"general.alignment is {shown(alignment)}, not a power of two")
         self.header_size = end = -(-reader.position // alignment) * alignment
         for name, shape, type_id, offset in entries:
             if self.header_size + offset != end:
@@ -136,10 +136,12 @@ class GGUFFile:
         """
         kind = self.metadata.get("general.type", "model")
         if kind != "model" or self.architecture == "clip":
-            raise CheckpointError(f"{self.path} is no model but something beside one ({kind}); give the model's file")
+            raise CheckpointError(
+                f"{self.path} is no model but something beside one ({shown(kind)}); give the model's file"
+            )
         if self.architecture not in ARCHITECTURES:
             raise CheckpointError(
-                f"{self.path}: architecture {self.architecture!r} is not supported; "
+                f"{self.path}: architecture {shown(self.architecture)} is not supported; "
                 f"hopskip runs GGUF files of: {', '.join(ARCHITECTURES)}{nearest(self.architecture)}"
             )
         if self.get("expert_count", 0):
@@ -217,7 +219,7 @@ def open_gguf(path: Path) -> GGUFFile:
             f"{path} is one part of {count}, but its name does not say where the others are; name the parts "
             f"NAME-00001-of-{count:05}.gguf and so on, or join them: llama-gguf-split --merge"
             if isinstance(count, int)
-            else f"{path}: split.count is {count!r}, not a number; download it again"
+            else f"{path}: split.count is {shown(count)}, not a number; download it again"
         )
     paths = [path.with_name(name) for name in part.names()]
     if missing := [other.name for other in paths if not other.is_file()]:
@@ -308,6 +310,8 @@ class _Reader:
     def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape in torch order, type and offset of one tensor."""
         name = self.string()
+        if len(name) > _LONGEST_NAME:
+            raise ValueError(f"a tensor's name has {len(name)} characters")
         (num_dims,) = self.unpack("<I")
         if num_dims > 4:
             raise ValueError(f"tensor {name!r} has {num_dims} dimensions")

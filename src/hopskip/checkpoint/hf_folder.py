@@ -13,17 +13,18 @@ from hopskip.checkpoint.fp8 import FP8_TYPES, SMALL_TYPES
 from hopskip.checkpoint.kinds import obstacle, refuse_pointer
 from hopskip.checkpoint.quantization import Fp8Format, fp8_format
 from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor
-from hopskip.errors import CheckpointError
+from hopskip.errors import CheckpointError, shown
 
-_PLAIN_TYPES = {block.name: block for block in BLOCK_TYPES.values() if block.dtype is not None}
-_WEIGHT_TYPES = {**_PLAIN_TYPES, **FP8_TYPES}
+PLAIN_TYPES = {block.name: block for block in BLOCK_TYPES.values() if block.dtype is not None}
+"""Types of weights that need no scale."""
+_WEIGHT_TYPES = {**PLAIN_TYPES, **FP8_TYPES}
 _SAFETENSORS_TYPES = {**_WEIGHT_TYPES, **SMALL_TYPES}
 
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _FILE_NAME = re.compile(r"[\w. -]{1,200}")
 _LONGEST_HEADER = 100_000_000  # as the safetensors library
-_MOST_NUMBERS = 10
+_MOST_NUMBERS, _LONGEST_NAME = 10, 256
 
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Buffers that old checkpoints carry; the values follow from the config."""
@@ -146,11 +147,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], int]:
 
 
 def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> StoredTensor:
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a tensor's name has {len(name)} characters")
     shape, offsets = entry["shape"], entry["data_offsets"]
     block_type = _SAFETENSORS_TYPES.get(entry["dtype"])
     if block_type is None:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; hopskip reads {', '.join(_WEIGHT_TYPES)}"
+            f"{path}: tensor {name!r} has dtype {shown(entry['dtype'])}; hopskip reads {', '.join(_WEIGHT_TYPES)}"
         )
     numbers = [*shape, *offsets]
     if not all(type(number) is int and 0 <= number <= file_size for number in numbers) or len(numbers) > _MOST_NUMBERS:

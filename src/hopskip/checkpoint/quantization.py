@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hopskip.errors import CheckpointError
+from hopskip.errors import CheckpointError, shown
 
 _REMEDY = "use the original model (--quantize q4 packs it to 4 bits) or a GGUF version of it"
+
+FP8_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark")
+"""Values of `quant_method` that are read, the last three where they are FP8."""
 
 _NAMES = {
     "awq": "AWQ",
@@ -70,15 +73,15 @@ def fp8_format(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = N
     if not settings:
         return None
     if not isinstance(settings, Mapping):
-        raise CheckpointError(f"quantization_config is {settings!r} in the model's config; it must be an object")
-    method = str(settings.get("quant_method") or _unnamed(settings)).lower().replace("_tensors", "-tensors")
+        raise CheckpointError(f"quantization_config is {shown(settings)} in the model's config; it must be an object")
+    method = str(settings.get("quant_method") or _unnamed(settings))[:40].lower().replace("_tensors", "-tensors")
     kind = _other_than_fp8(method, settings)
     if kind is None:
         return Fp8Format((1, 32) if method == "mxfp8" else _block(settings))
-    name = _NAMES.get(method.split("_")[0], method) + (f" ({kind})" if kind else "")
+    name = _NAMES.get(method.split("_")[0], method) + (f" ({kind[:80]})" if kind else "")
     raise CheckpointError(
         f"the model is quantized by {name}, which hopskip does not read (quantization_config, quant_method "
-        f"{settings.get('quant_method')!r}); {_REMEDY}"
+        f"{shown(settings.get('quant_method'))}); {_REMEDY}"
     )
 
 
@@ -115,7 +118,7 @@ def _weight_groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _other_than_fp8(method: str, settings: Mapping[str, Any]) -> str | None:
     """What a method makes of weights that is not FP8, as far as there is a name for it; None if it is FP8."""
-    if method in ("fp8", "mxfp8", "fbgemm_fp8"):
+    if method in FP8_METHODS[:3]:
         return None
     if method == "compressed-tensors":
         return _compressed_otherwise(settings)
@@ -147,7 +150,9 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     if not sizes:
         return None
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise CheckpointError(f"weight_block_size is {sizes!r} in the model's config; it must be two positive integers")
+        raise CheckpointError(
+            f"weight_block_size is {shown(sizes)} in the model's config; it must be two positive integers"
+        )
     return sizes[0], sizes[1]
 
 

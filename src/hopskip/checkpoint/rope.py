@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopskip.errors import CheckpointError
+from hopskip.errors import CheckpointError, shown
 
 _POSITIVE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 _OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")
@@ -50,16 +50,18 @@ class RopeConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
-                raise CheckpointError(f"{name} is {value!r} in the model's RoPE settings; it must be a positive number")
+                raise CheckpointError(
+                    f"{name} is {shown(value)} in the model's RoPE settings; it must be a positive number"
+                )
         for name in _OPTIONAL:
             value = getattr(self, name)
             if value is not None and not is_number(value):
-                raise CheckpointError(f"{name} is {value!r} in the model's RoPE settings; it must be a number")
+                raise CheckpointError(f"{name} is {shown(value)} in the model's RoPE settings; it must be a number")
         original = self.original_max_position_embeddings
         if not is_number(original) or original < 0:
             raise CheckpointError(
-                f"original_max_position_embeddings is {original!r} in the model's RoPE settings; it must be a number "
-                "of positions"
+                f"original_max_position_embeddings is {shown(original)} in the model's RoPE settings; it must be a "
+                "number of positions"
             )
 
     @classmethod
@@ -69,13 +71,15 @@ class RopeConfig:
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type not in SUPPORTED_ROPE_TYPES:
             raise CheckpointError(
-                f"rope_type {rope_type!r} is not supported; hopskip has: {', '.join(SUPPORTED_ROPE_TYPES)}"
+                f"rope_type {shown(rope_type)} is not supported; hopskip has: {', '.join(SUPPORTED_ROPE_TYPES)}"
             )
         if any(isinstance(value, Mapping) for value in scaling.values()):
-            raise CheckpointError(f"RoPE settings that differ between layers are not supported: {sorted(scaling)}")
+            raise CheckpointError(
+                f"RoPE settings that differ between layers are not supported: {shown(sorted(scaling))}"
+            )
         if scaling.get("partial_rotary_factor") not in (None, 1):
             raise CheckpointError(
-                f"partial_rotary_factor {scaling['partial_rotary_factor']} is not supported; it must be 1"
+                f"partial_rotary_factor {shown(scaling['partial_rotary_factor'])} is not supported; it must be 1"
             )
         scaling.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
         # the field of the config itself comes first, as in transformers
@@ -89,7 +93,7 @@ class RopeConfig:
             )
         known = {name: scaling[name] for name in cls.__dataclass_fields__ if scaling.get(name) is not None}
         if rope_type in ("linear", "llama3", "yarn") and "factor" not in known:
-            raise CheckpointError(f"rope_type {rope_type!r} needs a 'factor' in the model's config, and has none")
+            raise CheckpointError(f"rope_type {shown(rope_type)} needs a 'factor' in the model's config, and has none")
         return cls(**{**known, "head_dim": head_dim, "rope_type": rope_type, "frequency_divisors": divisors})
 
     def check_frequencies(self) -> None:
@@ -99,7 +103,9 @@ class RopeConfig:
         except (ValueError, ArithmeticError):
             is_finite = False
         if not is_finite:
-            raise CheckpointError(f"the model's RoPE settings cannot be computed ({self}); download the model again")
+            raise CheckpointError(
+                f"the model's RoPE settings cannot be computed ({shown(self)}); download the model again"
+            )
 
     def inverse_frequencies(self) -> Tensor:
         """Rotation per position of each pair of dimensions, radians, float32 [head_dim / 2]."""
