@@ -32,7 +32,7 @@ BLOCK = 24
 _QUARK = {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
 _FLOAT = {"num_bits": 8, "type": "float"}
 _GROUP = {"targets": ["Linear"], "weights": {**_FLOAT, "strategy": "tensor"}}
-_BLOCKS = {"targets": ["Linear"], "weights": {**_FLOAT, "strategy": "block", "block_structure": [BLOCK, BLOCK]}}
+_BLOCKS = {"targets": ["Linear"], "weights": {**_FLOAT, "strategy": "block", "block_structure": [BLOCK, 40]}}
 _COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
 
 KINDS: dict[str, tuple[Mapping[str, Any], str, str]] = {
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "fbgemm": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "row", "weight_scale"),
     "compressed-tensor": ({**_COMPRESSED, "config_groups": {"group_0": _GROUP}}, "tensor-1", "weight_scale"),
     "compressed-channel": ({**_COMPRESSED, "config_groups": {"group_0": _GROUP}}, "row-bf16", "weight_scale"),
-    "compressed-block": ({**_COMPRESSED, "config_groups": {"group_0": _BLOCKS}}, "block", "weight_scale"),
+    "compressed-block": ({**_COMPRESSED, "config_groups": {"group_0": _BLOCKS}}, "wide", "weight_scale"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "tensor", "weight_scale"),
     "modelopt-rows": ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "rows", "weight_scale"),
     "quark": ({"quant_method": "quark", "global_quant_config": {"weight": _QUARK}}, "tensor", "weight_scale"),
@@ -61,9 +61,13 @@ def quantize(weight: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
     dtype = torch.float8_e5m2 if variant == "e5m2" else torch.float8_e4m3fn
     size = int(variant) if variant.isdecimal() and kind == "block" else BLOCK
-    height, width = {"block": (size, size), "row": (1, columns), "rows": (1, columns), "exponents": (1, 32)}.get(
-        kind, (rows, columns)
-    )
+    height, width = {
+        "block": (size, size),
+        "wide": (size, 40),
+        "row": (1, columns),
+        "rows": (1, columns),
+        "exponents": (1, 32),
+    }.get(kind, (rows, columns))
     grid = (
         torch.rand(-(-rows // height), -(-columns // width), generator=torch.Generator().manual_seed(1)) * 0.01 + 0.001
     )

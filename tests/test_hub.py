@@ -188,8 +188,7 @@ def test_cached_gguf_files(before: str, name: str, file: str, cache: Path) -> No
         "https://www.huggingface.co/org/model/blob/main/M-Q8_0.gguf",
         "http://hf.co/org/model/blob/0a1b2c/M%2DQ8_0.gguf",
         "huggingface.co/org/model/raw/main/M-Q8_0.gguf",
-        "https://huggingface.co/org/model?show_file_info=M-Q8_0.gguf",
-        "https://huggingface.co/org/model/tree/main?show_file_info=M-Q8_0.gguf",
+        "https://HuggingFace.co/org/model/blob/main/M-Q8_0.gguf",
         "https://huggingface.co/org/model/tree/main",
         "https://huggingface.co/org/model/#files",
     ],
@@ -197,6 +196,12 @@ def test_cached_gguf_files(before: str, name: str, file: str, cache: Path) -> No
 def test_addresses_of_pages_and_files(address: str, cache: Path) -> None:
     snapshot = write_snapshot(cache, "org/model", *CACHED)
     assert find_model(address) == snapshot / "M-Q8_0.gguf"
+
+
+@pytest.mark.parametrize("page", ["org/model", "org/model/tree/main", "org/model/"])
+def test_a_file_that_a_page_shows(page: str, cache: Path) -> None:
+    snapshot = write_snapshot(cache, "org/model", *CACHED)
+    assert find_model(f"https://hf.co/{page}?show_file_info=M-IQ4_XS.gguf&x=y") == snapshot / "M-IQ4_XS.gguf"
 
 
 def test_an_endpoint_of_ones_own_is_known(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +256,8 @@ def test_a_tag_is_never_part_of_another() -> None:
     assert choose(names, "Q5_K_M", "x") == "m_Q5_K_M.gguf"
     assert choose(names, "q3_k_s", "x") == "m-Q3_K_S-imat.gguf"
     assert choose(names, "Q2_K", "x") == "Q8_0-tools-Q2_K.gguf"
+    assert choose(["Q8_0-tools-Q2_K.gguf", "m-q8_0.gguf"], "Q8_0", "x") == "m-q8_0.gguf"
+    assert choose(["Model-A.gguf", "Model-B.gguf"], "model-a", "x") == "Model-A.gguf"
     with pytest.raises(CheckpointError, match=r"x holds 2 GGUF files that fit.*a-Q8_0\.gguf, b-Q8_0\.gguf"):
         choose(["a-Q8_0.gguf", "b-Q8_0.gguf"], "Q8_0", "x")
 
