@@ -159,6 +159,7 @@ def test_absurd_layer_count(folder: Path) -> None:
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
         ({"sliding_window": "all", "use_sliding_window": True, "model_type": "mistral"}, "sliding_window is 'all'"),
         ({"sliding_window": -1, "use_sliding_window": True, "model_type": "mistral"}, "sliding_window is -1"),
+        ({"sliding_window": 0, "use_sliding_window": True, "model_type": "mistral"}, "sliding_window is 0"),
         ({"eos_token_id": True}, "eos_token_id"),
         ({"eos_token_id": 2.5}, "wrong type|eos_token_id"),
         ({"hopskip": "yes"}, "wrong type"),
