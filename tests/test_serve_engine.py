@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ class Arrival:
 
     def add_to(self, engine: Engine, llm: LLM, compiler: GrammarCompiler, *, drafting: bool) -> Sequence:
         params = KINDS[self.kind]
-        text = TextStream(Detokenizer(llm.tokenizer), params.stop)
+        text = TextStream(Detokenizer(llm.tokenizer, PROMPTS[self.prompt]), params.stop)
         return engine.add(
             Request(
                 PROMPTS[self.prompt],
@@ -476,7 +477,7 @@ def test_what_nobody_streams_comes_in_one_piece(llm: LLM) -> None:
 
     async def generate() -> list[list[list[Piece]]]:
         engine = make_engine(llm.backend, PLAIN)
-        thread = EngineThread(engine, lambda: Detokenizer(llm.tokenizer), max_queue=4, observer=observer)
+        thread = EngineThread(engine, partial(Detokenizer, llm.tokenizer), max_queue=4, observer=observer)
         thread.start()
         params = SamplingParams(max_new_tokens=9, ignore_eos=True)
         jobs = [Job(request=Request(PROMPTS[1], params), is_streamed=streamed) for streamed in (True, False)]

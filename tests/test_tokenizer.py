@@ -13,15 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError, PromptError
 from hopskip.text.tokenizer import Detokenizer, Tokenizer
-from hopskip.text.tokenizer_files import _SPLITS, load_tokenizer
+from hopskip.text.tokenizer_files import load_tokenizer
 from tests.models import tiny_config
 from tests.properties import examples
 from tests.test_families import load, logits_in_chunks, reference_logits
@@ -31,8 +31,6 @@ from tests.tiny import (
     VOCAB_SIZE,
     byte_fallback_tokenizer,
     byte_level_tokenizer,
-    make_model,
-    write_gguf,
     write_tokenizer,
 )
 
@@ -124,10 +122,25 @@ def test_bos(add_bos_token: bool | None, makes_bos: bool, tmp_path: Path) -> Non
     assert ids == theirs.encode("hello")
 
 
-def test_eos_ids(folder: Path) -> None:
-    """The config's where it has any, else the tokenizer's own."""
-    assert load_tokenizer(folder, CONFIG).eos_token_ids == (1,)
-    assert load_tokenizer(folder, tiny_config(eos_token_ids=(7, 9))).eos_token_ids == (7, 9)
+@pytest.mark.parametrize(
+    ("from_config", "own", "template", "union"),
+    [
+        ((), "<|im_end|>", None, (1,)),
+        ((7, 9), "<|im_end|>", None, (7, 9, 1)),
+        ((9, 1, 9), "<|im_end|>", CHAT_TEMPLATE, (9, 1)),
+        ((7,), {"__type": "AddedToken", "content": "<|endoftext|>"}, CHAT_TEMPLATE, (7, 2, 1)),
+        ((7,), None, CHAT_TEMPLATE, (7, 1)),
+        ((7,), None, "{{ '<|eot_id|>' }}", (7,)),
+        ((7,), "<|nowhere|>", None, (7,)),
+        ((), None, None, ()),
+    ],
+)
+def test_eos_ids(
+    from_config: tuple[int, ...], own: Any, template: str | None, union: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Those of the config, the tokenizer's own, and those that end a turn; a token that only pads is none."""
+    write_tokenizer(tmp_path, eos_token=own, chat_template=template, pad_token="<|endoftext|>")
+    assert load_tokenizer(tmp_path, tiny_config(eos_token_ids=from_config)).eos_token_ids == union
 
 
 def test_padding_and_truncation_of_the_file_are_ignored(tmp_path: Path) -> None:
@@ -248,99 +261,6 @@ def test_vocabularies_that_only_transformers_can_build(tmp_path: Path) -> None:
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
     assert len(ours.encode("hello world")) > 1
-
-
-# --- GGUF files -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_gguf_equals_the_folder(text: str, tmp_path: Path) -> None:
-    backend = byte_level_tokenizer()
-    write_tokenizer(tmp_path, backend)
-    write_gguf(tmp_path / "m.gguf", make_model("llama3-gqa"), tokenizer=backend)
-    ours, folder = load_tokenizer(tmp_path / "m.gguf", CONFIG), load_tokenizer(tmp_path, CONFIG)
-    assert ours.encode(text) == folder.encode(text)
-    assert ours.decode(ours.encode(text)) == folder.decode(folder.encode(text))
-
-
-@pytest.mark.parametrize(
-    ("pre", "add_bos_token", "adds"),
-    [("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
-)
-def test_gguf_bos(pre: str, add_bos_token: bool | None, adds: bool, tmp_path: Path) -> None:
-    metadata = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": add_bos_token}
-    write_gguf(tmp_path / "m.gguf", make_model("llama3-gqa"), tokenizer=byte_level_tokenizer(), metadata=metadata)
-    assert (load_tokenizer(tmp_path / "m.gguf", CONFIG).encode("hello")[0] == 0) is adds
-
-
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
-def test_gguf_words_are_those_of_transformers(pre: str, tmp_path: Path) -> None:
-    """The patterns by which Llama 3 and Qwen2 cut text, as transformers has them."""
-    write_gguf(
-        tmp_path / "m.gguf",
-        make_model("llama3-gqa"),
-        tokenizer=byte_level_tokenizer(),
-        metadata={"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False},
-    )
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-    ours = load_tokenizer(tmp_path / "m.gguf", CONFIG)
-    assert _SPLITS[pre].pattern is not None
-    assert pre in GGUF_PRE_TOKENIZER_SPLITS
-    for text in TEXTS:
-        words = ours.inner.pre_tokenizer.pre_tokenize_str(text)
-        assert words == theirs.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-
-
-def test_gguf_end_of_turn_counts_as_eos(tmp_path: Path) -> None:
-    """Files often name only the end of a document, while their chats end a turn with another token."""
-    model = make_model("llama3-gqa")
-    write_gguf(
-        tmp_path / "m.gguf",
-        model,
-        tokenizer=byte_level_tokenizer(),
-        metadata={"tokenizer.ggml.eos_token_id": SPECIAL_TOKENS.index("<|endoftext|>")},
-    )
-    checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    assert checkpoint.config.eos_token_ids == (2,)
-    assert load_tokenizer(checkpoint.path, checkpoint.config).eos_token_ids == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "named"),
-    [
-        ({"tokenizer.ggml.pre": "superbpe"}, "'superbpe' is not supported.*smollm, llama-bpe"),
-        ({"tokenizer.ggml.tokens": None}, "holds no tokenizer"),
-        ({"tokenizer.ggml.merges": None}, "tables are corrupt"),
-        ({"tokenizer.ggml.merges": ["nospace"]}, "tables are corrupt"),
-        ({"tokenizer.ggml.model": "rwkv"}, "no tokenizer that can be read"),
-    ],
-)
-def test_gguf_without_a_usable_tokenizer(metadata: dict[str, Any], named: str, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", make_model("llama3-gqa"), tokenizer=byte_level_tokenizer(), metadata=metadata)
-    with pytest.raises(CheckpointError, match=named):
-        load_tokenizer(tmp_path / "m.gguf", CONFIG)
-
-
-def test_gguf_with_a_sentencepiece_table(tmp_path: Path) -> None:
-    """As in Llama 2's files: scores instead of merges, BOS unless the file says otherwise; transformers builds it."""
-    vocabulary = json.loads(byte_fallback_tokenizer().to_str())["model"]["vocab"]
-    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [-float(index) for index in range(len(tokens))],
-        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    write_gguf(tmp_path / "m.gguf", make_model("llama2-mha"), metadata=metadata)
-    tokenizer = load_tokenizer(tmp_path / "m.gguf", CONFIG)
-    ids = tokenizer.encode("hello é 🙂")
-    assert ids[0] == 1
-    assert tokens.index("<0xF0>") in ids
-    assert tokenizer.decode(ids) == "".join(pieces(tokenizer, ids)) == "hello é 🙂"
 
 
 # --- The default model ------------------------------------------------------------------------------------------------
@@ -476,3 +396,81 @@ def test_a_flushed_stream_says_nothing_twice() -> None:
 def test_chat_template_of_the_tests_is_the_models(folder: Path) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == CHAT_TEMPLATE
+
+
+# --- Continuations and added tokens -----------------------------------------------------------------------------------
+
+
+def test_a_continuation_keeps_its_first_space() -> None:
+    """SentencePiece tokenizers leave out the space before a text's first word, not before a continuation's."""
+    tokenizer = byte_fallback()
+    hello = tokenizer.inner.token_to_id("▁hello")
+    assert tokenizer.decode([hello]) == "hello"
+    for prompt in ("hello", "hello ", "a", "é🙂", "🙂", " ", "<s>hello</s>", "hello</s><s>", "a" * 50):
+        prompt_ids = tokenizer.encode(prompt)
+        before = tokenizer.decode(prompt_ids)
+        for ids in ([hello], [hello, hello], tokenizer.encode("🙂 x")[1:], [2, hello, 1, hello], []):
+            added = tokenizer.decode(ids, after=prompt_ids)
+            assert before + added == tokenizer.decode([*prompt_ids, *ids])
+            detokenizer = Detokenizer(tokenizer, prompt_ids)
+            assert "".join([*map(detokenizer.push, ids), detokenizer.flush()]) == added
+    for nothing in ([], [1], [1, 2, 1]):
+        assert tokenizer.decode([hello], after=nothing) == "hello"
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
+@settings(max_examples=examples(3))
+@given(data=st.data())
+def test_pieces_of_a_continuation(tokenizer: Any, data: st.DataObject) -> None:
+    """The text of both, wherever they are cut apart: a character that is cut shows with the continuation."""
+    text = data.draw(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\N{REPLACEMENT CHARACTER}")))
+    ids = tokenizer().encode(text)
+    cut = data.draw(st.integers(0, len(ids)))
+    shown = tokenizer().decode(ids[:cut]).rstrip("\N{REPLACEMENT CHARACTER}")
+    assert shown + tokenizer().decode(ids[cut:], after=ids[:cut]) == tokenizer().decode(ids)
+
+
+@pytest.mark.parametrize("bad", [-1, 2**40, 10**6])
+def test_a_prompt_of_ids_that_are_none_is_not_the_decoders_affair(bad: int) -> None:
+    assert "".join([Detokenizer(byte_fallback(), [bad]).push(294)]) == "hello"
+
+
+def test_tokens_without_text_are_not_kept() -> None:
+    """However many of them come, a step's work stays the same."""
+    detokenizer = Detokenizer(byte_level())
+    ids = byte_level().encode("a🙂")
+    shown = [detokenizer.push(i) for i in ids[:2]]
+    for _ in range(1000):
+        assert detokenizer.push(1) == detokenizer.push(10**5) == ""
+    assert len(detokenizer._window) <= 3
+    shown += [detokenizer.push(i) for i in ids[2:]]
+    assert "".join(shown) == "a🙂"
+
+
+@pytest.mark.parametrize("added", ["é", "ß", "naïve", "Ā", "日本", "é b", "<é>", "plain", "\u00ad"])
+@pytest.mark.parametrize("special", [False, True])
+def test_added_tokens_stand_for_their_own_letters(added: str, special: bool) -> None:
+    """GPT-2's alphabet writes bytes as letters such as these; in an added token they are what they look like."""
+    backend = byte_level_tokenizer()
+    backend.add_tokens([AddedToken(added, normalized=False, special=special)])
+    tokenizer = wrap(backend)
+    index = backend.token_to_id(added)
+    shown = "" if special else added
+    assert tokenizer.encode(f"x{added}y")[1:-1] == [index]
+    assert tokenizer.token_bytes(index) == added.encode()
+    assert tokenizer.decode([index]) == shown
+    around = [*tokenizer.encode("a🙂"), index, index, *tokenizer.encode("x 🙂")]
+    assert tokenizer.decode(around) == "".join(pieces(tokenizer, around)) == f"a🙂{shown}{shown}x 🙂"
+    half = [*tokenizer.encode("🙂")[:-1], index]
+    assert tokenizer.decode(half) == "".join(pieces(tokenizer, half)) == f"\N{REPLACEMENT CHARACTER}{shown}"
+
+
+def test_bytes_of_tokens() -> None:
+    of = {
+        token: byte_fallback().token_bytes(byte_fallback().inner.token_to_id(token))
+        for token in ("<0xF0>", "▁hello", "é")
+    }
+    assert of == {"<0xF0>": b"\xf0", "▁hello": b" hello", "é": "é".encode()}
+    tokens = {"<unk>": 0, "<0xZZ>": 1, "<0x4>": 2}
+    odd = wrap(Backend(models.BPE(vocab=tokens, merges=[], unk_token="<unk>")))
+    assert [odd.token_bytes(i) for i in (1, 2, 3)] == [b"<0xZZ>", b"<0x4>", b""]

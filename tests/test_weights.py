@@ -185,9 +185,15 @@ def test_incomplete_config(folder: Path, field: str) -> None:
         open_checkpoint(folder)
 
 
-def test_eos_ids_come_from_the_generation_config(folder: Path) -> None:
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
-    assert open_checkpoint(folder).config.eos_token_ids == (7, 5)
+@pytest.mark.parametrize(
+    ("own", "generation", "union"),
+    [(2, [7, 5], (2, 7, 5)), ([7, 2], 7, (7, 2)), (None, 5, (5,)), (5, None, (5,)), (None, None, ())],
+)
+def test_eos_ids_are_those_of_both_configs(folder: Path, own: Any, generation: Any, union: tuple[int, ...]) -> None:
+    """Instruct models name the end of a turn in one of the two, and the end of a document in the other."""
+    set_config(folder, eos_token_id=own)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert open_checkpoint(folder).config.eos_token_ids == union
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"], ids=["empty", "cut", "list", "deep", "latin"])

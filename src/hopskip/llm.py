@@ -166,7 +166,7 @@ class LLM:
         return self.tokenizer.apply_chat_template(cast("Seq[Message]", prompt))
 
     def _add(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Sequence, TextStream]:
-        text = TextStream(Detokenizer(self.tokenizer), params.stop)
+        text = TextStream(Detokenizer(self.tokenizer, prompt_ids), params.stop)
         return self.engine.add(Request(prompt_ids, params, text.push)), text
 
 

@@ -182,7 +182,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
-        """Read a Hugging Face `config.json`, and the EOS ids of a `generation_config.json` where there is one.
+        """Read a Hugging Face `config.json`, and the further EOS ids of a `generation_config.json` where there is one.
 
         Both spellings of the RoPE settings are read: `rope_theta` + `rope_scaling`, and transformers 5's
         `rope_parameters`.
@@ -205,7 +205,7 @@ class ModelConfig:
             head_dim = config.get("head_dim") or own_head_dim
             own_window = 4096 if model_type == "mistral" else None
             uses_window = config.get("use_sliding_window", model_type == "mistral")
-            eos = (generation_config or {}).get("eos_token_id", config.get("eos_token_id"))
+            eos = [_as_tuple(source.get("eos_token_id")) for source in (config, generation_config or {})]
             recommended = config.get("hopskip") or {}
             bos = config.get("bos_token_id")
             return cls(
@@ -225,7 +225,7 @@ class ModelConfig:
                 qk_norm=model_type == "qwen3",
                 sliding_window=config.get("sliding_window", own_window) if uses_window else None,
                 bos_token_id=bos if type(bos) is int else None,
-                eos_token_ids=_as_tuple(eos),
+                eos_token_ids=tuple(dict.fromkeys(eos[0] + eos[1])),
                 recommended_exit_layer=recommended.get("exit_layer"),
                 recommended_num_draft_tokens=recommended.get("num_draft_tokens"),
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +50,7 @@ class Server:
         self.planner = Planner(llm, settings.limits)
         self.metrics = Metrics(settings.model_name)
         self.engine = EngineThread(
-            llm.engine, lambda: Detokenizer(llm.tokenizer), max_queue=settings.max_queue, observer=self.metrics
+            llm.engine, partial(Detokenizer, llm.tokenizer), max_queue=settings.max_queue, observer=self.metrics
         )
 
     async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:

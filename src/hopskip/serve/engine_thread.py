@@ -55,7 +55,7 @@ class EngineThread:
     """Runs an engine for many clients at once.
 
     Args:
-        make_decoder: a new incremental decoder for each request's text.
+        make_decoder: a new incremental decoder for the text that follows a prompt, given by its token ids.
         max_queue: sequences that may wait beyond those that are stepped together.
         observer: told of every step.
     """
@@ -63,7 +63,7 @@ class EngineThread:
     def __init__(
         self,
         engine: Engine,
-        make_decoder: Callable[[], IncrementalDecoder],
+        make_decoder: Callable[[Seq[int]], IncrementalDecoder],
         *,
         max_queue: int,
         observer: Observer,
@@ -207,7 +207,7 @@ class EngineThread:
         batch = Batch(self._cancel)
         try:
             for job in jobs:
-                text = TextStream(self._make_decoder(), job.request.params.stop)
+                text = TextStream(self._make_decoder(job.request.prompt_ids), job.request.params.stop)
                 sequence = self._engine.add(replace(job.request, is_stop=text.push))
                 batch.generations.append(Generation(job, sequence, text, batch))
         except Exception as error:

@@ -5,27 +5,30 @@ Everything here is used while text is made; how a checkpoint's tokenizer is read
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, NoReturn, Protocol, TypeVar
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.parser
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
-from hopskip.errors import CheckpointError, PromptError
+from hopskip.errors import PromptError
+from hopskip.text.chat_template import ChatTemplate
 
 T = TypeVar("T")
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
+Encode = Callable[[str, bool], list[int]]
+"""A text to token ids; the second argument is whether BOS and EOS are put around it where the model wants them."""
+
+_END_OF_TURN = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>", "<|eom|>"),
+    *("<EOT>", "[EOT]", "<end_of_utterance>"),
+)
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _MAX_HELD_TOKENS = 8  # a character has at most 4 bytes; what is incomplete after 8 tokens never becomes one
 
 
@@ -39,6 +42,20 @@ def _byte_of_char() -> dict[str, int]:
 _BYTE_OF_CHAR = _byte_of_char()
 
 
+def eos_ids(
+    inner: tokenizers.Tokenizer, config_ids: Iterable[int], own_eos: str | None, chat_template: str | None
+) -> tuple[int, ...]:
+    """Every token that ends a text: what anybody names counts, for checkpoints often name only a part.
+
+    These are the ids of the config and the generation config (of a GGUF file: its eos, eot and eom ids), the
+    tokenizer's own EOS, and tokens known to end a turn that the chat template writes. Nothing is taken for the end of a
+    text by its look alone: base models have end-of-turn tokens too, and pad with tokens that mean something else.
+    """
+    turns = [token for token in _END_OF_TURN if token in str(chat_template)]
+    named = [inner.token_to_id(token) for token in (own_eos, *turns) if token]
+    return tuple(dict.fromkeys([*config_ids, *(index for index in named if index is not None)]))
+
+
 class Tokenizer:
     """The tokenizer of a checkpoint, with its chat template if it has one."""
 
@@ -49,15 +66,31 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: str | None,
         eos_token_ids: Iterable[int],
+        encode: Encode | None = None,
     ) -> None:
+        """
+        Args:
+            encode: encodes in place of `inner`, which then only decodes: for vocabularies whose rules of merging the
+                library does not have.
+        """
         self._inner = inner
+        self._encode = encode or self._encode_with_library
         self._is_byte_level = isinstance(inner.decoder, decoders.ByteLevel)
+        added = inner.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        self._added_texts = {index: token.content for index, token in added.items()} if self._is_byte_level else {}
+        """Added tokens are text, not characters for bytes; `_spoilt_ids` are those that the library decodes as such."""
+        self._spoilt_ids = frozenset(
+            index
+            for index, text in self._added_texts.items()
+            if index not in self._special_ids and not text.isascii() and _BYTE_OF_CHAR.keys() >= set(text)
+        )
         self._special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         """Source of the chat template; None if the model has none."""
         self._template = ChatTemplate(chat_template) if chat_template is not None else None
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
-        """Tokens that end a text: those of the config, else the tokenizer's own and its chat template's."""
+        """Tokens that end a text, see `eos_ids`."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens in it count as such.
@@ -69,30 +102,59 @@ class Tokenizer:
             PromptError: the text cannot be written as UTF-8 (a lone surrogate).
         """
         try:
-            ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._encode(text, add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise PromptError(f"the prompt is not valid text ({error}); give a string of Unicode characters") from None
+
+    def _encode_with_library(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out. Bytes that form no character become U+FFFD."""
-        text: str = self._inner.decode(list(token_ids), skip_special_tokens=True)
-        if REPLACEMENT not in text:
-            return text
+    def decode(self, token_ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        """The text of token ids, special tokens left out. Bytes that form no character become U+FFFD.
+
+        Args:
+            after: token ids that come before, whose text is not part of the result: SentencePiece tokenizers take the
+                space from the first word of a text, but not from the first of a continuation.
+        """
+        if not after:
+            text = self.decode_raw(token_ids)
+            if REPLACEMENT not in text:
+                return text
         # a byte-fallback decoder can spoil the whole run of bytes around a bad one: agree with what a stream shows
-        detokenizer = Detokenizer(self)
+        detokenizer = Detokenizer(self, after)
         return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
+
+    def decode_raw(self, token_ids: Iterable[int]) -> str:
+        """As `decode`, with incomplete characters as the library shows them."""
+        decode = self._inner.decode
+        if not self._spoilt_ids:
+            return str(decode(list(token_ids), skip_special_tokens=True))
+        runs = groupby(token_ids, key=self._spoilt_ids.__contains__)
+        return "".join(
+            "".join(self._added_texts[i] for i in run) if is_spoilt else decode(list(run), skip_special_tokens=True)
+            for is_spoilt, run in runs
+        )
+
+    def is_silent(self, token_id: int) -> bool:
+        """True for a token without text: a special one, or an id that no token has (vocabularies may be padded)."""
+        try:
+            return token_id in self._special_ids or self._inner.id_to_token(token_id) is None
+        except OverflowError:  # no id at all: negative, or of more than 32 bits
+            return True
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for: those of a whole character, or a part of one."""
         token: str | None = self._inner.id_to_token(token_id)
         if token is None:
             return b""  # vocabularies may be padded with ids that no token has
+        if token_id in self._added_texts:
+            return self._added_texts[token_id].encode()
         if self._is_byte_level:
             values = [_BYTE_OF_CHAR.get(char) for char in token]
             return token.encode() if None in values else bytes(v for v in values if v is not None)
-        if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
-            return bytes([int(token[3:5], 16)])
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
         return token.replace("▁", " ").encode()
 
     @property
@@ -164,12 +226,32 @@ class Detokenizer:
     """
 
     tokenizer: Tokenizer
+    prompt_ids: InitVar[Sequence[int]] = ()
+    """Tokens that come before the stream's. Their text is not given out, except a character that they leave
+    incomplete."""
     _window: list[int] = field(default_factory=list)
     _num_read: int = 0
     """Tokens at the start of the window whose text has been given out."""
 
+    def __post_init__(self, prompt_ids: Sequence[int]) -> None:
+        token_bytes = self.tokenizer.token_bytes
+        for token_id in reversed(prompt_ids):
+            if self.tokenizer.is_silent(token_id):
+                continue
+            self._window.insert(0, token_id)
+            begins_inside = token_bytes(token_id)[:1] in _CONTINUATION_BYTES
+            if len(self._window) >= _MAX_HELD_TOKENS and not begins_inside:
+                break
+        self._num_read = len(self._window)
+        num_open = _num_incomplete(b"".join(map(token_bytes, self._window)))
+        while num_open > 0:
+            self._num_read -= 1
+            num_open -= len(token_bytes(self._window[self._num_read]))
+
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain, possibly empty."""
+        if self.tokenizer.is_silent(token_id):
+            return ""
         self._window.append(token_id)
         piece = self._pending()
         num_held = len(self._window) - self._num_read
@@ -186,82 +268,26 @@ class Detokenizer:
         return piece
 
     def _pending(self) -> str:
-        decode = self.tokenizer._inner.decode
-        before: str = decode(self._window[: self._num_read], skip_special_tokens=True)
-        after: str = decode(self._window, skip_special_tokens=True)
-        return after[len(before) :]
+        before = self.tokenizer.decode_raw(self._window[: self._num_read])
+        return self.tokenizer.decode_raw(self._window)[len(before) :]
 
 
-# -- chat templates ----------------------------------------------------------------------------------------------------
+_CONTINUATION_BYTES = frozenset(bytes([value]) for value in range(0x80, 0xC0))
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; for inference its body is all there is to it."""
+def _num_incomplete(data: bytes) -> int:
+    """Bytes at the end that begin a character of UTF-8 without finishing it.
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class ChatTemplate:
-    """A compiled chat template. It is a program that comes with a checkpoint, so it runs in a sandbox, as in
-    transformers.
-
-    Raises:
-        CheckpointError: the source is not valid Jinja.
+    >>> _num_incomplete("aé🙂".encode()[:-1])
+    3
     """
-
-    def __init__(self, source: str) -> None:
-        if not isinstance(source, str):
-            raise CheckpointError(f"the model's chat template is a {type(source).__name__}; give a plain prompt")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-        try:
-            self._template = environment.from_string(source)
-            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-            """Names that the template takes from outside: `messages`, perhaps `tools`, ..."""
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"the model's chat template is not valid ({error}); give a plain prompt") from None
-
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any) -> str:
-        """The text of a chat.
-
-        Raises:
-            PromptError: the messages are not a list of mappings with a role, or the template refuses them.
-        """
-        if isinstance(messages, str) or not messages:
-            raise PromptError(f"a chat is a non-empty list of messages with role and content, not {messages!r}")
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise PromptError(f"chat message {message!r} has no role; give {{'role': 'user', 'content': '...'}}")
-        # templates test for a key, not for None
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        values = {"tools": None, "documents": None, **variables}
-        try:
-            return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **values)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise PromptError(f"the model's chat template refuses these messages: {error}") from None
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which models were not trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    for count, byte in enumerate(reversed(data[-3:]), start=1):
+        if byte >= 0xC0:
+            length = 2 + (byte >= 0xE0) + (byte >= 0xF0)
+            return count if count < length else 0
+        if byte < 0x80:
+            return 0
+    return 0
 
 
 # -- streams of text ---------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def self_prompts(
         batch = range(first, min(first + size, number))
         requests = [Request(prompts[i % len(prompts)], replace(params, seed=seed + i)) for i in batch]
         for i, sequence in zip(batch, _finish(engine, requests), strict=True):
-            written = tokenizer.decode([token.id for token in sequence.tokens])
+            written = tokenizer.decode([token.id for token in sequence.tokens], after=prompts[i % len(prompts)])
             text = (openings[i % len(openings)] + written).strip()
             if sequence.finish_reason == "stop" and len(text.split()) >= _MIN_WORDS and text not in seen:
                 seen.add(text)
