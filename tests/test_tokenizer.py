@@ -84,6 +84,12 @@ def byte_fallback() -> Tokenizer:
     return wrap(byte_fallback_tokenizer())
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    index: int | None = tokenizer.inner.token_to_id(token)
+    assert index is not None
+    return index
+
+
 def wrap(backend: Backend) -> Tokenizer:
     return Tokenizer(backend, special_tokens={}, chat_template=None, eos_token_ids=())
 
@@ -404,7 +410,7 @@ def test_chat_template_of_the_tests_is_the_models(folder: Path) -> None:
 def test_a_continuation_keeps_its_first_space() -> None:
     """SentencePiece tokenizers leave out the space before a text's first word, not before a continuation's."""
     tokenizer = byte_fallback()
-    hello = tokenizer.inner.token_to_id("▁hello")
+    hello = id_of(tokenizer, "▁hello")
     assert tokenizer.decode([hello]) == "hello"
     for prompt in ("hello", "hello ", "a", "é🙂", "🙂", " ", "<s>hello</s>", "hello</s><s>", "a" * 50):
         prompt_ids = tokenizer.encode(prompt)
@@ -454,7 +460,7 @@ def test_added_tokens_stand_for_their_own_letters(added: str, special: bool) -> 
     backend = byte_level_tokenizer()
     backend.add_tokens([AddedToken(added, normalized=False, special=special)])
     tokenizer = wrap(backend)
-    index = backend.token_to_id(added)
+    index = id_of(tokenizer, added)
     shown = "" if special else added
     assert tokenizer.encode(f"x{added}y")[1:-1] == [index]
     assert tokenizer.token_bytes(index) == added.encode()
@@ -466,11 +472,9 @@ def test_added_tokens_stand_for_their_own_letters(added: str, special: bool) -> 
 
 
 def test_bytes_of_tokens() -> None:
-    of = {
-        token: byte_fallback().token_bytes(byte_fallback().inner.token_to_id(token))
-        for token in ("<0xF0>", "▁hello", "é")
-    }
-    assert of == {"<0xF0>": b"\xf0", "▁hello": b" hello", "é": "é".encode()}
+    plain = byte_fallback()
+    for token, data in (("<0xF0>", b"\xf0"), ("▁hello", b" hello"), ("é", "é".encode())):
+        assert plain.token_bytes(id_of(plain, token)) == data
     tokens = {"<unk>": 0, "<0xZZ>": 1, "<0x4>": 2}
     odd = wrap(Backend(models.BPE(vocab=tokens, merges=[], unk_token="<unk>")))
     assert [odd.token_bytes(i) for i in (1, 2, 3)] == [b"<0xZZ>", b"<0x4>", b""]
