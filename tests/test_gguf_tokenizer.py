@@ -145,6 +145,9 @@ def test_gguf_end_of_turn_counts_as_eos(tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": "next"}, "vocabulary 'next' is not supported"),
         ({"tokenizer.ggml.model": None}, "vocabulary None is not supported"),
         ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]}, "tables are corrupt.*1 scores"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": ["x"] * 600}, "tables are corrupt"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [1, 2]}, "tables are corrupt"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.token_type": 3}, "tables are corrupt"),
     ],
 )
 def test_gguf_without_a_usable_tokenizer(metadata: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -233,6 +236,28 @@ def test_settings_of_sentencepiece_files() -> None:
     beyond = {"tokenizer.ggml.bos_token_id": 10**6}
     assert sentencepiece(**beyond).encode("hello") == [1, spaced]
     assert sentencepiece(**{"tokenizer.ggml.scores": None}).encode("hello")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("<|im_end|>", "[e~[", "▁<PRE>", "<MID>", "<|fim_middle|>", "<fim-pad>", "<fim_suffix>", "<|code_prefix|>"),
+        *("<|suffix|>", "<\uff5cfim▁hole\uff5c>", "<REPO>", "[PAD]"),
+    ],
+)
+def test_tokens_that_are_special_whatever_the_file_says(token: str) -> None:
+    """llama.cpp knows them by their text."""
+    plain = sentencepiece_metadata()
+    added = {
+        "tokenizer.ggml.tokens": [*plain["tokenizer.ggml.tokens"], token, "<|other|>"],
+        "tokenizer.ggml.token_type": [*plain["tokenizer.ggml.token_type"], 1, 1],
+        "tokenizer.ggml.scores": [*plain["tokenizer.ggml.scores"], -1000.0, -1000.0],
+    }
+    tokenizer = sentencepiece(**added)
+    ids = tokenizer.encode(f"hello{token}hello<|other|>")
+    assert ids[:4] == [1, 294, 296, 294]
+    assert 297 not in ids
+    assert tokenizer.decode(ids) == "hello hello<|other|>"
 
 
 def test_a_lone_surrogate_is_no_text() -> None:

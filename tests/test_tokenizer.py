@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -454,11 +454,13 @@ def test_tokens_without_text_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("added", ["é", "ß", "naïve", "Ā", "日本", "é b", "<é>", "plain", "\u00ad"])
-@pytest.mark.parametrize("special", [False, True])
-def test_added_tokens_stand_for_their_own_letters(added: str, special: bool) -> None:
+@pytest.mark.parametrize(("special", "in_sequence"), [(False, False), (True, False), (False, True)])
+def test_added_tokens_stand_for_their_own_letters(added: str, special: bool, in_sequence: bool) -> None:
     """GPT-2's alphabet writes bytes as letters such as these; in an added token they are what they look like."""
     backend = byte_level_tokenizer()
     backend.add_tokens([AddedToken(added, normalized=False, special=special)])
+    if in_sequence:
+        backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
     tokenizer = wrap(backend)
     index = id_of(tokenizer, added)
     shown = "" if special else added

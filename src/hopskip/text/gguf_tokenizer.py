@@ -39,6 +39,13 @@ _CONTROL_TEXTS = frozenset(
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
         *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
         *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~["),
+        # infilling: by Qwen and StarCoder, DeepSeek, CodeLlama, GLM and Falcon
+        *(f"<{word}>" for part in ("prefix", "suffix", "middle", "pad") for word in (f"|fim_{part}|", f"fim-{part}")),
+        *(f"<fim_{part}>" for part in ("prefix", "suffix", "middle", "pad")),
+        *(f"<\uff5cfim▁{part}\uff5c>" for part in ("begin", "hole", "end")),
+        *(f"{space}<{part}>" for part in ("PRE", "SUF", "MID") for space in ("", "▁")),
+        *(f"<|{code}{part}|>" for part in ("prefix", "suffix", "middle") for code in ("code_", "")),
+        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>", "<PAD>", "[PAD]"),
     )
 )
 """Tokens that llama.cpp takes for control tokens whatever the file says: files of many converters say otherwise."""
@@ -165,7 +172,7 @@ def _merge(merge: str) -> tuple[str, str]:
 def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, Encode]:
     """The tokenizer of a SentencePiece (`llama`) vocabulary."""
     tokens = metadata["tokenizer.ggml.tokens"]
-    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    scores = [float(score) for score in metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)]
     if len(scores) < len(tokens):
         raise ValueError(f"{len(tokens)} tokens, {len(scores)} scores")
     added = _added_tokens(metadata)

@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
 import tokenizers
-from tokenizers import decoders
 
 from hopskip.errors import PromptError
 from hopskip.text.chat_template import ChatTemplate
@@ -26,7 +25,7 @@ Encode = Callable[[str, bool], list[int]]
 
 _END_OF_TURN = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>", "<|eom|>"),
-    *("<EOT>", "[EOT]", "<end_of_utterance>"),
+    *("<EOT>", "<|EOT|>", "[EOT]", "<end_of_utterance>"),
 )
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _MAX_HELD_TOKENS = 8  # a character has at most 4 bytes; what is incomplete after 8 tokens never becomes one
@@ -75,7 +74,8 @@ class Tokenizer:
         """
         self._inner = inner
         self._encode = encode or self._encode_with_library
-        self._is_byte_level = isinstance(inner.decoder, decoders.ByteLevel)
+        # alone, or one of a sequence
+        self._is_byte_level = inner.decoder is not None and b'"ByteLevel"' in inner.decoder.__getstate__()
         added = inner.get_added_tokens_decoder()
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
         self._added_texts = {index: token.content for index, token in added.items()} if self._is_byte_level else {}
