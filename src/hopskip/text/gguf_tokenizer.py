@@ -149,7 +149,8 @@ def _byte_level(metadata: Mapping[str, Any], row: PreTokenizer) -> tokenizers.To
     """The tokenizer of a byte-level (`gpt2`) vocabulary."""
     tokens = metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = list(dict.fromkeys(_merge(merge) for merge in metadata["tokenizer.ggml.merges"]))
+    # of a merge that comes twice, the first gives the rank
+    merges: Any = [tuple(merge.split(" ", 1)) for merge in dict.fromkeys(metadata["tokenizer.ggml.merges"])]
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=row.ignores_merges))
     inner.pre_tokenizer = row.build()
     inner.decoder = decoders.ByteLevel()
@@ -162,11 +163,6 @@ def _byte_level(metadata: Mapping[str, Any], row: PreTokenizer) -> tokenizers.To
         single = [*(tokens[index] for index in bos), "$A", *(tokens[index] for index in eos)]
         inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
     return inner
-
-
-def _merge(merge: str) -> tuple[str, str]:
-    left, right = merge.split(" ", 1)
-    return left, right
 
 
 def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, Encode]:

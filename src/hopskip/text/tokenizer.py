@@ -164,7 +164,7 @@ class Tokenizer:
 
     @property
     def inner(self) -> tokenizers.Tokenizer:
-        """The tokenizer of the `tokenizers` library."""
+        """The tokenizer of the `tokenizers` library: the vocabulary and how it decodes. To encode, use `encode`."""
         return self._inner
 
     @property
