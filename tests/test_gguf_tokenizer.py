@@ -294,6 +294,12 @@ def test_pieces_are_merged_by_the_rule(longer: dict[str, float], text: str) -> N
     assert [names[index] for index in merger.encode(text)] == unknown_once
 
 
+def test_long_words_are_not_kept() -> None:
+    merger = PieceMerger(["?", "a", "aa"], [0.0, -1.0, -2.0], unk_id=0)
+    assert merger.encode("aaa" + "a" * 1000 + "▁aaa▁aaa") == [2] * 501 + [1, 0, 2, 1, 0, 2, 1]
+    assert merger._merge.cache_info().currsize == 1
+
+
 # --- Through the model ------------------------------------------------------------------------------------------------
 
 

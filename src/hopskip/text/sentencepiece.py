@@ -24,7 +24,7 @@ from hopskip.errors import CheckpointError
 SPACE = "▁"
 
 _STRIPPED = " \t\n\v\f\r"
-_NUM_KEPT_WORDS = 1 << 15
+_NUM_KEPT_WORDS, _LONGEST_KEPT_WORD = 1 << 15, 32
 _WORDS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 
 
@@ -44,12 +44,16 @@ class PieceMerger:
         # no piece reaches from one word into the next, unless one has a space behind a letter
         self._has_words = not any(SPACE in piece.lstrip(SPACE) for piece in pieces if len(piece) > 1)
         self._merge = lru_cache(_NUM_KEPT_WORDS)(self._merge_word)
+        """For words that come again; long ones seldom do, and would fill the memory."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text in which spaces are written as `▁`."""
         if not self._has_words:
             return list(self._merge_word(text))
-        return [index for word in _WORDS.findall(text) for index in self._merge(word)]
+        ids: list[int] = []
+        for word in _WORDS.findall(text):
+            ids += self._merge(word) if len(word) <= _LONGEST_KEPT_WORD else self._merge_word(word)
+        return ids
 
     def _merge_word(self, word: str) -> tuple[int, ...]:
         symbols: list[str] = list(word)
