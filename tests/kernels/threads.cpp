@@ -1,7 +1,8 @@
-// The pool: every item of every phase is done once, whatever the number of threads; and how long a thread spins.
+// The pool: every item of every phase is done once, whatever the number of threads; and waiting ends.
 #include "threads.h"
 
 #include <chrono>
+#include <thread>
 
 #include "check.h"
 
@@ -31,8 +32,28 @@ void check_pool(Failures& failures) {
     }
 }
 
+// A change while a thread still spins, and one after it has gone to sleep.
+void check_waiting(Failures& failures) {
+    for (int microseconds : {0, 5, 20'000}) {
+        std::atomic<int> value{1}, seen{0};
+        std::thread waiter([&] {
+            while (value == 1) wait_while_equal(value, 1);
+            seen = value.load();
+        });
+        std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+        value = 2;
+        value.notify_all();
+        waiter.join();
+        failures.expect(seen == 2, "a waiter saw %d", seen.load());
+        wait_while_equal(value, 1);  // returns at once
+    }
+}
+
 }  // namespace
 
-void check_threads(Failures& failures) { check_pool(failures); }
+void check_threads(Failures& failures) {
+    check_pool(failures);
+    check_waiting(failures);
+}
 
 }  // namespace hopskip::checks
