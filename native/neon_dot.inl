@@ -1,7 +1,6 @@
 // NEON that multiplies four bytes at once. Included by isa_neon_dotprod.cpp and isa_neon_i8mm.cpp, which say with what
 // instruction: DOT_BYTES, and DOT_BYTES_OF_LANE for one lane of x.
 
-constexpr int MAX_INT_ROWS = 8;  // by count (scripts/test-arm --count), though sums over all blocks then lie in memory
 constexpr int MAX_WORD_BITS = 0;
 constexpr bool DOTS_BYTES = true;
 constexpr int MAX_QUERIES = 6;
