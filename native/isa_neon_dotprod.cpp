@@ -9,7 +9,7 @@ namespace hopskip {
 namespace {  // internal linkage: no function compiled for this instruction set can be picked for another's
 
 constexpr const char* NAME = "neon_dotprod";
-constexpr int MAX_INT_ROWS = 8;  // by count (scripts/test-arm --count), though sums over all blocks then lie in memory
+constexpr int MAX_INT_ROWS = 8;  // by count (scripts/test-arm --count), though sums of all blocks lie in memory
 #define DOT_BYTES(sum, w, x) vdotq_s32(sum, bits<int8x16_t>(w), bits<int8x16_t>(x))
 #define DOT_BYTES_OF_LANE(sum, w, x, lane) vdotq_laneq_s32(sum, bits<int8x16_t>(w), bits<int8x16_t>(x), lane)
 #include "neon_dot.inl"

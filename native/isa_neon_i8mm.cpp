@@ -9,7 +9,7 @@ namespace hopskip {
 namespace {  // internal linkage: no function compiled for this instruction set can be picked for another's
 
 constexpr const char* NAME = "neon_i8mm";
-constexpr int MAX_INT_ROWS = 6;  // by count (scripts/test-arm --count): of eight, where sums begin would lie in memory as well
+constexpr int MAX_INT_ROWS = 6;  // by count: with eight, where sums begin would lie in memory as well
 #define DOT_BYTES(sum, w, x) vusdotq_s32(sum, bits<uint8x16_t>(w), bits<int8x16_t>(x))
 #define DOT_BYTES_OF_LANE(sum, w, x, lane) vusdotq_laneq_s32(sum, bits<uint8x16_t>(w), bits<int8x16_t>(x), lane)
 #include "neon_dot.inl"
