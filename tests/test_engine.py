@@ -250,10 +250,10 @@ def test_nothing_is_drafted_after_the_end_of_the_text(
     assert num_after(not_ended, ends) > 0, "this proves nothing"
     plain = make_engine(model, PLAIN, eos_token_ids=[])
     assert ignored == new_ids(run(plain, prompts, SamplingParams(max_new_tokens=24)))
-    for own, params in (ends, {}), ([], {"stop_token_ids": tuple(ends)}):
-        ids, found = drafted(own, **params)
+    for own, stops in (ends, ()), ([], tuple(ends)):
+        ids, found = drafted(own, stop_token_ids=stops)
         plain = make_engine(model, PLAIN, eos_token_ids=own)
-        assert ids == new_ids(run(plain, prompts, SamplingParams(max_new_tokens=24, **params)))
+        assert ids == new_ids(run(plain, prompts, SamplingParams(max_new_tokens=24, stop_token_ids=stops)))
         assert num_after(found, ends) == 0
         assert all(d.exit_states is None or len(d.exit_states) == d.num_chained for d in found)
         assert all(len(d.buckets) == d.num_chained for d in found)

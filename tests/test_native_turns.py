@@ -52,9 +52,7 @@ NUM_LAYERS = 20_000
 
 def shape(**changes: int) -> Any:
     sizes = {"hidden_size": D, "intermediate_size": INTERMEDIATE, "num_heads": 4, "num_kv_heads": 2}
-    return isa.extension.Shape(
-        **{**sizes, "head_dim": HEAD_DIM, "vocab_size": 50, "rms_norm_eps": 1e-5, **changes}  # type: ignore[arg-type]
-    )
+    return isa.extension.Shape(**{**sizes, "head_dim": HEAD_DIM, "vocab_size": 50, "rms_norm_eps": 1e-5, **changes})
 
 
 def deep_engine(num_layers: int = NUM_LAYERS) -> Any:

@@ -28,6 +28,7 @@ from hopskip.engine import make_engine
 from hopskip.errors import HopskipError
 from hopskip.sampling import best_sums, choose_tokens
 from hopskip.sequence import NoTokenError, Place, Rule
+from hopskip.speculative import DraftChoice
 from tests.models import tiny_model
 from tests.native_cache import views
 from tests.test_engine import PLAIN, new_ids, run
@@ -171,8 +172,9 @@ def test_vectors_of_a_layer_are_finite(part: str, bad: float) -> None:
     size = {"q_bias": 64, "k_bias": 32, "v_bias": 32, "q_norm": 16, "k_norm": 16}.get(part, D)
     vector = torch.ones(size)
     vector[size - 1] = bad
+    changes: dict[str, Any] = {part: vector}
     with pytest.raises(ValueError, match=f"has an element that is {bad}; weights must be finite"):
-        small_engine().add_layer(layer(0, **{part: vector}))
+        small_engine().add_layer(layer(0, **changes))
     norm = torch.ones(D)
     norm[3] = bad
     with pytest.raises(ValueError, match=f"norm has an element that is {bad}"):
@@ -288,21 +290,14 @@ def test_pytorchs_drafts_end_there_too(model: TorchBackend) -> None:
     ],
 )
 def test_the_sequence_that_meets_it_fails_alone(
-    folder: Path, is_native: bool, draft: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+    folder: Path, is_native: bool, draft: DraftChoice, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its prompt, or on the way; and the next one that begins alike is none the worse."""
     model: Backend = load(folder, "q8", threads=2) if is_native else tiny_model()
     params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=4 if temperature else None)
-    config = (
-        SpeculativeConfig(draft="none")
-        if draft == "none"
-        else SpeculativeConfig(
-            draft=draft,
-            exit_layer=2,
-            num_draft_tokens=3,
-            num_runner_ups=2,  # type: ignore[arg-type]
-        )
-    )
+    config = PLAIN
+    if draft != "none":
+        config = SpeculativeConfig(draft=draft, exit_layer=2, num_draft_tokens=3, num_runner_ups=2)
     prompts = [[5, 6, 7, 8] * 5, [], [3] * 9]
     for first in range(10, 60):
         prompts[1] = [first, 8, 7] * 7
