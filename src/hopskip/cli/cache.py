@@ -24,7 +24,7 @@ def list_files(as_json: JsonOption = False) -> None:
     """List packed weights: of which model, in which precision, how large, when last used."""
     files = _files()
     if as_json:
-        print_json([file.as_dict() for file in files])
+        print_json({"folder": str(_folder()), "files": [file.as_dict() for file in files]})
         return
     from rich.console import Console
     from rich.table import Table
