@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from hopskip.backends.native.formats import EXACT
 from hopskip.checkpoint.config import FAMILIES
 from hopskip.checkpoint.fp8 import FP8_TYPES
 from hopskip.checkpoint.gguf import ARCHITECTURES
@@ -33,13 +34,15 @@ def families() -> str:
 
 def files() -> str:
     """One row for each kind of file."""
-    blocks = [block.name for block in BLOCK_TYPES.values() if block.dtype is None]
+    own = [block.name for block in BLOCK_TYPES.values() if block.dtype is None and block.name in EXACT]
+    others = [block.name for block in BLOCK_TYPES.values() if block.dtype is None and block.name not in EXACT]
     plain = [block.name for block in BLOCK_TYPES.values() if block.dtype is not None]
     rows = [
         ("safetensors, whole or in shards", _code(PLAIN_TYPES), ""),
         ("safetensors, 8-bit floats with scales", _code(FP8_TYPES), f"`quant_method`: {_code(FP8_METHODS)}"),
         ("GGUF, whole or split", _code(plain), "versions 2 and 3, little-endian"),
-        ("GGUF, quantized", _code(blocks), "types may be mixed within a file"),
+        ("GGUF, quantized", _code(own), "native formats of their own; types may be mixed within a file"),
+        ("GGUF, other blocks", _code(others), "read, and run in 8 bits"),
     ]
     return _table(("file", "types of weights", "notes"), rows)
 
