@@ -147,6 +147,21 @@ def test_mixed_formats_count_layer_by_layer(tmp_path: Path) -> None:
     assert found.draft_step_cost(1) < (1 + found.head_in_layers) / (3 + found.head_in_layers)
 
 
+@pytest.mark.parametrize("stored", ["Q4_K", "Q6_K", "Q5_0", "IQ4_XS", "IQ3_S", "Q4_0", "MXFP4"])
+def test_types_of_blocks_take_their_own_size_or_8_bits(stored: str) -> None:
+    """By arithmetic what the packed matrices take; the types without a format of their own are named."""
+    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=64)
+    found = model_costs(header_only(config, stored), "native", "auto")
+    is_native = stored != "IQ3_S"
+    assert found.widened == (() if is_native else (stored,))
+    bits = {"Q4_K": 4.625, "Q6_K": 6.625, "Q5_0": 5.5, "IQ4_XS": 4.5, "IQ3_S": 8.5, "Q4_0": 4.5, "MXFP4": 4.5}[stored]
+    layers = sum(rows * cols for rows, cols in (s for s in config.layer_tensors().values() if len(s) == 2))
+    assert found.layer_bytes[0] == layers * bits / 8
+    (name,) = found.bytes_by_format
+    assert name == {"IQ4_XS": "iq4", "IQ3_S": "q8"}.get(stored, stored.lower())
+    assert model_costs(header_only(config, stored), "native", "q8").widened == ()
+
+
 def test_expected_tokens_is_the_mean_of_rounds() -> None:
     generator = torch.Generator().manual_seed(0)
     acceptance, k, rounds = 0.7, 4, 20_000

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from hopskip.backends.native.formats import choose_format, matrix_bytes
+from hopskip.backends.native.formats import EXACT, PLAIN, choose_format, matrix_bytes
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.draft.costs import CONTEXT, Costs, expected_speedup, expected_tokens
 from hopskip.speculative import Source
@@ -35,6 +35,8 @@ class ModelCosts:
     kv_bytes_per_token: int
     bytes_by_format: dict[str, int]
     """Bytes of weights by format (`float32`, `bfloat16`, `float16`, `q8`, `q4_k`, ...), the largest first."""
+    widened: tuple[str, ...] = ()
+    """Stored types that have no format of their own, and run in 8 bits."""
 
     @property
     def total_bytes(self) -> int:
@@ -71,6 +73,7 @@ def model_costs(
     layer_bytes = [0] * config.num_hidden_layers
     edges: Counter[str] = Counter()
     by_format: Counter[str] = Counter()
+    widened: set[str] = set()
     for name in checkpoint.names():
         if name.endswith(("norm.weight", ".bias")):
             continue
@@ -82,6 +85,8 @@ def model_costs(
             format = choose_format(stored.type.name, name, precision)
             format_name = _PLAIN_NAMES.get(format.name, format.name.lower())
             num_bytes = matrix_bytes(format, rows, columns)
+            if precision == "auto" and stored.type.name not in (*EXACT, *PLAIN):
+                widened.add(stored.type.name)
         by_format[format_name] += num_bytes
         if name.startswith("model.layers."):
             layer_bytes[int(name.split(".")[2])] += num_bytes
@@ -98,6 +103,7 @@ def model_costs(
         embedding_bytes=0 if config.tie_word_embeddings else embedding_bytes,
         kv_bytes_per_token=2 * config.num_hidden_layers * config.num_key_value_heads * vector_bytes,
         bytes_by_format=dict(by_format.most_common()),
+        widened=tuple(sorted(widened)),
     )
 
 

@@ -56,8 +56,6 @@ class _Facts:
     path: Path
     config: ModelConfig
     stored_as: str
-    widened: tuple[str, ...]
-    """Stored types that have no native format: they run in 8 bits."""
     backend: str
     isa: str | None
     """Instruction set of the native backend."""
@@ -88,7 +86,7 @@ class _Facts:
             "context_length": config.context_length,
             "num_parameters": config.num_parameters,
             "stored_as": self.stored_as,
-            "widened": list(self.widened),
+            "widened": list(costs.widened),
             "backend": self.backend,
             "isa": self.isa,
             "device": self.device,
@@ -187,7 +185,6 @@ def _collect(load: LoadConfig) -> _Facts:
         path=checkpoint.path,
         config=config,
         stored_as=checkpoint.quantization or str(checkpoint.dtype).removeprefix("torch."),
-        widened=_widened(checkpoint) if is_native and load.precision == "auto" else (),
         backend=kind,
         isa=choose_isa() if is_native else None,
         device=str(device),
@@ -223,7 +220,7 @@ def _print_facts(facts: _Facts) -> None:
     table.add_row("parameters", f"{_count(config.num_parameters)}; the head is as large as {head}")
     table.add_row("stored as", facts.stored_as)
     table.add_row("runs on", f"{facts.backend}{isa}, {facts.device}, {facts.threads} threads")
-    widened = f"; {', '.join(facts.widened)} have no native format, so they run in q8" if facts.widened else ""
+    widened = f"; {', '.join(costs.widened)}: no native format, so in q8" if costs.widened else ""
     table.add_row("weights", formats + widened)
     table.add_row(
         "keys, values",
@@ -377,13 +374,6 @@ def _memory(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
-
-
-def _widened(checkpoint: Checkpoint) -> tuple[str, ...]:
-    from hopskip.backends.native.formats import EXACT, PLAIN
-
-    types = {checkpoint.stored(name).type.name for name in checkpoint.names()}
-    return tuple(sorted(types.difference(EXACT, PLAIN)))
 
 
 def _count(number: float) -> str:
