@@ -354,7 +354,7 @@ def test_after_an_interrupt_in_a_prompt_the_engine_answers_right(
     model = NativeBackend.load(open_checkpoint(tmp_path), threads=2)
     prompt, params = [(7 * i) % 300 for i in range(700)], SamplingParams(max_new_tokens=8)
     expected = new_ids(run(make_engine(model, PLAIN), [prompt, prompt[:400]], params))
-    engine, layers, num_rows = make_engine(model, PLAIN), model._engine.run_layers, []
+    engine, layers, num_rows = make_engine(model, PLAIN), model._compiled.run_layers, []
 
     class Interrupted:
         def __getattr__(self, name: str) -> Any:
@@ -366,8 +366,8 @@ def test_after_an_interrupt_in_a_prompt_the_engine_answers_right(
             if len(num_rows) == 3:  # what this pass has left in the cache does not count
                 raise KeyboardInterrupt
 
-    native = model._engine
-    monkeypatch.setattr(model, "_engine", Interrupted())
+    native = model._compiled
+    monkeypatch.setattr(model, "_compiled", Interrupted())
     interrupt(engine, prompt, params)
     assert max(num_rows) == model.num_prefill_rows == 128
     assert new_ids(run(engine, [prompt, prompt[:400]], params)) == expected

@@ -137,7 +137,7 @@ def test_the_report(model: Path, tmp_path: Path) -> None:
             row["perplexity"] - next(r for r in report["rows"] if r["exit_layer"] == row["exit_layer"])["perplexity"]
         )
     assert rows["float32"]["weight_bytes"] > rows["bfloat16"]["weight_bytes"] > rows["q8"]["weight_bytes"]
-    assert rows["q4_0.gguf"]["weight_bytes"] == rows["q4"]["weight_bytes"]
+    assert rows["q4_0.gguf"]["weight_bytes"] < rows["q4"]["weight_bytes"]  # Q4_0 has no minima
     num_tokens = len(load_tokenizer(model, open_checkpoint(model).config).encode(text.read_text()))
     assert report["text"] == {
         "files": [str(text)],

@@ -54,8 +54,6 @@ class NativeBackend(Backend):
         threads: int | None = None,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        if reason := obstacle():
-            raise ConfigError(f"the native backend cannot be used: {reason}")
         if kv_dtype not in (None, *KV_DTYPES):
             raise ConfigError(
                 f"kv_dtype is {kv_dtype}; the native engine keeps keys and values in float32, bfloat16 or int8"
@@ -93,6 +91,8 @@ class NativeBackend(Backend):
             ConfigError: an unknown precision or kv_dtype, or HOPSKIP_ISA names an instruction set that cannot run.
             CheckpointError: a weight is not finite.
         """
+        if reason := obstacle():
+            raise ConfigError(f"the native backend cannot be used: {reason}")
         if precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
         return cls(checkpoint.config, PackedWeights.load(checkpoint, precision, progress), threads, kv_dtype)

@@ -117,7 +117,7 @@ def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
-    return np.ascontiguousarray(tensor.float().numpy())
+    return np.ascontiguousarray(tensor.detach().float().numpy())
 
 
 def _matrix(packed: Packed) -> Any:
