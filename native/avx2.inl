@@ -34,6 +34,7 @@ inline float reduce(V x, const Fold& fold) {
 #include "simd.inl"
 
 inline V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(load_as<__m128i>(p)); }
+inline I load_int8(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadu_si64(p)); }
 inline void store_f16(uint16_t* p, V x) { store_as(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline V odd_bf16(I x) {
     x = _mm256_srli_epi32(x, 16);

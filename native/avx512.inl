@@ -36,6 +36,7 @@ inline float reduce(V x, const Fold& fold) {
 #include "simd.inl"
 
 inline V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); }
+inline I load_int8(const void* p) { return _mm512_cvtepi8_epi32(load_as<__m128i>(p)); }
 inline void store_f16(uint16_t* p, V x) { store_as(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }
 inline void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }

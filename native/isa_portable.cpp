@@ -44,6 +44,10 @@ inline V load_f16(const uint16_t* p) {  // finite values only
     const V magnitude = bits<V>((h & 0x7fff) << 13) * splat(0x1p112f);
     return bits<V>(bits<U>(magnitude) | (h & 0x8000) << 16);
 }
+inline I load_int8(const void* p) {  // widened
+    const auto* x = static_cast<const int8_t*>(p);
+    return I{x[0], x[1], x[2], x[3]};
+}
 inline void store_f16(uint16_t* p, V x) {  // rounds to nearest even; what is too large becomes infinite
     typedef uint16_t Words __attribute__((vector_size(LANES * 2)));
     const U b = bits<U>(absolute(x));

@@ -201,19 +201,20 @@ private:
                 return load_f16(reinterpret_cast<const uint16_t*>(header) + i * TILE + part * LANES);
             };
             const auto factors = [&](int i) {
-                return load_as<Bytes>(header + HEADER_BYTES + index * FACTOR_BYTES + i * TILE + part * LANES);
+                return load_int8(header + HEADER_BYTES + index * FACTOR_BYTES + i * TILE + part * LANES);
             };
             if constexpr (!F.has_factors()) {
                 scale = f16(F.has_minima() ? 0 : index);
                 if constexpr (F.has_minima()) minimum = f16(1);
             } else if constexpr (!F.has_halves) {
-                scale = f16(0) * from_bytes(factors(0));
-                minimum = f16(1) * from_bytes(factors(1));
+                scale = f16(0) * to_float(factors(0));
+                minimum = f16(1) * to_float(factors(1));
             } else if constexpr (F.has_minima()) {
-                scale = f16(0) * from_bytes(factors(half) & 15);
-                minimum = f16(1) * from_bytes(factors(half) >> 4 & 15);
+                const U both = bits<U>(factors(half));
+                scale = f16(0) * to_float(bits<I>(both & 15));
+                minimum = f16(1) * to_float(bits<I>(both >> 4 & 15));
             } else {
-                scale = f16(0) * from_bytes(factors(half));
+                scale = f16(0) * to_float(factors(half));
             }
         }
     };

@@ -32,6 +32,10 @@ inline float reduce(V x, const Fold& fold) {
 #include "simd.inl"
 
 inline V load_f16(const uint16_t* p) { return vcvt_f32_f16(bits<float16x4_t>(vld1_u16(p))); }
+inline I load_int8(const void* p) {
+    const int8x8_t bytes = vreinterpret_s8_u32(vdup_n_u32(load_as<uint32_t>(p)));
+    return vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
+}
 inline void store_f16(uint16_t* p, V x) { store_as(p, vcvt_f16_f32(x)); }
 inline V odd_bf16(I x) { return bits<V>(bits<U>(x) & 0xffff0000u); }
 inline void store_bytes(int8_t* p, I x) {

@@ -2,7 +2,6 @@
 // many 32-bit integers, or the bytes and words inside them). Arithmetic on V is the compiler's own: a + b, a * b.
 
 typedef uint32_t U __attribute__((vector_size(LANES * 4)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class To, class From>
 inline To bits(const From& from) {
@@ -57,9 +56,8 @@ inline void store_bf16(uint16_t* p, V x) {                     // rounds to near
     store_as(p, __builtin_convertvector(((b + 0x7fff + (b >> 16 & 1)) | is_nan) >> 16, Words));
 }
 
-typedef uint8_t UnsignedBytes __attribute__((vector_size(LANES * 4)));
-inline V from_bytes(Bytes x) { return __builtin_convertvector(x, V); }
+typedef uint8_t Bytes __attribute__((vector_size(LANES * 4)));
 inline I low_nibbles(I w) { return bits<I>(bits<U>(w) & 0x0f0f0f0fu); }
-inline I high_nibbles(I w) { return bits<I>(bits<UnsignedBytes>(w) >> 4); }
+inline I high_nibbles(I w) { return bits<I>(bits<Bytes>(w) >> 4); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, PREFETCH_LOCALITY); }
