@@ -118,8 +118,8 @@ struct Groups {
 // Quantized weights with int8 activations: integers within a block of 32 columns, or half of one, f32 across blocks.
 template <Format FORMAT>
 struct IntProduct {
-    static constexpr int MAX_ROWS = MAX_INT_ROWS;
     static constexpr BlockFormat F = block_format(FORMAT);
+    static constexpr int MAX_ROWS = F.has_halves ? MAX_INT_ROWS * 2 / 3 : MAX_INT_ROWS;  // halves take registers
     static constexpr int HALVES = F.has_halves ? 2 : 1, GROUPS = 8 / HALVES;  // that are summed as integers
     static constexpr bool IS_WIDE = F.center == 128;  // integers take all of their unsigned byte
     static constexpr bool SUMS_WORDS = !F.has_table && F.bits <= MAX_WORD_BITS;
