@@ -120,7 +120,7 @@ template <Format FORMAT>
 struct IntProduct {
     static constexpr BlockFormat F = block_format(FORMAT);
     static constexpr int MAX_ROWS = F.has_halves ? MAX_INT_ROWS * 2 / 3 : MAX_INT_ROWS;  // halves take registers
-    static constexpr int HALVES = F.has_halves ? 2 : 1, GROUPS = 8 / HALVES;  // that are summed as integers
+    static constexpr int HALVES = F.has_halves ? 2 : 1, GROUPS = 8 / HALVES;             // that are summed as integers
     static constexpr bool IS_WIDE = F.center == 128;  // integers take all of their unsigned byte
     static constexpr bool SUMS_WORDS = !F.has_table && F.bits <= MAX_WORD_BITS;
     static constexpr int SHIFT = F.center ? __builtin_ctz((F.has_halves ? 32 : 128) / F.center) : 0;
@@ -144,8 +144,8 @@ struct IntProduct {
             const uint8_t* units = header + F.header_bytes();
             // every line, or the rest is in vain
             for (const uint8_t* p = header; p < units; p += 64) prefetch(p + PREFETCH_AHEAD);
-            const int end = b + F.blocks_per_header < m.blocks ? b + F.blocks_per_header : m.blocks;
-            for (int i = 0; b < end; ++b, ++i, units += F.units() * UNIT_BYTES) {
+            const int left = m.blocks - b, count = left < F.blocks_per_header ? left : F.blocks_per_header;
+            for (int i = 0; i < (F.blocks_per_header == 1 ? 1 : count); ++i, ++b, units += F.units() * UNIT_BYTES) {
                 for (int u = 0; u < F.units(); ++u) prefetch(units + u * UNIT_BYTES + PREFETCH_AHEAD);
                 UNROLL_FOR (int p = 0; p < PARTS; ++p) {
                     const Groups<FORMAT> groups{units, p};
@@ -154,7 +154,7 @@ struct IntProduct {
                         UNROLL_FOR (int r = 0; r < R; ++r)
                             dot[r] = SUMS_WORDS || F.has_minima() ? I{} : start(x_starts[r], b, half);
                         UNROLL_FOR (int g = 0; g < GROUPS; ++g) {
-                            const int group = half * GROUPS + g;
+                            const int group = group_at(half, g);
                             const auto w = IS_WIDE ? byte_weights(groups[group]) : groups[group];
                             UNROLL_FOR (int r = 0; r < R; ++r) {
                                 const auto four = column_of(rows[r] + b * BLOCK, group * 4);
@@ -187,6 +187,10 @@ struct IntProduct {
     }
 
 private:
+    // In the order in which units hold them.
+    static constexpr int group_at(int half, int index) {
+        return !F.has_halves && F.bits & 4 ? index % 2 * 4 + index / 2 : half * GROUPS + index;
+    }
     // -center * (sum of x), where sums begin.
     static I start(const int32_t* starts, int block, int half) {
         if constexpr (IS_WIDE) return start_of(starts + block);
