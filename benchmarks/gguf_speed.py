@@ -10,7 +10,6 @@ llama.cpp's time over hopskip's. With --rows, also a pass of several rows over o
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ import numpy as np
 
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.rows import Rows, Segment
-from hopskip.bench.turns import take_turns
+from hopskip.bench.turns import medians, take_turns
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.machine import cpu_name
 
@@ -96,8 +95,12 @@ def prefill_seconds(contender: Native | LlamaCpp, ids: list[int]) -> float:
 
 def in_turns(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
     """Median seconds of each, after one run to warm up."""
-    found = take_turns({name: (lambda _, run=run: run()) for name, run in runs.items()}, range(repeats + 1))
-    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
+
+    def timed(run: Callable[[], float], _turn: int) -> float:
+        return run()
+
+    found = take_turns({name: partial(timed, run) for name, run in runs.items()}, range(repeats + 1))
+    return medians({name: seconds[1:] for name, seconds in found.items()})
 
 
 def main() -> None:
@@ -106,31 +109,38 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--prefills", type=int, default=3, help="0: not measured, for long prompts")
     parser.add_argument("--rows", type=int, nargs="*", default=[2, 4, 6, 8, 12, 16])
     arguments = parser.parse_args()
     print(f"{cpu_name()}, {arguments.threads} threads, {arguments.prompt} tokens before")
     for path in arguments.files:
-        measure(path, arguments.threads, arguments.prompt, arguments.repeats, arguments.rows)
+        measure(path, arguments.threads, arguments.prompt, arguments.repeats, arguments.prefills, arguments.rows)
 
 
-def measure(path: Path, threads: int, prompt: int, repeats: int, rows: list[int]) -> None:
+def measure(path: Path, threads: int, prompt: int, repeats: int, prefills: int, rows: list[int]) -> None:
     """Print the lines of one file."""
     ids = [3 + i * 7919 % 40_000 for i in range(prompt)]
     native = Native(path, threads, prompt + 32)
     contenders: dict[str, Native | LlamaCpp] = {"hopskip": native, "llama.cpp": LlamaCpp(path, threads, prompt + 32)}
-    for what, scale, run, times in (
-        ("prefill", prompt, partial(prefill_seconds, ids=ids), max(2, repeats // 3)),
-        ("decode", 1, partial(decode_seconds, position=prompt, token=5), repeats),
-    ):
-        seconds = in_turns({name: partial(run, contender) for name, contender in contenders.items()}, times)
-        rates = ", ".join(f"{name} {scale / seconds[name]:.1f}" for name in contenders)
-        print(
-            f"{path.name:16} {what:8} {rates} tokens/s: {seconds['llama.cpp'] / seconds['hopskip']:.2f} x", flush=True
-        )
+    prefill = partial(prefill_seconds, ids=ids)
+    if prefills:
+        seconds = in_turns({name: partial(prefill, contender) for name, contender in contenders.items()}, prefills)
+        report(path, "prefill", {name: prompt / taken for name, taken in seconds.items()})
+    else:
+        for contender in contenders.values():
+            prefill(contender)
+    decode = partial(decode_seconds, position=prompt, token=5)
+    seconds = in_turns({name: partial(decode, contender) for name, contender in contenders.items()}, repeats)
+    report(path, "decode", {name: 1 / taken for name, taken in seconds.items()})
     native.rewind(prompt)
     passes = in_turns({str(count): partial(native.rows_seconds, count) for count in (1, *rows)}, repeats * 3)
     shares = ", ".join(f"{count} rows {passes[str(count)] / passes['1']:.2f}" for count in rows)
     print(f"{path.name:16} passes   one row {passes['1'] * 1e3:.1f} ms; {shares}", flush=True)
+
+
+def report(path: Path, what: str, rates: dict[str, float]) -> None:
+    both = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+    print(f"{path.name:16} {what:8} {both} tokens/s: {rates['hopskip'] / rates['llama.cpp']:.2f} x", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def random_blocks(kind: str, rows: int, cols: int, seed: int = 0) -> NDArray[np.
 
 def values_of(kind: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     """As the gguf package has them, float32 [rows, cols]."""
-    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind]).astype(np.float32)
+    values: NDArray[np.float32] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind]).astype(np.float32)
+    return values
 
 
 IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
