@@ -264,6 +264,18 @@ def test_soak(shared: Live) -> None:
 # -- an engine that fails ----------------------------------------------------------------------------------------------
 
 
+def in_one_step(live: Live, llm: LLM, bad: object, good: object) -> tuple[httpx.Response, httpx.Response]:
+    """The answers to two requests of which the second to run joins the first: their next step is a common one."""
+    brake = Brake(llm.engine)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(httpx.post, f"{live.url}/v1/completions", json=good, timeout=60)
+        until(lambda: brake.is_holding)
+        second = pool.submit(httpx.post, f"{live.url}/v1/completions", json=bad, timeout=60)
+        until(lambda: llm.engine.num_waiting == 1)
+        brake.release()
+        return second.result(), first.result()
+
+
 def test_a_request_that_breaks_its_step_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     draft = llm.engine._rounds._draft
 
@@ -276,15 +288,9 @@ def test_a_request_that_breaks_its_step_fails_alone(llm: LLM, monkeypatch: pytes
         good, bad = {**LONG, "max_tokens": 60}, {"prompt": "a", "seed": 666}
         expected = client.post("/v1/completions", json=good).json()["choices"]
         monkeypatch.setattr(llm.engine._rounds, "_draft", poisoned)
-        brake = Brake(llm.engine)
-        with ThreadPoolExecutor() as pool:
-            bystander = pool.submit(httpx.post, f"{live.url}/v1/completions", json=good, timeout=60)
-            until(lambda: brake.is_holding)
-            poisoner = pool.submit(httpx.post, f"{live.url}/v1/completions", json=bad, timeout=60)
-            until(lambda: llm.engine.num_waiting == 1)
-            brake.release()  # their next step is a common one
-            assert poisoner.result().status_code == 500
-            assert bystander.result().json()["choices"] == expected
+        failed, unharmed = in_one_step(live, llm, bad, good)
+        assert failed.status_code == 500
+        assert unharmed.json()["choices"] == expected
         for _ in range(4):
             refused = client.post("/v1/completions", json=bad)
             assert refused.status_code == 500
@@ -315,16 +321,10 @@ def test_a_request_whose_logits_are_no_numbers_fails_alone(llm: LLM, monkeypatch
         letter = next(letter for letter in ascii_lowercase if innocent.isdisjoint(llm.tokenizer.encode(letter)))
         bad, damaged = {"prompt": letter, "max_tokens": 5}, llm.tokenizer.encode(letter)[-1]
         monkeypatch.setattr(llm.backend, "embed", damage)
-        brake = Brake(llm.engine)
-        with ThreadPoolExecutor() as pool:
-            bystander = pool.submit(httpx.post, f"{live.url}/v1/completions", json=good, timeout=60)
-            until(lambda: brake.is_holding)
-            failing = pool.submit(httpx.post, f"{live.url}/v1/completions", json=bad, timeout=60)
-            until(lambda: llm.engine.num_waiting == 1)
-            brake.release()
-            assert failing.result().status_code == 500
-            assert failing.result().json()["error"]["type"] == "server_error"
-            assert bystander.result().json()["choices"] == expected
+        failed, unharmed = in_one_step(live, llm, bad, good)
+        assert failed.status_code == 500
+        assert failed.json()["error"]["type"] == "server_error"
+        assert unharmed.json()["choices"] == expected
         assert client.get("/health").status_code == 200
         monkeypatch.setattr(llm.backend, "embed", embed)
         assert client.post("/v1/completions", json=bad).status_code == 200

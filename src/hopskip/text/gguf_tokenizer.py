@@ -19,7 +19,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError
 from hopskip.text.pre_tokenizers import PRE_TOKENIZERS, REFUSED, PreTokenizer
 from hopskip.text.sentencepiece import merging_encoder, vocabulary_only
-from hopskip.text.tokenizer import Encode, Tokenizer, eos_ids
+from hopskip.text.tokenizer import Encode, Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 _OTHER_KINDS = {
@@ -82,7 +82,7 @@ def tokenizer_of_gguf(path: Path, metadata: Mapping[str, Any], config: ModelConf
         inner,
         special_tokens=special_tokens,
         chat_template=template,
-        eos_token_ids=eos_ids(inner, config.eos_token_ids, special_tokens.get("eos_token"), template),
+        eos_token_ids=config.eos_token_ids,
         encode=encode,
     )
 

@@ -41,20 +41,6 @@ def _byte_of_char() -> dict[str, int]:
 _BYTE_OF_CHAR = _byte_of_char()
 
 
-def eos_ids(
-    inner: tokenizers.Tokenizer, config_ids: Iterable[int], own_eos: str | None, chat_template: str | None
-) -> tuple[int, ...]:
-    """Every token that ends a text: what anybody names counts, for checkpoints often name only a part.
-
-    These are the ids of the config and the generation config (of a GGUF file: its eos, eot and eom ids), the
-    tokenizer's own EOS, and tokens known to end a turn that the chat template writes. Nothing is taken for the end of a
-    text by its look alone: base models have end-of-turn tokens too, and pad with tokens that mean something else.
-    """
-    turns = [token for token in _END_OF_TURN if token in str(chat_template)]
-    named = [inner.token_to_id(token) for token in (own_eos, *turns) if token]
-    return tuple(dict.fromkeys([*config_ids, *(index for index in named if index is not None)]))
-
-
 class Tokenizer:
     """The tokenizer of a checkpoint, with its chat template if it has one."""
 
@@ -69,6 +55,7 @@ class Tokenizer:
     ) -> None:
         """
         Args:
+            eos_token_ids: of the config and the generation config; of a GGUF file: its eos, eot and eom ids.
             encode: encodes in place of `inner`, which then only decodes: for vocabularies whose rules of merging the
                 library does not have.
         """
@@ -89,8 +76,13 @@ class Tokenizer:
         self.chat_template = chat_template
         """Source of the chat template; None if the model has none."""
         self._template = ChatTemplate(chat_template) if chat_template is not None else None
-        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
-        """Tokens that end a text, see `eos_ids`."""
+        turns = [token for token in _END_OF_TURN if token in str(chat_template)]
+        named = [inner.token_to_id(token) for token in (special_tokens.get("eos_token"), *turns) if token]
+        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *(index for index in named if index is not None)]))
+        """Every token that ends a text. What anybody names counts, for checkpoints often name only a part: the ids
+        given, the tokenizer's own EOS, and tokens known to end a turn that the chat template writes. Nothing is taken
+        for the end of a text by its look alone: base models have end-of-turn tokens too, and pad with tokens that mean
+        something else."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens in it count as such.

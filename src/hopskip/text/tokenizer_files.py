@@ -19,7 +19,7 @@ from hopskip.checkpoint.hf_folder import read_json
 from hopskip.errors import CheckpointError
 from hopskip.text.gguf_tokenizer import tokenizer_of_gguf
 from hopskip.text.sentencepiece import read_model
-from hopskip.text.tokenizer import Encode, Tokenizer, eos_ids
+from hopskip.text.tokenizer import Encode, Tokenizer
 
 _SPECIAL_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -52,12 +52,11 @@ def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     special_tokens = _special_tokens(folder, settings)
-    template = _chat_template(folder, settings)
     return Tokenizer(
         inner,
         special_tokens=special_tokens,
-        chat_template=template,
-        eos_token_ids=eos_ids(inner, config.eos_token_ids, special_tokens.get("eos_token"), template),
+        chat_template=_chat_template(folder, settings),
+        eos_token_ids=config.eos_token_ids,
         encode=encode,
     )
 
