@@ -131,6 +131,22 @@ def test_a_bit_that_no_sample_sees_is_found_by_the_time_of_change(checkpoint: Ch
         assert_same(PackedWeights.load(checkpoint, "float32"), expected)
 
 
+def test_samples_are_spread_over_a_tensor(checkpoint: Checkpoint) -> None:
+    """A bit at the start, after one and two thirds, and at the end: each is found without reading the rest."""
+    PackedWeights.load(checkpoint, "float32")
+    path = cache_file()
+    header = read_header(path)
+    tensor = max(header["tensors"].values(), key=lambda found: int(found["size"]))
+    first = path.stat().st_size - header["size"] + tensor["offset"]
+    last = tensor["size"] - 4096
+    for place in (0, last // 3, last * 2 // 3, last + 4095):
+        change(path, first + place)
+        with pytest.raises(ValueError, match="not what was written"):
+            read_header(path)
+        change(path, first + place)
+    read_header(path)
+
+
 def test_a_file_cut_short_while_in_use_is_an_error_and_not_the_end(checkpoint: Checkpoint) -> None:
     backend = NativeBackend.load(checkpoint, "q8")
     rows, cache = Rows([Segment(0, 0, 2)]), backend.new_cache(1, 8)
