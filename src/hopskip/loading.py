@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from hopskip.errors import ConfigError, check_choice
+from hopskip.machine import require
 from hopskip.options import option
 from hopskip.speculative import SpeculativeConfig
 
@@ -189,7 +190,7 @@ def load_backend(checkpoint: Checkpoint, load: LoadConfig, progress: Progress | 
             kv_dtype=None if load.kv_dtype == "auto" else load.kv_dtype,
             progress=progress,
         )
-    torch = import_torch("the torch backend")
+    torch = require("torch", "the torch backend")
     from hopskip.backends.torch.backend import TorchBackend
     from hopskip.backends.torch.weights import load_weights
 
@@ -219,18 +220,6 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
     return trained_exit
 
 
-def import_torch(what: str) -> Any:
-    """PyTorch, for what needs it.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module("torch")
-    except ImportError as error:
-        raise ConfigError(f"{what} needs PyTorch ({error}); install it: pip install 'hopskip[torch]'") from None
-
-
 def _device(name: str) -> str:
     """The device of an option, as PyTorch writes it. PyTorch, which takes a second to load, is asked only where there
     may be a GPU."""
@@ -242,7 +231,7 @@ def _device(name: str) -> str:
         except ImportError:
             return "cpu"
         return "cuda" if torch.cuda.is_available() else "cpu"
-    torch = import_torch(f"device {name!r}")
+    torch = require("torch", f"device {name!r}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
