@@ -160,7 +160,7 @@ def open_model(
 
     speculative = speculative or SpeculativeConfig()
     checkpoint = open_checkpoint(find_model(load.model))
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config, checkpoint.metadata)
     # a wrong option must not cost the time of loading the weights
     trained_exit = find_exit(checkpoint, speculative)
     resolve(speculative, checkpoint.config, trained_exit)

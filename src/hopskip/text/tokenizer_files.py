@@ -25,14 +25,17 @@ from hopskip.text.tokenizer import Encode, Tokenizer
 _SPECIAL_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def load_tokenizer(path: Path, config: ModelConfig, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or a GGUF file.
+
+    Args:
+        metadata: of a GGUF file, where it has been read already (`Checkpoint.metadata`).
 
     Raises:
         CheckpointError: there is none, or it is of a kind that cannot be read.
     """
     if path.is_file():
-        return tokenizer_of_gguf(path, GGUFFile(path).metadata, config)
+        return tokenizer_of_gguf(path, GGUFFile(path).metadata if metadata is None else metadata, config)
     return _from_folder(path, config)
 
 
