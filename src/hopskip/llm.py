@@ -17,12 +17,12 @@ from hopskip.engine.engine import Engine, make_engine
 from hopskip.engine.turns import Turns, closed
 from hopskip.errors import ConfigError, check_count, check_names, shown
 from hopskip.loading import LoadConfig, LoadOptions, OpenModel, Progress, open_model
-from hopskip.sampling_params import SamplingOptions, SamplingParams
-from hopskip.sequence import Request, Sequence, Token
+from hopskip.sampling_params import SamplingOptions, SamplingParams, params_for
+from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.grammar import GrammarCompiler
 from hopskip.text.inputs import Message, Prompt, chat_list, checked_prompt, prompt_list, template_variables
-from hopskip.text.results import GenerationResult, StreamPiece, joined, result_of
+from hopskip.text.results import GenerationResult, StreamPiece, joined, news_of, result_of
 from hopskip.text.tokenizer import Detokenizer, TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class LLM:
                 then.
             ClosedError: the LLM has been closed.
         """
-        return self._generate(self.requests(prompt_list(prompts), sampling_params, **options), use_tqdm)
+        return self._generate(self.requests(prompts, sampling_params, **options), use_tqdm)
 
     def chat(
         self,
@@ -185,9 +185,14 @@ class LLM:
                 `chat_template_kwargs`.
             PromptError: also if the model has no chat template, or the template refuses the messages.
         """
-        variables = template_variables(self.tokenizer, enable_thinking, chat_template_kwargs)
-        encoded: list[Prompt] = [self.tokenizer.apply_chat_template(chat, **variables) for chat in chat_list(messages)]  # type: ignore[arg-type]
-        return self._generate(self.requests(encoded, sampling_params, **options), use_tqdm)
+        asked = self.requests(
+            chat_list(messages),
+            sampling_params,
+            enable_thinking=enable_thinking,
+            chat_template_kwargs=chat_template_kwargs,
+            **options,
+        )
+        return self._generate(asked, use_tqdm)
 
     def stream(
         self,
@@ -205,15 +210,18 @@ class LLM:
             sampling_params, options: as `generate`; `n` must be 1.
             enable_thinking, chat_template_kwargs: of a chat, see `chat`.
         """
-        ids = self.encode(prompt, enable_thinking=enable_thinking, chat_template_kwargs=chat_template_kwargs)
-        [requests] = self.requests([ids], sampling_params, **options)
-        if len(requests) > 1:
-            raise ConfigError(f"n is {len(requests)}, but a stream has one text; use generate")
-        [(sequence, text)] = self._add(requests)
+        request = self.request(
+            prompt,
+            sampling_params,
+            enable_thinking=enable_thinking,
+            chat_template_kwargs=chat_template_kwargs,
+            **options,
+        )
+        [(sequence, text)] = self._add([request])
         try:
             is_finished = False
             while not is_finished:
-                pieces, is_finished = self._turns.wait(lambda: _news(sequence, text))
+                pieces, is_finished = self._turns.wait(lambda: news_of(sequence, text))
                 for token, piece in pieces:
                     is_last = is_finished and token is sequence.tokens[-1]
                     result = result_of(sequence, text) if is_last else None
@@ -247,20 +255,41 @@ class LLM:
             raise ConfigError(f"{next(iter(variables))} has no effect on a prompt that is no chat; leave it out")
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
 
+    def request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Request:
+        """What the engine is asked for by `stream`."""
+        ids = self.encode(prompt, enable_thinking=enable_thinking, chat_template_kwargs=chat_template_kwargs)
+        [requests] = self.requests([ids], sampling_params, **options)
+        if len(requests) > 1:
+            raise ConfigError(f"n is {len(requests)}, but a stream has one text; use generate")
+        return requests[0]
+
     def requests(
         self,
-        prompts: Seq[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[list[Request]]:
-        """What the engine is asked for: for each prompt as many requests as `n` says, whose seeds follow each other.
+        """What the engine is asked for by `generate`: for each prompt as many requests as `n` says, whose seeds follow
+        each other.
 
         Raises:
             ConfigError, PromptError: as `generate`.
         """
-        encoded = [self.encode(prompt) for prompt in prompts]
+        thinking: Any = {"enable_thinking": enable_thinking, "chat_template_kwargs": chat_template_kwargs}
+        encoded = [self.encode(prompt, **thinking) for prompt in prompt_list(prompts)]
         found = []
-        for prompt_ids, params in zip(encoded, _params_for(len(encoded), sampling_params, options), strict=True):
+        for prompt_ids, params in zip(encoded, params_for(len(encoded), sampling_params, options), strict=True):
             is_plain = params.n == 1 and params.structure is None
             found.append(
                 [
@@ -314,33 +343,6 @@ _NAMES_OF_OPTIONS = (
     *("speculative", "max_model_len", "max_num_seqs", "prefix_caching", "progress", "on_preparing"),
     *(item.name for item in fields(LoadConfig) if item.name != "model"),
 )
-
-
-def _params_for(
-    num_prompts: int, given: SamplingParams | Iterable[SamplingParams] | None, options: SamplingOptions
-) -> list[SamplingParams]:
-    """Of each prompt.
-
-    Raises:
-        ConfigError: what is given is nothing of the kind, or not as many as there are prompts.
-    """
-    if given is None or isinstance(given, SamplingParams):
-        return [(given or SamplingParams()).updated(**options)] * num_prompts
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
-    for params in listed:
-        if not isinstance(params, SamplingParams):
-            raise ConfigError(
-                f"sampling_params is {shown(params)}; give a SamplingParams, or its fields by name: max_tokens=20"
-            )
-    if len(listed) != num_prompts:
-        raise ConfigError(f"{len(listed)} sampling_params for {num_prompts} prompts; give one for each, or one for all")
-    return [params.updated(**options) for params in listed]
-
-
-def _news(sequence: Sequence, text: TextStream) -> tuple[list[tuple[Token, str]], bool] | None:
-    """The tokens that have come, with their text, and whether it is the last of it; None if nothing has happened."""
-    pieces = text.take(sequence.tokens, is_finished=sequence.is_finished)
-    return (pieces, sequence.is_finished) if pieces or sequence.is_finished else None
 
 
 @contextmanager

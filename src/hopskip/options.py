@@ -33,7 +33,7 @@ def default_of(item: Field[Any]) -> Any:
 
 
 def short_repr(value: Any) -> str:
-    """A dataclass with those fields only that differ from their defaults; to be its `__repr__`.
+    """A dataclass with those fields only that differ from their defaults, long ones cut; to be its `__repr__`.
 
     >>> from hopskip.sampling_params import SamplingParams
     >>> SamplingParams(max_new_tokens=20, temperature=0.7)
@@ -43,7 +43,7 @@ def short_repr(value: Any) -> str:
     for item in fields(value):
         content = getattr(value, item.name)
         if item.repr and content != default_of(item):
-            text = repr(content)
+            text = f"{content:.6g}" if isinstance(content, float) else repr(content)
             parts.append(f"{item.name}={text if len(text) <= 100 else text[:80] + '...'}")
     return f"{type(value).__name__}({', '.join(parts)})"
 

@@ -225,6 +225,27 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+def params_for(
+    num_prompts: int, given: SamplingParams | Iterable[SamplingParams] | None, options: SamplingOptions
+) -> list[SamplingParams]:
+    """Those of each prompt, from what a program gives for one or for all.
+
+    Raises:
+        ConfigError: what is given is nothing of the kind, or not as many as there are prompts.
+    """
+    if given is None or isinstance(given, SamplingParams):
+        return [(given or SamplingParams()).updated(**options)] * num_prompts
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
+    for params in listed:
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(
+                f"sampling_params is {shown(params)}; give a SamplingParams, or its fields by name: max_tokens=20"
+            )
+    if len(listed) != num_prompts:
+        raise ConfigError(f"{len(listed)} sampling_params for {num_prompts} prompts; give one for each, or one for all")
+    return [params.updated(**options) for params in listed]
+
+
 def _signature() -> inspect.Signature:
     """For `help()` and completion: every field by name."""
     items = fields(SamplingParams)

@@ -175,7 +175,7 @@ def _text_of_part(part: Any) -> str:
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
 
 
 def _is_message(value: object) -> bool:
@@ -185,4 +185,4 @@ def _is_message(value: object) -> bool:
 def _named(value: object) -> str:
     """The value, and what it is where its value does not say it."""
     kind = type(value)
-    return shown(value) if kind.__module__ == "builtins" else f"of type {kind.__name__}, {shown(value)}"
+    return shown(value) if kind.__module__ == "builtins" else f"{shown(value)}, of type {kind.__name__}"

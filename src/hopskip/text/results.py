@@ -78,6 +78,12 @@ class StreamPiece:
         return f"StreamPiece(text={self.text!r}, token={self.token!r}{ending})"
 
 
+def news_of(sequence: Sequence, text: TextStream) -> tuple[list[tuple[Token, str]], bool] | None:
+    """The tokens that have come, with their text, and whether it is the last of it; None if nothing has happened."""
+    pieces = text.take(sequence.tokens, is_finished=sequence.is_finished)
+    return (pieces, sequence.is_finished) if pieces or sequence.is_finished else None
+
+
 def result_of(sequence: Sequence, text: TextStream) -> GenerationResult:
     """Of a sequence that is finished. Raises the error that has ended it."""
     if sequence.error is not None:
