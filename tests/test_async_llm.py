@@ -99,7 +99,7 @@ def test_wrong_input_is_refused_as_by_llm(folder: Path) -> None:
             with pytest.raises(PromptError, match="prompts is None"):
                 await model.generate(None)  # type: ignore[arg-type]
             with pytest.raises(PromptError, match="token id 1000000"):
-                await model.generate(["abc", [10**6]])
+                await model.generate([[7], [10**6]])
             with pytest.raises(ConfigError, match=r"max_tokens is 5\.0"):
                 await model.generate("abc", max_tokens=5.0)  # type: ignore[arg-type]
             with pytest.raises(PromptError, match="a chat is a list"):

@@ -50,10 +50,6 @@ def short_repr(value: Any) -> str:
 
 def documented(kind: C) -> C:
     """Let `help()` of a dataclass say what each option is, in the words of the command line."""
-    lines = [
-        f"    {item.name}: {item.metadata['help']}"
-        for item in fields(kind)
-        if "help" in item.metadata  # type: ignore[arg-type]
-    ]
+    lines = [f"    {item.name}: {item.metadata['help']}" for item in fields(kind) if "help" in item.metadata]
     kind.__doc__ = f"{kind.__doc__}\n    Options:\n    " + "\n    ".join(lines)
     return kind

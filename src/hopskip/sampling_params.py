@@ -181,7 +181,7 @@ class SamplingParams:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         if "max_tokens" in given:
             del values["max_new_tokens"]
-        return SamplingParams(**{**values, **given})  # type: ignore[typeddict-item]
+        return SamplingParams(**{**values, **given})
 
     def of_one_text(self, index: int) -> SamplingParams:
         """Those of one of the `n` texts, counted from 0, as the engine takes them: what the text must look like comes
@@ -235,7 +235,7 @@ def params_for(
     """
     if given is None or isinstance(given, SamplingParams):
         return [(given or SamplingParams()).updated(**options)] * num_prompts
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
+    listed: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
     for params in listed:
         if not isinstance(params, SamplingParams):
             raise ConfigError(

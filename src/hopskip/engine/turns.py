@@ -57,9 +57,10 @@ class Turns:
         self._orders.append(order.carry_out)
         self.wait(lambda: order.outcome)
         assert order.outcome is not None
-        result, error = order.outcome
+        error = order.outcome[1]
         if error is not None:
             raise error
+        result: T = order.outcome[0]
         return result
 
     def wait(self, look: Callable[[], T | None]) -> T:
