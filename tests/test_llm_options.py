@@ -453,6 +453,6 @@ def test_a_bar_is_shown_in_a_terminal_only(llm: LLM, monkeypatch: pytest.MonkeyP
 
 def test_a_hopskip_error_is_what_everything_wrong_raises(llm: LLM) -> None:
     model: Any = llm
-    for call in (lambda: model.generate(None), lambda: model.generate("a", foo=1), lambda: model.chat("x")):
+    for method, given in ((model.generate, None), (model.chat, "x"), (model.encode, 5)):
         with pytest.raises(HopskipError):
-            call()
+            method(given)

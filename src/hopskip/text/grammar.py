@@ -105,7 +105,7 @@ class GrammarCompiler:
         except BaseException as panic:
             error = _reason(panic)
         if error:
-            raise ConfigError(f"the grammar cannot be used: {error.splitlines()[0][:300]}")
+            raise ConfigError(f"the grammar cannot be used: {' '.join(error.split())[:300]}")
         return matcher
 
     def _read_vocabulary(self) -> Any:
