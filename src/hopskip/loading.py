@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from hopskip.errors import ConfigError, check_choice
+from hopskip.errors import ConfigError, check_choice, check_count, shown
 from hopskip.machine import require
 from hopskip.options import option
 from hopskip.speculative import SpeculativeConfig
@@ -72,8 +72,10 @@ class LoadConfig:
         check_choice("quantize", self.quantize, Quantize)
         if self.quantize is not None and self.dtype != "auto":
             raise ConfigError(f"quantize={self.quantize} and dtype={self.dtype} contradict each other; leave one out")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+        if self.threads is not None:
+            check_count("threads", self.threads, "at least 1")
+        if not isinstance(self.model, str | Path | None):
+            raise ConfigError(f"model is {shown(self.model)}; give a folder, a file or a Hub id")
 
     @property
     def precision(self) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
-from hopskip.cli.options import DraftGroup, JsonOption, LoadGroup, SamplingGroup, with_options
+from hopskip.cli.options import DraftGroup, JsonOption, LoadGroup, SamplingGroup, ThinkOption, with_options
 from hopskip.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def generate(
     *,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")] = None,
+    think: ThinkOption = None,
     as_json: JsonOption = False,
     trace: Annotated[
         Path | None,
@@ -47,8 +48,10 @@ def generate(
     text = read_prompt(prompt or [])
     if raw and system is not None:
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
+    if raw and think is not None:
+        raise ConfigError("--raw and --think contradict each other: the switch is in the chat template")
     llm = load_llm(load, draft, quiet=as_json)
-    wrapped = _with_template(llm, text, raw, system)
+    wrapped = llm.encode(_with_template(llm, text, raw, system), enable_thinking=think)
     writer = None if as_json else PieceWriter()
     with contextlib.ExitStack() as open_files:
         if trace is not None:
