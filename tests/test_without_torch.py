@@ -27,6 +27,14 @@ PARAMS: list[dict[str, Any]] = [
     {"frequency_penalty": -0.5, "temperature": 0.8, "seed": 7},
     {"logit_bias": {40: 3.0, 41: -100.0}, "temperature": 1.0, "seed": 8},
     {"logprobs": 3},
+    {"choice": ["brown fox", "red fox"]},
+    {"regex": "[a-f]{4,8}[.]", "temperature": 1.0, "seed": 9},
+    {
+        "json_schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        "seed": 10,
+        "temperature": 1.3,
+        "top_k": 50,
+    },
 ]
 PROGRAM = """
 import json, sys
@@ -36,7 +44,7 @@ llm = LLM(folder, speculative=SpeculativeConfig(exit_layer=1, num_draft_tokens=3
 for given in params:
     if "logit_bias" in given:
         given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
-    result = llm.generate(["The quick"], SamplingParams(max_new_tokens=24, ignore_eos=True, **given))[0]
+    result = llm.generate(["The quick"], SamplingParams(max_new_tokens=24, **given))[0]
     print(json.dumps([result.token_ids, [token.logprob for token in result.tokens]]))
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
@@ -65,7 +73,7 @@ def test_ids_and_their_probabilities_are_the_same(folder: Path) -> None:
     assert found.returncode == 0, found.stderr
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     for given, (token_ids, logprobs) in zip(PARAMS, lines, strict=True):
-        result = llm.generate(["The quick"], SamplingParams(max_new_tokens=24, ignore_eos=True, **given))[0]
+        result = llm.generate(["The quick"], SamplingParams(max_new_tokens=24, **given))[0]
         assert result.token_ids == token_ids, given
         assert [token.logprob for token in result.tokens] == logprobs, given
 
