@@ -113,7 +113,7 @@ threads: 1
     shares = best.notes["held_out_acceptance"]
     assert len(shares) == best.num_draft_tokens
     assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
-    candidates = json.loads((tmp_path / "run" / "search.json").read_text())
+    candidates = json.loads((tmp_path / "run" / "search.json").read_text())["candidates"]
     assert len(candidates) == 2 * 2 * 2 * 2  # exits, vocabularies, draft lengths, runner-ups
     fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
     assert fastest["vocabulary"] == len(best.vocabulary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from hopskip.errors import ConfigError
 from hopskip.options import option
@@ -12,10 +12,11 @@ from hopskip.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. `temperature` 0 is greedy: the best token, always.
+    """How the tokens of one request are chosen. `temperature` 0 is greedy: the best token, always. What narrows a draw
+    (`top_k`, `top_p`, `min_p`) and `seed` then change nothing, and are accepted: people leave them in place.
 
     Raises:
-        ConfigError: a value is out of range, or would have no effect (`top_p` with greedy decoding, say).
+        ConfigError: a value is out of range.
     """
 
     max_new_tokens: int = option(
@@ -60,13 +61,6 @@ class SamplingParams:
         _require(all(self.stop), "stop", self.stop, "non-empty texts")
         for token_id, bias in self.logit_bias.items():
             _require(not math.isnan(bias), "logit_bias", {token_id: bias}, "a number for each token id")
-        if self.is_greedy:
-            for item in fields(self):
-                if item.name in ("top_k", "top_p", "min_p", "seed") and getattr(self, item.name) != item.default:
-                    value = getattr(self, item.name)
-                    raise ConfigError(
-                        f"{item.name}={value} has no effect at temperature 0 (greedy); set temperature above 0"
-                    )
 
     @property
     def is_greedy(self) -> bool:
@@ -75,7 +69,7 @@ class SamplingParams:
     @property
     def truncates(self) -> bool:
         """Whether some tokens are ruled out before one is drawn."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
     def changes_logits(self) -> bool:

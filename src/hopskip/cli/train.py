@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Make models that are their own good draft models.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+from hopskip.cli.commands import App
+from hopskip.cli.progress import progress
+
+app = App(help="Make models that are their own good draft models.\n\n$ hopskip train exit recipe.yaml")
 
 Overrides = Annotated[
     list[str] | None,
@@ -26,6 +27,9 @@ def layerskip(
 
     Run the same command again to go on after an interruption. On several GPUs:
     `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE.yaml`.
+
+    $ hopskip train layerskip recipe.yaml
+    $ hopskip train layerskip recipe.yaml training.learning_rate=1e-4
     """
     from hopskip.train.recipe import load_recipe
 
@@ -44,6 +48,9 @@ def train_exit(
     """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
 
     The model writes its own training text. Run the same command again to go on after an interruption.
+
+    $ hopskip train exit recipe.yaml
+    $ hopskip train exit recipe.yaml output=runs/exit
     """
     from hopskip.train.exit.recipe import ExitRecipe
     from hopskip.train.recipe import read_recipe
@@ -52,4 +59,6 @@ def train_exit(
 
     from hopskip.train.exit.run import run
 
-    print(run(settings))
+    with progress("training an exit") as shown:
+        folder = run(settings, progress=shown.doing)
+    print(folder)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from hopskip.draft.costs import expected_speedup
 from hopskip.machine import replacing_file
 from hopskip.train.loss import exit_metrics
+from hopskip.version import describe
 
 MAX_DRAFT_TOKENS = 8
 _MAX_SHOWN_EXITS = 4
@@ -156,7 +157,7 @@ def model_card(
 
 # {name}
 
-Trained with [hopskip](https://pypi.org/project/hopskip) by the LayerSkip recipe
+Trained with [hopskip](https://pypi.org/project/hopskip) {describe()} by the LayerSkip recipe
 ([arXiv 2404.16710](https://arxiv.org/abs/2404.16710)): its early layers can draft for all of them. An ordinary
 checkpoint otherwise, for transformers, vLLM and others.
 
