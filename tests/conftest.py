@@ -40,6 +40,10 @@ torch.set_num_threads(1)
 # Tests of the cache of packed weights name a folder of their own.
 os.environ["HOPSKIP_CACHE"] = ""
 
+# Nor do the settings of whoever runs the tests count.
+os.environ["HOPSKIP_CONFIG"] = ""
+os.environ.pop("HOPSKIP_MODEL", None)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:

@@ -116,45 +116,6 @@ def _bar(what: str, console: Console, undisturbed: bool) -> Iterator[Callable[[s
         yield shown
 
 
-def draws(console: Console) -> bool:
-    """Whether a bar can be drawn and redrawn there."""
-    return console.is_terminal and not console.is_dumb_terminal and not os.environ.get("NO_COLOR")
-
-
-@contextmanager
-def _bar(what: str, console: Console, undisturbed: bool) -> Iterator[Callable[[str, float | None], None]]:
-    from rich.markup import escape
-    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        *((SpinnerColumn(style="dim"),) if not undisturbed else ()),
-        *(TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn()),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    # where stdout goes elsewhere, what is printed there must not be drawn above the bar
-    with Bar(
-        *columns,
-        console=console,
-        transient=True,
-        auto_refresh=not undisturbed,
-        redirect_stdout=sys.stdout.isatty(),
-    ) as bar:
-        task, before = bar.add_task(escape(_sentence(what)), total=None), (what, None)
-
-        def show(what: str, share: float | None) -> None:
-            nonlocal before
-            if _is_other_work(*before, what, share):
-                bar.reset(task)
-            before = what, share
-            total = None if share is None else 1.0
-            bar.update(
-                task, description=escape(_sentence(what)), total=total, completed=share or 0.0, refresh=undisturbed
-            )
-
-        yield show
-
-
 def _is_other_work(before: str, share_before: float | None, what: str, share: float | None) -> bool:
     """Whether the time until now tells nothing of the time that remains. Parts of one work may have names of their own:
     its share goes on rising then."""

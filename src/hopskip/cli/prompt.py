@@ -107,6 +107,7 @@ def _begins_soon() -> bool:
         mode = os.fstat(handle).st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
             return True  # a file, or /dev/null
-        return bool(select.select([handle], [], [], _PATIENCE)[0])
+        with progress("waiting for stdin, which is open"):
+            return bool(select.select([handle], [], [], _PATIENCE)[0])
     except (OSError, ValueError):  # no file at all
         return True
