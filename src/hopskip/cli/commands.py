@@ -98,7 +98,7 @@ class _Common:
                 ctx.fail(f"Got unexpected extra arguments ({' '.join(rest[1:])})")
             if source_of(ctx, "model") == "COMMANDLINE":
                 given = ctx.params["model"]
-                ctx.fail(f"The model is given twice, as {rest[0]} and as --model {given}: leave one out")
+                ctx.fail(f"the model is given twice, as {rest[0]} and as --model {given}; leave one out")
             ctx.params["model"] = rest[0]
         return []
 

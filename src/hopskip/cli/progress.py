@@ -113,7 +113,7 @@ def _bar(what: str, console: Console, undisturbed: bool) -> Iterator[Callable[[s
             total, text = None if share is None else 1.0, escape(_sentence(what))
             bar.update(task, description=text, total=total, completed=share or 0.0, refresh=undisturbed)
 
-        yield shown
+        yield show
 
 
 def _is_other_work(before: str, share_before: float | None, what: str, share: float | None) -> bool:

@@ -12,6 +12,7 @@ before the environment, the environment before the file.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -38,7 +39,8 @@ def read_settings(context: typer.Context, given: str | None) -> str | None:
         return given
     if given is not None:
         context.meta["hopskip.config"] = given
-    if context.parent is None:  # its commands read the file: no mistake in it may keep one from their help
+    # its commands read the file; and no mistake in it may keep anybody from their help
+    if context.parent is None or _asks_for_help(context):
         return given
     path = _file(context.meta.get("hopskip.config"))
     if path is not None:
@@ -64,6 +66,11 @@ def source_of(context: Any, name: str | None) -> str | None:
     """Where the value of a parameter comes from: COMMANDLINE, ENVIRONMENT, DEFAULT_MAP (the file) or DEFAULT."""
     source = context.get_parameter_source(name) if name is not None else None
     return None if source is None else str(source.name)
+
+
+def _asks_for_help(context: typer.Context) -> bool:
+    options = itertools.takewhile(lambda argument: argument != "--", context.meta["hopskip.arguments"])
+    return not {*options}.isdisjoint(context.help_option_names)
 
 
 def _file(given: str | None) -> Path | None:
@@ -171,7 +178,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"there is {', '.join(sorted(known))}" if known else "this command has no options"
+    return f"there is {', '.join(sorted(known))}" if known else "it has no such tables"
 
 
 def _all(command: Any) -> list[Any]:
