@@ -101,17 +101,19 @@ def _bar(what: str, console: Console, undisturbed: bool) -> Iterator[Callable[[s
         transient=True,
         auto_refresh=not undisturbed,
         redirect_stdout=sys.stdout.isatty(),
+        speed_estimate_period=600,  # the time that remains, where a part takes minutes
     ) as bar:
         task = bar.add_task(escape(_sentence(what)), total=None)
         before: tuple[str, float | None] = (what, None)
 
         def show(what: str, share: float | None) -> None:
-            nonlocal before
+            nonlocal before, task
+            text = escape(_sentence(what))
             if _is_other_work(*before, what, share):
-                bar.reset(task)
+                bar.remove_task(task)
+                task = bar.add_task(text, total=None if share is None else 1.0)
             before = what, share
-            total, text = None if share is None else 1.0, escape(_sentence(what))
-            bar.update(task, description=text, total=total, completed=share or 0.0, refresh=undisturbed)
+            bar.update(task, description=text, completed=share or 0.0, refresh=undisturbed)
 
         yield show
 
