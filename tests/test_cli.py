@@ -435,7 +435,9 @@ def test_ctrl_c_ends_cleanly(long_model: Path) -> None:
 
 
 def test_error_of_a_real_process() -> None:
-    done = subprocess.run(**subprocess_arguments("generate", "-m", "/no/such/model", "Hi"), capture_output=True)
+    done = subprocess.run(
+        **subprocess_arguments("generate", "--quiet", "-m", "/no/such/model", "Hi"), capture_output=True
+    )
     assert done.returncode == 2
     assert done.stdout == b""
     assert done.stderr.startswith(b"hopskip: error: model '/no/such/model' does not exist")

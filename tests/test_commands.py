@@ -380,6 +380,7 @@ def test_which_file(asked: Asked, tmp_path: Path) -> None:
         ("[bench.serv]\nurl = 1", ("unknown table [bench.serv]", "'serve'")),
         ("[generate.threads]\nx = 1", ("unknown table [generate.threads]",)),
         ("[train.exit]\nx = 1", ("unknown key 'x' in [train.exit]", "there is quiet")),
+        ("[train.layerskip]\nquiet = true", ("unknown key 'quiet' in [train.layerskip]", "has no options that a file")),
         ("[generate]\nzzz = 1", ("unknown key 'zzz'", "there is", "temperature")),
         ("[generate]\nprompt = 'Hi'", ("unknown key 'prompt'",)),
         ("[generate]\nconfig = 'x'", ("unknown key 'config'",)),
@@ -521,22 +522,28 @@ def test_stdin_of_a_process(shell: str, wanted: str) -> None:
     assert (done.stdout, done.stderr) == (f"{wanted!r}\n", "")
 
 
-def test_an_open_pipe_that_nobody_writes_to_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_a_loop_and_of_a_script_are_theirs(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("one\ntwo\n")
+    loop = read_in_a_process(f'while read -r line; do "$PYTHON" -c "$READ"; done < {tmp_path / "lines"}')
+    assert loop.stdout == "'Hi'\n'Hi'\n"
+    assert loop.stderr.count("a script or a loop") == 1  # after the last line nothing is left to take
+    (tmp_path / "script").write_text('"$PYTHON" -c "$READ"\necho done\n')
+    assert read_in_a_process(f"bash < {tmp_path / 'script'}").stdout == "'Hi'\ndone\n"
+
+
+def test_an_open_pipe_that_nobody_writes_to_is_left_alone(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """As under ssh without a terminal."""
     monkeypatch.setattr(prompts, "_PATIENCE", 0.05)
     reader, writer = os.pipe()
-    try:
-        with os.fdopen(reader) as stdin:
-            monkeypatch.setattr(sys, "stdin", stdin)
-            assert prompts.read_prompt(["Hi"]) == "Hi"
-    finally:
+    with os.fdopen(reader) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert prompts.read_prompt(["Hi"]) == "Hi"
+        assert "nothing came" in (said := capsys.readouterr().err)
+        assert "give - to read it" in said
+        os.write(writer, b"late\n")
         os.close(writer)
-
-
-def test_an_open_pipe_is_said_to_be_left_alone(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(prompts, "_begins_soon", lambda: False)
-    assert prompts.read_prompt(["Hi"]) == "Hi"
-    assert "give - to wait for it" in capsys.readouterr().err
+        assert prompts.read_prompt(["Hi", "-"]) == "Hi\n\nlate"
+        assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

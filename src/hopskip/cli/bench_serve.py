@@ -10,6 +10,7 @@ import typer
 
 from hopskip.cli.console import print_json
 from hopskip.cli.options import JsonOption
+from hopskip.cli.progress import progress
 from hopskip.errors import ConfigError
 
 
@@ -73,7 +74,13 @@ def bench_serve(
         temperature=temperature,
         extra=_fields(extra),
     )
-    report = asyncio.run(run_load(target, texts, levels, num_requests))
+    with progress("finding the server's model") as shown:
+
+        def on_level(concurrency: int) -> None:
+            done = levels.index(concurrency) / len(levels)
+            shown.doing(f"sending {num_requests} requests, {concurrency} at a time", done)
+
+        report = asyncio.run(run_load(target, texts, levels, num_requests, on_level))
     if plot is not None:
         write_load_plot(report, plot)
     if as_json:

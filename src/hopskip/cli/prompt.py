@@ -87,11 +87,8 @@ def _stdin(*, wait: bool) -> str:
     """
     if sys.stdin is None or sys.stdin.closed or (sys.stdin.isatty() and not wait):
         return ""
-    if not wait and not _begins_soon():
-        print_note(
-            f"stdin is open but nothing came in {_PATIENCE:.0f} s, so it is left alone; give - to wait for it, or "
-            "< /dev/null to have none"
-        )
+    if not wait and (obstacle := _obstacle()):
+        print_note(f"{obstacle}, so it is left alone; give - to read it, or < /dev/null to have none")
         return ""
     if sys.stdin.isatty():  # asked for by -: what is typed, until Ctrl-D
         return as_text(sys.stdin.buffer.read(), "stdin")
@@ -100,14 +97,18 @@ def _stdin(*, wait: bool) -> str:
     return ""
 
 
-def _begins_soon() -> bool:
-    """Whether stdin has something to read, or its end, within `_PATIENCE`."""
+def _obstacle() -> str | None:
+    """Why stdin may not be meant for us, or may never end; None if it is read."""
     try:
         handle = sys.stdin.fileno()
-        mode = os.fstat(handle).st_mode
-        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-            return True  # a file, or /dev/null
-        with progress("waiting for stdin, which is open"):
-            return bool(select.select([handle], [], [], _PATIENCE)[0])
+        found = os.fstat(handle)
+        mode = found.st_mode
+        if stat.S_ISREG(mode) and 0 < os.lseek(handle, 0, os.SEEK_CUR) < found.st_size:
+            return "stdin is a file that a script or a loop is reading"
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            with progress("waiting for stdin, which is open"):
+                begins = select.select([handle], [], [], _PATIENCE)[0]
+            return None if begins else f"stdin is open, but nothing came in {_PATIENCE:.0f} s"
     except (OSError, ValueError):  # no file at all
-        return True
+        pass
+    return None

@@ -178,7 +178,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"there is {', '.join(sorted(known))}" if known else "it has no such tables"
+    return f"there is {', '.join(sorted(known))}" if known else "it has no options that a file could set"
 
 
 def _all(command: Any) -> list[Any]:

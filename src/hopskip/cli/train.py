@@ -18,7 +18,7 @@ Overrides = Annotated[
 ]
 
 
-@app.command()
+@app.command(takes_time=False)  # its log is what it gives
 def layerskip(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
     overrides: Overrides = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         with replacing_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         console = Console(stderr=True)
-        if console.is_terminal:
+        if console.is_terminal and not console.is_dumb_terminal and not os.environ.get("NO_COLOR"):
             columns = [TextColumn(c) if isinstance(c, str) else c for c in _COLUMNS]
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
