@@ -50,8 +50,8 @@ class LLM:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
         speculative: how to draft and verify; None leaves everything to the model's recommendation.
         max_model_len, max_num_seqs, prefix_caching: see `Engine`.
-        progress: told the share of the weights loaded so far, up to 1.
-        on_preparing: told what must be measured or searched for first, and the share of it that is done.
+        progress: told what takes its time until the model is ready (loading, packing, measuring), and the share of it
+            that is done. Without it nothing is shown, in a terminal neither.
         options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
 
     Raises:
@@ -68,7 +68,6 @@ class LLM:
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
         progress: Progress | None = None,
-        on_preparing: Callable[[str, float], None] = lambda what, share: None,
         **options: Unpack[LoadOptions],
     ) -> None:
         check_names("LLM", options, _NAMES_OF_OPTIONS)
@@ -77,13 +76,13 @@ class LLM:
         check_count("max_num_seqs", max_num_seqs, "a whole number of at least 1")
         if max_model_len is not None:
             check_count("max_model_len", max_model_len, "a whole number of at least 2", least=2)
-        load = LoadConfig(model=model, **options)
+        load = LoadConfig(model=model, **options)  # type: ignore[arg-type]  # it takes other names of a dtype
         opened = open_model(load, speculative, progress)
         engine = make_engine(
             opened.backend,
             speculative,
             identity=opened.identity,
-            progress=on_preparing,
+            progress=progress or (lambda what, share: None),
             eos_token_ids=opened.tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

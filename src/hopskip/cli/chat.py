@@ -10,7 +10,7 @@ import typer
 
 from hopskip.cli.console import PieceWriter, load_llm, print_error, print_note, print_summary
 from hopskip.cli.generate import Answer
-from hopskip.cli.options import DraftGroup, Group, LoadGroup, ThinkOption, with_options
+from hopskip.cli.options import ContextOption, DraftGroup, Group, LoadGroup, ThinkOption, with_options
 from hopskip.errors import PromptError
 from hopskip.sampling_params import SamplingParams
 
@@ -27,6 +27,7 @@ def chat(
     ] = None,
     *,
     think: ThinkOption = None,
+    max_model_len: ContextOption = None,
     load: LoadGroup,
     draft: DraftGroup,
     params: Annotated[SamplingParams, Group("Sampling", {"max_new_tokens": 1024})],
@@ -34,8 +35,11 @@ def chat(
     """Chat with a model.
 
     Questions are read line by line, from the terminal or from a pipe.
+
+    $ hopskip chat
+    $ hopskip chat Qwen/Qwen3-0.6B --system "Answer in one sentence."
     """
-    llm = load_llm(load, draft, prefix_caching=True)
+    llm = load_llm(load, draft, max_model_len=max_model_len, prefix_caching=True)
     if not llm.tokenizer.has_chat_template:
         raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
     if think is not None:  # is there such a switch? Before the first question
