@@ -72,6 +72,9 @@ class Asked:
         self.load, self.draft, self.options = load, draft, options
         return self
 
+    def encode(self, prompt: str, **switches: Any) -> str:
+        return prompt
+
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[Any]:
         self.prompt, self.params = prompt, params
         raise ConfigError("asked")
