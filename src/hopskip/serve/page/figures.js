@@ -10,7 +10,7 @@ export function timesPlain(turn) {
   return estimated ? { value: estimated, isMeasured: false } : null;
 }
 
-export const timesText = (times) => `${times.value.toFixed(times.isMeasured ? 2 : 1)} x plain${times.isMeasured ? "" : " (estimated)"}`;
+export const timesText = (times) => times.isMeasured ? `${times.value.toFixed(2)} x plain` : `about ${times.value.toFixed(1)} x plain`;
 
 export function showFigures(turn) {
   const s = turn && turn.stats, rate = turn && turn.rate || 0, times = turn && timesPlain(turn);
@@ -18,6 +18,7 @@ export function showFigures(turn) {
   $("strip-rate").textContent = `${$("rate").textContent} tokens/s`;
   $("strip-rate").hidden = !rate;
   $("strip-times").textContent = times ? timesText(times) : "";
+  $("strip-times").title = !times ? "" : times.isMeasured ? "Measured: drafted and plain decoding took turns" : "Estimated from what a pass and a draft cost here";
   $("strip-times").hidden = !times;
   $("per-pass").textContent = s && s.num_target_passes ? ((s.num_tokens - 1) / s.num_target_passes).toFixed(2) : "–";
   $("acceptance").textContent = s && s.num_drafts ? percent(s.acceptance_rate) : "–";
