@@ -1,4 +1,4 @@
-"""The chat page in headless Chromium, as a person uses it. A test that needs it is skipped where there is no Chromium."""
+"""The chat page in headless Chromium, as a person uses it. Its tests are skipped where there is none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, url: str, size: tuple[int, int] = WIDE, *, expected: str = "", **options: Any) -> Iterator[Any]:
+def opened(
+    browser: Any, url: str, size: tuple[int, int] = WIDE, *, expected: str = "", **options: Any
+) -> Iterator[Any]:
     """The page in a profile of its own. Afterwards: it has raised nothing, and asked nobody else for anything.
 
     Args:
@@ -66,7 +68,7 @@ def set_range(page: Any, name: str, value: float) -> None:
 
 
 def answer_with(page: Any, *texts: str, is_whole: bool = True, times: int = 1, **stats: Any) -> list[Any]:
-    """Answer the page's next requests in the server's stead, a chunk for each text; returns their bodies as they come."""
+    """Answer the page's next requests in the server's stead, a chunk for each text. Returns the bodies as they come."""
     figures = {"num_tokens": len(texts), "num_drafts": 1, "num_target_passes": 1, "acceptance_rate": 0.5}
     figures |= {"decode_tokens_per_second": 42.0, **stats}
     bodies: list[Any] = []

@@ -1,4 +1,4 @@
-"""The page in a real browser: ask, stream, stop, retry, edit; chats that are kept; errors; keys, phones and languages."""
+"""The page in a real browser: ask, stop, retry, edit; chats that are kept; errors; keys, phones and languages."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_past_chats(page: Any) -> None:
     page.click("text=Why is the sky blue? >> nth=0")
     assert texts(page, ".answer") == ["answer to Why"]
     assert page.get_attribute("#chat-list .open >> nth=1", "aria-current") == "true"
-    assert page.title() == "Why is the sky blue? – hopskip"
+    assert page.title() == "Why is the sky blue? – hopskip"  # noqa: RUF001
     page.reload()
     page.wait_for_selector("#dot.ok")
     assert texts(page, ".answer") == ["answer to Why"], "the open one is still open"
@@ -390,7 +390,8 @@ def test_keys_alone(page: Any) -> None:
     page.keyboard.press("Control+Shift+O")
     assert page.locator(".turn").count() == 0
     unnamed = page.evaluate("""[...document.querySelectorAll("button, input, textarea")].filter((n) =>
-        !(n.getAttribute("aria-label") || n.textContent.trim() || (n.labels && n.labels.length))).map((n) => n.outerHTML)""")
+        !(n.getAttribute("aria-label") || n.textContent.trim() || (n.labels && n.labels.length))
+    ).map((n) => n.outerHTML)""")
     assert unnamed == []
     page.keyboard.press("Tab")
     seen = set()
@@ -415,13 +416,12 @@ def test_an_enter_that_ends_a_composition_sends_nothing(page: Any) -> None:
 
 
 def test_text_from_right_to_left(page: Any) -> None:
-    answer_with(page, "# عنوان\n\nمرحبا بالعالم\n\nand English\n\n- بند\n\n```\ncode\n```\n")
+    answer_with(page, "# كتاب\n\nمرحبا\n\nand English\n\n- بند\n\n```\ncode\n```\n")  # noqa: RUF001
     send(page, "مرحبا")
     finished(page)
-    directions = page.evaluate("""(names) => names.map((name) => getComputedStyle(document.querySelector(name)).direction)""", [
-        ".user .text", ".markdown h3", ".markdown p", ".markdown p + p", ".markdown li", ".markdown .code"
-    ])  # fmt: skip
-    assert directions == ["rtl", "rtl", "rtl", "ltr", "rtl", "ltr"]
+    direction = "(name) => getComputedStyle(document.querySelector(name)).direction"
+    names = (".user .text", ".markdown h3", ".markdown p", ".markdown p + p", ".markdown li", ".markdown .code")
+    assert [page.evaluate(direction, name) for name in names] == ["rtl", "rtl", "rtl", "ltr", "rtl", "ltr"]
     page.click("#view-tokens")
     assert page.evaluate("getComputedStyle(document.querySelector('.tokens')).direction") == "rtl"
 
@@ -431,9 +431,7 @@ def test_a_phone(live: Live, browser: Any, scheme: str) -> None:
     with opened(browser, live.url, PHONE, has_touch=True, is_mobile=True, color_scheme=scheme) as page:
         long = "w" * 400
         wide = "| " + " | ".join(["word" * 10] * 4) + " |"
-        answer_with(
-            page, f"{long}\n\n```\n{long}\n```\n\n{wide}\n{'|---' * 4}|\n{wide}\n", speedup_over_plain=1.5
-        )
+        answer_with(page, f"{long}\n\n```\n{long}\n```\n\n{wide}\n{'|---' * 4}|\n{wide}\n", speedup_over_plain=1.5)
         send(page, long)
         finished(page)
         assert page.evaluate("document.documentElement.dataset.theme") == scheme

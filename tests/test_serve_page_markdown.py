@@ -1,8 +1,9 @@
-"""Answers as Markdown in a real browser: what becomes an element, what stays text, and that growing text does not flicker."""
+"""Answers as Markdown in a real browser: what becomes an element, what stays text, what growing text leaves alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from tests.browser import answer_with, chromium, finished, needs_chromium, opene
 from tests.serving import live_server, tiny_llm
 
 pytestmark = needs_chromium
+
+LANGUAGES = Path(__file__).parent.parent / "src" / "hopskip" / "serve" / "page" / "vendor" / "languages"
 
 WHOLE = """# Title
 
@@ -117,7 +120,9 @@ def test_code_is_coloured_and_copied(page: Any) -> None:
     page.wait_for_selector(".code button:has-text('Copy'):not(:has-text('Copied'))")
     # pages of plain http have no clipboard
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
-    page.evaluate("document.execCommand = (name) => { window.copied = [name, document.activeElement.value]; return true; }")
+    page.evaluate(
+        "document.execCommand = (name) => { window.copied = [name, document.activeElement.value]; return true; }"
+    )
     page.click(".code button")
     page.wait_for_selector(".code button:has-text('Copied')")
     assert page.evaluate("window.copied") == ["copy", code]
@@ -148,7 +153,7 @@ def test_languages(page: Any, info: str, code: str, colours: bool) -> None:
 
 
 def test_every_colour_file_is_there(page: Any) -> None:
-    for name in "bash c cpp css diff go java javascript json python rust sql typescript xml yaml".split():
+    for name in sorted(path.stem for path in LANGUAGES.iterdir()):
         page.evaluate("rendered", f'```{name}\nint x = 1; "s" # -- <a b="c"> let\n+ added\n```')
         page.wait_for_selector(".code code span", state="attached")
 

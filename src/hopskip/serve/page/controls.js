@@ -5,7 +5,7 @@ import { showRace } from "./figures.js";
 import { acts, fitted, mostTokens } from "./request.js";
 import { $, live, saveSettings, settings } from "./state.js";
 
-const CHECKS = ["enabled", "race", "alternatives"], RANGES = ["k", "exit", "temperature", "max"];
+const CHECKS = ["enabled", "race", "alternatives", "own"], RANGES = ["k", "exit", "temperature", "max"];
 
 export function showControls() {
   const { card } = live;
@@ -22,6 +22,7 @@ export function showControls() {
   $("out-k").textContent = fit.k;
   $("out-exit").textContent = `${fit.exit} of ${own.num_hidden_layers}`;
   $("out-temperature").textContent = settings.temperature ? settings.temperature.toFixed(1) : "0, greedy";
+  $("out-own").textContent = acts.own(own) ? ` (${Object.entries(own.recommended_sampling).map(([name, value]) => `${name.replace("_", "-")} ${value}`).join(", ")})` : "";
   $("out-max").textContent = fit.max;
   $("input").placeholder = own.has_chat_template ? "Write a message" : "Begin a text, and the model goes on";
   showRace(lastAnswer());

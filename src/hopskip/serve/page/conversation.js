@@ -66,7 +66,7 @@ async function editAndAsk(index, text) {
 async function answerLast() {
   const chat = live.chat, request = requestOf(live.card, settings, chat.turns);
   const isRace = acts.enabled(live.card.hopskip) && Boolean(request.body.speculative && request.body.speculative.race);
-  const turn = { role: "assistant", ...newLane(), isGreedy: settings.temperature === 0 };
+  const turn = { role: "assistant", ...newLane(), isGreedy: isGreedy(request.body) };
   if (isRace) turn.plain = newLane();
   const running = { abort: new AbortController(), turn };
   chat.turns.push(turn);
@@ -98,6 +98,10 @@ async function answerLast() {
   showFigures(turn);
   showRunning(turn.error ? "" : turn.stopped ? "Stopped" : `Answer: ${turn.text}`);
   if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) $("input").focus();
+}
+
+function isGreedy(body) {
+  return (body.temperature ?? live.card.hopskip.recommended_sampling.temperature ?? 1) === 0;
 }
 
 function fail(turn, error) {

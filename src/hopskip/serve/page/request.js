@@ -5,7 +5,8 @@ export const acts = {
   k: (own, s) => acts.enabled(own) && s.enabled && own.num_draft_tokens > 1,
   exit: (own, s) => acts.enabled(own) && s.enabled && ["early-exit", "both"].includes(own.draft) && own.exit_layer !== null && own.verify !== "reuse" && own.num_hidden_layers > 2,
   race: (own, s) => acts.enabled(own) && s.enabled && own.max_num_seqs > 1,
-  temperature: () => true,
+  own: (own) => Object.keys(own.recommended_sampling || {}).length > 0,
+  temperature: (own, s) => !(acts.own(own) && s.own),
   max: () => true,
   alternatives: () => true,
   system: (own) => own.has_chat_template,
@@ -22,7 +23,8 @@ export const mostTokens = (card) => Math.max(16, Math.min(4096, Math.floor(card.
 // Path and body of a request; `turns` ends with the question.
 export function requestOf(card, s, turns) {
   const own = card.hopskip, is = (name) => acts[name](own, s), fit = fitted(card, s);
-  const body = { model: card.id, stream: true, return_tokens: s.alternatives ? true : "origins", temperature: s.temperature, max_tokens: fit.max };
+  const body = { model: card.id, stream: true, return_tokens: s.alternatives ? true : "origins", max_tokens: fit.max };
+  if (is("temperature")) body.temperature = s.temperature;  // else as the model's makers recommend
   if (is("enabled")) {
     const speculative = {};
     if (!s.enabled) speculative.enabled = false;

@@ -8,7 +8,7 @@ export const ORIGINS = {
 
 // What a reload keeps, beside the chats. `k` and `exit` are the server's as long as they are null.
 const SETTINGS = "hopskip.settings";
-const DEFAULTS = { enabled: true, k: null, exit: null, race: false, alternatives: false, temperature: 0, max: 512, system: "", view: "text", theme: null };
+const DEFAULTS = { enabled: true, k: null, exit: null, race: false, alternatives: false, own: true, temperature: 0, max: 512, system: "", view: "text", theme: null };
 export const settings = { ...DEFAULTS, ...readSettings() };
 
 // What a reload forgets: the server's model, the key it wants, the open chat, the answer on its way and its rates so far.
