@@ -72,7 +72,7 @@ def answer_with(page: Any, *texts: str, is_whole: bool = True, times: int = 1, *
     figures = {"num_tokens": len(texts), "num_drafts": 1, "num_target_passes": 1, "acceptance_rate": 0.5}
     figures |= {"decode_tokens_per_second": 42.0, **stats}
     bodies: list[Any] = []
-    events = []
+    events: list[dict[str, Any]] = []
     for text in texts:
         token = {"text": text, "token": text, "origin": "target", "layer": 3, "logprob": None, "top": []}
         events.append({"index": 0, "finish_reason": None, "hopskip": {"tokens": [token], "stats": figures}})

@@ -63,8 +63,8 @@ HOSTILE = """<script>window.hacked = 1</script> <img src=x onerror="window.hacke
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     llm = tiny_llm(tmp_path_factory.mktemp("model"), "none")
     with live_server(llm) as live, chromium() as browser:
-        context = {"permissions": ["clipboard-read", "clipboard-write"]}
-        with opened(browser, live.url, expected="TrustedHTML", **context) as page:
+        clipboard = ["clipboard-read", "clipboard-write"]
+        with opened(browser, live.url, expected="TrustedHTML", permissions=clipboard) as page:
             page.evaluate("""async () => {
                 const { MarkdownView, closed } = await import("/page/markdown.js");
                 window.mended = closed;

@@ -69,7 +69,8 @@ def test_turns_and_figures() -> None:
 
 
 def test_both_move_until_both_have_their_first_token_and_once_one_has_ended() -> None:
-    drafted, plain = sequence(), sequence()
+    drafted: Any = sequence()
+    plain: Any = sequence()
     race = Race([drafted, plain])
     for late in (drafted, plain):
         late.is_prefilled = False
@@ -81,6 +82,7 @@ def test_both_move_until_both_have_their_first_token_and_once_one_has_ended() ->
     race.count(0.01)
     assert race.figures(drafted)["num_tokens"] == 1
     assert not race.is_over
+    winner: Any
     for winner in (drafted, plain):
         winner.is_finished = True
         assert race.is_over
@@ -122,7 +124,8 @@ def test_a_race(client: httpx.Client, live: Live) -> None:
 def test_a_streamed_race_of_a_completion(client: httpx.Client) -> None:
     body = {k: v for k, v in RACE.items() if k != "messages"} | {"prompt": "Hi there", "stream": True}
     body["speculative"] = {"race": True, "num_draft_tokens": 2, "exit_layer": 1}
-    texts, figures = ["", ""], [{}, {}]
+    texts: list[str] = ["", ""]
+    figures: list[Any] = [{}, {}]
     with client.stream("POST", "/v1/completions", json=body) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
