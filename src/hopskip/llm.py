@@ -140,9 +140,15 @@ class LLM:
                 self.engine.abort(sequence)
         return [_result(sequence, text) for sequence, text in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
-        """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request."""
-        sequence, text = self._add(self.encode(prompt), params or SamplingParams())
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, max_draft_tokens: int | None = None
+    ) -> Iterator[StreamPiece]:
+        """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request.
+
+        Args:
+            max_draft_tokens: see `Request`; 0 decodes this one plainly.
+        """
+        sequence, text = self._add(self.encode(prompt), params or SamplingParams(), max_draft_tokens)
         try:
             while not sequence.is_finished:
                 self.engine.step()
@@ -165,9 +171,12 @@ class LLM:
             return [int(cast(int, token_id)) for token_id in prompt]
         return self.tokenizer.apply_chat_template(cast("Seq[Message]", prompt))
 
-    def _add(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Sequence, TextStream]:
+    def _add(
+        self, prompt_ids: list[int], params: SamplingParams, max_draft_tokens: int | None = None
+    ) -> tuple[Sequence, TextStream]:
         text = TextStream(Detokenizer(self.tokenizer, prompt_ids), params.stop)
-        return self.engine.add(Request(prompt_ids, params, text.push)), text
+        request = Request(prompt_ids, params, text.push, max_draft_tokens=max_draft_tokens)
+        return self.engine.add(request), text
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
