@@ -65,14 +65,14 @@ def load(path: Path) -> SavedChat:
     Raises:
         ConfigError: the file cannot be read, or is no chat; the message says why.
     """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file; name one" if path.exists() else f"{path} does not exist")
     try:
-        if not path.is_file():
-            raise ConfigError(f"{path} is not a file; name one" if path.exists() else f"{path} does not exist")
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no saved chat: it is not JSON ({error})") from None
     try:
         return _parse(content)
     except ConfigError as error:

@@ -162,7 +162,7 @@ def _typed(hint: Any, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [] if value is None else [value]
         return tuple(_typed(arguments[0], item) for item in items)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {int(key): _typed(float, item) for key, item in (value or {}).items()}
+        return {int(key): _typed(float, item) for key, item in dict(value or {}).items()}
     if hint is float and type(value) is int:
         return float(value)
     if hint is bool and type(value) is int and value in (0, 1):
