@@ -86,7 +86,7 @@ class ScriptedUser:
         self.questions.append(question)
         return self._says and self.is_interactive
 
-    def busy(self) -> AbstractContextManager[None]:
+    def holding_keys(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 

@@ -34,10 +34,10 @@ def chat(
     from hopskip.serve.settings import model_name
 
     reader = open_reader(completions)
-    with reader.busy():
+    with reader.holding_keys():
         llm = load_llm(load, draft, prefix_caching=True)
-    if not llm.tokenizer.has_chat_template:
-        raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
-    conversation = Conversation(llm.encode, llm.engine.max_model_len, system)
-    settings = Settings(params, can_draft=llm.engine.speculative.draft != "none")
-    Session(llm, conversation, settings, reader, model_name(load.model)).run()
+        if not llm.tokenizer.has_chat_template:
+            raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
+        conversation = Conversation(llm.encode, llm.engine.max_model_len, system)
+        settings = Settings(params, can_draft=llm.engine.speculative.draft != "none")
+        Session(llm, conversation, settings, reader, model_name(load.model)).run()

@@ -264,7 +264,7 @@ def print_colour_legend() -> None:
         "target": "the model alone",
     }
     parts = [_styled(meaning, origin) for origin, meaning in meanings.items()]  # type: ignore[arg-type]
-    _stderr().print(Text("Colours: ", style="dim").append_text(Text(", ").join(parts)))
+    _stderr().print(Text.assemble(("Colours: ", "dim"), Text(", ").join(parts)))
 
 
 def _statistics(stats: SpeculativeStats, legend: Text, ending: str, seed: int | None) -> Table:

@@ -59,7 +59,7 @@ class PromptReader:
     def read(self) -> str | None:
         try:
             # bytes that are not UTF-8 come as lone surrogates
-            return self._session.prompt("> ").encode("utf-8", "replace").decode("utf-8")
+            return self._ask(self._session, "> ").encode("utf-8", "replace").decode("utf-8")
         except EOFError:
             return None
         except KeyboardInterrupt:
@@ -69,23 +69,31 @@ class PromptReader:
 
     def confirm(self, question: str) -> bool:
         try:
-            return is_yes(self._question.prompt(f"{question} [y/N] "))
+            return is_yes(self._ask(self._question, f"{question} [y/N] "))
         except (EOFError, KeyboardInterrupt):
             return False
 
+    def _ask(self, session: PromptSession[str], prompt: str) -> str:
+        try:
+            return session.prompt(prompt)
+        finally:
+            self._mark_pastes()  # each prompt ends by turning that off
+
+    def _mark_pastes(self) -> None:
+        self._output.enable_bracketed_paste()
+        self._output.flush()
+
     @contextmanager
-    def busy(self) -> Iterator[None]:
-        """What is typed waits for the next prompt, unseen; text that is pasted stays in one piece."""
+    def holding_keys(self) -> Iterator[None]:
         import termios
 
         terminal = sys.stdin.fileno()
         before = termios.tcgetattr(terminal)
         quiet = termios.tcgetattr(terminal)
-        quiet[0] &= ~termios.ICRNL
-        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        quiet[0] &= ~termios.ICRNL  # Enter stays what it is
+        quiet[3] &= ~(termios.ECHO | termios.ICANON)  # and so does Ctrl-D
         termios.tcsetattr(terminal, termios.TCSANOW, quiet)
-        self._output.enable_bracketed_paste()
-        self._output.flush()
+        self._mark_pastes()
         try:
             yield
         finally:

@@ -33,8 +33,9 @@ class Reader(Protocol):
         """Whether the answer is yes; it is not if nobody can be asked."""
         ...
 
-    def busy(self) -> AbstractContextManager[None]:
-        """While the program works: what is typed in the meantime must not mix with what it shows."""
+    def holding_keys(self) -> AbstractContextManager[None]:
+        """Until the end of the block, what is typed while nothing is read waits unseen for the next `read`, instead of
+        mixing with what is shown; text that is pasted stays in one piece."""
         ...
 
 
@@ -94,7 +95,7 @@ class LineReader:
             print(file=sys.stderr)
             return False
 
-    def busy(self) -> AbstractContextManager[None]:
+    def holding_keys(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def _line(self, prompt: str) -> str | None:

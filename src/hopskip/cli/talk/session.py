@@ -101,7 +101,7 @@ class Session:
         params = self._settings.params(max_new_tokens=turn.max_new_tokens)
         answer, writer = Answer(), PieceWriter()
         try:
-            with self._reader.busy(), stopping() as is_stopped:
+            with stopping() as is_stopped:
                 stream = self._llm.stream(turn.prompt_ids, params, max_draft_tokens=None if self._drafts else 0)
                 try:
                     for piece in stream:
