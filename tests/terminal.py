@@ -18,7 +18,7 @@ from types import TracebackType
 
 SOURCE = Path(__file__).parents[1] / "src"
 _SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[=>]|\x1b\][^\x07]*\x07")
-_PATIENCE = 20  # seconds, for a machine that is very busy
+_PATIENCE = 100  # seconds, for a machine that is very busy
 
 
 class Terminal:
@@ -74,12 +74,13 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        return _SEQUENCE.sub("", self.raw).replace("\r\n", "\n")
+        return re.sub("\r+\n", "\n", _SEQUENCE.sub("", self.raw))
 
     def end(self) -> int:
         """Wait until the command has ended; returns its exit code."""
-        code = None
+        code, deadline = None, time.monotonic() + _PATIENCE
         while code is None:
+            assert time.monotonic() < deadline, f"goes on after {self.text[-1000:]!r}"
             ready, _, _ = select.select([self._controller], [], [], 0.05)
             if ready:  # or it could not write its last words
                 try:
