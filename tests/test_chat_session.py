@@ -203,6 +203,14 @@ def test_ctrl_c_before_the_answer(chat: Chat) -> None:
     assert chat.said == [("Count", "Two")]  # /retry asks what had no answer
 
 
+def test_ctrl_c_with_nothing_to_stop(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat.settings, "rows", ctrl_c)
+    chat.run("/set", "Hello")
+    assert chat.said == [("Hello", "Well.")]
+    with pytest.raises(KeyboardInterrupt):
+        chat.run("/set", "Hello", is_interactive=False)
+
+
 def test_ctrl_c_is_as_before_after_an_answer() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stopping() as is_stopped:

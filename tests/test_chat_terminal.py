@@ -35,9 +35,8 @@ def home(tmp_path: Path) -> Path:
 
 
 def start(model: Path, home: Path, *options: str, columns: int = 100, **environment: str) -> Terminal:
-    return Terminal(
-        *("chat", "-m", model, "--ignore-eos", *options), columns=columns, XDG_STATE_HOME=str(home), **environment
-    )
+    chat: list[str | Path] = ["chat", "-m", model, "--ignore-eos", *options]
+    return Terminal(*chat, columns=columns, XDG_STATE_HOME=str(home), **environment)
 
 
 def messages(terminal: Terminal, path: Path) -> list[str]:
@@ -183,6 +182,7 @@ def test_history_comes_back(model: Path, home: Path) -> None:
     file.chmod(0o644)
     with start(model, home, "-n", "2") as terminal:
         terminal.wait_for(r"(?m)^>")
+        terminal.interrupt()  # there is nothing to stop
         terminal.send("\x1b[A\r")
         terminal.wait_for(r"\[seed 5\]")
         terminal.send("/set min_p 0.5\r")

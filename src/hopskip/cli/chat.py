@@ -40,4 +40,5 @@ def chat(
             raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
         conversation = Conversation(llm.encode, llm.engine.max_model_len, system)
         settings = Settings(params, can_draft=llm.engine.speculative.draft != "none")
-        Session(llm, conversation, settings, reader, model_name(load.model)).run()
+        name = model_name(None if load.model is None else str(load.model))
+        Session(llm, conversation, settings, reader, name).run()

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -68,7 +68,7 @@ def print_rows(rows: Iterable[tuple[str, ...]]) -> None:
         print_note(line)
 
 
-def table_lines(rows: list[tuple[str, ...]], width: int) -> list[str]:
+def table_lines(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
     """Lines of a table, all of its columns but the last as wide as they need.
 
     >>> table_lines([("a", "first"), ("bcd", "second and third")], 14)
@@ -263,7 +263,7 @@ def print_colour_legend() -> None:
         "bonus": "bonus after a right draft",
         "target": "the model alone",
     }
-    parts = [_styled(meaning, origin) for origin, meaning in meanings.items()]  # type: ignore[arg-type]
+    parts = [_styled(meaning, origin) for origin, meaning in meanings.items()]
     _stderr().print(Text.assemble(("Colours: ", "dim"), Text(", ").join(parts)))
 
 

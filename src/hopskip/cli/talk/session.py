@@ -62,9 +62,18 @@ class Session:
         if self._reader.is_interactive:
             print_note("/help shows commands and keys, /exit or Ctrl-D leaves, Ctrl-C stops an answer")
             self._show_colours()
-        while (text := self._reader.read()) is not None:
-            if not self.take(text):
-                break
+        while self._take_next():
+            pass
+
+    def _take_next(self) -> bool:
+        """Returns whether the chat goes on."""
+        try:
+            text = self._reader.read()
+            return text is not None and self.take(text)
+        except KeyboardInterrupt:  # between a prompt and an answer, where there is nothing to stop
+            if not self._reader.is_interactive:
+                raise
+            return True
 
     def take(self, text: str) -> bool:
         """Do what a text that was typed says. Returns whether the chat goes on."""
