@@ -475,7 +475,7 @@ def test_chat_in_a_terminal(long_model: Path) -> None:
         wait_for(rb"stopped by Ctrl-C")
         wait_for(rb"> ")
         os.write(controller, b"/help\n")
-        wait_for(rb"Ctrl-C stops an answer")
+        wait_for(rb"Ctrl-C +stops an answer")
         wait_for(rb"> ")
         os.write(controller, b"\x04")
         assert process.wait(timeout=300) == 0
@@ -531,18 +531,19 @@ def test_chat_reset_starts_anew(model: Path) -> None:
 def test_chat_commands(model: Path) -> None:
     result = chat(model, ["/help", "/nonsense now", "/exit", "Hello"], "-n", "20")
     assert result.exit_code == 0
-    assert "/reset starts a new chat" in result.stderr
-    assert "no command '/nonsense'" in result.stderr
+    assert "/clear               start a new chat" in result.stderr
+    assert "no command /nonsense; " in result.stderr
     assert cached(result) == []  # /exit ends before the last line
     assert result.stdout == ""
 
 
 def test_chat_says_when_the_context_is_full(model: Path) -> None:
-    result = chat(model, ["Hello", "And now?", "/reset", "Hello"], "-n", "2000")
+    result = chat(model, ["Hello", "And now?", "/clear", "Hello"], "-n", "2000")
     assert result.exit_code == 0
-    assert "the context of 1024 tokens is full: /reset" in result.stderr
-    assert "leaves no room for an answer" in result.stderr
-    assert len(cached(result)) == 2  # "And now?" got no answer, and nothing was trimmed to make room
+    assert result.stderr.count("[cut: the context of 1024 tokens is full; 1001 tokens; ") == 2
+    assert result.stderr.count('the oldest exchange is dropped, from "Hello"]') == 1  # "And now?" had no room beside it
+    assert len(cached(result)) == 3
+    assert cached(result)[0][0] == cached(result)[2][0]
 
 
 def test_chat_says_when_an_answer_is_cut(model: Path) -> None:

@@ -200,6 +200,7 @@ class LLM:
         *,
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_draft_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[StreamPiece]:
         """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request.
@@ -208,6 +209,7 @@ class LLM:
             prompt: a text, token ids or a chat.
             sampling_params, options: as `generate`; `n` must be 1.
             enable_thinking, chat_template_kwargs: of a chat, see `chat`.
+            max_draft_tokens: see `Request`; 0 decodes this one plainly.
         """
         request = self.request(
             prompt,
@@ -216,7 +218,7 @@ class LLM:
             chat_template_kwargs=chat_template_kwargs,
             **options,
         )
-        [(sequence, text)] = self._add([request])
+        [(sequence, text)] = self._add([replace(request, max_draft_tokens=max_draft_tokens)])
         try:
             is_finished = False
             while not is_finished:
