@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +13,9 @@ from hopskip.cli.console import load_llm
 from hopskip.cli.options import ContextOption, DraftGroup, Group, LoadGroup, ThinkOption, with_options
 from hopskip.errors import PromptError
 from hopskip.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from hopskip.cli.talk.reading import Reader
 
 
 @with_options
@@ -34,12 +39,11 @@ def chat(
     $ hopskip chat Qwen/Qwen3-0.6B --system "Answer in one sentence."
     """
     from hopskip.cli.talk.conversation import Conversation
-    from hopskip.cli.talk.reading import open_reader
-    from hopskip.cli.talk.session import Session, completions
+    from hopskip.cli.talk.session import Session
     from hopskip.cli.talk.settings import Settings
     from hopskip.serve.settings import model_name
 
-    reader = open_reader(completions)
+    reader = _open_reader()
     with reader.holding_keys():
         llm = load_llm(load, draft, max_model_len=max_model_len, prefix_caching=True)
         if not llm.tokenizer.has_chat_template:
@@ -51,3 +55,18 @@ def chat(
         settings = Settings(params, can_draft=llm.engine.speculative.draft != "none")
         name = model_name(None if load.model is None else str(load.model))
         Session(llm, conversation, settings, reader, name).run()
+
+
+def _open_reader() -> Reader:
+    """The reader that suits stdin: only a terminal that can move its cursor is worth a prompt that can be edited."""
+    from hopskip.cli.talk.reading import LineReader
+
+    if not sys.stdin.isatty():
+        return LineReader(sys.stdin.buffer, is_interactive=False)
+    output = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
+    if output is None or os.environ.get("TERM", "").lower() in ("", "dumb", "unknown"):
+        return LineReader(sys.stdin.buffer, is_interactive=True)
+    from hopskip.cli.talk.prompt import PromptReader
+    from hopskip.cli.talk.session import completions
+
+    return PromptReader(output, completions)

@@ -33,7 +33,7 @@ class PromptReader:
 
     Args:
         output: the terminal.
-        completions: see `open_reader`.
+        completions: ways to go on with a command that is typed up to here, each from the beginning.
     """
 
     is_interactive = True

@@ -1,10 +1,8 @@
-"""Where messages come from: lines of a pipe or of a terminal that can only show text. And which reader suits."""
+"""Where messages come from: lines of a pipe or of a terminal that can only show text."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO, Protocol
 
@@ -37,23 +35,6 @@ class Reader(Protocol):
         """Until the end of the block, what is typed while nothing is read waits unseen for the next `read`, instead of
         mixing with what is shown; text that is pasted stays in one piece."""
         ...
-
-
-def open_reader(completions: Callable[[str], list[str]]) -> Reader:
-    """The reader that suits stdin.
-
-    Args:
-        completions: ways to go on with a command that is typed up to here, each from the beginning.
-    """
-    if not sys.stdin.isatty():
-        return LineReader(sys.stdin.buffer, is_interactive=False)
-    can_edit = os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
-    output = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
-    if not can_edit or output is None:
-        return LineReader(sys.stdin.buffer, is_interactive=True)
-    from hopskip.cli.talk.prompt import PromptReader
-
-    return PromptReader(output, completions)
 
 
 class LineReader:
