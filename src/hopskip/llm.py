@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from hopskip.draft.advice import Advice
 from hopskip.engine.engine import make_engine
 from hopskip.errors import ConfigError, PromptError
 from hopskip.loading import LoadConfig, LoadOptions, Progress, open_model
@@ -111,6 +112,10 @@ class LLM:
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
         )
+        self._advice = Advice.of(
+            self.engine.speculative, self.engine.gain, opened.backend, opened.checkpoint.fingerprint
+        )
+        self._advice.warn_before()
 
     def generate(
         self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
@@ -138,6 +143,7 @@ class LLM:
             # on an error or an interrupt no request may stay behind in the engine
             for sequence, _ in requests:
                 self.engine.abort(sequence)
+        self._advice.warn_after(self.engine.gain)
         return [_result(sequence, text) for sequence, text in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
@@ -152,6 +158,7 @@ class LLM:
                     yield StreamPiece(text=piece, token=token, stats=sequence.stats, seed=sequence.seed, result=result)
         finally:
             self.engine.abort(sequence)
+        self._advice.warn_after(self.engine.gain)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, as `generate` would feed them to the model."""
