@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
+from hopskip.checkpoint.generation import recommended_sampling
 from hopskip.draft.advice import Advice
 from hopskip.engine.engine import make_engine
-from hopskip.errors import ConfigError, PromptError
+from hopskip.errors import ConfigError, PromptError, check_choice
 from hopskip.loading import LoadConfig, LoadOptions, Progress, open_model
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling_params import SamplingParams, with_defaults
 from hopskip.sequence import FinishReason, Request, Sequence, SpeculativeStats, Token
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Detokenizer, TextStream
@@ -78,6 +79,8 @@ class LLM:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
         speculative: how to draft and verify; None leaves everything to the model's recommendation.
         max_model_len, max_num_seqs, prefix_caching: see `Engine`.
+        generation_config: `auto`: where nothing else is asked for, tokens are chosen as the model's makers recommend
+            (`generation_config.json`, or a GGUF file's `general.sampling` settings), else greedily. `none`: greedily.
         progress: told the share of the weights loaded so far, up to 1.
         on_preparing: told what must be measured or searched for first, and the share of it that is done.
         options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
@@ -95,11 +98,19 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
+        generation_config: Literal["auto", "none"] = "auto",
         progress: Progress | None = None,
         on_preparing: Callable[[str, float], None] = lambda what, share: None,
         **options: Unpack[LoadOptions],
     ) -> None:
+        check_choice("generation_config", generation_config, Literal["auto", "none"])
         opened = open_model(LoadConfig(model=model, **options), speculative, progress)
+        self.recommended_sampling = (
+            recommended_sampling(opened.checkpoint.generation, opened.checkpoint.path)
+            if generation_config == "auto"
+            else {}
+        )
+        """Of `SamplingParams`, what the model's makers recommend: the defaults of `generate` and `stream`."""
         self.tokenizer = opened.tokenizer
         self.backend = opened.backend
         self.engine = make_engine(
@@ -117,13 +128,19 @@ class LLM:
         )
         self._advice.warn_before()
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """How tokens are chosen if nothing is asked for."""
+        return with_defaults({}, self.recommended_sampling)
+
     def generate(
         self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[GenerationResult]:
         """Generate for one prompt or many; many are stepped together. Results come in the order of the prompts.
 
         Args:
-            params: for all prompts, or one for each.
+            params: for all prompts, or one for each; taken as they are. None: as the model's makers recommend, else
+                greedy (see `generation_config` of `LLM`).
 
         Raises:
             ConfigError: there are not as many `params` as prompts.
@@ -131,7 +148,7 @@ class LLM:
         """
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(encoded)
+            params = [params or self.default_params] * len(encoded)
         if len(params) != len(encoded):
             raise ConfigError(f"{len(params)} params for {len(encoded)} prompts; give one for each, or one for all")
         requests: list[tuple[Sequence, TextStream]] = []
@@ -148,7 +165,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request."""
-        sequence, text = self._add(self.encode(prompt), params or SamplingParams())
+        sequence, text = self._add(self.encode(prompt), params or self.default_params)
         try:
             while not sequence.is_finished:
                 self.engine.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from hopskip.errors import ConfigError
 from hopskip.options import option
@@ -85,6 +86,21 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def with_defaults(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingParams:
+    """What was asked for, and for the rest what the model's makers recommend (`generation.recommended_sampling`). Who
+    asks for temperature 0 gets the model's best tokens: nothing of the makers' settings then.
+
+    >>> with_defaults({"temperature": 0.3}, {"temperature": 0.7, "top_p": 0.8}).top_p
+    0.8
+    >>> with_defaults({"temperature": 0}, {"temperature": 0.7, "top_p": 0.8}).top_p
+    1.0
+
+    Raises:
+        ConfigError: as `SamplingParams` does.
+    """
+    return SamplingParams(**(given if given.get("temperature") == 0 else {**recommended, **given}))
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -11,16 +11,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hopskip.checkpoint import generation
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.fp8 import with_scales
 from hopskip.checkpoint.gguf import PERMUTED_ARCHITECTURES, ROPE_FACTORS, hf_name, open_gguf
-from hopskip.checkpoint.hf_folder import read_config, read_safetensors, refuse_folder, some, weight_files
+from hopskip.checkpoint.hf_folder import (
+    read_config,
+    read_generation,
+    read_safetensors,
+    refuse_folder,
+    some,
+    weight_files,
+)
 from hopskip.checkpoint.kinds import refuse_file, starts_as_gguf
 from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize, unpermute_rows
 from hopskip.errors import CheckpointError
@@ -47,11 +56,14 @@ class Checkpoint:
         tensors: Mapping[str, StoredTensor],
         fingerprint: str,
         permuted_heads: Mapping[str, int] | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.config = config
         self.fingerprint = fingerprint
         """Identity of the weights, hex: a hash of the files' headers, sizes and samples. The path plays no part."""
+        self.generation = generation or {}
+        """The makers' own settings for generating, as they stand, under Hugging Face's names."""
         self._tensors = tensors
         self._permuted_heads = permuted_heads or {}  # tensors whose rows llama.cpp has reordered -> number of heads
         commonest = _commonest_type(tensors.values())
@@ -158,7 +170,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         config = _resolve_tying(config, tensors)
     _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, folder)
-    return Checkpoint(folder, config, tensors, digest.hexdigest())
+    return Checkpoint(folder, config, tensors, digest.hexdigest(), generation=read_generation(folder))
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -176,7 +188,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     digest = hashlib.sha256()
     for part, header_size in file.parts.items():
         _hash_file(digest, part, header_size)
-    return Checkpoint(file.path, config, tensors, digest.hexdigest(), permuted_heads)
+    return Checkpoint(file.path, config, tensors, digest.hexdigest(), permuted_heads, generation.of_gguf(file.metadata))
 
 
 def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> ModelConfig:

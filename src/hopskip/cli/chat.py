@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hopskip.cli.console import PieceWriter, load_llm, print_error, print_note, print_summary
 from hopskip.cli.generate import Answer
-from hopskip.cli.options import DraftGroup, Group, LoadGroup, with_options
+from hopskip.cli.options import DefaultsGroup, DraftGroup, Group, LoadGroup, checked_sampling, with_options
 from hopskip.errors import PromptError
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling_params import SamplingParams, with_defaults
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM
@@ -28,18 +28,20 @@ def chat(
     *,
     load: LoadGroup,
     draft: DraftGroup,
-    params: Annotated[SamplingParams, Group("Sampling", {"max_new_tokens": 1024})],
+    sampling: Annotated[dict[str, Any], Group("Sampling", {"max_new_tokens": 1024}, of=SamplingParams)],
+    defaults: DefaultsGroup,
 ) -> None:
     """Chat with a model.
 
     Questions are read line by line, from the terminal or from a pipe.
     """
-    llm = load_llm(load, draft, prefix_caching=True)
+    given = checked_sampling(sampling, defaults)
+    llm = load_llm(load, draft, prefix_caching=True, generation_config=defaults.generation_config)
     if not llm.tokenizer.has_chat_template:
         raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
     if sys.stdin.isatty():
         print_note(_HELP)
-    conversation = Conversation(llm, params, system)
+    conversation = Conversation(llm, with_defaults(given, llm.recommended_sampling), system)
     while (line := _read_line()) is not None:
         text = line.strip()
         if text == "/exit":

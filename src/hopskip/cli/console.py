@@ -202,7 +202,7 @@ def _gain(stats: SpeculativeStats) -> str:
     """What drafting has brought; empty where there was none to speak of."""
     parts = [f"{stats.tokens_per_pass:.2f} tokens a pass"] if stats.num_drafts else []
     if stats.speedup_over_plain is not None:
-        parts.append(f"about {stats.speedup_over_plain:.1f} x plain decoding, by estimate from measured costs")
+        parts.append(f"about {stats.speedup_over_plain:.1f} x plain decoding (estimate)")
     return "; ".join(parts)
 
 

@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
-from hopskip.cli.options import DraftGroup, JsonOption, LoadGroup, SamplingGroup, with_options
+from hopskip.cli.options import (
+    DefaultsGroup,
+    DraftGroup,
+    JsonOption,
+    LoadGroup,
+    SamplingGroup,
+    checked_sampling,
+    with_options,
+)
 from hopskip.errors import ConfigError, PromptError
+from hopskip.sampling_params import with_defaults
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM, Prompt, StreamPiece
@@ -37,7 +46,8 @@ def generate(
     ] = None,
     load: LoadGroup,
     draft: DraftGroup,
-    params: SamplingGroup,
+    sampling: SamplingGroup,
+    defaults: DefaultsGroup,
 ) -> None:
     """Generate text for one prompt.
 
@@ -47,7 +57,9 @@ def generate(
     text = read_prompt(prompt or [])
     if raw and system is not None:
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
-    llm = load_llm(load, draft, quiet=as_json)
+    given = checked_sampling(sampling, defaults)
+    llm = load_llm(load, draft, quiet=as_json, generation_config=defaults.generation_config)
+    params = with_defaults(given, llm.recommended_sampling)
     wrapped = _with_template(llm, text, raw, system)
     writer = None if as_json else PieceWriter()
     with contextlib.ExitStack() as open_files:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hopskip.cli.console import load_llm
-from hopskip.cli.options import DraftGroup, Group, LoadGroup, with_options
+from hopskip.cli.options import DraftGroup, Group, LoadGroup, SamplingDefaults, with_options
 from hopskip.errors import ConfigError
 from hopskip.options import option
 
@@ -67,6 +67,7 @@ def serve(
     inherit_socket: Annotated[str | None, typer.Option(hidden=True)] = None,
     load: LoadGroup,
     draft: DraftGroup,
+    defaults: Annotated[SamplingDefaults, Group("Sampling")],
 ) -> None:
     """Serve a model over the OpenAI protocol, with a page to chat at `/`.
 
@@ -99,7 +100,13 @@ def serve(
         listening, pipe = map(int, inherit_socket.split(","))
         listener = socket.socket(fileno=listening)
         die_with_parent(pipe)
-    llm = load_llm(load, draft, max_model_len=capacity.max_model_len, max_num_seqs=capacity.max_num_seqs)
+    llm = load_llm(
+        load,
+        draft,
+        max_model_len=capacity.max_model_len,
+        max_num_seqs=capacity.max_num_seqs,
+        generation_config=defaults.generation_config,
+    )
     llm.engine.reserve(free_memory() * 7 // 10 if budget is None else budget, shrink=capacity.max_model_len is None)
     raise typer.Exit(_run(llm, settings, listener, server))
 
