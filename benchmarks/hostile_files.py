@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from hopskip.backends.torch.weights import load_tensor
 from hopskip.checkpoint.checkpoint import expected_tensors, open_checkpoint
 from hopskip.checkpoint.gguf import GGUFFile
 from hopskip.errors import CheckpointError
@@ -198,7 +199,7 @@ def read_whole(path: Path) -> bool:
         assert checkpoint.names() == expected.keys()
         theirs = _read_by_safetensors(path)
         for name, shape in expected.items():
-            tensor = checkpoint.tensor(name)
+            tensor = load_tensor(checkpoint, name)
             assert tuple(tensor.shape) == shape, name
             if name in theirs and theirs[name].dtype == tensor.dtype:
                 assert torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8)), name
