@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
@@ -36,6 +37,8 @@ _SHORT, _LONG = 1, 4
 """Drafts of so many tokens are timed: two points of a line."""
 _SECONDS, _FEW_SECONDS = 1.5, 0.5
 """Time to spend on all numbers of rows, and on those of one setting; what it does not suffice for is timed once."""
+_ALIKE, _MOST_PATIENCE = 1.1, 2.0
+"""Timings within this factor are alike; until all are, timing goes on for so many times the time, on a busy machine."""
 _LONG_CONTEXT = 2048
 """Positions before rows that are timed to see what a long context costs, if the model has so many."""
 _CONTEXT_ROWS = 1, 8
@@ -103,33 +106,60 @@ def _measure(
     progress: Progress | None,
     rows: Seq[int] | None,
 ) -> Costs:
-    layers: dict[int, float] = {}
-    head: dict[int, float] = {}
-    drafts: dict[tuple[Source, int], float] = {}
+    layers, head = _Least[int](), _Least[int]()
+    drafts = _Least[tuple[Source, int]]()
     for lane in (any_lane, *lanes.values()):
-        lane.run(
-            _SHORT, MOST_ROWS if rows is None else max(rows)
-        )  # the first time, memory is mapped and an exit reads the tokens before
+        # the first time, memory is mapped and an exit reads the tokens before
+        lane.run(_SHORT, MOST_ROWS if rows is None else max(rows))
     started = time.perf_counter()
     all_rows = rows or (_ROWS if len(_ROWS) * sum(any_lane.run(0, MOST_ROWS)) < seconds else _FEW_ROWS)
-    is_first = True
-    while is_first or time.perf_counter() - started < seconds:
-        is_first = False
+    elapsed = 0.0
+    while True:
         if progress is not None:
-            progress(min(1.0, (time.perf_counter() - started) / seconds))
+            progress(min(1.0, elapsed / seconds))
         for num_rows in all_rows:
             _, layer_seconds, head_seconds = any_lane.run(0, num_rows)
-            layers[num_rows] = min(layer_seconds, layers.get(num_rows, layer_seconds))
-            head[num_rows] = min(head_seconds, head.get(num_rows, head_seconds))
+            layers.add(num_rows, layer_seconds)
+            head.add(num_rows, head_seconds)
         for (source, lane), num_tokens in itertools.product(lanes.items(), (_SHORT, _LONG)):
-            draft_seconds, _, _ = lane.run(num_tokens, num_tokens + 1)
-            drafts[source, num_tokens] = min(draft_seconds, drafts.get((source, num_tokens), draft_seconds))
+            drafts.add((source, num_tokens), lane.run(num_tokens, num_tokens + 1)[0])
+        elapsed = time.perf_counter() - started
+        is_sure = layers.are_sure and head.are_sure and drafts.are_sure
+        if elapsed > seconds and (is_sure or elapsed > _MOST_PATIENCE * seconds):
+            break
     costs = {}
     for source in lanes:
         short, long = drafts[source, _SHORT], drafts[source, _LONG]
         step = max(0.0, (long - short) / (_LONG - _SHORT))
         costs[source] = DraftCost(begin=max(0.0, short - _SHORT * step), step=step)
-    return Costs(layers=_rising(layers), head=_rising(head), drafts=costs)
+    return Costs(layers=_rising(layers.table), head=_rising(head.table), drafts=costs)
+
+
+_K = TypeVar("_K")
+
+
+class _Least(Generic[_K]):
+    """The least seconds of each of several things that are timed repeatedly."""
+
+    def __init__(self) -> None:
+        self._two: dict[_K, list[float]] = {}
+        """The least two, rising."""
+
+    def __getitem__(self, key: _K) -> float:
+        return self._two[key][0]
+
+    def add(self, key: _K, seconds: float) -> None:
+        self._two[key] = sorted([*self._two.get(key, ()), seconds])[:2]
+
+    @property
+    def are_sure(self) -> bool:
+        """Whether each has come out alike twice, so that nothing has disturbed both. One that the time suffices for
+        only once is as sure as it can be."""
+        return all(two[-1] <= _ALIKE * two[0] for two in self._two.values())
+
+    @property
+    def table(self) -> dict[_K, float]:
+        return {key: two[0] for key, two in self._two.items()}
 
 
 def _rising(table: Mapping[int, float]) -> dict[int, float]:
