@@ -162,8 +162,8 @@ def _collect(load: LoadConfig) -> _Facts:
     from hopskip.loading import find_exit
     from hopskip.speculative import DraftPrecision, SpeculativeConfig
 
-    kind, device = load.where()
     checkpoint = open_checkpoint(find_model(load.model))
+    kind, device = load.where(checkpoint)
     config = checkpoint.config
     is_native = kind == "native"
     trained_exit = find_exit(checkpoint, SpeculativeConfig())

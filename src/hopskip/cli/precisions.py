@@ -75,10 +75,11 @@ def load_each(
     from hopskip.speculative import SpeculativeConfig
 
     trained_exit = find_exit(checkpoint, SpeculativeConfig())
+    _, device = load.where()  # of all: precisions are compared in one place
     for name in precisions:
         chosen: dict[str, Any] = {"quantize" if name in get_args(Quantize) else "dtype": name}
         with loading(load.model, quiet=quiet) as bar:
-            backend = load_backend(checkpoint, replace(load, **chosen), bar.loaded)
+            backend = load_backend(checkpoint, replace(load, device=device, **chosen), bar.loaded)
         if trained_exit is not None:
             backend.attach_exit(trained_exit)
         if copy := backend.useful_copy(checkpoint):

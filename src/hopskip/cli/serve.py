@@ -55,7 +55,7 @@ class CapacityOptions:
     max_num_seqs: int = option(16, "Sequences that are stepped together.", "N")
     max_queue: int = option(256, "Sequences that may wait; more get 429.", "N")
     kv_memory: str | None = option(
-        None, "Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free).", "SIZE"
+        None, "Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free, on a GPU the card's).", "SIZE"
     )
 
 
@@ -107,7 +107,8 @@ def serve(
         max_num_seqs=capacity.max_num_seqs,
         generation_config=defaults.generation_config,
     )
-    llm.engine.reserve(free_memory() * 7 // 10 if budget is None else budget, shrink=capacity.max_model_len is None)
+    budget = budget or free_memory(llm.backend.traits.device) * 7 // 10
+    llm.engine.reserve(budget, shrink=capacity.max_model_len is None)
     raise typer.Exit(_run(llm, settings, listener, server))
 
 

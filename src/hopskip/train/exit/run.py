@@ -17,7 +17,7 @@ from hopskip.checkpoint.hub import DEFAULT_EXIT, find_model
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.engine.engine import Engine, make_engine
 from hopskip.errors import ConfigError
-from hopskip.loading import load_backend
+from hopskip.loading import known_device, load_backend
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
@@ -48,7 +48,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     depth = checkpoint.config.num_hidden_layers
     if any(tap > depth for tap in recipe.taps):
         raise ConfigError(f"an exit wants to see layer {max(recipe.taps)}, but the model has {depth}")
-    _, device = recipe.load.where()
+    device = known_device(recipe.device)
     initial = _initial(recipe, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.threads is not None:
