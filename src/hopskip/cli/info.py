@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from hopskip.cli.console import loading, print_json
+from hopskip.cli.gains import expected_gains
 from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
 
 if TYPE_CHECKING:
@@ -37,23 +38,28 @@ def info(
     ] = False,
     load: LoadGroup,
 ) -> None:
-    """Show a model's size, how it would run here, and what drafting may gain by exit layer.
+    """Show a model's size, how it would run here, what each draft may gain, and what an exit of its own would take.
 
     Reads the checkpoint's header only, unless it is to measure; so it is quick with models of any size.
     """
     load = at(load, place)
     facts = _collect(load)
     costs = _measure(facts, load) if measure else None
+    expected = expected_gains(facts, costs)
     if as_json:
-        print_json(facts.as_dict() | ({} if costs is None else {"measured": _measured(costs, facts)}))
+        measured = {} if costs is None else {"measured": _measured(costs, facts)}
+        print_json(facts.as_dict() | {"expected_gains": expected.as_dict()} | measured)
         return
     _print_facts(facts)
+    expected.print()
+    if facts.exit_layer is not None:
+        _print_exits(facts)
     if costs is not None:
         _print_measured(costs, facts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Facts:
+class Facts:
     path: Path
     config: ModelConfig
     stored_as: str
@@ -153,7 +159,7 @@ def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
     }
 
 
-def _collect(load: LoadConfig) -> _Facts:
+def _collect(load: LoadConfig) -> Facts:
     from hopskip.backends.native.isa import choose_isa
     from hopskip.bench.expected import model_costs
     from hopskip.checkpoint.checkpoint import open_checkpoint
@@ -179,7 +185,7 @@ def _collect(load: LoadConfig) -> _Facts:
     }
     assert default.draft is not None
     assert default.num_draft_tokens is not None
-    return _Facts(
+    return Facts(
         path=checkpoint.path,
         config=config,
         stored_as=checkpoint.quantization or checkpoint.dtype,
@@ -206,7 +212,7 @@ def _default_threads(kind: str) -> int:
     return torch.get_num_threads()
 
 
-def _print_facts(facts: _Facts) -> None:
+def _print_facts(facts: Facts) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -253,14 +259,11 @@ def _print_facts(facts: _Facts) -> None:
     else:
         source = "recommended by the model's makers" if facts.is_recommended else "default: a quarter of the layers"
         table.add_row("exit layer", f"{facts.exit_layer} ({source})")
-    console = Console(highlight=False)
-    console.print(table, soft_wrap=False)
-    if facts.exit_layer is not None:
-        console.print()
-        console.print(_gains(facts))
+    Console(highlight=False).print(table, soft_wrap=False)
 
 
-def _gains(facts: _Facts) -> Any:
+def _print_exits(facts: Facts) -> None:
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -283,10 +286,12 @@ def _gains(facts: _Facts) -> Any:
         cells = [f"k={g['num_draft_tokens']} {g['speedup']:.2f}x" if g["num_draft_tokens"] else "-" for g in gains]
         style = "bold" if exit_layer == facts.exit_layer else ""
         table.add_row(str(exit_layer), f"{step_cost:.2f}", *cells, style=style)
-    return table
+    console = Console(highlight=False)
+    console.print()
+    console.print(table)
 
 
-def _measure(facts: _Facts, load: LoadConfig) -> Costs:
+def _measure(facts: Facts, load: LoadConfig) -> Costs:
     """Time the trained exit, if there is one, and the early exits of the table."""
     from functools import partial
 
@@ -302,7 +307,7 @@ def _measure(facts: _Facts, load: LoadConfig) -> Costs:
         return measure(backend, [*exits, *map(early_exit, facts.exits)], _MEASURE_SECONDS, progress)
 
 
-def _contexts(facts: _Facts) -> tuple[int, ...]:
+def _contexts(facts: Facts) -> tuple[int, ...]:
     """For which measured costs are shown: a short one and a long one."""
     from hopskip.draft.costs import CONTEXT
 
@@ -310,7 +315,7 @@ def _contexts(facts: _Facts) -> tuple[int, ...]:
     return (CONTEXT, longest) if longest > CONTEXT else (CONTEXT,)
 
 
-def _measured(costs: Costs, facts: _Facts) -> dict[str, Any]:
+def _measured(costs: Costs, facts: Facts) -> dict[str, Any]:
     """JSON-ready: the table, and for each source, context and acceptance the best length and its expected speed-up."""
     from hopskip.bench.expected import best_measured
 
@@ -326,7 +331,7 @@ def _measured(costs: Costs, facts: _Facts) -> dict[str, Any]:
     return {**costs.as_json(), "expected": best}
 
 
-def _print_measured(costs: Costs, facts: _Facts) -> None:
+def _print_measured(costs: Costs, facts: Facts) -> None:
     from rich.console import Console
     from rich.table import Table
 
