@@ -40,7 +40,8 @@ def recommended_sampling(generation: Mapping[str, Any], place: object) -> dict[s
     if generation.get("do_sample") is True:
         found.setdefault("temperature", 1.0)
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or (name == "top_k" and value != int(value)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or (name == "top_k" and not float(value).is_integer()):
             raise _damaged(name, value, place)
     if "top_k" in found:
         found["top_k"] = max(0, int(found["top_k"]))  # -1 keeps all tokens, too
