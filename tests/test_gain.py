@@ -278,11 +278,13 @@ def test_what_is_expected_of_a_draft() -> None:
 
 
 def warned(advice: Advice, *gains: GainEstimate | None) -> list[str]:
+    """What is said before any answer and after some."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         advice.warn_before()
         for gain in gains:
-            advice.warn_after(gain)
+            advice._gain = gain
+            advice.warn_after()
     assert all(found.category is SlowDraftWarning for found in caught)
     return [str(found.message) for found in caught]
 

@@ -99,7 +99,10 @@ def test_defaults_in_python(model: Path) -> None:
     """Drafted or not, a drawn text is the same by its seed, and what is asked for is taken as it is."""
     llm = LLM(model)
     assert llm.recommended_sampling == RECOMMENDED
-    assert llm.default_params == SamplingParams(**RECOMMENDED)  # type: ignore[arg-type]
+    (asked,) = llm.requests("hello", max_tokens=3, top_k=5)[0]
+    assert asked.params == SamplingParams(**{**RECOMMENDED, "max_new_tokens": 3, "top_k": 5})  # type: ignore[arg-type]
+    assert llm.requests("hello", temperature=0)[0][0].params == SamplingParams()
+    assert llm.requests("hello", SamplingParams(max_new_tokens=3))[0][0].params == SamplingParams(max_new_tokens=3)
     drawn = llm.generate("hello")[0]
     *_, streamed = llm.stream("hello")
     assert drawn.seed is not None
@@ -109,7 +112,6 @@ def test_defaults_in_python(model: Path) -> None:
     assert plain.generate("hello", again)[0].token_ids == drawn.token_ids == llm.generate("hello", again)[0].token_ids
     assert llm.generate("hello", SamplingParams(max_new_tokens=2))[0].seed is None
     greedy = LLM(model, generation_config="none")
-    assert greedy.default_params == SamplingParams()
     assert greedy.generate("hello")[0].seed is None
     with pytest.raises(ConfigError, match="generation_config is 'vllm'; choose one of auto, none"):
         LLM(model, generation_config="vllm")  # type: ignore[arg-type]

@@ -422,7 +422,7 @@ def test_bad_values_are_named(settings: dict[str, object], named: str) -> None:
 def test_values_at_the_bounds_are_taken() -> None:
     SamplingParams(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=0)
     SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0, repetition_penalty=1e-9, logprobs=1)
-    assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
+    assert SamplingParams(stop="end").stop == ("end",)
     with pytest.raises(FrozenInstanceError):  # requests share them
         SamplingParams().top_k = 3  # type: ignore[misc]
     with pytest.raises(TypeError):  # a bare number says nothing

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from hopskip.errors import ConfigError, check_choice
+from hopskip.errors import ConfigError, check_choice, check_count, shown
+from hopskip.machine import require
 from hopskip.options import option
 from hopskip.speculative import SpeculativeConfig
 
@@ -74,8 +74,10 @@ class LoadConfig:
         check_choice("quantize", self.quantize, Quantize)
         if self.quantize is not None and self.dtype != "auto":
             raise ConfigError(f"quantize={self.quantize} and dtype={self.dtype} contradict each other; leave one out")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+        if self.threads is not None:
+            check_count("threads", self.threads, "at least 1")
+        if not isinstance(self.model, str | Path | None):
+            raise ConfigError(f"model is {shown(self.model)}; give a folder, a file or a Hub id")
 
     @property
     def precision(self) -> str:
@@ -191,7 +193,7 @@ def open_model(
 
     speculative = speculative or SpeculativeConfig()
     checkpoint = open_checkpoint(find_model(load.model))
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config, checkpoint.metadata)
     # a wrong option must not cost the time of loading the weights
     trained_exit = find_exit(checkpoint, speculative)
     resolve(speculative, checkpoint.config, trained_exit)
@@ -226,7 +228,7 @@ def load_backend(
             kv_dtype=None if load.kv_dtype == "auto" else load.kv_dtype,
             progress=progress,
         )
-    torch = import_torch("the torch backend")
+    torch = require("torch", "the torch backend")
     from hopskip.backends.torch.backend import TorchBackend
     from hopskip.backends.torch.weights import load_weights
 
@@ -256,18 +258,6 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
     return trained_exit
 
 
-def import_torch(what: str) -> Any:
-    """PyTorch, for what needs it.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module("torch")
-    except ImportError as error:
-        raise ConfigError(f"{what} needs PyTorch ({error}); install it: pip install 'hopskip[torch]'") from None
-
-
 def known_device(name: str) -> str:
     """A device as PyTorch writes it; `auto` is a GPU if there is one, which is what training wants.
 
@@ -280,7 +270,7 @@ def known_device(name: str) -> str:
         return "cpu" if find_gpu() is None else "cuda"
     if name == "cpu":
         return "cpu"
-    torch = import_torch(f"device {name!r}")
+    torch = require("torch", f"device {name!r}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

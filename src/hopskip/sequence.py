@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hopskip.errors import HopskipError
+from hopskip.options import short_repr
 from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import DraftKind
 
@@ -137,6 +138,8 @@ class Token:
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class Request:
@@ -186,6 +189,8 @@ class SpeculativeStats:
         """Tokens that a pass after the prompt's yields, with or without a draft; 0 if there was none."""
         return (self.num_tokens - 1) / self.num_target_passes if self.num_target_passes else 0.0
 
+    __repr__ = short_repr
+
     @property
     def decode_tokens_per_second(self) -> float:
         """Tokens after the first, per second of decoding; 0 if there were none."""
@@ -193,6 +198,7 @@ class SpeculativeStats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens that were computed, per second; 0 if nothing was measured."""
         num_computed = self.num_prompt_tokens - self.num_cached_prompt_tokens
         return num_computed / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hopskip.checkpoint import generation
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.fp8 import with_scales
+from hopskip.checkpoint.generation import of_gguf
 from hopskip.checkpoint.gguf import PERMUTED_ARCHITECTURES, ROPE_FACTORS, hf_name, open_gguf
 from hopskip.checkpoint.hf_folder import (
     read_config,
@@ -54,13 +54,16 @@ class Checkpoint:
         tensors: Mapping[str, StoredTensor],
         fingerprint: str,
         permuted_heads: Mapping[str, int] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.config = config
         self.fingerprint = fingerprint
         """Identity of the weights, hex: a hash of the files' headers, sizes and samples. The path plays no part."""
-        self.generation = generation or {}
+        self.metadata = metadata
+        """What a GGUF file says besides its tensors, the tokenizer's tables among it; None for a folder."""
+        self.generation = of_gguf(metadata or {}) if generation is None else generation
         """The makers' own settings for generating, as they stand, under Hugging Face's names."""
         self._tensors = tensors
         self._permuted_heads = permuted_heads or {}  # tensors whose rows llama.cpp has reordered -> number of heads
@@ -164,7 +167,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     digest = hashlib.sha256()
     for part, header_size in file.parts.items():
         _hash_file(digest, part, header_size)
-    return Checkpoint(file.path, config, tensors, digest.hexdigest(), permuted_heads, generation.of_gguf(file.metadata))
+    return Checkpoint(file.path, config, tensors, digest.hexdigest(), permuted_heads, file.metadata)
 
 
 def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> ModelConfig:

@@ -28,6 +28,7 @@ from hopskip.cli.serve import serve
 from hopskip.cli.trace import app as trace
 from hopskip.cli.train import app as train
 from hopskip.errors import HopskipError
+from hopskip.machine import explained
 
 # the error of a wrong option or argument: click's, of which typer carries a copy but names only this subclass
 _UsageError = typer.BadParameter.__mro__[1]
@@ -47,6 +48,11 @@ class _Commands(TyperGroup):
                 code = super().main(args, *rest, **kwargs)
         except HopskipError as error:
             print_error(self._with_options(str(error), given))
+            code = 2
+        except ImportError as error:
+            if (message := explained(error)) is None:
+                raise
+            print_error(message)
             code = 2
         except (KeyboardInterrupt, typer.Abort):
             code = 130

@@ -10,7 +10,15 @@ import typer
 
 from hopskip.cli.console import PieceWriter, load_llm, print_error, print_note, print_summary
 from hopskip.cli.generate import Answer
-from hopskip.cli.options import DefaultsGroup, DraftGroup, Group, LoadGroup, checked_sampling, with_options
+from hopskip.cli.options import (
+    DefaultsGroup,
+    DraftGroup,
+    Group,
+    LoadGroup,
+    ThinkOption,
+    checked_sampling,
+    with_options,
+)
 from hopskip.errors import PromptError
 from hopskip.sampling_params import SamplingParams, with_defaults
 
@@ -26,6 +34,7 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="System message that the chat starts with.")
     ] = None,
     *,
+    think: ThinkOption = None,
     load: LoadGroup,
     draft: DraftGroup,
     sampling: Annotated[dict[str, Any], Group("Sampling", {"max_new_tokens": 1024}, of=SamplingParams)],
@@ -39,9 +48,11 @@ def chat(
     llm = load_llm(load, draft, prefix_caching=True, generation_config=defaults.generation_config)
     if not llm.tokenizer.has_chat_template:
         raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
+    if think is not None:  # is there such a switch? Before the first question
+        llm.encode([{"role": "user", "content": "Hello"}], enable_thinking=think)
     if sys.stdin.isatty():
         print_note(_HELP)
-    conversation = Conversation(llm, with_defaults(given, llm.recommended_sampling), system)
+    conversation = Conversation(llm, with_defaults(given, llm.recommended_sampling), system, think=think)
     while (line := _read_line()) is not None:
         text = line.strip()
         if text == "/exit":
@@ -60,9 +71,10 @@ def chat(
 class Conversation:
     """The messages so far, and the model that answers the next one."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, *, think: bool | None = None) -> None:
         self._llm = llm
         self._params = params
+        self._think = think
         self._start = [{"role": "system", "content": system}] if system is not None else []
         self.messages = list(self._start)
 
@@ -72,7 +84,7 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Print the answer to a message and keep both; a message that does not fit the context is not kept."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt_ids = self._llm.encode(messages)
+        prompt_ids = self._llm.encode(messages, enable_thinking=self._think)
         context = self._llm.engine.max_model_len
         room = context - len(prompt_ids)
         if room < 1:

@@ -11,6 +11,7 @@ from hopskip.cli.console import print_json
 from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
 from hopskip.errors import ConfigError
+from hopskip.machine import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,8 +139,8 @@ def _against_transformers(
     max_new_tokens: int,
     quiet: bool,
 ) -> Iterator[tuple[str, Proof]]:
-    import torch
-
+    torch = require("torch", "the comparison with transformers", "eval")
+    require("transformers", "the comparison with transformers", "eval")
     from hopskip.checkpoint.in_transformers import (
         encode_in_transformers,
         load_in_transformers,

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hopskip.bench.expected import ModelCosts
     from hopskip.bench.gains import Gain
-    from hopskip.cli.info import Facts
+    from hopskip.checkpoint.config import ModelConfig
+    from hopskip.checkpoint.trained_exit import TrainedExit
     from hopskip.draft.costs import Costs
     from hopskip.train.exit.estimate import Work
 
@@ -83,25 +85,35 @@ def _range(gain: Gain) -> str:
 _LEAST = 1.05
 
 
-def expected_gains(facts: Facts, measured: Costs | None) -> ExpectedGains:
+def expected_gains(
+    costs: ModelCosts,
+    config: ModelConfig,
+    trained_exit: TrainedExit | None,
+    *,
+    copy_bytes: dict[str, int],
+    exit_layer: int | None,
+    is_native: bool,
+    measured: Costs | None,
+) -> ExpectedGains:
     """For a model.
 
     Args:
+        copy_bytes: of copies in lower precision, by precision.
+        exit_layer: of early-exit drafts, if the model can have any.
         measured: costs, if they were.
     """
     from hopskip.bench.gains import gains, modelled_costs, with_measured
     from hopskip.train.exit.estimate import USUAL_RECIPE, Work, exit_parameters, flops_per_second
 
-    config, trained_exit = facts.config, facts.trained_exit
     if trained_exit is None:
         (shape,) = USUAL_RECIPE.exits(config.num_hidden_layers)
         num_weights = exit_parameters(shape, config, min(USUAL_RECIPE.vocabulary, config.vocab_size))
     else:
         num_weights = exit_parameters(trained_exit.config, config, len(trained_exit.vocabulary))
-    exit_bytes = num_weights * 34 // 32 if facts.backend == "native" else num_weights * 2
-    costs = modelled_costs(facts.costs, exit_bytes, facts.copy_bytes, facts.exit_layer)
+    exit_bytes = num_weights * 34 // 32 if is_native else num_weights * 2
+    modelled = modelled_costs(costs, exit_bytes, copy_bytes, exit_layer)
     return ExpectedGains(
-        gains=gains(costs if measured is None else with_measured(costs, measured), config, trained_exit),
+        gains=gains(modelled if measured is None else with_measured(modelled, measured), config, trained_exit),
         by_measurement=measured is not None,
         has_trained_exit=trained_exit is not None,
         work=Work.of(USUAL_RECIPE, config),

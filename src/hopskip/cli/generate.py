@@ -17,6 +17,7 @@ from hopskip.cli.options import (
     JsonOption,
     LoadGroup,
     SamplingGroup,
+    ThinkOption,
     checked_sampling,
     with_options,
 )
@@ -39,6 +40,7 @@ def generate(
     *,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")] = None,
+    think: ThinkOption = None,
     as_json: JsonOption = False,
     trace: Annotated[
         Path | None,
@@ -57,10 +59,12 @@ def generate(
     text = read_prompt(prompt or [])
     if raw and system is not None:
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
+    if raw and think is not None:
+        raise ConfigError("--raw and --think contradict each other: the switch is in the chat template")
     given = checked_sampling(sampling, defaults)
     llm = load_llm(load, draft, quiet=as_json, generation_config=defaults.generation_config)
     params = with_defaults(given, llm.recommended_sampling)
-    wrapped = _with_template(llm, text, raw, system)
+    wrapped = llm.encode(_with_template(llm, text, raw, system), enable_thinking=think)
     writer = None if as_json else PieceWriter()
     with contextlib.ExitStack() as open_files:
         if trace is not None:

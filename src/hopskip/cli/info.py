@@ -45,7 +45,13 @@ def info(
     load = at(load, place)
     facts = _collect(load)
     costs = _measure(facts, load) if measure else None
-    expected = expected_gains(facts, costs)
+    expected = expected_gains(
+        *(facts.costs, facts.config, facts.trained_exit),
+        copy_bytes=facts.copy_bytes,
+        exit_layer=facts.exit_layer,
+        is_native=facts.backend == "native",
+        measured=costs,
+    )
     if as_json:
         measured = {} if costs is None else {"measured": _measured(costs, facts)}
         print_json(facts.as_dict() | {"expected_gains": expected.as_dict()} | measured)
@@ -59,7 +65,7 @@ def info(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class _Facts:
     path: Path
     config: ModelConfig
     stored_as: str
@@ -159,7 +165,7 @@ def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
     }
 
 
-def _collect(load: LoadConfig) -> Facts:
+def _collect(load: LoadConfig) -> _Facts:
     from hopskip.backends.native.isa import choose_isa
     from hopskip.bench.expected import model_costs
     from hopskip.checkpoint.checkpoint import open_checkpoint
@@ -185,7 +191,7 @@ def _collect(load: LoadConfig) -> Facts:
     }
     assert default.draft is not None
     assert default.num_draft_tokens is not None
-    return Facts(
+    return _Facts(
         path=checkpoint.path,
         config=config,
         stored_as=checkpoint.quantization or checkpoint.dtype,
@@ -212,7 +218,7 @@ def _default_threads(kind: str) -> int:
     return torch.get_num_threads()
 
 
-def _print_facts(facts: Facts) -> None:
+def _print_facts(facts: _Facts) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -262,7 +268,7 @@ def _print_facts(facts: Facts) -> None:
     Console(highlight=False).print(table, soft_wrap=False)
 
 
-def _print_exits(facts: Facts) -> None:
+def _print_exits(facts: _Facts) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -291,7 +297,7 @@ def _print_exits(facts: Facts) -> None:
     console.print(table)
 
 
-def _measure(facts: Facts, load: LoadConfig) -> Costs:
+def _measure(facts: _Facts, load: LoadConfig) -> Costs:
     """Time the trained exit, if there is one, and the early exits of the table."""
     from functools import partial
 
@@ -307,7 +313,7 @@ def _measure(facts: Facts, load: LoadConfig) -> Costs:
         return measure(backend, [*exits, *map(early_exit, facts.exits)], _MEASURE_SECONDS, progress)
 
 
-def _contexts(facts: Facts) -> tuple[int, ...]:
+def _contexts(facts: _Facts) -> tuple[int, ...]:
     """For which measured costs are shown: a short one and a long one."""
     from hopskip.draft.costs import CONTEXT
 
@@ -315,7 +321,7 @@ def _contexts(facts: Facts) -> tuple[int, ...]:
     return (CONTEXT, longest) if longest > CONTEXT else (CONTEXT,)
 
 
-def _measured(costs: Costs, facts: Facts) -> dict[str, Any]:
+def _measured(costs: Costs, facts: _Facts) -> dict[str, Any]:
     """JSON-ready: the table, and for each source, context and acceptance the best length and its expected speed-up."""
     from hopskip.bench.expected import best_measured
 
@@ -331,7 +337,7 @@ def _measured(costs: Costs, facts: Facts) -> dict[str, Any]:
     return {**costs.as_json(), "expected": best}
 
 
-def _print_measured(costs: Costs, facts: Facts) -> None:
+def _print_measured(costs: Costs, facts: _Facts) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -91,6 +91,11 @@ ModelArgument = Annotated[
 ]
 """A model as the argument of a command: goes with `at`."""
 
+ThinkOption = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", help="Let the model think first, or not, where its chat template has a switch."),
+]
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from hopskip.machine import require
+
 app = typer.Typer(
     help="Make models that are their own good draft models.", no_args_is_help=True, rich_markup_mode="markdown"
 )
@@ -28,6 +30,7 @@ def layerskip(
     Run the same command again to go on after an interruption. On several GPUs:
     `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE.yaml`.
     """
+    require("torch", "training", "train")
     from hopskip.train.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
@@ -57,6 +60,7 @@ def train_exit(
 
     The model writes its own training text. Run the same command again to go on after an interruption.
     """
+    require("torch", "training", "train")
     from hopskip.train.exit.recipe import ExitRecipe
     from hopskip.train.recipe import read_recipe
 

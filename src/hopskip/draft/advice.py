@@ -5,6 +5,7 @@ Before an answer that follows from costs and from what is usual for a source; af
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -87,12 +88,19 @@ class Advice:
     Args:
         speculative: as it was resolved.
         expected: see `expected_speedup_of`.
+        gain: as answers show it.
         has_trained_exit: whether one is at hand for the model, in use or not.
     """
 
     def __init__(
-        self, speculative: SpeculativeConfig, expected: float | None = None, *, has_trained_exit: bool = False
+        self,
+        speculative: SpeculativeConfig,
+        expected: float | None = None,
+        gain: GainEstimate | None = None,
+        *,
+        has_trained_exit: bool = False,
     ) -> None:
+        self._gain = gain
         self._draft = speculative.draft
         self._expected = expected
         self._has_trained_exit = has_trained_exit
@@ -110,16 +118,17 @@ class Advice:
         trained_exit = backend.trained_exit
         expected = None if gain is None else expected_speedup_of(speculative, gain.costs, backend.config, trained_exit)
         has_trained_exit = trained_exit is not None or shipped_exit(fingerprint) is not None
-        return cls(speculative, expected, has_trained_exit=has_trained_exit)
+        return cls(speculative, expected, gain, has_trained_exit=has_trained_exit)
 
     def warn_before(self) -> None:
-        """Before any answer, where costs and what is usual say so. To the caller of who calls this."""
+        """Before any answer, where costs and what is usual say so."""
         if self._expected is not None and self._expected < SLOW:
             where = ", where the text does not repeat itself," if self._draft == "both" else ""
             self._warn(f"is expected{where} to be slower than plain decoding ({self._expected:.2f} x)")
 
-    def warn_after(self, gain: GainEstimate | None) -> None:
+    def warn_after(self) -> None:
         """Once answers have shown it."""
+        gain = self._gain
         if gain is not None and gain.num_tokens >= _ENOUGH_TOKENS and gain.speedup < SLOW:
             self._warn(f"has been slower than plain decoding (an estimated {gain.speedup:.2f} x)")
 
@@ -134,5 +143,13 @@ class Advice:
             warnings.warn(
                 f"draft {self._draft!r}, as it is set, {what}; draft 'auto' without further options {better}",
                 SlowDraftWarning,
-                stacklevel=4,
+                stacklevel=_levels_to_caller(),
             )
+
+
+def _levels_to_caller() -> int:
+    """From the function that calls this up to the first that is not hopskip's own: who is to be warned."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __name__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    return level

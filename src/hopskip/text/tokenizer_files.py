@@ -17,6 +17,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.gguf import GGUFFile
 from hopskip.checkpoint.hf_folder import read_json
 from hopskip.errors import CheckpointError
+from hopskip.machine import require
 from hopskip.text.gguf_tokenizer import tokenizer_of_gguf
 from hopskip.text.sentencepiece import read_model
 from hopskip.text.tokenizer import Encode, Tokenizer
@@ -24,14 +25,17 @@ from hopskip.text.tokenizer import Encode, Tokenizer
 _SPECIAL_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def load_tokenizer(path: Path, config: ModelConfig, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or a GGUF file.
+
+    Args:
+        metadata: of a GGUF file, where it has been read already (`Checkpoint.metadata`).
 
     Raises:
         CheckpointError: there is none, or it is of a kind that cannot be read.
     """
     if path.is_file():
-        return tokenizer_of_gguf(path, GGUFFile(path).metadata, config)
+        return tokenizer_of_gguf(path, GGUFFile(path).metadata if metadata is None else metadata, config)
     return _from_folder(path, config)
 
 
@@ -63,10 +67,9 @@ def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """A tokenizer that only transformers can build."""
-    from transformers import AutoTokenizer
-
+    transformers = require("transformers", f"the tokenizer of {folder}, which has no tokenizer.json,")
     try:
-        converted = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        converted = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         inner: tokenizers.Tokenizer = converted.backend_tokenizer
     except Exception as error:  # of many kinds: missing files, missing packages, unknown classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
