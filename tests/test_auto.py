@@ -199,7 +199,7 @@ def test_measured_costs_are_those_of_the_work_done(
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     found = measure(model, [early_exit(1), early_exit(3)], seconds=100.0)
     assert next(iter(found.layers)) == 1
-    assert max(found.layers) == timing._MOST_ROWS
+    assert max(found.layers) == timing.MOST_ROWS
     depth = model.config.num_hidden_layers
     for rows in found.layers:
         assert found.layers[rows] == pytest.approx(depth * (0.9 + 0.1 * rows))
@@ -244,7 +244,7 @@ def test_interpolation() -> None:
 def test_costs_are_measured_once(model: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[object] = []
 
-    def fake(model: Backend, exits: Seq[object], progress: object = None) -> Costs:
+    def fake(model: Backend, exits: Seq[object], *_: object) -> Costs:
         calls.append(exits)
         layers = {1: 0.01 * len(calls), 4: 0.02, 8: 0.03, 17: 0.1, 40: 0.2}
         return replace(TABLE, layers=layers, head=dict.fromkeys(layers, 0.1))
@@ -281,5 +281,5 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOPSKIP_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(timing, "measure", lambda model, exits, progress: TABLE)
+    monkeypatch.setattr(timing, "measure", lambda model, exits, *_: TABLE)
     assert Timings(model, EXITS, {"weights": "a"}).get() == TABLE

@@ -71,6 +71,16 @@ def test_command_prints_a_table(checkpoint: Path) -> None:
     assert "GB/s read" in result.stdout
 
 
+@pytest.mark.parametrize(("ratio", "is_told"), [(0.91, True), (1.0, False), (1.4, False)])
+def test_a_slower_draft_is_told_so(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, is_told: bool
+) -> None:
+    monkeypatch.setattr(measuring, "ratio", lambda *_: ratio)
+    text = " ".join(invoke(checkpoint, "--draft", "ngram").stdout.split())
+    assert (f"plain decoding is faster than hopskip here ({ratio:.2f} x)" in text) == is_told
+    assert "faster than hopskip-plain" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

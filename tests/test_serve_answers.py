@@ -129,6 +129,7 @@ def test_a_whole_completion() -> None:
             "total_tokens": 18,
             "prompt_tokens_details": {"cached_tokens": 4},
             "completion_tokens_details": {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2},
+            "speedup_over_plain": None,
         },
     }
 

@@ -110,12 +110,17 @@ branches: [{{start: 0, num_layers: 1, features: [2, 3]}}, {{start: 1, num_layers
 vocabulary: 40
 stages: [{{num_tokens: 200, batch_tokens: 60, eval_every: 100, unroll_steps: 2}}]
 held_out_every: 3
-search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], vocabulary: [8], repeats: 1}}
+search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1, 2], vocabulary: [8],
+  repeats: 1, max_repeats: 1, least_speedup: 0}}
 threads: 1
 """
     )
     result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
     assert result.exit_code == 0, result.output
+    assert "GB on disk" in result.output
+    assert (
+        f"try it: hopskip generate --model {checkpoint.path} --exit-branch {tmp_path / 'run' / 'exit'}" in result.output
+    )
     best = TrainedExit.load(tmp_path / "run" / "exit")
     best.check_base(checkpoint.fingerprint)
     best.check(checkpoint.config)
@@ -150,6 +155,14 @@ threads: 1
     plain = CliRunner().invoke(app, ["train", "exit", str(recipe), *overrides])
     assert plain.exit_code == 0, plain.output
     assert TrainedExit.load(tmp_path / "plain" / "exit").layers == []
+    # what gains nothing is not chosen, and another model has a folder of its own
+    overrides = ["output=" + str(tmp_path / "{model}"), *overrides[1:], "search.least_speedup=99"]
+    (tmp_path / "mine").symlink_to(checkpoint.path)
+    slow = CliRunner().invoke(app, ["train", "exit", str(recipe), "--model", str(tmp_path / "mine"), *overrides])
+    assert slow.exit_code == 2
+    assert "no candidate is worth using" in slow.output
+    assert not (tmp_path / "mine" / "exit").exists()
+    assert not (tmp_path / "run" / "mine").exists()
 
 
 def test_a_run_can_start_from_another_models_exit(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -172,7 +185,8 @@ initial: {tmp_path / "initial"}
 stages: [{{num_tokens: 1, learning_rate: 1.0, eval_every: 1, unroll_steps: 1}}]  # its one step has a rate of zero
 precision: bfloat16
 held_out_every: 3
-search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1], num_runner_ups: [0], repeats: 1}}
+search: {{num_prompts: 1, max_new_tokens: 8, num_draft_tokens: [1], num_runner_ups: [0],
+  repeats: 1, max_repeats: 1, least_speedup: 0}}
 threads: 1
 """
     )

@@ -37,6 +37,10 @@ class TrainingError(HopskipError):
     """Training cannot go on: the loss is not a number, or a checkpoint cannot be written."""
 
 
+class SlowDraftWarning(UserWarning):
+    """A draft is slower than plain decoding, by estimate. It never changes the text."""
+
+
 def shown(value: object) -> str:
     """A value as part of a message of one line: cut where it is long."""
     text = " ".join(repr(value).split())

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from hopskip.checkpoint.generation import recommended_sampling
+from hopskip.draft.advice import Advice
 from hopskip.engine.engine import Engine, make_engine
 from hopskip.engine.turns import Turns, closed
-from hopskip.errors import ConfigError, check_count, check_names, shown
+from hopskip.errors import ConfigError, check_choice, check_count, check_names, shown
 from hopskip.loading import LoadConfig, LoadOptions, OpenModel, Progress, open_model
 from hopskip.sampling_params import SamplingOptions, SamplingParams, params_for
 from hopskip.sequence import Request, Sequence
@@ -50,6 +52,8 @@ class LLM:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
         speculative: how to draft and verify; None leaves everything to the model's recommendation.
         max_model_len, max_num_seqs, prefix_caching: see `Engine`.
+        generation_config: `auto` chooses tokens as the model's makers recommend, where nothing else is asked for
+            (`generation_config.json`, or a GGUF file's `general.sampling`), else greedily; `none` greedily.
         progress: told what takes its time until the model is ready (loading, packing, measuring), and the share of it
             that is done. Without it nothing is shown, in a terminal neither.
         options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
@@ -67,6 +71,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
+        generation_config: Literal["auto", "none"] = "auto",
         progress: Progress | None = None,
         **options: Unpack[LoadOptions],
     ) -> None:
@@ -76,8 +81,12 @@ class LLM:
         check_count("max_num_seqs", max_num_seqs, "a whole number of at least 1")
         if max_model_len is not None:
             check_count("max_model_len", max_model_len, "a whole number of at least 2", least=2)
+        check_choice("generation_config", generation_config, Literal["auto", "none"])
         load = LoadConfig(model=model, **options)  # type: ignore[arg-type]  # it takes other names of a dtype
         opened = open_model(load, speculative, progress)
+        checkpoint, is_auto = opened.checkpoint, generation_config == "auto"
+        self.recommended_sampling = recommended_sampling(checkpoint.generation, checkpoint.path) if is_auto else {}
+        """Of `SamplingParams`, what the model's makers recommend: the defaults of `generate`, `chat` and `stream`."""
         engine = make_engine(
             opened.backend,
             speculative,
@@ -88,6 +97,8 @@ class LLM:
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
         )
+        self._advice = Advice.of(engine.speculative, engine.gain, opened.backend, checkpoint.fingerprint)
+        self._advice.warn_before()
         self._load = load
         self._opened: tuple[OpenModel, Engine] | None = opened, engine
         self._turns = Turns(engine)
@@ -148,7 +159,7 @@ class LLM:
 
         Args:
             prompts: texts, lists of token ids, or chats; one, or any iterable of them.
-            sampling_params: for all prompts, or one for each.
+            sampling_params: for all prompts, or one for each; None: see `generation_config` of `LLM`.
             use_tqdm: show in a terminal, on stderr, how many of several texts are done, if it takes longer than a
                 second. (The name is vLLM's; the bar is rich's.)
             options: fields of `SamplingParams`; they go before those of `sampling_params`.
@@ -229,6 +240,7 @@ class LLM:
                     yield StreamPiece(text=piece, token=token, stats=sequence.stats, seed=sequence.seed, result=result)
             if sequence.error is not None:
                 raise sequence.error
+            self._advice.warn_after()
         finally:
             self._turns.drop([sequence])
 
@@ -290,7 +302,9 @@ class LLM:
         thinking: Any = {"enable_thinking": enable_thinking, "chat_template_kwargs": chat_template_kwargs}
         encoded = [self.encode(prompt, **thinking) for prompt in prompt_list(prompts)]
         found = []
-        for prompt_ids, params in zip(encoded, params_for(len(encoded), sampling_params, options), strict=True):
+        for prompt_ids, params in zip(
+            encoded, params_for(len(encoded), sampling_params, options, self.recommended_sampling), strict=True
+        ):
             is_plain = params.n == 1 and params.structure is None
             found.append(
                 [
@@ -318,6 +332,7 @@ class LLM:
         finally:
             # on an error or an interrupt no request may stay behind in the engine
             self._turns.drop([sequence for sequence, _ in calls])
+        self._advice.warn_after()
         results = iter([result_of(sequence, text) for sequence, text in calls])
         return [joined([next(results) for _ in requests]) for requests in asked]
 
@@ -341,7 +356,15 @@ class LLM:
 
 
 _NAMES_OF_OPTIONS = (
-    *("speculative", "max_model_len", "max_num_seqs", "prefix_caching", "progress", "on_preparing"),
+    *(
+        "speculative",
+        "max_model_len",
+        "max_num_seqs",
+        "prefix_caching",
+        "generation_config",
+        "progress",
+        "on_preparing",
+    ),
     *(item.name for item in fields(LoadConfig) if item.name != "model"),
 )
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +64,10 @@ class LoadConfig:
     )
     """`auto` keeps the checkpoint's own. On the native backend a quantized GGUF then stays as it is."""
     quantize: Quantize | None = option(None, "Pack the weights to 8 or 4 bits (native backend).", "TYPE")
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.", "DEVICE")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where that is faster.", "DEVICE")
+    """`auto` stays with the native engine unless a GPU has room for the model, all options work there, and it is
+    expected to be clearly faster (`hopskip.backends.gpu`). Where that engine cannot run, it takes a GPU if there is
+    one."""
     backend: BackendName = option(
         "auto", "native (the C++ engine for CPUs), torch, or auto, which prefers native on a CPU.", "NAME"
     )
@@ -106,13 +108,19 @@ class LoadConfig:
         """By which is remembered what was measured of the model so loaded."""
         return {"weights": checkpoint.fingerprint, "precision": self.precision, "kv_dtype": self.kv_dtype}
 
-    def where(self) -> tuple[Literal["native", "torch"], str]:
+    def where(
+        self, checkpoint: Checkpoint | None = None, speculative: SpeculativeConfig | None = None
+    ) -> tuple[Literal["native", "torch"], str]:
         """Which backend runs the model, and on which device. Loads nothing.
+
+        Args:
+            checkpoint, speculative: the model and how to draft with it: without the one, `auto` cannot know that a GPU
+                is faster; the other may need the native engine.
 
         Raises:
             ConfigError: an option needs another backend or device than there is.
         """
-        device = _device(self.device)
+        device = self._automatic_device(checkpoint, speculative) if self.device == "auto" else known_device(self.device)
         if self._is_native(device):
             return "native", device
         for name, value, default in ("quantize", self.quantize, None), ("kv_dtype", self.kv_dtype, "auto"):
@@ -120,17 +128,40 @@ class LoadConfig:
                 raise ConfigError(f"{name}={value} needs the native CPU backend, but this runs on torch; leave it out")
         return "torch", device
 
+    def _automatic_device(self, checkpoint: Checkpoint | None, speculative: SpeculativeConfig | None) -> str:
+        from hopskip.backends.gpu import find_gpu
+
+        if self.backend == "native":
+            return "cpu"
+        can_be_native = self.backend == "auto" and self._obstacle("cpu") is None
+        drafts_natively = speculative is not None and speculative.uses_layer_skip
+        drafts_natively |= speculative is not None and speculative.draft_precision is not None
+        of_the_cpu = self.quantize or self.kv_dtype != "auto" or self.threads is not None or drafts_natively
+        if can_be_native and (of_the_cpu or checkpoint is None):
+            return "cpu"
+        gpu = find_gpu()
+        if gpu is None:
+            return "cpu"
+        if not can_be_native or checkpoint is None:
+            return "cuda"
+        dtype = checkpoint.dtype if self.dtype == "auto" else self.dtype
+        return "cuda" if gpu.is_worth(checkpoint, dtype, self.precision) else "cpu"
+
+    def _obstacle(self, device: str) -> str | None:
+        """Why the C++ engine cannot run the model, if it cannot."""
+        from hopskip.backends.native import isa
+
+        if device != "cpu":
+            return f"it runs on CPUs, not on {device}"
+        if self.dtype == "float16":
+            return "it has no float16 arithmetic; use bfloat16 or float32"
+        return isa.obstacle()
+
     def _is_native(self, device: str) -> bool:
         """Whether the C++ engine runs the model; says so in one line where it was to be expected and cannot."""
         if self.backend == "torch":
             return False
-        from hopskip.backends.native import isa
-
-        obstacle = isa.obstacle()
-        if device != "cpu":
-            obstacle = f"it runs on CPUs, not on {device}"
-        elif self.dtype == "float16":
-            obstacle = "it has no float16 arithmetic; use bfloat16 or float32"
+        obstacle = self._obstacle(device)
         if obstacle is None:
             return True
         if self.backend == "native":
@@ -186,7 +217,7 @@ def open_model(
     # a wrong option must not cost the time of loading the weights
     trained_exit = find_exit(checkpoint, speculative)
     resolve(speculative, checkpoint.config, trained_exit)
-    backend = load_backend(checkpoint, load, progress)
+    backend = load_backend(checkpoint, load, progress, speculative)
     if trained_exit is not None:
         backend.attach_exit(trained_exit)
     if speculative.draft_precision is not None:
@@ -195,14 +226,19 @@ def open_model(
     return OpenModel(checkpoint=checkpoint, tokenizer=tokenizer, backend=backend, identity=load.identity(checkpoint))
 
 
-def load_backend(checkpoint: Checkpoint, load: LoadConfig, progress: Progress | None = None) -> Backend:
-    """The weights of an opened checkpoint, in a backend.
+def load_backend(
+    checkpoint: Checkpoint,
+    load: LoadConfig,
+    progress: Progress | None = None,
+    speculative: SpeculativeConfig | None = None,
+) -> Backend:
+    """The weights of an opened checkpoint, in a backend that can draft as `speculative` says.
 
     Raises:
         ConfigError: an option cannot work here.
         CheckpointError: the weights are missing, damaged, or of an unsupported kind.
     """
-    kind, device = load.where()
+    kind, device = load.where(checkpoint, speculative)
     if kind == "native":
         from hopskip.backends.native.backend import NativeBackend
 
@@ -250,17 +286,18 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
     return trained_exit
 
 
-def _device(name: str) -> str:
-    """The device of an option, as PyTorch writes it. PyTorch, which takes a second to load, is asked only where there
-    may be a GPU."""
-    if name == "cpu" or (name == "auto" and not _has_gpu_driver()):
-        return "cpu"
+def known_device(name: str) -> str:
+    """A device as PyTorch writes it; `auto` is a GPU if there is one, which is what training wants.
+
+    Raises:
+        ConfigError: there is no such device, or PyTorch is not installed.
+    """
     if name == "auto":
-        try:
-            torch = importlib.import_module("torch")
-        except ImportError:
-            return "cpu"
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        from hopskip.backends.gpu import find_gpu
+
+        return "cpu" if find_gpu() is None else "cuda"
+    if name == "cpu":
+        return "cpu"
     torch = require("torch", f"device {name!r}")
     try:
         device = torch.device(name)
@@ -269,9 +306,3 @@ def _device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used ({reason}); try 'cpu' or 'cuda'") from None
     return str(device)
-
-
-def _has_gpu_driver() -> bool:
-    return any(
-        Path(place).exists() for place in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-    )

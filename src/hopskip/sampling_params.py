@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from hopskip.errors import ConfigError, check_count, check_names, check_number, shown
@@ -218,16 +219,28 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+def with_defaults(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingParams:
+    """What was asked for, and for the rest what the model's makers recommend (`generation.recommended_sampling`). Who
+    asks for temperature 0 gets the model's best tokens: nothing of the makers' settings then."""
+    return SamplingParams(**(given if given.get("temperature") == 0 else {**recommended, **given}))  # type: ignore[arg-type]
+
+
 def params_for(
-    num_prompts: int, given: SamplingParams | Iterable[SamplingParams] | None, options: SamplingOptions
+    num_prompts: int,
+    given: SamplingParams | Iterable[SamplingParams] | None,
+    options: SamplingOptions,
+    recommended: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[SamplingParams]:
-    """Those of each prompt, from what a program gives for one or for all.
+    """Those of each prompt, from what a program gives for one or for all: a `SamplingParams` is taken as it is, and
+    `options` alone go `with_defaults`.
 
     Raises:
         ConfigError: what is given is nothing of the kind, or not as many as there are prompts.
     """
-    if given is None or isinstance(given, SamplingParams):
-        return [(given or SamplingParams()).updated(**options)] * num_prompts
+    if given is None:
+        return [with_defaults(options, recommended)] * num_prompts
+    if isinstance(given, SamplingParams):
+        return [given.updated(**options)] * num_prompts
     listed: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
     for params in listed:
         if not isinstance(params, SamplingParams):

@@ -180,6 +180,14 @@ class SpeculativeStats:
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     """How often a draft's token was accepted in the first, second, .. place."""
+    speedup_over_plain: float | None = None
+    """Decoding speed over that of plain decoding: an estimate from measured costs (`hopskip.draft.gain`). None without
+    a draft source, and where the model's costs are not known."""
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass after the prompt's yields, with or without a draft; 0 if there was none."""
+        return (self.num_tokens - 1) / self.num_target_passes if self.num_target_passes else 0.0
 
     __repr__ = short_repr
 
@@ -217,6 +225,7 @@ class SpeculativeStats:
     def as_dict(self) -> dict[str, Any]:
         """All fields and derived figures, ready for JSON."""
         derived = (
+            "tokens_per_pass",
             "decode_tokens_per_second",
             "prefill_tokens_per_second",
             "acceptance_rate",

@@ -13,7 +13,7 @@ from typing import Literal
 
 from hopskip.backends.native.formats import EXACT, PLAIN, choose_format, matrix_bytes
 from hopskip.checkpoint.checkpoint import Checkpoint
-from hopskip.draft.costs import CONTEXT, Costs, expected_speedup, expected_tokens
+from hopskip.draft.costs import CONTEXT, Costs, expected_speedup
 from hopskip.speculative import Source
 
 MAX_DRAFT_TOKENS = 16
@@ -126,10 +126,7 @@ def measured_speedup(
         source: an exit of the cost table; None drafts at no cost, as lookup does.
         context: positions before the rows.
     """
-    seconds = costs.pass_seconds(num_draft_tokens + 1, context)
-    if source is not None and num_draft_tokens:
-        seconds += costs.draft_seconds(source, num_draft_tokens, context)
-    return expected_tokens(acceptance, num_draft_tokens) * costs.pass_seconds(1, context) / seconds
+    return costs.speedup(source, [acceptance**i for i in range(1, num_draft_tokens + 1)], context=context)
 
 
 def best_measured(costs: Costs, source: Source | None, acceptance: float, context: int = CONTEXT) -> tuple[int, float]:

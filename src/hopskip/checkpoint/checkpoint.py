@@ -18,8 +18,16 @@ from numpy.typing import NDArray
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.fp8 import with_scales
+from hopskip.checkpoint.generation import of_gguf
 from hopskip.checkpoint.gguf import PERMUTED_ARCHITECTURES, ROPE_FACTORS, hf_name, open_gguf
-from hopskip.checkpoint.hf_folder import read_config, read_safetensors, refuse_folder, some, weight_files
+from hopskip.checkpoint.hf_folder import (
+    read_config,
+    read_generation,
+    read_safetensors,
+    refuse_folder,
+    some,
+    weight_files,
+)
 from hopskip.checkpoint.kinds import refuse_file, starts_as_gguf
 from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize, unpermuted
 from hopskip.errors import CheckpointError
@@ -47,6 +55,7 @@ class Checkpoint:
         fingerprint: str,
         permuted_heads: Mapping[str, int] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.config = config
@@ -54,6 +63,8 @@ class Checkpoint:
         """Identity of the weights, hex: a hash of the files' headers, sizes and samples. The path plays no part."""
         self.metadata = metadata
         """What a GGUF file says besides its tensors, the tokenizer's tables among it; None for a folder."""
+        self.generation = of_gguf(metadata or {}) if generation is None else generation
+        """The makers' own settings for generating, as they stand, under Hugging Face's names."""
         self._tensors = tensors
         self._permuted_heads = permuted_heads or {}  # tensors whose rows llama.cpp has reordered -> number of heads
         commonest = _commonest_type(tensors.values())
@@ -138,7 +149,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         config = _resolve_tying(config, tensors)
     _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, folder)
-    return Checkpoint(folder, config, tensors, digest.hexdigest())
+    return Checkpoint(folder, config, tensors, digest.hexdigest(), generation=read_generation(folder))
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -40,11 +40,16 @@ def read_config(folder: Path) -> tuple[ModelConfig, Fp8Format | None]:
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture or quantization is not supported.
     """
-    generation = folder / "generation_config.json"
     config = read_json(folder / "config.json", "is this a complete Hugging Face checkpoint?")
-    shape = ModelConfig.from_hf(config, read_json(generation, "") if generation.exists() else None)
+    shape = ModelConfig.from_hf(config, read_generation(folder))
     quantization = folder / "hf_quant_config.json"  # where ModelOpt writes what others write into config.json
     return shape, fp8_format(config, read_json(quantization, "") if quantization.exists() else None)
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """`generation_config.json`; empty if there is none."""
+    path = folder / "generation_config.json"
+    return read_json(path, "") if path.exists() else {}
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -247,6 +247,13 @@ def _print_report(report: dict[str, Any]) -> None:
             if ratios:
                 table.add_row(name, *(f"{ratios[key]:.2f} x" for key in (*sets, "mean_of_sets", "all")))
         console.print(table)
+    for name, ratios in over_plain:
+        if ratios and name.startswith("hopskip") and ratios["all"] < 1:
+            console.print(
+                f"plain decoding is faster than {name} here ({ratios['all']:.2f} x): use --draft none, or auto",
+                markup=False,
+                soft_wrap=True,
+            )
     for contender in absent:
         console.print(
             f"{contender['name']}: {contender['status']}: {contender['reason']}", markup=False, soft_wrap=True

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hopskip.cli.console import load_llm
-from hopskip.cli.options import ContextOption, DraftGroup, Group, LoadGroup, ThinkOption, with_options
+from hopskip.cli.options import (
+    ContextOption,
+    DefaultsGroup,
+    DraftGroup,
+    Group,
+    LoadGroup,
+    ThinkOption,
+    checked_sampling,
+    with_options,
+)
 from hopskip.errors import PromptError
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling_params import SamplingParams, with_defaults
 
 if TYPE_CHECKING:
     from hopskip.cli.talk.reading import Reader
@@ -28,7 +37,8 @@ def chat(
     max_model_len: ContextOption = None,
     load: LoadGroup,
     draft: DraftGroup,
-    params: Annotated[SamplingParams, Group("Sampling", {"max_new_tokens": 1024})],
+    sampling: Annotated[dict[str, Any], Group("Sampling", {"max_new_tokens": 1024}, of=SamplingParams)],
+    defaults: DefaultsGroup,
 ) -> None:
     """Chat with a model.
 
@@ -43,15 +53,23 @@ def chat(
     from hopskip.cli.talk.settings import Settings
     from hopskip.serve.settings import model_name
 
+    given = checked_sampling(sampling, defaults)
     reader = _open_reader()
     with reader.holding_keys():
-        llm = load_llm(load, draft, max_model_len=max_model_len, prefix_caching=True)
+        llm = load_llm(
+            load,
+            draft,
+            max_model_len=max_model_len,
+            prefix_caching=True,
+            generation_config=defaults.generation_config,
+        )
         if not llm.tokenizer.has_chat_template:
             raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
         if think is not None:  # is there such a switch? Before the first question
             llm.encode([{"role": "user", "content": "Hello"}], enable_thinking=think)
         encode = partial(llm.encode, enable_thinking=think)
         conversation = Conversation(encode, llm.engine.max_model_len, system)
+        params = with_defaults(given, llm.recommended_sampling)
         settings = Settings(params, can_draft=llm.engine.speculative.draft != "none")
         name = model_name(None if load.model is None else str(load.model))
         Session(llm, conversation, settings, reader, name).run()

@@ -242,6 +242,8 @@ def _statistics(stats: SpeculativeStats, legend: Text, ending: str, seed: int | 
         table.add_row("seed", str(seed))
     table.add_row("prefill", f"{stats.prefill_seconds:.3f} s, {stats.prefill_tokens_per_second:.1f} tokens/s")
     table.add_row("decode", f"{stats.decode_seconds:.3f} s, {stats.decode_tokens_per_second:.1f} tokens/s")
+    if gain := _gain(stats):
+        table.add_row("gain", gain)
     if not stats.num_drafts:
         table.add_row("drafts", "none")
         return table
@@ -254,6 +256,14 @@ def _statistics(stats: SpeculativeStats, legend: Text, ending: str, seed: int | 
     shares = [f"{count / stats.num_drafts:.0%}" for count in stats.num_accepted_tokens_per_pos]
     table.add_row("", f"accepted by position {' '.join(shares)}")
     return table
+
+
+def _gain(stats: SpeculativeStats) -> str:
+    """What drafting has brought; empty where there was none to speak of."""
+    parts = [f"{stats.tokens_per_pass:.2f} tokens a pass"] if stats.num_drafts else []
+    if stats.speedup_over_plain is not None:
+        parts.append(f"about {stats.speedup_over_plain:.1f} x plain decoding (estimate)")
+    return "; ".join(parts)
 
 
 def _legend(tokens: Iterable[Token]) -> Text:

@@ -12,15 +12,18 @@ import typer
 from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
 from hopskip.cli.options import (
     ContextOption,
+    DefaultsGroup,
     DraftGroup,
     JsonOption,
     LoadGroup,
     SamplingGroup,
     ThinkOption,
+    checked_sampling,
     with_options,
 )
 from hopskip.cli.prompt import read_prompt
 from hopskip.errors import ConfigError
+from hopskip.sampling_params import with_defaults
 
 if TYPE_CHECKING:
     from hopskip.llm import LLM, Prompt, StreamPiece
@@ -56,7 +59,8 @@ def generate(
     ] = None,
     load: LoadGroup,
     draft: DraftGroup,
-    params: SamplingGroup,
+    sampling: SamplingGroup,
+    defaults: DefaultsGroup,
 ) -> None:
     """Generate text for one prompt.
 
@@ -74,7 +78,9 @@ def generate(
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
     if raw and think is not None:
         raise ConfigError("--raw and --think contradict each other: the switch is in the chat template")
-    llm = load_llm(load, draft, max_model_len=max_model_len)
+    given = checked_sampling(sampling, defaults)
+    llm = load_llm(load, draft, max_model_len=max_model_len, generation_config=defaults.generation_config)
+    params = with_defaults(given, llm.recommended_sampling)
     wrapped = llm.encode(_with_template(llm, text, raw, system), enable_thinking=think)
     writer = None if as_json else PieceWriter()
     with contextlib.ExitStack() as open_files:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from hopskip.cli.console import print_json
+from hopskip.cli.gains import expected_gains
 from hopskip.cli.options import JsonOption, LoadGroup, with_options
 from hopskip.cli.progress import loading
 
@@ -37,7 +38,7 @@ def info(
     ] = False,
     load: LoadGroup,
 ) -> None:
-    """Show a model's size, how it would run here, and what drafting may gain by exit layer.
+    """Show a model's size, how it would run here, what each draft may gain, and what an exit of its own would take.
 
     Reads the checkpoint's header only, unless it is to measure; so it is quick with models of any size.
 
@@ -47,10 +48,21 @@ def info(
     """
     facts = _collect(load)
     costs = _measure(facts, load) if measure else None
+    expected = expected_gains(
+        *(facts.costs, facts.config, facts.trained_exit),
+        copy_bytes=facts.copy_bytes,
+        exit_layer=facts.exit_layer,
+        is_native=facts.backend == "native",
+        measured=costs,
+    )
     if as_json:
-        print_json(facts.as_dict() | ({} if costs is None else {"measured": _measured(costs, facts)}))
+        measured = {} if costs is None else {"measured": _measured(costs, facts)}
+        print_json(facts.as_dict() | {"expected_gains": expected.as_dict()} | measured)
         return
     _print_facts(facts)
+    expected.print()
+    if facts.exit_layer is not None:
+        _print_exits(facts)
     if costs is not None:
         _print_measured(costs, facts)
 
@@ -165,8 +177,8 @@ def _collect(load: LoadConfig) -> _Facts:
     from hopskip.loading import find_exit
     from hopskip.speculative import DraftPrecision, SpeculativeConfig
 
-    kind, device = load.where()
     checkpoint = open_checkpoint(find_model(load.model))
+    kind, device = load.where(checkpoint)
     config = checkpoint.config
     is_native = kind == "native"
     trained_exit = find_exit(checkpoint, SpeculativeConfig())
@@ -256,14 +268,11 @@ def _print_facts(facts: _Facts) -> None:
     else:
         source = "recommended by the model's makers" if facts.is_recommended else "default: a quarter of the layers"
         table.add_row("exit layer", f"{facts.exit_layer} ({source})")
-    console = Console(highlight=False)
-    console.print(table, soft_wrap=False)
-    if facts.exit_layer is not None:
-        console.print()
-        console.print(_gains(facts))
+    Console(highlight=False).print(table, soft_wrap=False)
 
 
-def _gains(facts: _Facts) -> Any:
+def _print_exits(facts: _Facts) -> None:
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -286,7 +295,9 @@ def _gains(facts: _Facts) -> Any:
         cells = [f"k={g['num_draft_tokens']} {g['speedup']:.2f}x" if g["num_draft_tokens"] else "-" for g in gains]
         style = "bold" if exit_layer == facts.exit_layer else ""
         table.add_row(str(exit_layer), f"{step_cost:.2f}", *cells, style=style)
-    return table
+    console = Console(highlight=False)
+    console.print()
+    console.print(table)
 
 
 def _measure(facts: _Facts, load: LoadConfig) -> Costs:

@@ -17,7 +17,9 @@ import typer
 
 from hopskip.cli.progress import silenced
 from hopskip.cli.settings import ConfigOption
+from hopskip.errors import ConfigError, check_choice
 from hopskip.loading import LoadConfig
+from hopskip.options import option
 from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import SpeculativeConfig
 
@@ -32,13 +34,58 @@ class Group:
     """By name, where this command has other ones than are declared."""
     without: tuple[str, ...] = ()
     """Names of those that this command does not take."""
+    of: Any = None
+    """The dataclass, where the command wants a dict of what was given, as the defaults are not known before a model is
+    loaded."""
 
 
 LoadGroup = Annotated[LoadConfig, Group("Model")]
 LoadGroupOfMany = Annotated[LoadConfig, Group("Model", without=("dtype", "quantize"))]
 """Of commands that run the model in several precisions, which they name themselves."""
 DraftGroup = Annotated[SpeculativeConfig, Group("Drafting")]
-SamplingGroup = Annotated[SamplingParams, Group("Sampling")]
+SamplingGroup = Annotated[dict[str, Any], Group("Sampling", of=SamplingParams)]
+"""Goes with `DefaultsGroup`, which says what the rest is to be."""
+
+GenerationConfig = Literal["auto", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What sampling options that are left out are to be."""
+
+    generation_config: GenerationConfig = option(
+        "auto",
+        "auto (as the model's makers recommend in its generation config, else greedy) or none (greedy).",
+        "auto|none",
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("generation_config", self.generation_config, GenerationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrGreedy(SamplingDefaults):
+    """The same, with a short way to greedy decoding."""
+
+    greedy: bool = option(False, "Always the best token, whatever the model's makers recommend: --temperature 0.")
+
+
+DefaultsGroup = Annotated[OrGreedy, Group("Sampling")]
+
+
+def checked_sampling(given: Mapping[str, Any], defaults: OrGreedy) -> dict[str, Any]:
+    """The sampling options of a command, for `with_defaults`: a wrong one must not cost the time of loading a model.
+
+    Raises:
+        ConfigError: a value cannot be, or contradicts another.
+    """
+    if defaults.greedy and given.get("temperature", 0) != 0:
+        raise ConfigError(f"--greedy and --temperature {given['temperature']} contradict each other; leave one out")
+    chosen = {**given, "temperature": 0.0} if defaults.greedy else dict(given)
+    # without a temperature, whether they have an effect is the model's matter
+    SamplingParams(**{"temperature": 1.0, **chosen})
+    return chosen
+
 
 ContextOption = Annotated[
     int | None,
@@ -85,18 +132,22 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
+    are_open: set[str] = set()
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         places = [place for place in get_args(parameter.annotation) if isinstance(place, Group)]
         if places:
-            groups[parameter.name] = get_args(parameter.annotation)[0]
+            groups[parameter.name] = places[0].of or get_args(parameter.annotation)[0]
+            are_open |= {parameter.name} if places[0].of else set()
             parameters += _parameters(groups[parameter.name], places[0])
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     def run(**values: Any) -> None:
         for name, group in groups.items():
-            given = {item.name: values.pop(item.name) for item in _options_of(group) if item.name in values}
-            values[name] = _build(group, given)
+            given = _given(
+                group, {item.name: values.pop(item.name) for item in _options_of(group) if item.name in values}
+            )
+            values[name] = given if name in are_open else group(**given)
         command(**values)
 
     return _with_signature(run, command, parameters)
@@ -142,7 +193,7 @@ def _parameters(group: Any, place: Group) -> Iterator[inspect.Parameter]:
             rich_help_panel=place.heading,
             show_default="(default: " not in declared["help"],
         )
-        default = place.defaults.get(item.name, item.default)
+        default = place.defaults.get(item.name, None if place.of else item.default)
         if default is None or get_origin(kind) is list:
             kind, default = kind | None, None
         yield inspect.Parameter(
@@ -192,11 +243,11 @@ def _kind_of_value(hint: Any) -> Any:
     return list[arguments[0]] if origin is tuple else hint  # type: ignore[valid-type]
 
 
-def _build(group: Any, values: Mapping[str, Any]) -> Any:
-    """The dataclass with the values of the command line; what was not given is as declared."""
+def _given(group: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the values of the command line those that were given, or have a default there, as the dataclass wants them."""
     given: dict[str, Any] = {}
     for item in _options_of(group):
         value, parse = values.get(item.name), item.metadata["parse"]
         if value is not None and value != []:
             given[item.name] = parse(value) if parse else tuple(value) if isinstance(value, list) else value
-    return group(**given)
+    return given

@@ -70,10 +70,11 @@ def load_each(load: LoadConfig, precisions: list[str], checkpoint: Checkpoint) -
     from hopskip.speculative import SpeculativeConfig
 
     trained_exit = find_exit(checkpoint, SpeculativeConfig())
+    _, device = load.where()  # of all: precisions are compared in one place
     for name in precisions:
         chosen: dict[str, Any] = {"quantize" if name in get_args(Quantize) else "dtype": name}
         with loading(load.model) as bar:
-            backend = load_backend(checkpoint, replace(load, **chosen), bar.doing)
+            backend = load_backend(checkpoint, replace(load, device=device, **chosen), bar.doing)
             if trained_exit is not None:
                 backend.attach_exit(trained_exit)
             if copy := backend.useful_copy(checkpoint):

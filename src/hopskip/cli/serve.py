@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hopskip.cli.console import load_llm
-from hopskip.cli.options import DraftGroup, Group, LoadGroup, with_options
+from hopskip.cli.options import DraftGroup, Group, LoadGroup, SamplingDefaults, with_options
 from hopskip.errors import ConfigError
 from hopskip.options import option
 
@@ -55,7 +55,7 @@ class CapacityOptions:
     max_num_seqs: int = option(16, "Sequences that are stepped together.", "N")
     max_queue: int = option(256, "Sequences that may wait; more get 429.", "N")
     kv_memory: str | None = option(
-        None, "Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free).", "SIZE"
+        None, "Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free, on a GPU the card's).", "SIZE"
     )
 
 
@@ -67,6 +67,7 @@ def serve(
     inherit_socket: Annotated[str | None, typer.Option(hidden=True)] = None,
     load: LoadGroup,
     draft: DraftGroup,
+    defaults: Annotated[SamplingDefaults, Group("Sampling")],
 ) -> None:
     """Serve a model over the OpenAI protocol, with a page to chat at `/`.
 
@@ -102,8 +103,15 @@ def serve(
         listening, pipe = map(int, inherit_socket.split(","))
         listener = socket.socket(fileno=listening)
         die_with_parent(pipe)
-    llm = load_llm(load, draft, max_model_len=capacity.max_model_len, max_num_seqs=capacity.max_num_seqs)
-    llm.engine.reserve(free_memory() * 7 // 10 if budget is None else budget, shrink=capacity.max_model_len is None)
+    llm = load_llm(
+        load,
+        draft,
+        max_model_len=capacity.max_model_len,
+        max_num_seqs=capacity.max_num_seqs,
+        generation_config=defaults.generation_config,
+    )
+    budget = budget or free_memory(llm.backend.traits.device) * 7 // 10
+    llm.engine.reserve(budget, shrink=capacity.max_model_len is None)
     raise typer.Exit(_run(llm, settings, listener, server))
 
 

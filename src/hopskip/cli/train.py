@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,17 @@ def layerskip(
 def train_exit(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For which model, on what, and how.")],
     overrides: Overrides = None,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="The model to train for, instead of the recipe's `base`: a folder, a GGUF file, or a Hub id.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
 
@@ -58,7 +70,8 @@ def train_exit(
     from hopskip.train.exit.recipe import ExitRecipe
     from hopskip.train.recipe import read_recipe
 
-    settings = read_recipe(ExitRecipe, recipe, overrides or ())
+    base = [] if model is None else [f"base={json.dumps(model)}"]
+    settings = read_recipe(ExitRecipe, recipe, [*base, *(overrides or ())])
 
     from hopskip.train.exit.run import run
 

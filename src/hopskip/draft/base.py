@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from hopskip.backends.rows import Array, Cache, Rows
+from hopskip.draft.costs import Costs
 from hopskip.sequence import Sequence
 from hopskip.speculative import LOOKUP, Source
 
@@ -116,6 +117,8 @@ class Drafter(Protocol):
     taps: tuple[int, ...] | None = None
     """Layers after which the drafter wants to see the hidden states of every pass, rising; empty if it wants to be told
     of passes only, None if not even that."""
+    costs: Costs | None = None
+    """Of the model, where they were measured: by them is estimated what the drafts gain."""
 
     def observe(self, rows: Rows, features_NAD: Array) -> None:
         """Told of every pass of the model, unless `taps` is None: of the rows whose tokens were committed.

@@ -6,6 +6,7 @@ Shape letters: k draft tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +63,21 @@ class Costs:
         cost = self.drafts[source]
         attention = self.context.num_beyond(context) * (self.context.read + self.context.row)
         return cost.begin + num_tokens * (cost.step + cost.attention_share * attention)
+
+    def speedup(
+        self, source: Source | None, survival: Seq[float], num_runner_ups: int = 0, context: int = CONTEXT
+    ) -> float:
+        """Expected decoding speed over plain decoding.
+
+        Args:
+            source: an exit of the table; None drafts at no cost, as lookup does.
+            survival: the probabilities that the first 1, 2, .. draft tokens are all accepted; as many are drafted.
+            num_runner_ups: rows beside the draft, which are taken to bring nothing.
+        """
+        seconds = self.pass_seconds(len(survival) + 1 + num_runner_ups, context)
+        if source is not None and survival:
+            seconds += self.draft_seconds(source, len(survival), context)
+        return (1 + sum(survival)) * self.pass_seconds(1, context) / seconds
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""

@@ -13,7 +13,7 @@ from hopskip.draft.base import Drafter, FirstOf
 from hopskip.draft.exit import Exit, ExitDrafter
 from hopskip.draft.ngram import NgramDrafter
 from hopskip.draft.skip_search import search
-from hopskip.draft.timing import MAX_ROWS, Timings
+from hopskip.draft.timing import MAX_ROWS, MOST_ROWS, Timings
 from hopskip.errors import ConfigError
 from hopskip.machine import kept_path
 from hopskip.speculative import DraftChoice, OwnLayers, SpeculativeConfig, early_exit, layer_skip
@@ -159,32 +159,47 @@ def make_drafter(
     remembered by `identity`."""
     if speculative.draft == "none":
         return None
-    if speculative.draft == "ngram":
-        return NgramDrafter()
     assert speculative.num_draft_tokens is not None
     assert speculative.num_runner_ups is not None
+    num_rows = speculative.num_draft_tokens + 1 + speculative.num_runner_ups
+
+    def tell(share: float) -> None:
+        progress("measuring costs", share)
+
     if speculative.draft == "auto":
         exits = exits_of(speculative, backend)
         timings = Timings(backend, exits, identity)
-        num_rows = speculative.num_draft_tokens + 1 + speculative.num_runner_ups
         return AutoDrafter(
             backend,
             exits,
-            timings.get(lambda share: progress("measuring costs", share)),
+            timings.get(tell),
             keep_costs=timings.put,
             max_draft_tokens=speculative.num_draft_tokens,
             max_runner_ups=speculative.num_runner_ups,
             rows_per_sequence=1 if backend.traits.row_exact else num_rows,
             min_confidence=speculative.min_confidence,
         )
-    exit: Exit | None = backend.trained_exit
+    exit = None if speculative.draft == "ngram" else _fixed_exit(speculative, backend)
+    drafter: Drafter = NgramDrafter()
+    if exit is not None:
+        drafter = ExitDrafter(backend, exit, speculative.min_confidence, speculative.num_runner_ups)
+        drafter = FirstOf(NgramDrafter(), drafter) if speculative.draft == "both" else drafter
+    timings = Timings(backend, [] if exit is None else [exit], identity, (1, min(num_rows, MOST_ROWS)))
+    # Drafts do not hang on these costs, so they are not timed at every start; and a pass that goes on from a draft's
+    # states is none of the table's.
+    if timings.are_kept and speculative.verify != "reuse":
+        drafter.costs = timings.get(tell)
+    return drafter
+
+
+def _fixed_exit(speculative: SpeculativeConfig, backend: Backend) -> Exit:
+    """What a draft other than `auto` takes, beside lookup or alone."""
     if speculative.uses_layer_skip:
-        exit = _layer_skip(speculative, backend)
-    elif speculative.exit_layer is not None:
-        exit = early_exit(speculative.exit_layer, speculative.draft_precision)
-    assert exit is not None
-    drafter = ExitDrafter(backend, exit, speculative.min_confidence, speculative.num_runner_ups)
-    return FirstOf(NgramDrafter(), drafter) if speculative.draft == "both" else drafter
+        return _layer_skip(speculative, backend)
+    if speculative.exit_layer is not None:
+        return early_exit(speculative.exit_layer, speculative.draft_precision)
+    assert backend.trained_exit is not None
+    return backend.trained_exit
 
 
 def exits_of(speculative: SpeculativeConfig, backend: Backend) -> list[Exit]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
@@ -27,15 +28,17 @@ VERSION = 3
 """Raised whenever timings of before would mislead: files of other versions are not looked at."""
 MAX_ROWS = 17
 """Of one sequence: a draft of 16 tokens, and the token before it."""
-_MOST_ROWS = 40
+MOST_ROWS = 40
 """That are timed. Beyond, costs follow the line of the last two, which lie apart enough for that."""
-_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, MAX_ROWS, 24, _MOST_ROWS)
-_FEW_ROWS = (1, 4, 8, MAX_ROWS, _MOST_ROWS)
+_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, MAX_ROWS, 24, MOST_ROWS)
+_FEW_ROWS = (1, 4, 8, MAX_ROWS, MOST_ROWS)
 """For models so large that all would take too long."""
 _SHORT, _LONG = 1, 4
 """Drafts of so many tokens are timed: two points of a line."""
-_SECONDS = 1.5
-"""Time to spend; what it does not suffice for is timed once."""
+_SECONDS, _FEW_SECONDS = 1.5, 0.5
+"""Time to spend on all numbers of rows, and on those of one setting; what it does not suffice for is timed once."""
+_ALIKE, _MOST_PATIENCE = 1.1, 2.0
+"""Timings within this factor are alike; until all are, timing goes on for so many times the time, on a busy machine."""
 _LONG_CONTEXT = 2048
 """Positions before rows that are timed to see what a long context costs, if the model has so many."""
 _CONTEXT_ROWS = 1, 8
@@ -46,15 +49,24 @@ Progress = Callable[[float], None]
 """Told the share of the time that has gone by."""
 
 
-def measure(backend: Backend, exits: Seq[Exit], seconds: float = _SECONDS, progress: Progress | None = None) -> Costs:
+def measure(
+    backend: Backend,
+    exits: Seq[Exit],
+    seconds: float = _SECONDS,
+    progress: Progress | None = None,
+    rows: Seq[int] | None = None,
+) -> Costs:
     """Time rounds on a cache of their own: every number of rows in turn, and drafts by every exit.
 
     Each figure is the least of its repeats: whatever else the machine does only adds to it.
+
+    Args:
+        rows: time passes of so many rows only, 1 among them, at most `MOST_ROWS`; None: all that matter to a choice.
     """
     lanes = {source_of(exit): _Lane(backend, exit) for exit in exits}
     any_lane = next(iter(lanes.values()), None) or _Lane(backend, None)
     with backend.stepping():
-        costs = _measure(lanes, any_lane, seconds, progress)
+        costs = _measure(lanes, any_lane, seconds, progress, rows)
         context = _measure_context(backend, seconds / 4)
     num_layers = backend.config.num_hidden_layers
     drafts = {
@@ -87,32 +99,67 @@ def _measure_context(backend: Backend, seconds: float) -> ContextCost:
     return ContextCost(read=max(0.0, few - _CONTEXT_ROWS[0] * row), row=row, window=config.sliding_window)
 
 
-def _measure(lanes: Mapping[Source, _Lane], any_lane: _Lane, seconds: float, progress: Progress | None) -> Costs:
-    layers: dict[int, float] = {}
-    head: dict[int, float] = {}
-    drafts: dict[tuple[Source, int], float] = {}
+def _measure(
+    lanes: Mapping[Source, _Lane],
+    any_lane: _Lane,
+    seconds: float,
+    progress: Progress | None,
+    rows: Seq[int] | None,
+) -> Costs:
+    layers, head = _Least[int](), _Least[int]()
+    drafts = _Least[tuple[Source, int]]()
     for lane in (any_lane, *lanes.values()):
-        lane.run(_SHORT, _MOST_ROWS)  # the first time, memory is mapped and an exit reads the tokens before
+        # the first time, memory is mapped and an exit reads the tokens before
+        lane.run(_SHORT, MOST_ROWS if rows is None else max(rows))
     started = time.perf_counter()
-    all_rows = _ROWS if len(_ROWS) * sum(any_lane.run(0, _MOST_ROWS)) < seconds else _FEW_ROWS
-    is_first = True
-    while is_first or time.perf_counter() - started < seconds:
-        is_first = False
+    all_rows = rows or (_ROWS if len(_ROWS) * sum(any_lane.run(0, MOST_ROWS)) < seconds else _FEW_ROWS)
+    elapsed = 0.0
+    while True:
         if progress is not None:
-            progress(min(1.0, (time.perf_counter() - started) / seconds))
+            progress(min(1.0, elapsed / seconds))
         for num_rows in all_rows:
             _, layer_seconds, head_seconds = any_lane.run(0, num_rows)
-            layers[num_rows] = min(layer_seconds, layers.get(num_rows, layer_seconds))
-            head[num_rows] = min(head_seconds, head.get(num_rows, head_seconds))
+            layers.add(num_rows, layer_seconds)
+            head.add(num_rows, head_seconds)
         for (source, lane), num_tokens in itertools.product(lanes.items(), (_SHORT, _LONG)):
-            draft_seconds, _, _ = lane.run(num_tokens, num_tokens + 1)
-            drafts[source, num_tokens] = min(draft_seconds, drafts.get((source, num_tokens), draft_seconds))
+            drafts.add((source, num_tokens), lane.run(num_tokens, num_tokens + 1)[0])
+        elapsed = time.perf_counter() - started
+        is_sure = layers.are_sure and head.are_sure and drafts.are_sure
+        if elapsed > seconds and (is_sure or elapsed > _MOST_PATIENCE * seconds):
+            break
     costs = {}
     for source in lanes:
         short, long = drafts[source, _SHORT], drafts[source, _LONG]
         step = max(0.0, (long - short) / (_LONG - _SHORT))
         costs[source] = DraftCost(begin=max(0.0, short - _SHORT * step), step=step)
-    return Costs(layers=_rising(layers), head=_rising(head), drafts=costs)
+    return Costs(layers=_rising(layers.table), head=_rising(head.table), drafts=costs)
+
+
+_K = TypeVar("_K")
+
+
+class _Least(Generic[_K]):
+    """The least seconds of each of several things that are timed repeatedly."""
+
+    def __init__(self) -> None:
+        self._two: dict[_K, list[float]] = {}
+        """The least two, rising."""
+
+    def __getitem__(self, key: _K) -> float:
+        return self._two[key][0]
+
+    def add(self, key: _K, seconds: float) -> None:
+        self._two[key] = sorted([*self._two.get(key, ()), seconds])[:2]
+
+    @property
+    def are_sure(self) -> bool:
+        """Whether each has come out alike twice, so that nothing has disturbed both. One that the time suffices for
+        only once is as sure as it can be."""
+        return all(two[-1] <= _ALIKE * two[0] for two in self._two.values())
+
+    @property
+    def table(self) -> dict[_K, float]:
+        return {key: two[0] for key, two in self._two.items()}
 
 
 def _rising(table: Mapping[int, float]) -> dict[int, float]:
@@ -126,11 +173,19 @@ class Timings:
     Args:
         exits: the model's exits to draft from.
         identity: what distinguishes the model's weights and precision, JSON-ready; None keeps nothing.
+        rows: see `measure`.
     """
 
-    def __init__(self, backend: Backend, exits: Seq[Exit], identity: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        exits: Seq[Exit],
+        identity: Mapping[str, object] | None = None,
+        rows: Seq[int] | None = None,
+    ) -> None:
         self._backend = backend
         self._exits = exits
+        self._rows = rows
         traits = backend.traits
         self._key = {
             "version": VERSION,
@@ -140,9 +195,15 @@ class Timings:
             "isa": traits.instruction_set,
             "device": traits.device,
             "exits": [_describe(exit) if isinstance(exit, TrainedExit) else str(source_of(exit)) for exit in exits],
+            **({} if rows is None else {"rows": list(rows)}),
             **(identity or {}),
         }
         self._path = None if identity is None else kept_path(self._key, "costs")
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether what is timed once is there at the next start."""
+        return self._path is not None
 
     def get(self, progress: Progress | None = None) -> Costs:
         """The costs of before, else new ones."""
@@ -150,7 +211,8 @@ class Timings:
 
     def renew(self, progress: Progress | None = None) -> Costs:
         """Time anew, which takes a second or two, and remember that."""
-        costs = measure(self._backend, self._exits, progress=progress)
+        seconds = _SECONDS if self._rows is None else _FEW_SECONDS
+        costs = measure(self._backend, self._exits, seconds, progress, self._rows)
         self.put(costs)
         return costs
 
@@ -169,7 +231,7 @@ class Timings:
             found = Costs.from_json(json.loads(self._path.read_text(encoding="utf-8"))["costs"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # absent or damaged: timed anew
-        is_whole = found.layers.keys() == found.head.keys() >= set(_FEW_ROWS)
+        is_whole = found.layers.keys() == found.head.keys() >= set(self._rows or _FEW_ROWS)
         is_whole = is_whole and found.drafts.keys() == {source_of(exit) for exit in self._exits}
         return found if is_whole and all(seconds > 0 for seconds in found.layers.values()) else None
 
@@ -186,7 +248,7 @@ class _Lane:
         self._backend = backend
         self._drafter = None if exit is None else ExitDrafter(backend, exit)
         self._taps = (self._drafter.taps if self._drafter else None) or ()
-        self._cache = backend.new_cache(1, longest + _MOST_ROWS)
+        self._cache = backend.new_cache(1, longest + MOST_ROWS)
         self._cache.clear()
         self._sequence = Sequence(Request([0] * (CONTEXT + 1)), frozenset())
         self._sequence.slot, self._sequence.num_cached = 0, CONTEXT

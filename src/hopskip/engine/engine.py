@@ -14,6 +14,7 @@ from collections.abc import Sequence as Seq
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.draft.base import Draft, Drafter, Round
+from hopskip.draft.gain import GainEstimate
 from hopskip.draft.make import DraftersByExit, Identity, prepare
 from hopskip.engine.choose import choose
 from hopskip.engine.round import Rounds
@@ -171,6 +172,11 @@ class Engine:
     def cache_usage(self) -> float:
         """Share of the cache's positions that running requests hold."""
         return self._slots.usage(self._running)
+
+    @property
+    def gain(self) -> GainEstimate | None:
+        """What drafting has gained so far; None for plain decoding, and where the model's costs are not known."""
+        return self._rounds.gain
 
     def reserve(self, kv_memory: int, *, shrink: bool = False) -> None:
         """Allocate the whole cache now, so that it never grows: `max_num_seqs` slots of `max_model_len` positions.

@@ -13,6 +13,7 @@ from functools import cache
 from hopskip.backends.base import Backend, Pass
 from hopskip.backends.rows import Array, Rows, Segment
 from hopskip.draft.base import Draft, Drafter, Round, RoundOfSequence
+from hopskip.draft.gain import GainEstimate
 from hopskip.engine.choose import Choice, choose
 from hopskip.engine.slots import Slots
 from hopskip.sequence import Sequence
@@ -62,6 +63,7 @@ class Rounds:
         self._slots = slots
         self._rows_per_sequence = rows_per_sequence
         self._taps = () if drafter is None or drafter.taps is None else drafter.taps
+        self.gain = None if drafter is None or drafter.costs is None else GainEstimate(drafter.costs)
 
     def run(self, sequences: list[Sequence], wants_record: bool) -> Round | None:
         """One round. Returns what happened in it, if the caller or the drafter wants to know.
@@ -72,6 +74,7 @@ class Rounds:
         progress.drafts = self._draft(sequences)
         progress.tick()
         found = self._verify_pass(progress)
+        self._backend.synchronize()  # the pass is not to be counted as the choice
         progress.tick()
         progress.choices = choose(self._backend, sequences, progress.drafts, found.hidden_ND)
         self._keep(progress, self._watched(found))
@@ -83,6 +86,8 @@ class Rounds:
         record = _record(progress)
         if self._drafter is not None:
             self._drafter.learn(sequences, record)
+        if self.gain is not None:
+            self.gain.count(sequences, record)
         return record
 
     def read(self, token_ids: list[int], rows: Rows) -> Array:

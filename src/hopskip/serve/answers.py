@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from hopskip.llm import LLM
-from hopskip.sequence import Token
+from hopskip.sequence import SpeculativeStats, Token
 from hopskip.serve import schema
 from hopskip.serve.batch import Batch, Generation, Piece
 from hopskip.serve.jobs import Plan
@@ -94,6 +94,7 @@ class Answer:
                 "accepted_prediction_tokens": num_accepted,
                 "rejected_prediction_tokens": num_drafted - num_accepted,
             },
+            "speedup_over_plain": _speedup(stats),
         }
 
 
@@ -255,6 +256,13 @@ def event(chunk: dict[str, Any] | str) -> bytes:
     """One server-sent event."""
     data = chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
     return f"data: {data}\n\n".encode()
+
+
+def _speedup(stats: list[SpeculativeStats]) -> float | None:
+    """Of all texts of an answer, over plain decoding: see `SpeculativeStats.speedup_over_plain`."""
+    known = [(s.decode_seconds, s.speedup_over_plain) for s in stats if s.speedup_over_plain is not None]
+    seconds = sum(each for each, _ in known)
+    return round(sum(each * speedup for each, speedup in known) / seconds, 3) if seconds else None
 
 
 def _finish_reason(generation: Generation, calls: list[dict[str, Any]]) -> str:

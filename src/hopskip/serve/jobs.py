@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from hopskip.errors import ConfigError, PromptError
 from hopskip.llm import LLM
-from hopskip.sampling_params import SamplingParams
+from hopskip.sampling_params import SamplingParams, with_defaults
 from hopskip.sequence import Constraint, Request
 from hopskip.serve import schema
 from hopskip.serve.batch import Job
@@ -32,6 +32,10 @@ class Plan:
     """The two choices are a race of drafted against plain decoding."""
     notation: Notation | None = None
     """How tool calls are written; None if the answer cannot have any."""
+
+
+_CHOSEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of a request that a model's makers may have an opinion of."""
 
 
 class Planner:
@@ -179,25 +183,27 @@ class Planner:
         _at_most("the number of logit_bias entries", len(request.logit_bias or ()), self._limits.num_biases)
         if request.return_tokens is True and num_logprobs is None:
             num_logprobs = 5  # probability and alternatives of each token
-        temperature = 1.0 if request.temperature is None else request.temperature
-        sampled = {
-            "top_p": 1.0 if request.top_p is None else request.top_p,
-            "top_k": request.top_k or 0,
-            "min_p": request.min_p or 0.0,
-            "seed": None if request.seed is None else request.seed % 2**63,
-        }
-        return SamplingParams(
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            **cast("dict[str, Any]", sampled if temperature > 0 else {}),
-            repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            logit_bias={_token_id(key): bias for key, bias in (request.logit_bias or {}).items()},
-            stop=tuple(stop),
-            stop_token_ids=tuple(request.stop_token_ids or ()),
-            ignore_eos=request.ignore_eos,
-            logprobs=num_logprobs,
+        # what the client leaves out is as the model's makers recommend it, else as OpenAI has it
+        asked = {name: getattr(request, name) for name in _CHOSEN if name in request.model_fields_set}
+        chosen = {name: value for name, value in asked.items() if value is not None}
+        recommended = {"temperature": 1.0, **self._llm.recommended_sampling}
+        if chosen.get("temperature", recommended["temperature"]) > 0:
+            chosen["seed"] = None if request.seed is None else request.seed % 2**63
+        else:
+            chosen = {name: value for name, value in chosen.items() if name not in ("top_p", "top_k", "min_p")}
+        return with_defaults(
+            {
+                **chosen,
+                "max_new_tokens": max_tokens,
+                "presence_penalty": request.presence_penalty or 0.0,
+                "frequency_penalty": request.frequency_penalty or 0.0,
+                "logit_bias": {_token_id(key): bias for key, bias in (request.logit_bias or {}).items()},
+                "stop": tuple(stop),
+                "stop_token_ids": tuple(request.stop_token_ids or ()),
+                "ignore_eos": request.ignore_eos,
+                "logprobs": num_logprobs,
+            },
+            recommended,
         )
 
     async def _constraint(self, grammar: tuple[Kind, str | Mapping[str, Any]]) -> Constraint:

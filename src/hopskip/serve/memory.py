@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from hopskip.backends.gpu import free_gpu_memory
 from hopskip.errors import ConfigError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -27,8 +28,15 @@ def parse_size(text: str) -> int:
     return size
 
 
-def free_memory() -> int:
-    """Bytes that this process can still get: of the machine, and of the container it may run in."""
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that this process can still get: of the card for a GPU, else of the machine, and of the container it may
+    run in.
+
+    Args:
+        device: as a backend's `Traits` have it, such as `cuda:0 (NVIDIA H100)`.
+    """
+    if device.startswith("cuda"):
+        return free_gpu_memory(device.split()[0])
     free = [_available()]
     for limit, usage in (
         ("memory.max", "memory.current"),

@@ -185,7 +185,11 @@ def make_replica(options: RayOptions) -> FastAPI:
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
     )
-    budget = parse_size(options.kv_memory) if options.kv_memory else free_memory() * 7 // 10 // options.most_replicas
+    budget = (
+        parse_size(options.kv_memory)
+        if options.kv_memory
+        else free_memory(llm.backend.traits.device) * 7 // 10 // options.most_replicas
+    )
     llm.engine.reserve(budget, shrink=options.max_model_len is None)
     replica = create_app(llm, settings)
     threading.Thread(

@@ -72,7 +72,7 @@ ResponseFormat = Annotated[
 
 
 class Generation(_Model):
-    """What completions and chats have in common. Defaults are OpenAI's."""
+    """What completions and chats have in common. Defaults are OpenAI's, but for what the model's makers recommend."""
 
     model: str | None = None
     stream: bool | None = False

@@ -177,7 +177,9 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), place)
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        fitting = (kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind))
+        return _convert(value, next(fitting, kinds[0]), place)
     if is_dataclass(hint):
         if isinstance(value, Mapping):
             return make(hint, value, f"{place}.")

@@ -6,6 +6,7 @@ Shape letters: N rows, H query heads, K key/value heads, E head dimension, S slo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,19 @@ from hopskip.backends.rows import Rows, Segment
 
 _MAX_SINGLE_ROWS = 32
 """Segments of at most this many rows are verify passes or single tokens; longer ones are prompts."""
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """cuDNN's attention, which PyTorch prefers on some cards, plans anew for every length: tens of milliseconds for
+    each new token. And on some its decoding is wrong for few key/value heads. Whatever else uses PyTorch keeps it."""
+    cuda = torch.backends.cuda
+    was_enabled = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(was_enabled)
 
 
 def attend(

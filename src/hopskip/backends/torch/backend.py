@@ -21,7 +21,7 @@ from hopskip.backends.base import Head, Pass, Traits
 from hopskip.backends.rows import Cache, Rows
 from hopskip.backends.steps import StepwiseBackend
 from hopskip.backends.tensor_cache import TensorCache
-from hopskip.backends.torch.attention import attend
+from hopskip.backends.torch.attention import attend, without_cudnn
 from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
 from hopskip.backends.torch.weights import Weights
 from hopskip.checkpoint.config import ModelConfig
@@ -89,6 +89,7 @@ class TorchBackend(StepwiseBackend):
         return F.embedding(torch.as_tensor(token_ids, device=self.device), self.weights.embed_tokens)
 
     @torch.inference_mode()
+    @without_cudnn()
     def run_layers(
         self, hidden_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache, taps: Seq[int] = ()
     ) -> Pass:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
+from hopskip.checkpoint.hub import DEFAULT_MODEL
 from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig, Quantize
@@ -82,6 +84,38 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Branch:
+    """The shape of an exit, for a model of any depth: see `ExitConfig`.
+
+    Raises:
+        ConfigError: it would be no exit of any model.
+    """
+
+    start: int
+    num_layers: int
+    features: tuple[int | str, ...] = ()
+    """Layers by their number, or as a share of the model's: `[50%, 90%, 100%]` sees layers 15, 27 and 30 of 30."""
+
+    def __post_init__(self) -> None:
+        self.of(100)
+
+    def of(self, depth: int) -> ExitConfig:
+        """For a model of so many layers."""
+        layers = [layer if isinstance(layer, int) else _layer_at(layer, depth) for layer in self.features]
+        # of a shallow model two shares may be one layer
+        is_shared = any(isinstance(layer, str) for layer in self.features)
+        features = sorted(set(layers)) if is_shared else layers
+        return ExitConfig(start=self.start, num_layers=self.num_layers, features=tuple(features))
+
+
+def _layer_at(share: str, depth: int) -> int:
+    number = share.strip().removesuffix("%")
+    if not share.strip().endswith("%") or not number.isdecimal() or not 0 < int(number) <= 100:
+        raise ConfigError(f"features has {share!r}; give a layer's number, or a share such as 50%")
+    return max(1, round(depth * int(number) / 100))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchRecipe:
     """How the candidates are compared: by tokens per second on prompts that were held out."""
 
@@ -93,6 +127,15 @@ class SearchRecipe:
     """Smaller draft vocabularies to try besides the one that was trained over: a draft step reads less, and misses
     more."""
     repeats: int = 3
+    """Runs of every prompt at least."""
+    max_repeats: int = 20
+    """And at most: runs go on until the best candidate of an exit is known beyond the noise."""
+    least_speedup: float = 1.05
+    """Over plain decoding: a candidate below is not worth its memory, and none such is chosen."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.repeats <= self.max_repeats:
+            raise ConfigError(f"search.repeats is {self.repeats}; it must be from 1 to max_repeats, {self.max_repeats}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +147,12 @@ class ExitRecipe:
     """
 
     output: str
-    """Folder of the run; the chosen exit is in `exit` in it."""
+    """Folder of the run; the chosen exit is in `exit` in it. `{model}` stands for the model's own name."""
     base: str = "default"
     """A folder, a GGUF file or a Hub id; `default` is hopskip's default model."""
     prompts: PromptsRecipe
     collect: CollectRecipe = field(default_factory=CollectRecipe)
-    branches: tuple[ExitConfig, ...] = ()
+    branches: tuple[Branch, ...] = ()
     """The shapes of exit to try: the candidates."""
     vocabulary: int = 8192
     """Size of the draft vocabulary: so many of the tokens that the model uses most."""
@@ -145,10 +188,19 @@ class ExitRecipe:
                 f"search.vocabulary is {list(self.search.vocabulary)}; give sizes from 1 to {self.vocabulary - 1}"
             )
 
+    def exits(self, depth: int) -> tuple[ExitConfig, ...]:
+        """The candidates, for a model of so many layers."""
+        return tuple(branch.of(depth) for branch in self.branches)
+
+    def taps(self, depth: int) -> tuple[int, ...]:
+        """Layers whose outputs any candidate needs; those of the last one every collection has."""
+        return tuple(sorted({tap for exit in self.exits(depth) for tap in exit.taps}))
+
     @property
-    def taps(self) -> tuple[int, ...]:
-        """Layers whose outputs any candidate needs, the last one aside (which every collection has)."""
-        return tuple(sorted({tap for exit in self.branches for tap in exit.taps}))
+    def folder(self) -> Path:
+        """Of the run."""
+        name = DEFAULT_MODEL if self.base == "default" else self.base.rstrip("/")
+        return Path(self.output.replace("{model}", Path(name).name.removesuffix(".gguf").replace(":", "-")))
 
     @property
     def load(self) -> LoadConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import cache, partial
@@ -16,8 +17,8 @@ from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import DEFAULT_EXIT, find_model
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.engine.engine import Engine, make_engine
-from hopskip.errors import ConfigError
-from hopskip.loading import Progress, load_backend
+from hopskip.errors import ConfigError, TrainingError
+from hopskip.loading import Progress, known_device, load_backend
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
@@ -26,6 +27,7 @@ from hopskip.train.exit.choose import Candidate, draft_vocabulary, measure
 from hopskip.train.exit.collect import collect
 from hopskip.train.exit.conversations import Conversation, read_conversations
 from hopskip.train.exit.distill import ExitTrainer
+from hopskip.train.exit.estimate import Work, check_disk, check_start, duration, flops_per_second
 from hopskip.train.exit.fit import Evaluation, fit
 from hopskip.train.exit.prompts import encode_prompts, write_prompts
 from hopskip.train.exit.recipe import ExitRecipe
@@ -47,15 +49,23 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
         CheckpointError: the model cannot be read.
         TrainingError: something cannot be written (a full disk, say); what is complete stays.
     """
-    folder = Path(recipe.output)
+    folder = recipe.folder
     checkpoint = open_checkpoint(find_model(recipe.load.model))
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     depth = checkpoint.config.num_hidden_layers
-    if any(tap > depth for tap in recipe.taps):
-        raise ConfigError(f"an exit wants to see layer {max(recipe.taps)}, but the model has {depth}")
-    _, device = recipe.load.where()
+    taps = recipe.taps(depth)
+    if any(tap > depth for tap in taps):
+        raise ConfigError(
+            f"an exit wants to see layer {max(taps)}, but the model has {depth}; "
+            "give shares of the depth, such as features: [50%, 90%, 100%]"
+        )
+    check_start(recipe, tokenizer)
+    device = known_device(recipe.device)
     initial = _initial(recipe, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
+    work = Work.of(recipe, checkpoint.config)
+    check_disk(work, folder)
+    report(work.described(flops_per_second(recipe.threads)))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
 
@@ -64,7 +74,7 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
     vocabularies = [draft_vocabulary(training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)]
     notes = {"base_model": checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages], **stamp()}
     found: list[Candidate] = []
-    for exit_config in recipe.branches:
+    for exit_config in recipe.exits(depth):
         trainer = ExitTrainer(checkpoint, exit_config, vocabularies[0], getattr(torch, recipe.precision))
         if initial is not None and initial.config == exit_config:
             trainer.start_from(initial)
@@ -84,11 +94,11 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
             progress(f"timing drafts of {name_of(exit_config)}", None)
             for candidate in measured:
                 report(
-                    f"{name_of(exit_config)}, {candidate.shape}: {candidate.speedup:.2f} x plain decoding, "
+                    f"{name_of(exit_config)}, {candidate.shape}: {candidate.described} plain decoding, "
                     f"{candidate.tokens_per_pass:.2f} tokens a pass"
                 )
                 found.append(candidate)
-    return _write_best(found, folder, report)
+    return _write_best(found, recipe, report)
 
 
 def name_of(exit_config: ExitConfig) -> str:
@@ -102,7 +112,7 @@ def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> TrainedExit | None:
         return None
     initial = TrainedExit.load(DEFAULT_EXIT if recipe.initial == "default" else Path(recipe.initial))
     initial.check(checkpoint.config)
-    if initial.config not in recipe.branches:
+    if initial.config not in recipe.exits(checkpoint.config.num_hidden_layers):
         raise ConfigError(
             f"initial is {recipe.initial}, of shape {vars(initial.config)}, which no candidate has; add it to branches"
         )
@@ -113,8 +123,8 @@ def _collect(
     recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, report: Report, progress: Progress
 ) -> None:
     """Prompts and the model's answers to them, as far as they are not there yet."""
-    folder, settings = Path(recipe.output), recipe.collect
-    eos_token_ids = sorted(tokenizer.eos_token_ids)
+    folder, settings = recipe.folder, recipe.collect
+    eos_token_ids, depth = sorted(tokenizer.eos_token_ids), checkpoint.config.num_hidden_layers
 
     @cache
     def backend() -> Backend:
@@ -134,7 +144,7 @@ def _collect(
         prompts,
         folder / "data",
         fingerprint=checkpoint.fingerprint,
-        taps=[tap for tap in recipe.taps if tap < checkpoint.config.num_hidden_layers],
+        taps=[tap for tap in recipe.taps(depth) if tap < depth],
         max_new_tokens=settings.max_new_tokens,
         eos_token_ids=eos_token_ids,
         max_num_seqs=settings.max_num_seqs,
@@ -145,7 +155,7 @@ def _collect(
 
 def _read(recipe: ExitRecipe, checkpoint: Checkpoint) -> tuple[list[int], list[Conversation], list[Conversation]]:
     """What was collected: the layers whose outputs it holds, and the conversations to train on and to hold out."""
-    folder = Path(recipe.output) / "data"
+    folder = recipe.folder / "data"
     metadata, conversations = read_conversations(folder)
     if metadata["fingerprint"] != checkpoint.fingerprint:
         raise ConfigError(f"{folder} was collected from another model; use another output folder")
@@ -165,29 +175,40 @@ def _train(
     progress: Progress,
 ) -> None:
     """All stages of one candidate."""
-    folder = Path(recipe.output) / name_of(trainer.exit_config)
+    folder = recipe.folder / name_of(trainer.exit_config)
     embedding = load_tensor(checkpoint, "model.embed_tokens.weight", torch.float32)
 
     def tell(found: Evaluation) -> None:
         shares = ", ".join(f"{share:.1%}" for share in found.acceptance)
+        rest = max(0, stage.num_tokens - found.num_tokens) + later
         report(
             f"{folder.name}: {found.num_tokens:,} tokens, loss {found.loss:.3f}, accepted {shares}, "
-            f"{found.tokens_per_second:.0f} tokens/s"
+            f"{found.tokens_per_second:.0f} tokens/s, about {duration(rest / found.tokens_per_second)} left for it"
         )
 
     for number, stage in enumerate(recipe.stages):
+        later = sum(each.num_tokens for each in recipe.stages[number + 1 :])
         doing = partial(progress, f"training {folder.name}, stage {number + 1} of {len(recipe.stages)}")
         fit(trainer, training, held_out, taps, embedding, stage, folder / f"stage-{number}", tell, doing)
     plot_acceptance(folder, folder / "acceptance.png")
 
 
-def _write_best(found: Seq[Candidate], folder: Path, report: Report) -> Path:
+def _write_best(found: Seq[Candidate], recipe: ExitRecipe, report: Report) -> Path:
     """`search.json` with every candidate, and the folder of the fastest."""
+    folder, least = recipe.folder, recipe.search.least_speedup
     best = max(found, key=lambda candidate: candidate.speedup)
     with replacing_file(folder / "search.json") as written:
         result = {**stamp(), "candidates": [candidate.as_json() for candidate in found]}
         written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    name = f"{name_of(best.trained_exit.config)} with {best.shape} ({best.described} plain decoding)"
+    if best.speedup < least:
+        raise TrainingError(
+            f"no candidate is worth using: the fastest is {name}, below {least} x (search.least_speedup); decode "
+            "plainly, or train for longer (stages) on more text (prompts). What was collected and trained stays"
+        )
     with replacing(folder / "exit") as written:
         best.trained_exit.save(written)
-    report(f"the fastest is {name_of(best.trained_exit.config)} with {best.shape} ({best.speedup:.2f} x)")
+    report(f"the fastest is {name}")
+    model = "" if recipe.base == "default" else f"--model {shlex.quote(recipe.base)} "
+    report(f"try it: hopskip generate {model}--exit-branch {shlex.quote(str(folder / 'exit'))} 'How do tides work?'")
     return folder / "exit"
