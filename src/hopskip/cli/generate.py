@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hopskip.cli.answer import Answer
 from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
 from hopskip.cli.options import (
     ContextOption,
@@ -26,10 +27,9 @@ from hopskip.errors import ConfigError
 from hopskip.sampling_params import with_defaults
 
 if TYPE_CHECKING:
-    from hopskip.llm import LLM, Prompt, StreamPiece
+    from hopskip.llm import LLM, Prompt
     from hopskip.loading import LoadConfig
     from hopskip.sampling_params import SamplingParams
-    from hopskip.sequence import SpeculativeStats, Token
 
 
 @with_options
@@ -111,44 +111,6 @@ def _write(llm: LLM, prompt: Prompt, params: SamplingParams, writer: PieceWriter
     except KeyboardInterrupt:
         pass
     return answer
-
-
-@dataclass
-class Answer:
-    """What a stream has given so far; `abort` until it ends by itself."""
-
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: str = "abort"
-    stats: SpeculativeStats | None = None
-    seed: int | None = None
-
-    def add(self, piece: StreamPiece) -> None:
-        self.text += piece.text
-        self.tokens.append(piece.token)
-        self.stats = piece.stats
-        self.seed = piece.seed
-        if piece.result is not None:
-            self.finish_reason = piece.result.finish_reason
-
-    @property
-    def ending(self) -> str:
-        """Why the text ends, in words."""
-        return {
-            "stop": "the text was complete",
-            "length": f"cut at --max-new-tokens {len(self.tokens)}",
-            "abort": "stopped by Ctrl-C",
-        }[self.finish_reason]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "text": self.text,
-            "token_ids": [token.id for token in self.tokens],
-            "origins": [token.origin for token in self.tokens],
-            "finish_reason": self.finish_reason,
-            "seed": self.seed,
-            "stats": self.stats.as_dict() if self.stats is not None else None,
-        }
 
 
 def _with_template(llm: LLM, text: str, raw: bool, system: str | None) -> Prompt:

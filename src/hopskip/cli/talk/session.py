@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hopskip.cli.answer import Answer
 from hopskip.cli.console import (
     PieceWriter,
     print_colour_legend,
@@ -16,7 +17,6 @@ from hopskip.cli.console import (
     print_summary,
     terminal_width,
 )
-from hopskip.cli.generate import Answer
 from hopskip.cli.talk import saved
 from hopskip.cli.talk.conversation import Conversation, Exchange, Turn
 from hopskip.cli.talk.settings import NAMES, Settings, values_of
