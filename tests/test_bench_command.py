@@ -36,7 +36,7 @@ def test_command_reports_json(checkpoint: Path, tmp_path: Path) -> None:
     result = invoke(checkpoint, *arguments, "--json", "--plot", str(plot))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert list(found) == ["machine", "versions", "settings", "contenders"]
+    assert list(found) == ["hopskip_version", "machine", "versions", "settings", "contenders"]
     assert found["machine"]["threads"] == 1
     assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in found["versions"]["torch"]
     contenders = {c["name"]: c for c in found["contenders"]}

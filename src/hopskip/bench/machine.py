@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from hopskip.machine import cpu_name, num_usable_cores
+from hopskip.version import describe
 
 _BUFFER_BYTES = 256 << 20
 """Far above any last-level cache, so that a sum over it streams from memory."""
-_PACKAGES = ("hopskip", "torch", "transformers", "llama-cpp-python", "numpy")
+_PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")
 
 
 def measure_read_bandwidth(threads: int, repeats: int = 9) -> float:
@@ -54,8 +55,8 @@ def describe_machine(threads: int, read_bandwidth: float) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of everything that takes part; None if it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Versions of everything that takes part, ours with its revision; None if it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "hopskip": describe()}
     return found | {package: _version(package) for package in _PACKAGES}
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError, ConfigError
+from hopskip.version import describe
 
 Array = Any
 """A numpy array or a PyTorch tensor."""
@@ -142,6 +143,7 @@ class TrainedExit:
         tensors["vocabulary"] = self.vocabulary.int()
         description = {
             "format": 1,
+            "hopskip_version": describe(),
             **asdict(self.config),
             "num_draft_tokens": self.num_draft_tokens,
             "num_runner_ups": self.num_runner_ups,

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hopskip import __version__
 from hopskip.cli.bench import app as bench_app
 from hopskip.cli.cache import app as cache
 from hopskip.cli.chat import chat
@@ -28,6 +27,7 @@ from hopskip.cli.serve import serve
 from hopskip.cli.trace import app as trace
 from hopskip.cli.train import app as train
 from hopskip.errors import HopskipError
+from hopskip.version import describe
 
 # the error of a wrong option or argument: click's, of which typer carries a copy but names only this subclass
 _UsageError = typer.BadParameter.__mro__[1]
@@ -96,10 +96,10 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _start(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print version and revision, and exit.")] = False,
 ) -> None:
     if version:
-        print(f"hopskip {__version__}")
+        print(f"hopskip {describe()}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())

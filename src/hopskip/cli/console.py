@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hopskip.version import describe
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -49,6 +51,8 @@ def print_note(message: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
+    """A result as JSON on stdout, with what wrote it first."""
+    value = {"hopskip_version": describe(), **value}
     print(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
 
 

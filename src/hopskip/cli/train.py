@@ -11,6 +11,7 @@ app = typer.Typer(
     help="Make models that are their own good draft models.", no_args_is_help=True, rich_markup_mode="markdown"
 )
 
+_RECIPE = "a .yaml file, or the name of a recipe that comes with hopskip"
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
@@ -19,13 +20,13 @@ Overrides = Annotated[
 
 @app.command()
 def layerskip(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help=f"What to train, on what, and how: {_RECIPE}.")],
     overrides: Overrides = None,
 ) -> None:
     """Train by the LayerSkip recipe: layer dropout and early-exit loss (arXiv 2404.16710).
 
     Run the same command again to go on after an interruption. On several GPUs:
-    `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE.yaml`.
+    `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE`.
     """
     from hopskip.train.recipe import load_recipe
 
@@ -38,7 +39,7 @@ def layerskip(
 
 @app.command("exit")
 def train_exit(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For which model, on what, and how.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help=f"For which model, on what, and how: {_RECIPE}.")],
     overrides: Overrides = None,
 ) -> None:
     """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
