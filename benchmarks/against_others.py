@@ -23,7 +23,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from benchmarks.requantize import requantize
@@ -123,7 +122,7 @@ def decode(setup: Setup) -> Iterator[Row]:
             ours("bf16", setup.model, "bfloat16"),
             *(
                 Transformers(name=f"transformers-{name}", variant_of="transformers", path=setup.model, dtype=dtype)
-                for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+                for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
             ),
             ours("q8", q8_0),
             theirs("Q8_0", q8_0),

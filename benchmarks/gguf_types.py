@@ -28,7 +28,7 @@ from hopskip.backends.base import Backend
 from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.backends.torch.backend import TorchBackend
-from hopskip.backends.torch.weights import load_weights
+from hopskip.backends.torch.weights import load_tensor, load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import find_model
 from hopskip.errors import ConfigError
@@ -66,7 +66,7 @@ def write_wide(path: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     add_tokenizer(writer, config.vocab_size)
     for name in sorted(checkpoint.names()):
-        values = checkpoint.tensor(name, torch.float32).numpy()
+        values = load_tensor(checkpoint, name, torch.float32).numpy()
         part = name.removesuffix(".weight").rpartition(".")[2]
         rows = hidden if part in ("q_proj", "o_proj", "down_proj") else values.shape[0]
         if part in ("k_proj", "v_proj"):

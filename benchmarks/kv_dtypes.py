@@ -24,7 +24,7 @@ from hopskip.text.tokenizer_files import load_tokenizer
 AT_ONCE = 256
 
 
-def log_probs(checkpoint: Checkpoint, precision: str, kv_dtype: torch.dtype, token_ids: list[int]) -> Tensor:
+def log_probs(checkpoint: Checkpoint, precision: str, kv_dtype: str, token_ids: list[int]) -> Tensor:
     """Of the next token after each, float64 [tokens, vocabulary]."""
     backend = NativeBackend.load(checkpoint, precision, kv_dtype=kv_dtype)
     cache, found = backend.new_cache(1, len(token_ids)), []
@@ -47,13 +47,13 @@ def main() -> None:
     token_ids = [i for prompt in load_prompts("long") for i in prompt.encode(tokenizer)][: arguments.tokens]
     print(f"{cpu_name()}, weights in {arguments.precision}, {len(token_ids)} tokens")
     following = torch.tensor(token_ids[1:])[:, None]
-    exact = log_probs(checkpoint, arguments.precision, torch.float32, token_ids)
-    for kv_dtype in (torch.float32, torch.bfloat16, torch.int8):
-        own = exact if kv_dtype == torch.float32 else log_probs(checkpoint, arguments.precision, kv_dtype, token_ids)
+    exact = log_probs(checkpoint, arguments.precision, "float32", token_ids)
+    for kv_dtype in ("float32", "bfloat16", "int8"):
+        own = exact if kv_dtype == "float32" else log_probs(checkpoint, arguments.precision, kv_dtype, token_ids)
         divergence = float((exact.exp() * (exact - own)).sum(-1).mean())
         perplexity = float((-own[:-1].gather(1, following).mean()).exp())
         same = float((own.argmax(-1) == exact.argmax(-1)).double().mean())
-        name = str(kv_dtype).removeprefix("torch.")
+        name = kv_dtype
         print(f"{name:9} KL {divergence:.2e}, perplexity {perplexity:.3f}, the same best token {same:.2%}")
 
 

@@ -94,7 +94,7 @@ def trimmed_exit(config: ModelConfig) -> TrainedExit:
     """The model's first layers and some rows of its own head."""
     return TrainedExit(
         config=ExitConfig(start=DRAFT_LAYERS, num_layers=0),
-        vocabulary=torch.arange(min(DRAFT_VOCABULARY, config.vocab_size)),
+        vocabulary=np.arange(min(DRAFT_VOCABULARY, config.vocab_size), dtype=np.int32),
         layers=[],
         mixing={},
         fingerprint="",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import os
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 # Triton's kernels are tested by its interpreter, which it must know before torch imports it.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from hopskip.checkpoint.hub import find_model
@@ -34,8 +37,14 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-# On tensors of a few thousand numbers, waking a second thread costs more than the work, and on a busy machine far more.
-torch.set_num_threads(1)
+try:
+    torch: Any = importlib.import_module("torch")
+except ImportError:
+    torch = None
+if torch is not None:
+    # On tensors of a few thousand numbers, waking a second thread costs more than the work, and on a busy machine far
+    # more.
+    torch.set_num_threads(1)
 
 # Tests of the cache of packed weights name a folder of their own.
 os.environ["HOPSKIP_CACHE"] = ""
@@ -46,7 +55,24 @@ def pytest_runtest_setup() -> None:
     """The same random numbers for a test on every run, whichever tests ran before."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    if torch is not None:
+        torch.manual_seed(0)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where PyTorch is not installed, only what does without it is tested (`scripts/test` runs that too)."""
+    if torch is not None or not collection_path.match("tests/test_*.py"):
+        return None
+    return True if _needs_torch(collection_path.stem) else None
+
+
+@functools.cache
+def _needs_torch(module: str) -> bool:
+    """Whether a test module, or another that it takes something from, imports PyTorch or transformers when loaded."""
+    source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+    if re.search(r"^(import|from) (torch|transformers)|^from hopskip\.(train|backends\.torch)", source, re.MULTILINE):
+        return True
+    return any(_needs_torch(other) for other in re.findall(r"^from (?:tests)?\.(\w+) import", source, re.MULTILINE))
 
 
 @pytest.fixture(scope="session")

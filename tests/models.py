@@ -66,7 +66,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: obj
 
 def table_model(exit_logits_VV: Tensor, target_logits_VV: Tensor) -> TableBackend:
     """A "decoder" whose exact joint distributions can be written down."""
-    return TableBackend(tiny_config(), exit_logits_VV, target_logits_VV)
+    return TableBackend(tiny_config(), exit_logits_VV.numpy(), target_logits_VV.numpy())
 
 
 def engine_with(drafter: Drafter, backend: Backend, speculative: SpeculativeConfig, **options: Any) -> Engine:

@@ -16,7 +16,7 @@ from hopskip.backends.native.backend import NativeCache
 from hopskip.backends.rows import Cache
 
 TILE = 16
-_ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}
+_ELEMENTS = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
 
 
 class Views(NamedTuple):
@@ -40,7 +40,7 @@ def views(cache: Cache, head_dim: int) -> Views:
     cache = native(cache)
     data = cache.handle.bytes
     element = np.dtype(_ELEMENTS[cache.dtype])
-    per_unit, header = 4 // element.itemsize, 64 if cache.dtype == torch.int8 else 0
+    per_unit, header = 4 // element.itemsize, 64 if cache.dtype == "int8" else 0
     units, strips, blocks = -(-head_dim // per_unit), -(-head_dim // TILE), -(-cache.length // TILE)
     key_bytes, value_bytes = header + units * 64, header + TILE // per_unit * strips * 64
     assert data.shape[-1] == blocks * (key_bytes + value_bytes)
@@ -85,8 +85,8 @@ def set_vectors(cache: Cache, k_LSHTD: Tensor, v_LSHTD: Tensor) -> None:
             scale = x.abs().amax(-1) / 127
             scales[...] = scale.reshape(scales.shape).numpy()
             return (x / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8).numpy()
-        if dtype == torch.bfloat16:
-            return x.to(dtype).view(torch.int16).numpy().view(np.uint16)
+        if dtype == "bfloat16":
+            return x.bfloat16().view(torch.int16).numpy().view(np.uint16)
         return x.numpy()
 
     k, v = raw(k_LSHTD, found.key_scales), raw(v_LSHTD, found.value_scales)

@@ -172,10 +172,10 @@ class StoredArray:
 
     type: BlockType
     shape: tuple[int, ...]
-    bytes: Tensor
+    bytes: NDArray[np.uint8]
     """uint8 [rows, bytes of a row]."""
 
-    def blocks(self, first: int = 0, count: int | None = None) -> Tensor:
+    def blocks(self, first: int = 0, count: int | None = None) -> NDArray[np.uint8]:
         return self.bytes[first : None if count is None else first + count]
 
 
@@ -189,16 +189,16 @@ class ArrayCheckpoint:
         self.config = config
         self._tensors = tensors
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._tensors.get(name, torch.ones(expected_tensors(self.config)[name])).to(dtype or torch.float32)
-
-    def stored(self, name: str) -> Any:
-        values = self.tensor(name).contiguous()
-        return StoredArray(BLOCK_TYPES[0], tuple(values.shape), values.view(torch.uint8).reshape(len(values), -1))
-
-    def vector(self, name: str) -> NDArray[np.float32]:
+    def array(self, name: str) -> NDArray[np.float32]:
         values: NDArray[np.float32] = self.tensor(name).numpy()
         return values
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors.get(name, torch.ones(expected_tensors(self.config)[name])).float().contiguous()
+
+    def stored(self, name: str) -> Any:
+        values = self.array(name)
+        return StoredArray(BLOCK_TYPES[0], values.shape, values.view(np.uint8).reshape(len(values), -1))
 
     def row_order(self, name: str) -> None:
         return None

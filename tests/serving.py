@@ -42,7 +42,7 @@ def tiny_llm(folder: Path, draft: str = "both", **options: Any) -> LLM:
         if draft == "none"
         else SpeculativeConfig(draft=draft, exit_layer=exit_layer, num_draft_tokens=4)  # type: ignore[arg-type]
     )
-    return LLM(folder, speculative=speculative, backend="torch", **options)
+    return LLM(folder, speculative=speculative, backend="native", **options)
 
 
 class Brake:

@@ -151,8 +151,8 @@ def test_hopskip_and_transformers_generate_the_same(checkpoint: Path) -> None:
     contenders: list[Contender] = [
         Hopskip(name="plain", load=on_torch, speculative=plain),
         Hopskip(name="ours", load=on_torch, speculative=SpeculativeConfig(draft="early-exit")),
-        Transformers(name="transformers", path=checkpoint, dtype=torch.float32),
-        Transformers(name="early exit", path=checkpoint, dtype=torch.float32, exit_layer=1, num_draft_tokens=3),
+        Transformers(name="transformers", path=checkpoint, dtype="float32"),
+        Transformers(name="early exit", path=checkpoint, dtype="float32", exit_layer=1, num_draft_tokens=3),
     ]
     expected = LLM(checkpoint, speculative=plain, backend="torch", dtype="float32").generate(
         [IDS], SamplingParams(max_new_tokens=20, ignore_eos=True)
@@ -195,7 +195,7 @@ def test_assistant_early_exit_really_drafts(checkpoint: Path) -> None:
     lengths = []
     for num_draft_tokens in (1, 4):
         contender = Transformers(
-            name="x", path=checkpoint, dtype=torch.float32, exit_layer=3, num_draft_tokens=num_draft_tokens
+            name="x", path=checkpoint, dtype="float32", exit_layer=3, num_draft_tokens=num_draft_tokens
         )
         lengths.append(contender.start(2, 64).generate(IDS, 21).mean_acceptance_length)
     assert lengths[0] == pytest.approx(2, abs=0.2)
@@ -210,8 +210,8 @@ def test_ends_of_text_do_not_shorten_a_run(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps({**settings, "eos_token_id": list(range(320))}))
     for contender in (
         Hopskip(name="a", load=LoadConfig(model=tmp_path, backend="torch")),
-        Transformers(name="b", path=tmp_path, dtype=torch.float32),
-        Transformers(name="c", path=tmp_path, dtype=torch.float32, exit_layer=1, num_draft_tokens=2),
+        Transformers(name="b", path=tmp_path, dtype="float32"),
+        Transformers(name="c", path=tmp_path, dtype="float32", exit_layer=1, num_draft_tokens=2),
     ):
         assert len(contender.start(1, 64).generate(IDS, 9).token_ids) == 9
 

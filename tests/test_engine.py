@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from numpy.typing import NDArray
 
 from hopskip import ConfigError, PromptError, SamplingParams, SpeculativeConfig
 from hopskip.backends.base import Backend
@@ -397,7 +398,7 @@ def test_defaults_follow_the_checkpoints_recommendation() -> None:
 
 def test_pytorch_keeps_to_one_thread_beside_a_model_with_its_own() -> None:
     class Watched(TableBackend):
-        def embed(self, token_ids: Seq[int]) -> Tensor:
+        def embed(self, token_ids: Seq[int]) -> NDArray[np.float32]:
             seen.append(torch.get_num_threads())
             return super().embed(token_ids)
 
@@ -408,7 +409,7 @@ def test_pytorch_keeps_to_one_thread_beside_a_model_with_its_own() -> None:
     torch.set_num_threads(2)
     try:
         engine = make_engine(
-            Watched(tiny_config(), torch.zeros(6, 6), torch.zeros(6, 6)), SpeculativeConfig(draft="none")
+            Watched(tiny_config(), *np.zeros((2, 6, 6), dtype=np.float32)), SpeculativeConfig(draft="none")
         )
         engine.add(Request([1, 2], SamplingParams(max_new_tokens=3)))
         while engine.has_work:

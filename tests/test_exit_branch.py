@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from hopskip.backends.native.backend import NativeBackend
 from hopskip.backends.native.isa import obstacle
 from hopskip.backends.rows import Cache
 from hopskip.backends.steps import StepwiseBackend
-from hopskip.backends.torch.weights import load_weights
+from hopskip.backends.torch.weights import load_tensor, load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, Mixing, TrainedExit
 from hopskip.draft import exit as exit_module
@@ -65,10 +66,10 @@ def random_branch(checkpoint: Checkpoint, config: ExitConfig, seed: int = 0) -> 
     for tensor in trainer.mixing.values():
         torch.nn.init.normal_(tensor, std=0.2 if tensor.ndim == 2 else 1.0)
     # as a file would hold it
-    branch = trainer.trained_exit(checkpoint.fingerprint, 3)
-    for tensor in branch.tensors().values():
-        tensor.data = tensor.data.to(torch.bfloat16).float()
-    return trainer, branch
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return trainer, trainer.trained_exit(checkpoint.fingerprint, 3)
 
 
 def own_branch(checkpoint: Checkpoint) -> TrainedExit:
@@ -172,7 +173,7 @@ def test_drafts_are_those_that_training_unrolls(
     assert len(seen) > 20
     taps, index_V = list(range(1, 4)), torch.full((320,), -1)
     index_V[VOCABULARY] = torch.arange(len(VOCABULARY))
-    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    embedding = load_tensor(checkpoint, "model.embed_tokens.weight", torch.float32)
     num_equal = num_tokens = 0
     for ids, draft in seen[::4]:
         whole = [*ids, *draft.token_ids]
@@ -199,7 +200,7 @@ def test_one_call_drafts_what_steps_draft(
         _, branch = random_branch(checkpoint, config)
         model.attach_exit(branch)
         if hides:
-            mixing = {name: tensor.detach().float().numpy() for name, tensor in branch.mixing.items()}
+            mixing = {name: np.asarray(weights) for name, weights in branch.mixing.items()}
             own = Mixing(mixing, model.config.rms_norm_eps) if mixing else None
             monkeypatch.setattr(model, "mixing", own, raising=False)
             monkeypatch.setattr(model, "draft", functools.partial(StepwiseBackend.draft, cast(Any, model)))
@@ -285,7 +286,7 @@ def test_sampling_from_a_trimmed_vocabulary_keeps_the_targets_distribution(num_r
     """The branch cannot draft half of the tokens; they must come as often as without it."""
     torch.manual_seed(0)
     model = tiny_model(vocab_size=6, num_hidden_layers=2)
-    vocabulary = torch.tensor([0, 2, 3])
+    vocabulary = np.array([0, 2, 3], dtype=np.int32)
     branch = TrainedExit(ExitConfig(start=1, num_layers=0), vocabulary, [], {}, "", 2)
     params = SamplingParams(max_new_tokens=3, temperature=1.3)
     counts = []
@@ -322,10 +323,10 @@ def test_what_is_saved_is_what_is_loaded(checkpoint: Checkpoint, tmp_path: Path)
     assert loaded.config == branch.config
     assert loaded.num_draft_tokens == branch.num_draft_tokens
     assert loaded.num_runner_ups == branch.num_runner_ups == 2
-    assert torch.equal(loaded.vocabulary, branch.vocabulary)
+    assert np.array_equal(loaded.vocabulary, branch.vocabulary)
     assert loaded.tensors().keys() == branch.tensors().keys()
-    for name, tensor in branch.tensors().items():
-        assert torch.equal(loaded.tensors()[name].float(), tensor.float()), name
+    for name, weights in branch.tensors().items():
+        assert np.array_equal(loaded.tensors()[name], weights), name
     loaded.check(checkpoint.config)
     loaded.check_base(checkpoint.fingerprint)
 
@@ -363,7 +364,7 @@ def test_damaged_files_are_refused(
         TrainedExit.load(tmp_path / "nowhere")
     branch.save(tmp_path)
     (tmp_path / "exit.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
         TrainedExit.load(tmp_path)
 
 

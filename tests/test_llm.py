@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hopskip import LLM, CheckpointError, ConfigError, PromptError, SamplingParams, SpeculativeConfig
-from tests.tiny import write_checkpoint
+from tests.tiny import has_transformers, write_checkpoint
 
 TEXTS = ["The quick brown fox jumps over the quick brown", "naïve café 日本語 🙂", "x"]
 SAMPLED = SamplingParams(max_new_tokens=40, temperature=1.5, seed=3)
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["torch", "native"])
+@pytest.fixture(scope="module", params=[*(["torch"] if has_transformers() else []), "native"])
 def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
     config = SpeculativeConfig(draft="both", exit_layer=1, num_draft_tokens=3)
     return LLM(folder, speculative=config, dtype="float32", backend=request.param)

@@ -79,7 +79,7 @@ def test_a_copy_drafts_what_the_model_is_likely_to_say(checkpoint: Checkpoint, p
 
 def test_a_copy_uses_the_cache_of_its_original(checkpoint: Checkpoint) -> None:
     """What a copy computes for a row is what a model loaded in its precision computes on the same keys and values."""
-    model, low = native_model(checkpoint, "float32", "q8"), NativeBackend.load(checkpoint, "q8", kv_dtype=torch.float32)
+    model, low = native_model(checkpoint, "float32", "q8"), NativeBackend.load(checkpoint, "q8", kv_dtype="float32")
     ids = [3, 1, 4, 1, 5, 9]
     cache, other = model.new_cache(1, 8), low.new_cache(1, 8)
     rows = Rows([Segment(0, 0, 5)])

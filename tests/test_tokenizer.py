@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from hopskip.backends.torch.weights import load_tensor
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError, PromptError
@@ -315,13 +316,13 @@ def test_default_model_known_ids(default: tuple[Tokenizer, Any, ModelConfig]) ->
 def test_default_model_logits_equal_transformers(default_model: Path) -> None:
     """Dequantized to float32, the same numbers; over logits of about 20, sums in another order differ by up to 1e-3."""
     checkpoint = open_checkpoint(default_model)
-    assert (checkpoint.quantization, checkpoint.dtype) == ("Q4_1", torch.bfloat16)
+    assert (checkpoint.quantization, checkpoint.dtype) == ("Q4_1", "bfloat16")
     ids = torch.tensor(load_tokenizer(default_model, checkpoint.config).apply_chat_template(CHATS[1]))
     theirs = AutoModelForCausalLM.from_pretrained(
         default_model.parent, gguf_file=default_model.name, dtype=torch.float32
     ).eval()
     for name in ("model.layers.7.self_attn.q_proj.weight", "model.layers.29.mlp.down_proj.weight"):
-        assert torch.equal(checkpoint.tensor(name), theirs.get_parameter(name))
+        assert torch.equal(load_tensor(checkpoint, name), theirs.get_parameter(name))
     logits = logits_in_chunks(load(default_model), ids, [len(ids) - 3, 1, 2])
     torch.testing.assert_close(logits, reference_logits(theirs, ids), rtol=0, atol=1e-3)
 

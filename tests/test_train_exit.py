@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hopskip.backends.rows import Rows, Segment
 from hopskip.backends.torch.backend import TorchBackend
-from hopskip.backends.torch.weights import load_weights
+from hopskip.backends.torch.weights import load_tensor, load_weights
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError, TrainingError
@@ -191,7 +191,7 @@ def test_a_trainers_layers_are_those_that_draft(tmp_path: Path, family: str, con
     rows, cache, depth = Rows([Segment(0, 0, 11)]), model.new_cache(1, 16), checkpoint.config.num_hidden_layers
     states = model.forward(ids[:-1].tolist(), rows, cache, taps=(1, 2, 3)).features_NAD
     assert states is not None
-    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    embedding = load_tensor(checkpoint, "model.embed_tokens.weight", torch.float32)
     batch = make_batch([Conversation(ids, 1, states)], [1, 2, 3], config, VOCABULARY, embedding)
     hidden_ND = batch.x_BTD[0]
     if model.mixing is not None:
@@ -219,7 +219,7 @@ def train(
     torch.manual_seed(0)
     trainer = ExitTrainer(checkpoint, EXIT, VOCABULARY, dtype)
     trainer.scale_to(torch.cat([c.states_TAD for c in conversations[:3]]))
-    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    embedding = load_tensor(checkpoint, "model.embed_tokens.weight", torch.float32)
     fit(trainer, conversations[3:], conversations[:3], [1, 2, 3], embedding, config, folder, report)
     return trainer
 
@@ -249,19 +249,19 @@ def test_interrupted_training_goes_on_as_if_it_had_not_been(
 def test_training_lowers_the_loss_and_leaves_the_model_alone(
     checkpoint: Checkpoint, conversations: list[Conversation], tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    before = checkpoint.tensor("model.layers.2.mlp.up_proj.weight").clone()
+    before = load_tensor(checkpoint, "model.layers.2.mlp.up_proj.weight").clone()
     config = FitConfig(num_tokens=4000, batch_tokens=60, learning_rate=2e-3, unroll_steps=2, eval_every=500)
     trainer = train(checkpoint, conversations, tmp_path, config, dtype)
     assert {p.dtype for p in trainer.parameters()} == {torch.float32}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
-    assert torch.equal(before, checkpoint.tensor("model.layers.2.mlp.up_proj.weight"))
+    assert torch.equal(before, load_tensor(checkpoint, "model.layers.2.mlp.up_proj.weight"))
 
 
 def test_a_step_keeps_to_the_trainers_device(checkpoint: Checkpoint, conversations: list[Conversation]) -> None:
     """On a stand-in for an accelerator: tensors without data, which cannot be mixed with those of the CPU."""
     trainer = ExitTrainer(checkpoint, EXIT, VOCABULARY, torch.bfloat16)
-    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    embedding = load_tensor(checkpoint, "model.embed_tokens.weight", torch.float32)
     batch = make_batch(conversations[:4], [1, 2, 3], EXIT, VOCABULARY, embedding)
     with FakeTensorMode() as mode:
         for name, tensor in [*trainer.named_parameters(), *trainer.named_buffers()]:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hopskip.backends.torch.weights import load_weights
+from hopskip.backends.torch.weights import load_tensor, load_weights
 from hopskip.checkpoint.checkpoint import LAYERSKIP_RECOMMENDED, expected_tensors, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import CheckpointError
@@ -55,12 +55,12 @@ def test_tensors_are_bit_exact_and_never_views_that_change_the_file(folder: Path
     stored = load_file(folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
     for name in checkpoint.names():
-        assert torch.equal(checkpoint.tensor(name), stored[name])
-        assert torch.equal(checkpoint.tensor(name, torch.bfloat16), stored[name].bfloat16())
+        assert torch.equal(load_tensor(checkpoint, name), stored[name])
+        assert torch.equal(load_tensor(checkpoint, name, torch.bfloat16), stored[name].bfloat16())
         assert checkpoint.row_order(name) is None
-        checkpoint.tensor(name).zero_()
-        assert torch.equal(checkpoint.tensor(name), stored[name])
-    assert (checkpoint.dtype, checkpoint.quantization) == (torch.float32, None)
+        load_tensor(checkpoint, name).zero_()
+        assert torch.equal(load_tensor(checkpoint, name), stored[name])
+    assert (checkpoint.dtype, checkpoint.quantization) == ("float32", None)
 
 
 def test_load_weights_fuses_and_reports_progress(folder: Path) -> None:
@@ -68,10 +68,10 @@ def test_load_weights_fuses_and_reports_progress(folder: Path) -> None:
     shares: list[float] = []
     weights = load_weights(checkpoint, torch.float32, progress=shares.append)
     attention = "model.layers.1.self_attn."
-    qkv = torch.cat([checkpoint.tensor(f"{attention}{x}_proj.weight") for x in "qkv"])
+    qkv = torch.cat([load_tensor(checkpoint, f"{attention}{x}_proj.weight") for x in "qkv"])
     assert torch.equal(weights.layers[1].qkv_proj, qkv)
     mlp = "model.layers.2.mlp."
-    gate_up = torch.cat([checkpoint.tensor(f"{mlp}{x}_proj.weight") for x in ("gate", "up")])
+    gate_up = torch.cat([load_tensor(checkpoint, f"{mlp}{x}_proj.weight") for x in ("gate", "up")])
     assert torch.equal(weights.layers[2].gate_up_proj, gate_up)
     assert weights.lm_head is not weights.embed_tokens
     assert shares == pytest.approx([1 / 3, 2 / 3, 1.0])
@@ -267,7 +267,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").unlink()
     checkpoint = open_checkpoint(tmp_path)
     for name, parameter in model.named_parameters():
-        assert torch.equal(checkpoint.tensor(name), parameter)
+        assert torch.equal(load_tensor(checkpoint, name), parameter)
     last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
     last.unlink()
     with pytest.raises(CheckpointError, match=f"lacks the shards {last.name}"):
@@ -304,7 +304,7 @@ def test_shards(tmp_path: Path) -> None:
     assert len(shards) > 2
     checkpoint = open_checkpoint(tmp_path)
     for name, parameter in model.named_parameters():
-        assert torch.equal(checkpoint.tensor(name), parameter)
+        assert torch.equal(load_tensor(checkpoint, name), parameter)
     shards[1].unlink()
     with pytest.raises(CheckpointError, match=f"lacks the shards {shards[1].name}"):
         open_checkpoint(tmp_path)
@@ -407,7 +407,7 @@ def test_values_at_odd_addresses(folder: Path) -> None:
     file.write_bytes(struct.pack("<Q", length + 1) + whole[8 : 8 + length] + b" " + whole[8 + length :])
     checkpoint = open_checkpoint(folder)
     for name in checkpoint.names():
-        assert torch.equal(checkpoint.tensor(name), stored[name])
+        assert torch.equal(load_tensor(checkpoint, name), stored[name])
 
 
 def test_fingerprint(tmp_path: Path) -> None:

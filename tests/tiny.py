@@ -1,30 +1,26 @@
-"""Tiny random checkpoints on disk: every family, written by transformers itself, with small tokenizers; GGUF files."""
+"""Tiny random checkpoints on disk: every family, written by transformers itself where it is installed, with small
+tokenizers; GGUF files."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.utils.logging import disable_progress_bar
 
-disable_progress_bar()
+from hopskip.checkpoint.checkpoint import expected_tensors
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.hf_folder import write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 VOCAB_SIZE = 320
 _SHAPE: dict[str, Any] = {
@@ -44,42 +40,62 @@ _SHAPE: dict[str, Any] = {
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def _llama(**changes: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**{**_SHAPE, **changes}))
-
-
 def _rope(theta: float = 10_000.0, **scaling: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **scaling}}
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama2-mha": lambda: _llama(num_key_value_heads=4),
-    "llama3-gqa": lambda: _llama(
-        tie_word_embeddings=True, **_rope(500_000.0, **_LLAMA3, original_max_position_embeddings=64)
-    ),
-    "llama-linear": lambda: _llama(**_rope(rope_type="linear", factor=4.0)),
-    "llama-yarn": lambda: _llama(**_rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=64)),
-    "llama-head-dim": lambda: _llama(head_dim=24, num_key_value_heads=1),
-    "codellama": lambda: _llama(num_key_value_heads=4, **_rope(1_000_000.0)),
-    "smollm2": lambda: _llama(
-        num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True, **_rope(100_000.0)
-    ),
-    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**{**_SHAPE, "sliding_window": 48})),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**{**_SHAPE, "sliding_window": None})),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE)),
-    "qwen2.5-tied": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**{**_SHAPE, "tie_word_embeddings": True}, **_rope(1_000_000.0))
-    ),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**{**_SHAPE, "head_dim": 32})),
-    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**{**_SHAPE, "head_dim": 16, "tie_word_embeddings": True})),
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2-mha": {"num_key_value_heads": 4},
+    "llama3-gqa": {
+        "tie_word_embeddings": True,
+        **_rope(500_000.0, **_LLAMA3, original_max_position_embeddings=64),
+    },
+    "llama-linear": _rope(rope_type="linear", factor=4.0),
+    "llama-yarn": _rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=64),
+    "llama-head-dim": {"head_dim": 24, "num_key_value_heads": 1},
+    "codellama": {"num_key_value_heads": 4, **_rope(1_000_000.0)},
+    "smollm2": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        **_rope(100_000.0),
+    },
+    "mistral-window": {"model_type": "mistral", "sliding_window": 48},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2.5-tied": {"model_type": "qwen2", "tie_word_embeddings": True, **_rope(1_000_000.0)},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3-tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
 }
-"""By name, a fresh transformers model. Scalings are set so that a few hundred tokens feel them."""
+"""By name, what its config says besides `_SHAPE`. Scalings are set so that a few hundred tokens feel them."""
 
 
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A float32 model whose biases and norms are random too (transformers starts them at 0 and 1)."""
+def has_transformers() -> bool:
+    try:
+        return importlib.util.find_spec("transformers") is not None
+    except ImportError:  # kept away by a test of what does without it
+        return False
+
+
+def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A float32 model whose biases and norms are random too (transformers starts them at 0 and 1).
+
+    Args:
+        changes: of the family's config.
+
+    Without transformers, other random weights, in something that `write_gguf` and `write_checkpoint` take for a model.
+    """
+    settings = {"model_type": "llama", **_SHAPE, **FAMILIES[family], **changes}
+    if not has_transformers():
+        return _Weights(settings, seed)  # type: ignore[return-value]
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[settings.pop("model_type")]
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval()
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model: PreTrainedModel = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     model.config._attn_implementation = "eager"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,18 +106,50 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+class _Weights:
+    """What a model of transformers is to the functions here: a config, and tensors by name."""
+
+    class Config:
+        def __init__(self, settings: Mapping[str, Any]) -> None:
+            head_dim = settings["hidden_size"] // settings["num_attention_heads"]
+            self.__dict__ |= {"head_dim": head_dim, "rms_norm_eps": 1e-6, **_rope(), **settings}
+
+        def to_dict(self) -> dict[str, Any]:
+            return dict(vars(self))
+
+    def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
+        self.config = self.Config(settings)
+        generator = np.random.default_rng(seed)
+        self._tensors: dict[str, NDArray[np.float32]] = {}
+        for name, shape in expected_tensors(ModelConfig.from_hf(self.config.to_dict())).items():
+            values = generator.standard_normal(shape) * (0.5 if name.endswith("bias") else 0.15)
+            self._tensors[name] = (generator.uniform(0.5, 1.5, shape) if "norm" in name else values).astype(np.float32)
+
+    def state_dict(self) -> dict[str, NDArray[np.float32]]:
+        return self._tensors
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict()))
+        eos = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
+        (folder / "generation_config.json").write_text(json.dumps(eos))
+        write_safetensors(folder / "model.safetensors", {name: ("F32", t) for name, t in self._tensors.items()})
+
+
 def write_checkpoint(
     folder: Path,
     family: str = "llama3-gqa",
     *,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "1GB",
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | None = None,
     tokenizer: bool = False,
 ) -> PreTrainedModel:
     """Write a tiny checkpoint with transformers' own `save_pretrained`; returns the model that was written."""
-    model = make_model(family, seed).to(dtype)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model = make_model(family, seed)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     if tokenizer:
         write_tokenizer(folder)
     return model
@@ -242,7 +290,7 @@ def write_gguf(
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        values = parameter.float().numpy()
+        values = np.asarray(parameter.float() if hasattr(parameter, "float") else parameter)
         if arch == "llama" and (name.endswith(("q_proj.weight", "k_proj.weight"))):
             values = permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         own = gguf_name(name)

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from hopskip.errors import ConfigError, check_choice
 from hopskip.options import option
 from hopskip.speculative import SpeculativeConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from hopskip.backends.base import Backend
     from hopskip.checkpoint.checkpoint import Checkpoint
     from hopskip.checkpoint.trained_exit import TrainedExit
@@ -84,7 +83,7 @@ class LoadConfig:
         """By which is remembered what was measured of the model so loaded."""
         return {"weights": checkpoint.fingerprint, "precision": self.precision, "kv_dtype": self.kv_dtype}
 
-    def where(self) -> tuple[Literal["native", "torch"], torch.device]:
+    def where(self) -> tuple[Literal["native", "torch"], str]:
         """Which backend runs the model, and on which device. Loads nothing.
 
         Raises:
@@ -98,22 +97,22 @@ class LoadConfig:
                 raise ConfigError(f"{name}={value} needs the native CPU backend, but this runs on torch; leave it out")
         return "torch", device
 
-    def _is_native(self, device: torch.device) -> bool:
+    def _is_native(self, device: str) -> bool:
         """Whether the C++ engine runs the model; says so in one line where it was to be expected and cannot."""
         if self.backend == "torch":
             return False
         from hopskip.backends.native import isa
 
         obstacle = isa.obstacle()
-        if device.type != "cpu":
-            obstacle = f"it runs on CPUs, not on {device.type}"
+        if device != "cpu":
+            obstacle = f"it runs on CPUs, not on {device}"
         elif self.dtype == "float16":
             obstacle = "it has no float16 arithmetic; use bfloat16 or float32"
         if obstacle is None:
             return True
         if self.backend == "native":
             raise ConfigError(f"the native backend cannot be used: {obstacle}")
-        if device.type == "cpu" and self.dtype != "float16":
+        if device == "cpu" and self.dtype != "float16":
             warnings.warn(f"running on torch, which is slower on a CPU: {obstacle}", stacklevel=3)
         return False
 
@@ -179,8 +178,6 @@ def load_backend(checkpoint: Checkpoint, load: LoadConfig, progress: Progress | 
         ConfigError: an option cannot work here.
         CheckpointError: the weights are missing, damaged, or of an unsupported kind.
     """
-    import torch
-
     kind, device = load.where()
     if kind == "native":
         from hopskip.backends.native.backend import NativeBackend
@@ -189,15 +186,16 @@ def load_backend(checkpoint: Checkpoint, load: LoadConfig, progress: Progress | 
             checkpoint,
             precision=load.precision,
             threads=load.threads,
-            kv_dtype=None if load.kv_dtype == "auto" else getattr(torch, load.kv_dtype),
+            kv_dtype=None if load.kv_dtype == "auto" else load.kv_dtype,
             progress=progress,
         )
+    torch = import_torch("the torch backend")
     from hopskip.backends.torch.backend import TorchBackend
     from hopskip.backends.torch.weights import load_weights
 
     if load.threads is not None:
         torch.set_num_threads(load.threads)
-    dtype = checkpoint.dtype if load.dtype == "auto" else getattr(torch, load.dtype)
+    dtype = getattr(torch, checkpoint.dtype if load.dtype == "auto" else load.dtype)
     return TorchBackend(checkpoint.config, load_weights(checkpoint, dtype, device, progress))
 
 
@@ -208,8 +206,7 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
         CheckpointError: the exit cannot be read.
         ConfigError: it was trained for other weights.
     """
-    from hopskip.checkpoint.hub import shipped_exit
-    from hopskip.checkpoint.trained_exit import TrainedExit
+    from hopskip.checkpoint.trained_exit import TrainedExit, shipped_exit
 
     folder = speculative.exit_branch
     if folder is None and speculative.may_use_trained_exit:
@@ -221,15 +218,40 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
     return trained_exit
 
 
-def _device(name: str) -> torch.device:
-    import torch
+def import_torch(what: str) -> Any:
+    """PyTorch, for what needs it.
 
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise ConfigError(f"{what} needs PyTorch ({error}); install it: pip install 'hopskip[torch]'") from None
+
+
+def _device(name: str) -> str:
+    """The device of an option, as PyTorch writes it. PyTorch, which takes a second to load, is asked only where there
+    may be a GPU."""
+    if name == "cpu" or (name == "auto" and not _has_gpu_driver()):
+        return "cpu"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch = importlib.import_module("torch")
+        except ImportError:
+            return "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    torch = import_torch(f"device {name!r}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used ({reason}); try 'cpu' or 'cuda'") from None
-    return device
+    return str(device)
+
+
+def _has_gpu_driver() -> bool:
+    return any(
+        Path(place).exists() for place in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    )

@@ -71,7 +71,7 @@ def best_sums(
     if not params.is_greedy:
         ids_n = xp.asarray(range(len(logits_n)) if ids is None else ids, dtype=xp.int64, device=device(logits_n))
         sums_n = sums_n + gumbel_noise(place.rule.seed, place.position, ids_n, xp)
-    order = xp.argsort(sums_n, descending=True, stable=True)[:number]
+    order = xp.argsort(-sums_n, stable=True)[:number]
     probability = float(xp.exp(scaled_n[order[0]]) / xp.sum(xp.exp(scaled_n)))
     return [(float(sums_n[row]), int(row)) for row in order], probability
 
@@ -147,7 +147,7 @@ def kept_tokens(logits_NV: Array, params: Seq[SamplingParams], xp: Any) -> Array
     """
     scaled_NV = _scaled(logits_NV, params, xp)
     num_tokens = logits_NV.shape[-1]
-    order_NV = xp.argsort(logits_NV, axis=-1, descending=True, stable=True)
+    order_NV = xp.argsort(-logits_NV, axis=-1, stable=True)
     rank_NV = xp.argsort(order_NV, axis=-1)
     kept_NV = rank_NV < _column([p.top_k or num_tokens for p in params], logits_NV, xp)
     weights_NV = xp.where(kept_NV, xp.exp(xp.astype(scaled_NV, xp.float64)), 0.0)

@@ -18,12 +18,17 @@ Shape letters: N rows, D hidden size, V vocabulary, n tokens of a head, A featur
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from array_api_compat import to_device
+from numpy.typing import NDArray
 
 from hopskip.backends.rows import Array, Cache, Rows
 from hopskip.checkpoint.checkpoint import Checkpoint
@@ -243,6 +248,10 @@ class Backend(ABC):
         assert precision is None, "no copy is attached"
         return tuple(layers)
 
+    def on_host(self, array: Array) -> NDArray[np.float32]:
+        """An array of the backend's as one of numpy's, float32: the values are kept."""
+        return np.asarray(to_device(self.xp.astype(array, self.xp.float32, copy=False), "cpu"))
+
     def synchronize(self) -> None:
         """Wait until everything that was asked for is computed: for timing."""
         return
@@ -270,9 +279,12 @@ def run_by_number(
 
 @contextmanager
 def torch_on_one_thread() -> Iterator[None]:
-    """Without PyTorch's other threads: waking them takes longer than a small operation, and they spin for a while."""
-    import torch
-
+    """Without PyTorch's other threads, if it is loaded: waking them takes longer than a small operation, and they spin
+    for a while."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

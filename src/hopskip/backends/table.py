@@ -7,20 +7,19 @@ Shape letters: N rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
-import array_api_compat.torch
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from hopskip.backends.base import Head, Pass, Traits, torch_on_one_thread
+from hopskip.backends.base import Head, Pass, Traits
 from hopskip.backends.rows import Cache, Rows
 from hopskip.backends.steps import StepwiseBackend
-from hopskip.backends.tensor_cache import TensorCache
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.errors import ConfigError
+
+Array = NDArray[np.float32]
 
 
 class TableBackend(StepwiseBackend):
@@ -30,11 +29,11 @@ class TableBackend(StepwiseBackend):
         config: of any model; its other sizes play no part.
     """
 
-    xp = array_api_compat.torch
+    xp = np
 
-    def __init__(self, config: ModelConfig, exit_VV: Tensor, target_VV: Tensor) -> None:
+    def __init__(self, config: ModelConfig, exit_VV: Array, target_VV: Array) -> None:
         self.config = replace(config, vocab_size=len(target_VV), num_hidden_layers=2, recommended_exit_layer=None)
-        self.tables = torch.stack((exit_VV, target_VV))
+        self.tables = np.stack((exit_VV, target_VV)).astype(np.float32)
 
     @property
     def traits(self) -> Traits:
@@ -43,7 +42,7 @@ class TableBackend(StepwiseBackend):
             device="cpu",
             row_exact=True,
             threads=1,
-            instruction_set=f"torch {torch.__version__}",
+            instruction_set=f"numpy {np.__version__}",
             dtype="float32",
             bytes_per_pass=self.tables.nbytes,
         )
@@ -52,28 +51,46 @@ class TableBackend(StepwiseBackend):
         raise ConfigError("a table has no layers that a trained exit could stand beside")
 
     def new_cache(self, num_slots: int, length: int) -> Cache:
-        tiny = replace(self.config, num_key_value_heads=1, num_attention_heads=1, head_dim=2)
-        return TensorCache(tiny, num_slots, length, torch.float32)
+        return _EmptyCache(num_slots, length)
 
-    def embed(self, token_ids: Seq[int]) -> Tensor:
+    def embed(self, token_ids: Seq[int]) -> Array:
         """The token, and how many layers it has been through: [N, 2]."""
-        return torch.tensor([[float(token), 0.0] for token in token_ids]).reshape(-1, 2)
+        return np.array([[token, 0] for token in token_ids], dtype=np.float32).reshape(-1, 2)
 
     def run_layers(
-        self, hidden_ND: Tensor, start: int, stop: int, rows: Rows, cache: Cache, taps: Seq[int] = ()
+        self, hidden_ND: Array, start: int, stop: int, rows: Rows, cache: Cache, taps: Seq[int] = ()
     ) -> Pass:
         assert len(rows) == len(hidden_ND)
         assert rows.max_position < cache.length
-        outputs = [hidden_ND + torch.tensor([0.0, float(layer - start)]) for layer in (*taps, stop)]
-        return Pass(outputs[-1], torch.stack(outputs[:-1], dim=1) if taps else None)
+        outputs = [hidden_ND + np.array([0, layer - start], dtype=np.float32) for layer in (*taps, stop)]
+        return Pass(outputs[-1], np.stack(outputs[:-1], axis=1) if taps else None)
 
-    def logits(self, hidden_ND: Tensor, head: Head = "full") -> Tensor:
-        token_N, depth_N = hidden_ND[:, 0].long(), hidden_ND[:, 1].long()
-        return self.tables[depth_N - 1, token_N]
+    def logits(self, hidden_ND: Array, head: Head = "full") -> Array:
+        token_N, depth_N = hidden_ND.astype(np.int64).T
+        logits_NV: Array = self.tables[depth_N - 1, token_N]
+        return logits_NV
 
     @property
     def mixing(self) -> None:
         return None
 
-    def stepping(self) -> AbstractContextManager[None]:
-        return torch_on_one_thread()
+
+class _EmptyCache(Cache):
+    """No layer looks back."""
+
+    nbytes = bytes_per_position = 0
+
+    def __init__(self, num_slots: int, length: int) -> None:
+        self.num_slots, self.length = num_slots, length
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        return
+
+    def keep_path(self, slot: int, start: int, rows: Seq[int]) -> None:
+        return
+
+    def copy_from(self, other: Cache) -> None:
+        return
+
+    def clear(self) -> None:
+        return

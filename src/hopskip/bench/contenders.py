@@ -10,11 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.in_transformers import load_in_transformers
 from hopskip.checkpoint.kinds import starts_as_gguf
 from hopskip.engine.engine import make_engine
 from hopskip.loading import LoadConfig, OpenModel, open_model
@@ -135,18 +132,20 @@ class Transformers(Contender):
     """`generate` of transformers; with an exit layer, drafting by its `assistant_early_exit`."""
 
     path: Path
-    dtype: torch.dtype
+    dtype: str
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
 
     def start(self, threads: int, max_model_len: int) -> Runner:
         try:
-            import transformers  # noqa: F401
+            import torch
+
+            from hopskip.checkpoint.in_transformers import load_in_transformers
         except ImportError:
-            raise AbsentError("transformers is not installed") from None
+            raise AbsentError("transformers is not installed: pip install 'hopskip[eval]'") from None
         torch.set_num_threads(threads)
         config = open_checkpoint(self.path).config
-        return _TransformersRunner(load_in_transformers(self.path, self.dtype), config, self)
+        return _TransformersRunner(load_in_transformers(self.path, getattr(torch, self.dtype)), config, self)
 
 
 class _TransformersRunner(Runner):
@@ -165,10 +164,12 @@ class _TransformersRunner(Runner):
         embeddings = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
         self.footprint = Footprint(
             weight_bytes=sum(parameter.nbytes for parameter in model.parameters()) - embeddings,
-            kv_bytes_per_position=_kv_numbers(config) * what.dtype.itemsize,
+            kv_bytes_per_position=_kv_numbers(config) * (4 if what.dtype == "float32" else 2),
         )
 
     def generate(self, prompt_ids: list[int], num_tokens: int) -> Measurement:
+        import torch
+
         clock = _StreamClock()
         ids = torch.tensor([prompt_ids])
         started = time.perf_counter()
@@ -190,7 +191,7 @@ class _StreamClock:
     def __init__(self) -> None:
         self.arrivals: list[tuple[float, int]] = []
 
-    def put(self, tokens: torch.Tensor) -> None:
+    def put(self, tokens: Any) -> None:
         self.arrivals.append((time.perf_counter(), tokens.numel()))
 
     def end(self) -> None:
@@ -236,7 +237,7 @@ class _LlamaCppRunner(Runner):
         self._drafts = drafts
         self.footprint = Footprint(
             weight_bytes=gguf_bytes_per_token(path),
-            kv_bytes_per_position=_kv_numbers(open_checkpoint(path).config) * torch.float16.itemsize,
+            kv_bytes_per_position=_kv_numbers(open_checkpoint(path).config) * 2,  # float16,
         )
 
     def generate(self, prompt_ids: list[int], num_tokens: int) -> Measurement:

@@ -69,7 +69,7 @@ def model_costs(
     """
     config = checkpoint.config
     if backend == "torch" and precision == "auto":
-        precision = str(checkpoint.dtype).removeprefix("torch.")
+        precision = checkpoint.dtype
     layer_bytes = [0] * config.num_hidden_layers
     edges: Counter[str] = Counter()
     by_format: Counter[str] = Counter()

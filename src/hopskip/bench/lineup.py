@@ -7,8 +7,6 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
-
 from hopskip.bench.contenders import Contender, Hopskip, LlamaCpp, Transformers
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.config import ModelConfig
@@ -144,7 +142,7 @@ def _theirs(
     theirs: list[Contender] = []
     for opponent in dict.fromkeys(against):
         if opponent == "transformers":
-            theirs += [_transformers(path, dtype) for dtype in (torch.float32, torch.bfloat16)]
+            theirs += [_transformers(path, dtype) for dtype in ("float32", "bfloat16")]
         elif opponent == "transformers-early-exit":
             theirs.append(_early_exit(path, checkpoint.config, load, resolved))
         elif opponent in ("llama.cpp", "llama.cpp-lookup"):
@@ -155,8 +153,8 @@ def _theirs(
     return theirs
 
 
-def _transformers(path: Path, dtype: torch.dtype) -> Transformers:
-    return Transformers(name=f"transformers-{_name(dtype)}", variant_of="transformers", path=path, dtype=dtype)
+def _transformers(path: Path, dtype: str) -> Transformers:
+    return Transformers(name=f"transformers-{dtype}", variant_of="transformers", path=path, dtype=dtype)
 
 
 def _early_exit(path: Path, config: ModelConfig, load: LoadConfig, speculative: SpeculativeConfig) -> Transformers:
@@ -164,10 +162,10 @@ def _early_exit(path: Path, config: ModelConfig, load: LoadConfig, speculative: 
     if speculative.exit_layer is None:
         early_exit = SpeculativeConfig(draft="early-exit", num_draft_tokens=speculative.num_draft_tokens)
         speculative = resolve(early_exit, config)
-    dtype = torch.float32 if load.dtype == "float32" else torch.bfloat16
+    dtype = "float32" if load.dtype == "float32" else "bfloat16"
     return Transformers(
-        name=f"transformers-early-exit-{_name(dtype)}",
-        plain=f"transformers-{_name(dtype)}",
+        name=f"transformers-early-exit-{dtype}",
+        plain=f"transformers-{dtype}",
         path=path,
         dtype=dtype,
         exit_layer=speculative.exit_layer,
@@ -180,7 +178,3 @@ def _llama_cpp(path: Path, num_lookup_tokens: int | None) -> LlamaCpp:
     if num_lookup_tokens is None:
         return LlamaCpp(name=plain, path=path)
     return LlamaCpp(name=f"llama.cpp-lookup({path.name})", plain=plain, path=path, num_lookup_tokens=num_lookup_tokens)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

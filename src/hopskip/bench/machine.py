@@ -6,38 +6,32 @@ import importlib.metadata
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
+import numpy as np
 
+from hopskip.backends.native.isa import choose_isa, obstacle
 from hopskip.machine import cpu_name, num_usable_cores
 from hopskip.version import describe
 
 _BUFFER_BYTES = 256 << 20
-"""Far above any last-level cache, so that a sum over it streams from memory."""
+"""Far above any last-level cache, so that a walk over it streams from memory."""
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")
 
 
 def measure_read_bandwidth(threads: int, repeats: int = 9) -> float:
-    """Bytes per second that `threads` threads read from memory: the best of several sums over a large buffer.
+    """Bytes per second that `threads` threads read from memory: the best of several walks over a large buffer.
 
     The best, not the median: it is the limit that decoding is held against, and a disturbance only lowers it.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        buffer = torch.ones(_BUFFER_BYTES // 4)
-        half = len(buffer) // 2
-        seconds = []
+    parts = np.array_split(np.ones(_BUFFER_BYTES // 8, dtype=np.int64), threads)
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
         for _ in range(repeats):
-            # a sum has one stream of loads per thread, a dot product two; processors differ in what they need
             started = time.perf_counter()
-            torch.sum(buffer)
-            middle = time.perf_counter()
-            torch.dot(buffer[:half], buffer[half:])
-            seconds += [middle - started, time.perf_counter() - middle]
-    finally:
-        torch.set_num_threads(before)
+            list(pool.map(np.max, parts))  # of numpy's reductions the one that waits for memory alone
+            seconds.append(time.perf_counter() - started)
     return _BUFFER_BYTES / min(seconds)
 
 
@@ -47,7 +41,7 @@ def describe_machine(threads: int, read_bandwidth: float) -> dict[str, Any]:
         "cpu": cpu_name(),
         "num_cores": num_usable_cores(),
         "threads": threads,
-        "vector_isa": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": None if obstacle() else choose_isa(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "read_bytes_per_second": read_bandwidth,
         "system": platform.platform(),

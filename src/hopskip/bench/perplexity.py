@@ -14,14 +14,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Rows, Segment
 from hopskip.errors import ConfigError, PromptError
 from hopskip.text.tokenizer import Tokenizer
+
+Floats = NDArray[np.float32]
 
 MAX_CONTEXT = 2048
 """Longest window by default."""
@@ -95,10 +96,9 @@ def places_to_read(num_layers: int, exit_layers: Seq[int]) -> list[int]:
     return [*sorted(set(exit_layers)), num_layers]
 
 
-@torch.inference_mode()
 def negative_log_likelihoods(
     backend: Backend, windows: Seq[Seq[int]], stops: Seq[int], on_window: Callable[[], None] = lambda: None
-) -> dict[int, Tensor]:
+) -> dict[int, Floats]:
     """Of every token but the first of each window, float32 [tokens], in nats; by the number of layers it is read after.
 
     Args:
@@ -107,30 +107,38 @@ def negative_log_likelihoods(
         on_window: called after each window.
     """
     cache = backend.new_cache(1, max(map(len, windows)) - 1)
-    parts: dict[int, list[Tensor]] = {stop: [] for stop in stops}
+    parts: dict[int, list[Floats]] = {stop: [] for stop in stops}
     for window in windows:
         hidden_ND, start = backend.embed(window[:-1]), 0
-        all_rows, next_ids_N = Rows([Segment(0, 0, len(hidden_ND))]), torch.tensor(window[1:])
+        all_rows, next_ids_N = Rows([Segment(0, 0, len(hidden_ND))]), np.array(window[1:])
         for stop in stops:
             hidden_ND, start = backend.run_layers(hidden_ND, start, stop, all_rows, cache).hidden_ND, stop
             for first in range(0, len(hidden_ND), _ROWS_AT_ONCE):
                 rows = slice(first, first + _ROWS_AT_ONCE)
-                logits_NV = torch.as_tensor(backend.logits(hidden_ND[rows])).cpu()
-                parts[stop].append(F.cross_entropy(logits_NV, next_ids_N[rows], reduction="none"))
+                logits_NV = backend.on_host(backend.logits(hidden_ND[rows]))
+                parts[stop].append(_cross_entropy(logits_NV, next_ids_N[rows]))
         on_window()
-    return {stop: torch.cat(found) for stop, found in parts.items()}
+    return {stop: np.concatenate(found) for stop, found in parts.items()}
 
 
-def perplexity(nll_N: Tensor) -> float:
+def _cross_entropy(logits_NV: Floats, ids_N: NDArray[np.int64]) -> Floats:
+    """-log softmax of some tokens, [N]."""
+    shifted_NV = logits_NV - logits_NV.max(axis=-1, keepdims=True)
+    sums_N = np.exp(shifted_NV).sum(axis=-1, dtype=np.float64)
+    nll_N: Floats = (np.log(sums_N) - shifted_NV[np.arange(len(ids_N)), ids_N]).astype(np.float32)
+    return nll_N
+
+
+def perplexity(nll_N: Floats) -> float:
     """Of tokens with these negative log-likelihoods; infinite where it passes what a float holds."""
-    mean = float(nll_N.double().mean())
+    mean = float(nll_N.mean(dtype=np.float64))
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def difference(nll_N: Tensor, other_N: Tensor) -> Difference:
+def difference(nll_N: Floats, other_N: Floats) -> Difference:
     """How much larger the perplexity of the first is, both of the same tokens."""
-    gap_N = nll_N.double() - other_N.double()
+    gap_N = nll_N.astype(np.float64) - other_N
     own = perplexity(nll_N)
     # d exp(m) = exp(m) dm
-    error = own * float(gap_N.std()) / math.sqrt(len(gap_N)) if len(gap_N) > 1 else math.inf
+    error = own * float(gap_N.std(ddof=1)) / math.sqrt(len(gap_N)) if len(gap_N) > 1 else math.inf
     return Difference(delta=own - perplexity(other_N), error=error)

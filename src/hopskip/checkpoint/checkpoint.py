@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.fp8 import with_scales
@@ -24,7 +22,7 @@ from hopskip.checkpoint.hf_folder import read_config, read_safetensors, refuse_f
 from hopskip.checkpoint.hub import find_base
 from hopskip.checkpoint.kinds import refuse_file, starts_as_gguf
 from hopskip.checkpoint.lora import CONFIG, MERGE_BY_PEFT, WEIGHTS, is_adapter, read_adapter
-from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize, unpermute_rows
+from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize, unpermuted
 from hopskip.errors import CheckpointError
 
 LAYERSKIP_RECOMMENDED = {
@@ -57,8 +55,9 @@ class Checkpoint:
         self._tensors = tensors
         self._permuted_heads = permuted_heads or {}  # tensors whose rows llama.cpp has reordered -> number of heads
         commonest = _commonest_type(tensors.values())
-        self.dtype: torch.dtype = commonest.dtype or torch.bfloat16
-        """Precision that most weights are stored in; bfloat16 for a quantized file, whose values fit no plain type."""
+        self.dtype: str = commonest.dtype or "bfloat16"
+        """Precision that most weights are stored in, `float32`, `float16` or `bfloat16`; bfloat16 for a quantized file,
+        whose values fit no plain type."""
         self.quantization: str | None = None if commonest.dtype else commonest.name
         """Block type that most weights are stored in (`Q4_1`), None for a plain checkpoint."""
 
@@ -70,47 +69,24 @@ class Checkpoint:
         """Type, shape and place of one tensor in its file. Reads nothing."""
         return self._tensors[name]
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on the CPU. `dtype=None` keeps the stored precision, and dequantizes blocks to float32.
-
-        May be a view of the mapped file, whose pages are read when first touched. Changing it never changes the file.
-        """
+    def array(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor, float32."""
         stored = self._tensors[name]
-        own_dtype = stored.type.dtype or torch.float32
-        if stored.type.dtype is not None and dtype in (None, own_dtype) and name not in self._permuted_heads:
-            return dequantize(stored.blocks(), stored.type).view(stored.shape)
-        out = torch.empty(stored.shape, dtype=dtype or own_dtype)
-        self.copy_into(name, out)
-        return out
-
-    def copy_into(self, name: str, out: Tensor) -> None:
-        """Write one tensor to `out`, of the right shape and any precision and device, needing little memory besides."""
-        self._tensors[name].copy_into(out)
-        if name in self._permuted_heads:
-            out.copy_(unpermute_rows(out, self._permuted_heads[name]))
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        """A tensor of one dimension, float32."""
-        values: NDArray[np.float32] = self.tensor(name, torch.float32).numpy()
-        return values
+        return self.rows(name, 0, stored.num_rows).reshape(stored.shape)
 
     def row_order(self, name: str) -> NDArray[np.int32] | None:
         """Which stored row each row of a matrix is, int32 [rows]; None: they are stored in order."""
         if name not in self._permuted_heads:
             return None
-        places = torch.arange(self._tensors[name].num_rows, dtype=torch.int32)[:, None]
-        order: NDArray[np.int32] = unpermute_rows(places, self._permuted_heads[name])[:, 0].contiguous().numpy()
-        return order
+        return unpermuted(self._tensors[name].num_rows, self._permuted_heads[name])
 
     def rows(self, name: str, first: int, count: int) -> NDArray[np.float32]:
-        """Some rows of a matrix, float32 [count, columns], needing little memory besides."""
+        """Some rows of a matrix, float32 [count, columns], needing little memory besides. May be a view of the mapped
+        file; changing it never changes the file."""
         stored, order = self._tensors[name], self.row_order(name)
         if order is None:
-            values = stored.values(first, count)
-        else:
-            values = dequantize(stored.blocks()[order[first : first + count]], stored.type)
-        rows: NDArray[np.float32] = values.float().contiguous().numpy()
-        return rows
+            return stored.values(first, count)
+        return dequantize(stored.blocks()[order[first : first + count]], stored.type)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -211,7 +187,7 @@ def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> Mod
     if embedding is not None and head.shape == embedding.shape and head.type == embedding.type:
         step = 1024
         if all(
-            torch.equal(head.values(first, step), embedding.values(first, step))
+            np.array_equal(head.values(first, step), embedding.values(first, step))
             for first in range(0, head.num_rows, step)
         ):
             del tensors["lm_head.weight"]

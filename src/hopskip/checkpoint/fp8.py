@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hopskip.checkpoint.quantization import Fp8Format, refuse_quantized_names
 from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize
 from hopskip.errors import CheckpointError
 
-_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-FP8_TYPES = {name: BlockType(name, 1, 1) for name in _DTYPES}
+FP8_TYPES = {name: BlockType(name, 1, 1) for name in ("F8_E4M3", "F8_E5M2")}
 """Types of weights that have a scale beside them."""
 
 _EXPONENTS = ("F8_E8M0", "U8")
@@ -52,16 +52,17 @@ class ScaledTensor(StoredTensor):
     block: tuple[int, int]
     """Rows and columns of values that share one; at the end of the matrix fewer may remain."""
 
-    def values(self, first: int = 0, count: int | None = None) -> Tensor:
+    def values(self, first: int = 0, count: int | None = None) -> NDArray[np.float32]:
         """See `StoredTensor.values`. Needs little more memory than the result."""
-        codes = self.blocks(first, count).view(_DTYPES[self.type.name])
+        codes = self.blocks(first, count)
         height, width = self.block
-        scale_rows = torch.arange(first, first + len(codes)) // height
+        scale_rows = np.arange(first, first + len(codes)) // height
         first_scale = first // height
         scales = _scale_values(self.scale, first_scale, int(scale_rows[-1]) - first_scale + 1)
         per_row = scales[scale_rows - first_scale]
-        per_value = per_row if per_row.shape[1] == 1 else per_row.repeat_interleave(width, dim=1)[:, : self.shape[-1]]
-        return codes.float() * per_value
+        per_value = per_row if per_row.shape[1] == 1 else per_row.repeat(width, axis=1)[:, : self.shape[-1]]
+        values: NDArray[np.float32] = _values_of_codes(self.type.name)[codes] * per_value
+        return values
 
 
 def with_scales(tensors: dict[str, StoredTensor], fp8: Fp8Format | None, place: Path) -> dict[str, StoredTensor]:
@@ -125,11 +126,23 @@ def _block_size(shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int,
     return shape[0] // grid[0], shape[1] // grid[1]
 
 
-def _scale_values(scale: StoredTensor, first: int, count: int) -> Tensor:
+@cache
+def _values_of_codes(name: str) -> NDArray[np.float32]:
+    """What each of the 256 codes stands for (OCP 8-bit floating point specification, 1.0)."""
+    codes = np.arange(256, dtype=np.uint16)
+    if name == "F8_E5M2":  # the upper half of a float16
+        return (codes << 8).view(np.float16).astype(np.float32)
+    exponent, fraction = (codes >> 3 & 15).astype(np.int32), (codes & 7).astype(np.float32) / 8
+    size = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7))
+    size[codes & 0x7F == 0x7F] = np.nan
+    return np.where(codes < 0x80, size, -size).astype(np.float32)
+
+
+def _scale_values(scale: StoredTensor, first: int, count: int) -> NDArray[np.float32]:
     """Scales, float32 [count, columns]."""
     if scale.type.name in _EXPONENTS:  # a byte says the power of two
-        return torch.exp2(scale.blocks(first, count).float() - 127.0)
-    return dequantize(scale.blocks(first, count), scale.type).float()
+        return np.exp2(scale.blocks(first, count).astype(np.float32) - 127)
+    return dequantize(scale.blocks(first, count), scale.type)
 
 
 def _is_unused(name: str, tensor: StoredTensor, place: Path) -> bool:

@@ -27,7 +27,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen
 """`general.architecture` -> Hugging Face `model_type`."""
 
 PERMUTED_ARCHITECTURES = ("llama", "mistral")
-"""Those whose query and key rows llama.cpp stores in another order, see `stored.unpermute_rows`."""
+"""Those whose query and key rows llama.cpp stores in another order, see `stored.unpermuted`."""
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -309,7 +309,7 @@ class _Reader:
         return strings
 
     def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape in torch order, type and offset of one tensor."""
+        """Name, shape with the rows' length last, type and offset of one tensor."""
         name = self.string()
         if len(name) > _LONGEST_NAME:
             raise ValueError(f"a tensor's name has {len(name)} characters")

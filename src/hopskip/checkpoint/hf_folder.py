@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.fp8 import FP8_TYPES, SMALL_TYPES
 from hopskip.checkpoint.kinds import misplaced, names_in, obstacle, refuse_pointer
@@ -165,6 +168,20 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: 
     if min(stored.shape) < 1 or stored.num_bytes != end - start:
         raise ValueError(f"tensor {name!r} of shape {list(shape)} does not fill its {end - start} bytes")
     return stored
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> None:
+    """A safetensors file of tensors, each with its type's name in the format: of one that numpy lacks, its bits."""
+    entries, end = {}, 0
+    for name, (dtype, values) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [end, end + values.nbytes]}
+        end += values.nbytes
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, values in tensors.values():
+            file.write(np.ascontiguousarray(values).data)
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

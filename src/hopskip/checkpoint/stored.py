@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-_CHUNK_VALUES = 1 << 20
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -20,13 +18,13 @@ class BlockType:
     name: str
     num_values: int
     num_bytes: int
-    dtype: torch.dtype | None = None
-    """The plain type of each value; None where the block is quantized."""
+    dtype: str | None = None
+    """The plain type of each value, `float32`, `float16` or `bfloat16`; None where the block is quantized."""
 
 
 BLOCK_TYPES = {
-    0: BlockType("F32", 1, 4, torch.float32),
-    1: BlockType("F16", 1, 2, torch.float16),
+    0: BlockType("F32", 1, 4, "float32"),
+    1: BlockType("F16", 1, 2, "float16"),
     2: BlockType("Q4_0", 32, 18),
     3: BlockType("Q4_1", 32, 20),
     6: BlockType("Q5_0", 32, 22),
@@ -46,7 +44,7 @@ BLOCK_TYPES = {
     22: BlockType("IQ2_S", 256, 82),
     23: BlockType("IQ4_XS", 256, 136),
     29: BlockType("IQ1_M", 256, 56),
-    30: BlockType("BF16", 1, 2, torch.bfloat16),
+    30: BlockType("BF16", 1, 2, "bfloat16"),
     34: BlockType("TQ1_0", 256, 54),
     35: BlockType("TQ2_0", 256, 66),
     39: BlockType("MXFP4", 32, 17),
@@ -57,7 +55,7 @@ BLOCK_TYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: rows of blocks, one after the other. `shape` is in torch order."""
+    """A tensor in a file: rows of blocks, one after the other. `shape` has the rows' length last."""
 
     path: Path
     offset: int
@@ -80,52 +78,43 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return self.num_rows * self.row_bytes
 
-    def blocks(self, first: int = 0, count: int | None = None) -> Tensor:
+    def blocks(self, first: int = 0, count: int | None = None) -> NDArray[np.uint8]:
         """The stored bytes of `count` rows, uint8 [rows, bytes per row].
 
-        A private map of the file: pages are read when touched and freed with the tensor; writes stay in memory.
+        A private map of the file: pages are read when touched and freed with the array; writes stay in memory.
         """
         rows = self.num_rows - first if count is None else min(count, self.num_rows - first)
         start, size = self.offset + first * self.row_bytes, rows * self.row_bytes
         data = np.memmap(self.path, dtype=np.uint8, mode="c", offset=start, shape=(size,))
-        return torch.from_numpy(data).view(rows, self.row_bytes)
+        return np.asarray(data).reshape(rows, self.row_bytes)
 
-    def values(self, first: int = 0, count: int | None = None) -> Tensor:
-        """The values of `count` rows, [rows, values per row], as `dequantize` gives them."""
+    def values(self, first: int = 0, count: int | None = None) -> NDArray[np.float32]:
+        """The values of `count` rows, float32 [rows, values per row]."""
         return dequantize(self.blocks(first, count), self.type)
 
-    def copy_into(self, out: Tensor) -> None:
-        """Write the values to `out`, of this shape and any precision and device; dequantized to float32, rounded once.
-
-        Goes a few hundred rows at a time: neither the mapped file nor float32 values pile up beside a large matrix.
-        """
-        rows = out.view(self.num_rows, self.shape[-1])
-        step = max(1, _CHUNK_VALUES // self.shape[-1])
-        for first in range(0, self.num_rows, step):
-            rows[first : first + step] = self.values(first, step)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All values, in the tensor's shape: wherever numpy takes an array, it takes a stored tensor."""
+        return np.array(self.values().reshape(self.shape), dtype=dtype, copy=copy)
 
 
-def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
-    """Stored rows, uint8 [rows, bytes per row] -> values [rows, values per row].
-
-    In the stored precision where that is a plain one (and then a view of `blocks`), else float32.
-    """
-    if block_type.dtype is not None:
-        # only a file that keeps its values at an odd address costs a copy
-        is_aligned = blocks.data_ptr() % block_type.num_bytes == 0
-        return (blocks if is_aligned else blocks.clone()).view(block_type.dtype)
+def dequantize(blocks: NDArray[np.uint8], block_type: BlockType) -> NDArray[np.float32]:
+    """Stored rows, uint8 [rows, bytes per row] -> values, float32 [rows, values per row]. Of F32 it is a view of
+    `blocks`, unless a file keeps its values at odd addresses."""
+    if block_type.dtype == "float32":
+        return np.require(blocks.view(np.float32), requirements="A")
+    if block_type.dtype == "float16":
+        return blocks.view(np.float16).astype(np.float32)
+    if block_type.dtype == "bfloat16":  # the upper half of a float32
+        return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as dequantize_array
 
-    values: Tensor = torch.from_numpy(dequantize_array(blocks.numpy(), GGMLQuantizationType[block_type.name]))
+    values: NDArray[np.float32] = dequantize_array(blocks, GGMLQuantizationType[block_type.name])
     return values
 
 
-def unpermute_rows(rows: Tensor, num_heads: int) -> Tensor:
-    """Undo llama.cpp's reordering of query and key rows: from pairs (0, 1), (2, 3), ... back to (i, i + half).
-
-    Whole rows move, so quantized blocks [rows, bytes] stay as they are. Returns a copy.
-    """
-    num_rows, num_columns = rows.shape
-    pairs = rows.reshape(num_heads, num_rows // num_heads // 2, 2, num_columns)
-    return pairs.transpose(1, 2).reshape(num_rows, num_columns)
+def unpermuted(num_rows: int, num_heads: int) -> NDArray[np.int32]:
+    """Where llama.cpp stores each row of a query or key matrix, int32 [rows]: it has reordered the rows of each head
+    from (i, i + half) to pairs (0, 1), (2, 3), ..."""
+    pairs = np.arange(num_rows, dtype=np.int32).reshape(num_heads, num_rows // num_heads // 2, 2)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(num_rows)

@@ -18,24 +18,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from array_api_compat import array_namespace
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from numpy.typing import NDArray
 
 from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.hf_folder import read_safetensors, write_safetensors
+from hopskip.checkpoint.stored import StoredTensor
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.version import describe
 
 Array = Any
 """A numpy array or a PyTorch tensor."""
+Weights = NDArray[np.float32] | StoredTensor
+"""Of an exit: in memory, or still in its file. `numpy.asarray` reads both."""
 _TENSORS, _DESCRIPTION = "exit.safetensors", "exit.json"
+_EXITS = Path(__file__).parent.parent / "data" / "exits"
+DEFAULT_EXIT = _EXITS / "smollm2-135m-instruct"
+"""The trained exit of the default model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +80,11 @@ class TrainedExit:
     """A trained exit."""
 
     config: ExitConfig
-    vocabulary: Tensor
-    """int64 [n], rising: the tokens that it can draft."""
-    layers: list[dict[str, Tensor]]
+    vocabulary: NDArray[np.int32]
+    """[n], rising: the tokens that it can draft."""
+    layers: Seq[Mapping[str, Weights]]
     """Tensors of each layer, by their names within a layer of the model."""
-    mixing: dict[str, Tensor]
+    mixing: Mapping[str, Weights]
     """`fuse` [D, A D]: from the features, each normalised, to one vector. `mix` [D, 2 D]: what token and features add
     to it. `token_norm`, `feature_norm` [D]: the norms before `mix`. Empty without features."""
     fingerprint: str
@@ -93,7 +99,8 @@ class TrainedExit:
     @cached_property
     def vocabulary_list(self) -> list[int]:
         """The vocabulary as plain numbers."""
-        return [int(token) for token in self.vocabulary]
+        tokens: list[int] = self.vocabulary.tolist()
+        return tokens
 
     def check(self, model: ModelConfig) -> None:
         """Raises ConfigError if the exit does not fit models of this shape."""
@@ -122,10 +129,10 @@ class TrainedExit:
                     "use the model that it was trained for"
                 )
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Weights]:
         """All trained tensors by name: `layers.0.mlp.up_proj.weight`, `fuse`, ..."""
         layers = {f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.items()}
-        return layers | self.mixing
+        return {**layers, **self.mixing}
 
     def check_base(self, fingerprint: str) -> None:
         """Raises ConfigError unless the exit was trained for these weights."""
@@ -139,8 +146,10 @@ class TrainedExit:
     def save(self, folder: Path) -> None:
         """Write `exit.safetensors` (bfloat16) and `exit.json` to a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in self.tensors().items()}
-        tensors["vocabulary"] = self.vocabulary.int()
+        tensors: dict[str, tuple[str, NDArray[Any]]] = {
+            name: ("BF16", _as_bfloat16(np.asarray(t))) for name, t in self.tensors().items()
+        }
+        tensors["vocabulary"] = ("I32", self.vocabulary.astype(np.int32))
         description = {
             "format": 1,
             "hopskip_version": describe(),
@@ -151,7 +160,7 @@ class TrainedExit:
             "notes": dict(self.notes),
         }
         partial = folder / f"{_TENSORS}.partial"
-        save_file(tensors, partial)
+        write_safetensors(partial, tensors)
         partial.replace(folder / _TENSORS)
         (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
@@ -163,16 +172,13 @@ class TrainedExit:
             CheckpointError: a file is missing or damaged.
         """
         description = read_description(folder)
-        try:
-            tensors = load_file(folder / _TENSORS)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the exit's weights in {folder} cannot be read: {error}") from None
+        tensors, _ = read_safetensors(folder / _TENSORS)
         config = ExitConfig(
             start=description["start"], num_layers=description["num_layers"], features=tuple(description["features"])
         )
-        layers: list[dict[str, Tensor]] = [{} for _ in range(config.num_layers)]
-        mixing: dict[str, Tensor] = {}
-        vocabulary = tensors.pop("vocabulary", torch.empty(0)).long()
+        layers: list[dict[str, Weights]] = [{} for _ in range(config.num_layers)]
+        mixing: dict[str, Weights] = {}
+        vocabulary = tensors.pop("vocabulary", None)
         try:
             for name, tensor in tensors.items():
                 if name.startswith("layers."):
@@ -182,11 +188,11 @@ class TrainedExit:
                     mixing[name] = tensor
         except (IndexError, ValueError):
             raise CheckpointError(f"{folder / _TENSORS} does not fit {_DESCRIPTION} beside it: {name}") from None
-        if not len(vocabulary):
-            raise CheckpointError(f"{folder / _TENSORS} has no draft vocabulary")
+        if vocabulary is None or vocabulary.type.name != "I32" or len(vocabulary.shape) != 1:
+            raise CheckpointError(f"{folder / _TENSORS} has no draft vocabulary; copy or train the exit again")
         return cls(
             config=config,
-            vocabulary=vocabulary,
+            vocabulary=vocabulary.blocks().view(np.int32).reshape(-1),
             layers=layers,
             mixing=mixing,
             fingerprint=description["fingerprint"],
@@ -194,6 +200,14 @@ class TrainedExit:
             num_runner_ups=description["num_runner_ups"],
             notes=description["notes"],
         )
+
+
+def shipped_exit(fingerprint: str) -> Path | None:
+    """The folder of the trained exit that comes with the package for the model of this fingerprint, if there is one."""
+    for folder in sorted(_EXITS.glob("*")):
+        if read_description(folder)["fingerprint"] == fingerprint:
+            return folder
+    return None
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -219,6 +233,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     if description["format"] != 1:
         raise CheckpointError(f"{path} has format {description['format']}; this version of hopskip reads format 1")
     return description
+
+
+def _as_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 numbers, of two the even one. None of them may be NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
 
 
 def unit_rms(x: Array, eps: float) -> Array:

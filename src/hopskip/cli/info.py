@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -126,7 +127,7 @@ class _Facts:
     def exit_bytes(self) -> int:
         """Memory of the trained exit: its layers and a copy of the head's rows, in 8 bits on the native engine."""
         assert self.trained_exit is not None
-        num_weights = sum(tensor.numel() for tensor in self.trained_exit.tensors().values())
+        num_weights = sum(math.prod(tensor.shape) for tensor in self.trained_exit.tensors().values())
         num_weights += len(self.trained_exit.vocabulary) * self.config.hidden_size
         return num_weights * 34 // 32 if self.backend == "native" else num_weights * 2
 
@@ -153,15 +154,12 @@ def _gain(acceptance: float, step_cost: float) -> dict[str, float]:
 
 
 def _collect(load: LoadConfig) -> _Facts:
-    import torch
-
     from hopskip.backends.native.isa import choose_isa
     from hopskip.bench.expected import model_costs
     from hopskip.checkpoint.checkpoint import open_checkpoint
     from hopskip.checkpoint.hub import find_model
     from hopskip.draft.make import resolve
     from hopskip.loading import find_exit
-    from hopskip.machine import num_usable_cores
     from hopskip.speculative import DraftPrecision, SpeculativeConfig
 
     kind, device = load.where()
@@ -184,11 +182,11 @@ def _collect(load: LoadConfig) -> _Facts:
     return _Facts(
         path=checkpoint.path,
         config=config,
-        stored_as=checkpoint.quantization or str(checkpoint.dtype).removeprefix("torch."),
+        stored_as=checkpoint.quantization or checkpoint.dtype,
         backend=kind,
         isa=choose_isa() if is_native else None,
-        device=str(device),
-        threads=load.threads or (num_usable_cores() if is_native else torch.get_num_threads()),
+        device=device,
+        threads=load.threads or _default_threads(kind),
         costs=costs,
         default_draft=default.draft,
         trained_exit=trained_exit,
@@ -196,6 +194,16 @@ def _collect(load: LoadConfig) -> _Facts:
         num_draft_tokens=default.num_draft_tokens,
         copy_bytes={name: size for name, size in copies.items() if size < costs.bytes_per_pass},
     )
+
+
+def _default_threads(kind: str) -> int:
+    if kind == "native":
+        from hopskip.machine import num_usable_cores
+
+        return num_usable_cores()
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _print_facts(facts: _Facts) -> None:

@@ -15,6 +15,7 @@ from hopskip.options import option
 
 if TYPE_CHECKING:
     from hopskip.backends.base import Backend
+    from hopskip.bench.perplexity import Floats
     from hopskip.checkpoint.checkpoint import Checkpoint
     from hopskip.loading import LoadConfig
 
@@ -143,13 +144,12 @@ def _measure(
     """A row for each model and exit, with a progress bar in a terminal."""
     from rich.console import Console
     from rich.progress import Progress
-    from torch import Tensor
 
     from hopskip.bench.perplexity import difference, negative_log_likelihoods
     from hopskip.bench.perplexity import perplexity as perplexity_of
 
     console = Console(stderr=True)
-    first: dict[int, Tensor] = {}
+    first: dict[int, Floats] = {}
     rows = []
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=num_backends * len(windows))

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hopskip.backends.base import Backend, run_by_number
-from hopskip.backends.rows import Array, Rows, Segment
+from hopskip.backends.rows import Rows, Segment
 from hopskip.draft.costs import expected_speedup
 from hopskip.machine import replacing_file
+from hopskip.sampling_params import SamplingParams
+from hopskip.sequence import Place, Rule
 from hopskip.speculative import DraftPrecision, OwnLayers, layer_skip
 
 _NUM_TEXTS, _LENGTH = 4, 96
@@ -150,18 +150,14 @@ class _Search:
 
     def _write(self) -> list[int]:
         """Texts of the model's own, one after the other."""
-        generator = torch.Generator().manual_seed(0)
         config = self._backend.config
         first = 0 if config.bos_token_id is None else config.bos_token_id
         texts = [[first] for _ in range(_NUM_TEXTS)]
+        rules = [Rule(SamplingParams(temperature=1.0), seed=index) for index in range(_NUM_TEXTS)]
         for position in range(self._cache.length - 1):
             rows = Rows(Segment(slot, position, 1) for slot in range(_NUM_TEXTS))
-            logits_NV: Array = self._backend.logits(
-                self._backend.forward([text[-1] for text in texts], rows, self._cache).hidden_ND
-            )
-            probs_NV = torch.as_tensor(logits_NV).cpu().softmax(dim=-1)
-            for text, token in zip(
-                texts, torch.multinomial(probs_NV, 1, generator=generator)[:, 0].tolist(), strict=True
-            ):
+            hidden_ND = self._backend.forward([text[-1] for text in texts], rows, self._cache).hidden_ND
+            chosen = self._backend.choose(hidden_ND, [Place(rule, position + 1) for rule in rules]).token_ids
+            for text, token in zip(texts, chosen, strict=True):
                 text.append(token)
         return [token for text in texts for token in text]

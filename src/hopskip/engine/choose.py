@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array
@@ -96,7 +97,7 @@ def choose(backend: Backend, sequences: Seq[Sequence], drafts: Seq[Draft], hidde
         first += num_rows
         own_NV = None
         if sequence.params.logprobs is not None and logits_NV is not None:
-            own_NV = logits_NV[first_reported : first_reported + num_rows]
+            own_NV = backend.on_host(logits_NV[first_reported : first_reported + num_rows])
             first_reported += num_rows
         if verdict.next_token < 0 and sequence.error is None:
             sequence.fail(NoTokenError())
@@ -123,7 +124,7 @@ def _places(sequence: Sequence, draft: Draft) -> list[Place]:
     ]
 
 
-def _tokens(sequence: Sequence, draft: Draft, verdict: Verdict, logits_NV: Array | None) -> list[Token]:
+def _tokens(sequence: Sequence, draft: Draft, verdict: Verdict, logits_NV: NDArray[np.float32] | None) -> list[Token]:
     path = verdict.path
     ids = [*(draft.token_ids[index] for index in path), verdict.next_token]
     is_bonus = bool(path) and not draft.goes_on_after(path[-1])
@@ -133,9 +134,13 @@ def _tokens(sequence: Sequence, draft: Draft, verdict: Verdict, logits_NV: Array
     if logits_NV is None or num_logprobs is None:
         return [Token(i, origin) for i, origin in zip(ids, origins, strict=True)]
     tokens = []
-    logprobs_NV = torch.as_tensor(logits_NV[verdict.rows]).log_softmax(dim=-1)
-    for i, origin, logprobs_V in zip(ids, origins, logprobs_NV, strict=True):
-        top = logprobs_V.topk(num_logprobs)
-        top_logprobs = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    for i, origin, row in zip(ids, origins, verdict.rows, strict=True):
+        shifted_V = logits_NV[row] - logits_NV[row].max()
+        logprobs_V = shifted_V - np.log(np.exp(shifted_V, dtype=np.float64).sum()).astype(np.float32)
+        best = (
+            np.argpartition(-logprobs_V, num_logprobs - 1)[:num_logprobs] if num_logprobs else np.array([], dtype=int)
+        )
+        best = best[np.lexsort((best, -logprobs_V[best]))]
+        top_logprobs = dict(zip(best.tolist(), logprobs_V[best].tolist(), strict=True))
         tokens.append(Token(i, origin, float(logprobs_V[i]), top_logprobs))
     return tokens

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array, Rows, Segment
@@ -19,6 +19,8 @@ from hopskip.prove.proof import Proof, Tie
 from hopskip.prove.recorder import Run, first_difference, run, same_bits
 from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import SpeculativeConfig
+
+Floats = NDArray[np.float32]
 
 TIE_GAP = 1e-4
 """Two float32 logits closer than this may come in either order when a sum is taken in another order."""
@@ -198,9 +200,10 @@ def compare_with_ties(
         if position >= min(len(expected), len(got)):
             return f"{len(got)} tokens, not {len(expected)}"
         before = [*prompt, *got[:position]]
-        values, best = last_logits(backend, before).topk(2)
-        gap = float(values[0] - values[1])
-        if gap > TIE_GAP or got[position] not in best.tolist():
+        logits_V = last_logits(backend, before)
+        best = best_tokens(logits_V, 2)
+        gap = float(logits_V[best[0]] - logits_V[best[1]])
+        if gap > TIE_GAP or got[position] not in best:
             names = f"{got[position]}, not {expected[position]}"
             return f"token {position} differs: {names} (the best two are {gap:.2g} apart)"
         ties.append(Tie(index, position, expected[position], got[position], gap))
@@ -212,10 +215,17 @@ def compare_with_ties(
     return None
 
 
-def last_logits(backend: Backend, token_ids: Seq[int]) -> Tensor:
+def best_tokens(logits_V: Floats, number: int) -> list[int]:
+    """Those of the largest logits, best first."""
+    best: list[int] = np.argsort(-logits_V, kind="stable")[:number].tolist()
+    return best
+
+
+def last_logits(backend: Backend, token_ids: Seq[int]) -> Floats:
     """Logits after these tokens, [V], by one pass in a cache of its own."""
     hidden_TD = hidden_states(backend, token_ids, backend.config.num_hidden_layers)
-    return torch.as_tensor(backend.logits(hidden_TD[-1:]))[0]
+    logits_V: Floats = backend.on_host(backend.logits(hidden_TD[-1:]))[0]
+    return logits_V
 
 
 def hidden_states(backend: Backend, token_ids: Seq[int], num_layers: int) -> Array:
@@ -268,6 +278,6 @@ def _at(token_ids: list[int], position: int) -> str:
     return str(token_ids[position]) if position < len(token_ids) else "the end"
 
 
-def _first_row(a: Tensor, b: Tensor) -> int:
+def _first_row(a: Floats, b: Floats) -> int:
     rows = (not same_bits(x, y) for x, y in zip(a, b, strict=False))
     return next((index for index, differs in enumerate(rows) if differs), min(len(a), len(b)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array, Cache, Rows
@@ -24,7 +24,7 @@ class Run:
 
     token_ids: list[int]
     """Generated tokens."""
-    states: Tensor
+    states: NDArray[np.float32]
     """Final hidden states at every committed position, those of the prompt first: [T, D]. The last generated token has
     none, it was not fed back."""
     stats: SpeculativeStats
@@ -35,21 +35,21 @@ class Recorder(Drafter):
 
     Args:
         drafter: None drafts nothing.
-        depth: layers of the model.
     """
 
-    def __init__(self, drafter: Drafter | None, depth: int) -> None:
+    def __init__(self, backend: Backend, drafter: Drafter | None) -> None:
+        self._backend, depth = backend, backend.config.num_hidden_layers
         self._drafter = drafter
         self._inner_taps = None if drafter is None else drafter.taps
         taps = sorted({depth, *(self._inner_taps or ())})
         self.taps = tuple(taps)
         self._column = taps.index(depth)
         self._inner_columns = [taps.index(tap) for tap in self._inner_taps or ()]
-        self._states: dict[tuple[int, int], Tensor] = {}
+        self._states: dict[tuple[int, int], NDArray[np.float32]] = {}
 
     def observe(self, rows: Rows, features_NAD: Array) -> None:
         places = [(segment.slot, segment.start + row) for segment in rows.segments for row in range(segment.count)]
-        states_ND = torch.as_tensor(features_NAD)[:, self._column].clone()
+        states_ND = self._backend.on_host(features_NAD[:, self._column]).copy()
         self._states.update(zip(places, states_ND, strict=True))
         if self._drafter is not None and self._inner_taps is not None:
             self._drafter.observe(rows, features_NAD[:, self._inner_columns])
@@ -63,9 +63,9 @@ class Recorder(Drafter):
         if self._drafter is not None:
             self._drafter.learn(sequences, outcome)
 
-    def states(self, slot: int, num_positions: int) -> Tensor:
+    def states(self, slot: int, num_positions: int) -> NDArray[np.float32]:
         """Final hidden states of the first positions of a slot, [T, D]."""
-        return torch.stack([self._states[slot, position] for position in range(num_positions)])
+        return np.stack([self._states[slot, position] for position in range(num_positions)])
 
 
 def run(
@@ -82,7 +82,7 @@ def run(
     for first in range(0, len(prompts), max_num_seqs):
         # a new engine for each group: every sequence then keeps a slot to itself
         resolved, drafter = prepare(backend, speculative)
-        recorder = Recorder(drafter, backend.config.num_hidden_layers)
+        recorder = Recorder(backend, drafter)
         engine = Engine(
             backend,
             resolved,
@@ -100,9 +100,9 @@ def run(
     return runs
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
     """Equality of every bit: NaN equals itself, and 0 is not -0."""
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def first_difference(a: Seq[object], b: Seq[object]) -> int | None:

@@ -9,18 +9,18 @@ The engine then runs on that table, thousands of times, and the exact distributi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hopskip.backends.base import Backend
 from hopskip.backends.table import TableBackend
 from hopskip.engine.engine import make_engine
-from hopskip.prove.greedy import PLAIN, exits_to_try, hidden_states, last_logits, sampled_proofs
+from hopskip.prove.greedy import PLAIN, best_tokens, exits_to_try, hidden_states, last_logits, sampled_proofs
 from hopskip.prove.proof import Proof
 from hopskip.prove.recorder import run
 from hopskip.sampling_params import SamplingParams
@@ -51,12 +51,12 @@ def tabulate(backend: Backend, prompt: Seq[int]) -> TableBackend:
     """The model's logits of the best few tokens after `prompt`, and after each of them."""
     depth = backend.config.num_hidden_layers
     exit_layer = next(iter(exits_to_try(backend.config)), depth)
-    best = last_logits(backend, prompt).topk(_NUM_CANDIDATES).indices.tolist()
+    best = best_tokens(last_logits(backend, prompt), _NUM_CANDIDATES)
     tables = []
     for num_layers in (exit_layer, depth):
         after = [hidden_states(backend, [*prompt, token], num_layers)[-1:] for token in best]
-        logits_NV = torch.as_tensor(backend.logits(backend.xp.concat(after)))
-        tables.append(logits_NV[:, best].float().cpu())
+        logits_NV = backend.on_host(backend.logits(backend.xp.concat(after)))
+        tables.append(logits_NV[:, best])
     return TableBackend(replace(backend.config, eos_token_ids=()), *tables)
 
 
@@ -103,7 +103,7 @@ def _exact_joint(table: TableBackend, params: SamplingParams) -> NDArray[np.floa
 
     Written apart from `hopskip.sampling` on purpose: the two must agree.
     """
-    table_VV = table.tables[1].double().numpy()
+    table_VV = table.tables[1].astype(np.float64)
     scaled = np.exp((table_VV - table_VV.max(axis=1, keepdims=True)) / params.temperature)
     # of equal logits the lower token id comes first
     best = np.argsort(-table_VV, axis=1, kind="stable")[:, : params.top_k]
@@ -128,8 +128,18 @@ def chi_squared_p_value(observed: NDArray[np.float64], expected: NDArray[np.floa
     expected = np.append(expected[~rare], expected[rare].sum())
     observed, expected = observed[expected > 0], expected[expected > 0]
     statistic = float(((observed - expected) ** 2 / expected).sum())
-    degrees = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))
+    return _chi_squared_tail(statistic, len(expected) - 1)
+
+
+def _chi_squared_tail(statistic: float, degrees: int) -> float:
+    """Probability of a larger one: a finite sum (Abramowitz and Stegun, 26.4.4 and 26.4.5)."""
+    half = statistic / 2
+    if degrees < 1 or half == 0:
+        return 1.0
+    is_odd = degrees % 2
+    exponents = np.arange(1, (degrees + 1) // 2) - 0.5 if is_odd else np.arange(degrees // 2)
+    terms = np.exp([exponent * math.log(half) - half - math.lgamma(exponent + 1) for exponent in exponents])
+    return min(1.0, float(terms.sum()) + (math.erfc(math.sqrt(half)) if is_odd else 0.0))
 
 
 def _seed_proof(backend: Backend, prompt: Seq[int]) -> Proof:

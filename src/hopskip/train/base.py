@@ -6,8 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from hopskip.backends.torch.weights import copy_into
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.hub import find_model
@@ -73,7 +75,7 @@ def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     assert own.keys() == checkpoint.names()
     with torch.no_grad():
         for name, parameter in own.items():
-            checkpoint.copy_into(name, parameter)
+            copy_into(parameter, checkpoint, name)
     if checkpoint.path.is_dir() and (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     else:
@@ -119,7 +121,7 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
             named = replace(
                 rope, rope_type="llama3", factor=factor, original_max_position_embeddings=8192, frequency_divisors=()
             )
-            if torch.allclose(named.inverse_frequencies(), rope.inverse_frequencies(), rtol=1e-4):
+            if np.allclose(named.inverse_frequencies(), rope.inverse_frequencies(), rtol=1e-4):
                 return _rope(named)
         raise CheckpointError("this GGUF file scales positions in a way that has no name; use the Hugging Face folder")
     names = {

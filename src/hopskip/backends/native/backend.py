@@ -13,9 +13,7 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import array_api_compat.numpy
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hopskip.backends.base import Backend, Chains, Chosen, DraftTask, Head, Pass, Traits, torch_on_one_thread
@@ -32,7 +30,7 @@ from hopskip.sequence import Place, Rule
 from hopskip.speculative import DraftPrecision
 
 PRECISIONS = ("auto", "float32", "bfloat16", "q8", "q4")
-KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+KV_DTYPES = ("float32", "bfloat16", "int8")
 
 Array = NDArray[np.float32]
 
@@ -44,7 +42,7 @@ class NativeBackend(Backend):
     slots, positions or token ids out of range raise ValueError before anything is computed.
     """
 
-    xp = array_api_compat.numpy
+    xp = np
     num_prefill_rows = 128  # what one pass inside takes (native/model.cpp): more would run in several of them
 
     def __init__(
@@ -52,7 +50,7 @@ class NativeBackend(Backend):
         config: ModelConfig,
         weights: PackedWeights,
         threads: int | None = None,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         if kv_dtype not in (None, *KV_DTYPES):
             raise ConfigError(
@@ -74,7 +72,7 @@ class NativeBackend(Backend):
         checkpoint: Checkpoint,
         precision: str = "auto",
         threads: int | None = None,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: str | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> NativeBackend:
         """Pack the weights of a checkpoint, or map them from the cache of packed weights (see `packed.py`).
@@ -254,8 +252,7 @@ class NativeBackend(Backend):
     def _extend_rope(self, length: int) -> None:
         # another thread may do the same: the engine keeps the longest table
         if self._engine.rope_length < length:
-            cos, sin = self.config.rope.tables(length)
-            self._engine.set_rope(cos.contiguous(), sin.contiguous())
+            self._engine.set_rope(*self.config.rope.tables(length))
 
 
 def _cut(values: NDArray[Any], counts: list[int]) -> list[Any]:
@@ -273,11 +270,11 @@ class NativeCache(Cache):
     Memory is only reserved here: the operating system commits a page when it is first written.
     """
 
-    def __init__(self, config: ModelConfig, num_slots: int, length: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, num_slots: int, length: int, dtype: str) -> None:
         self.num_slots, self.length = num_slots, length
         self.dtype = dtype
         self.handle: Any = extension.Cache(
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype,
             layers=config.num_hidden_layers,
             slots=num_slots,
             kv_heads=config.num_key_value_heads,

@@ -25,7 +25,10 @@ one."""
 def obstacle() -> str | None:
     """None if the native engine can be used here, else the reason in one line."""
     if extension is None:
-        return f"the extension hopskip._native is not built ({_import_error}); reinstall hopskip with a C++ compiler"
+        return (
+            f"the extension hopskip._native is not built ({_import_error}); reinstall hopskip with a C++ compiler, or "
+            "run on PyTorch, which is slower: pip install 'hopskip[torch]'"
+        )
     return None
 
 

@@ -7,14 +7,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hopskip.backends.native.formats import Format
 from hopskip.backends.native.isa import choose_isa, extension
 from hopskip.backends.native.packed import PackedWeights
 from hopskip.backends.native.packing import Packed, Packer
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.trained_exit import TrainedExit
+from hopskip.checkpoint.trained_exit import TrainedExit, Weights
 from hopskip.errors import ResourceError
 
 T = TypeVar("T")
@@ -59,18 +58,18 @@ def add_exit(engine: Any, config: ModelConfig, weights: PackedWeights, trained_e
     """
     packer = Packer()
 
-    def in_q8(weight_OI: Tensor) -> Packed:
+    def in_q8(weight_OI: Weights) -> Packed:
         return packer.pack_array(_array(weight_OI), Format.Q8)
 
     for layer in trained_exit.layers:
-        matrices = {name: in_q8(tensor) for name, tensor in layer.items() if tensor.ndim == 2}
-        vectors = {name: _array(tensor) for name, tensor in layer.items() if tensor.ndim == 1}
+        matrices = {name: in_q8(tensor) for name, tensor in layer.items() if len(tensor.shape) == 2}
+        vectors = {name: _array(tensor) for name, tensor in layer.items() if len(tensor.shape) == 1}
         engine.add_layer(_layer(config, matrices, vectors))
     mixing: dict[str, object] = {}
     if trained_exit.mixing:
         mixing = {name: _matrix(in_q8(trained_exit.mixing[name])) for name in ("fuse", "mix")}
         mixing |= {name: _array(trained_exit.mixing[name]) for name in ("token_norm", "feature_norm")}
-    vocabulary = np.ascontiguousarray(trained_exit.vocabulary.numpy().astype(np.int32))
+    vocabulary = np.ascontiguousarray(trained_exit.vocabulary, dtype=np.int32)
     rows = weights.head.select_rows(vocabulary)
     head = _matrix(rows if rows.format.is_quantized else packer.pack_array(rows.unpack(), Format.Q8))
     depth = config.num_hidden_layers
@@ -116,8 +115,8 @@ def _within(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _array(tensor: Tensor) -> NDArray[np.float32]:
-    return np.ascontiguousarray(tensor.detach().float().numpy())
+def _array(tensor: Weights) -> NDArray[np.float32]:
+    return np.ascontiguousarray(tensor, dtype=np.float32)
 
 
 def _matrix(packed: Packed) -> Any:

@@ -29,7 +29,6 @@ from typing import Any, BinaryIO, TypeVar
 from weakref import finalize
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hopskip.backends.native.formats import Format, choose_format, matrix_bytes, strip_bytes
@@ -180,10 +179,10 @@ class PackedWeights:
         return layers + self.head.data.nbytes
 
     @property
-    def kv_dtype(self) -> torch.dtype:
+    def kv_dtype(self) -> str:
         """float32 where all weights are: halving the cache would then lose more than it gains."""
         is_float = all(matrix.format is Format.F32 for matrix in self.matrices.values())
-        return torch.float32 if is_float else torch.bfloat16
+        return "float32" if is_float else "bfloat16"
 
 
 def packed_path(folder: Path, checkpoint: Checkpoint, precision: str) -> Path:
@@ -280,7 +279,7 @@ def _parts(
     for name, entry in entries.items():
         position = entry.offset
         if entry.format is None:
-            vector = checkpoint.vector(name)
+            vector = checkpoint.array(name)
             if not np.isfinite(vector).all():
                 raise CheckpointError(f"{name} of {checkpoint.path}: a weight is infinite or not a number")
             parts: Iterable[Bytes] = [vector.view(np.uint8)]

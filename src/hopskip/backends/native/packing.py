@@ -118,9 +118,9 @@ class Packer:
             if not is_direct:
                 given, type_name = checkpoint.rows(name, first, count).view(np.uint8), "F32"
             elif order is None:
-                given = stored.blocks(first, count).numpy()
+                given = stored.blocks(first, count)
             else:
-                given, places = stored.blocks().numpy(), order[first : first + count]
+                given, places = stored.blocks(), order[first : first + count]
             try:
                 self.pack(given, type_name, cols, format, out, places, weights)
             except CheckpointError as error:
@@ -185,5 +185,4 @@ def _importance(checkpoint: Checkpoint, name: str, cols: int) -> NDArray[np.floa
     norm = _NORM_BEFORE.get(part)
     if norm is None:
         return np.ones(cols, dtype=np.float32)
-    weights: NDArray[np.float32] = checkpoint.vector(f"{layer.rpartition('.')[0]}.{norm}.weight")
-    return weights**2
+    return checkpoint.array(f"{layer.rpartition('.')[0]}.{norm}.weight") ** 2

@@ -6,11 +6,13 @@ E head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property, partial
 
 import array_api_compat.torch
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,7 @@ from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
 from hopskip.backends.torch.weights import Weights
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import Mixing, TrainedExit
+from hopskip.checkpoint.trained_exit import Weights as ExitWeights
 
 
 class TorchBackend(StepwiseBackend):
@@ -60,20 +63,23 @@ class TorchBackend(StepwiseBackend):
         trained_exit.check(self.config)
         self.trained_exit = trained_exit
 
-        def part(layer: dict[str, Tensor], *names: str) -> Tensor:
-            return torch.cat([layer[name] for name in names]).to(self.device, self.dtype)
+        def part(layer: Mapping[str, ExitWeights], *names: str) -> Tensor:
+            return torch.cat([self._placed(layer[name]) for name in names])
 
         added = [LayerWeights.fused(self.config, partial(part, layer)) for layer in trained_exit.layers]
         self._layers = [*self.weights.layers, *added]
-        self._exit_head = self.weights.lm_head[trained_exit.vocabulary.to(self.device)]
+        self._exit_head = self.weights.lm_head[torch.tensor(trained_exit.vocabulary_list, device=self.device)]
         self.__dict__.pop("mixing", None)
 
     @cached_property
     def mixing(self) -> Mixing | None:
         if self.trained_exit is None or not self.trained_exit.mixing:
             return None
-        weights = {name: tensor.to(self.device, self.dtype) for name, tensor in self.trained_exit.mixing.items()}
+        weights = {name: self._placed(values) for name, values in self.trained_exit.mixing.items()}
         return Mixing(weights, self.config.rms_norm_eps)
+
+    def _placed(self, values: ExitWeights) -> Tensor:
+        return torch.tensor(np.asarray(values), device=self.device, dtype=self.dtype)
 
     def new_cache(self, num_slots: int, length: int) -> TensorCache:
         config = replace(self.config, num_hidden_layers=len(self._layers))
@@ -121,8 +127,8 @@ class TorchBackend(StepwiseBackend):
         """cos and sin of each row's position, [N, 1, E / 2] in the model's precision."""
         tables = self._rope_tables  # another thread may put shorter ones in their place
         if tables is None or tables[0].shape[0] < length:
-            cos, sin = self.config.rope.tables(length)
-            tables = self._rope_tables = (cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))
+            own_cos, own_sin = self.config.rope.tables(length)
+            tables = self._rope_tables = (self._placed(own_cos), self._placed(own_sin))
         positions = torch.from_numpy(rows.positions).to(self.device)
         cos, sin = tables
         return cos[positions, None, :], sin[positions, None, :]

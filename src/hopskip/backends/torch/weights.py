@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hopskip.backends.torch.layer import LayerWeights
 from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors
+
+_CHUNK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,27 @@ class Weights:
     layers: list[LayerWeights]
     norm: Tensor
     lm_head: Tensor
+
+
+def load_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor of a checkpoint, on the CPU, in memory of its own. `dtype=None` keeps the stored precision; quantized
+    values are then float32."""
+    stored = checkpoint.stored(name)
+    out = torch.empty(stored.shape, dtype=dtype or getattr(torch, stored.type.dtype or "float32"))
+    copy_into(out, checkpoint, name)
+    return out
+
+
+def copy_into(out: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    """Write one tensor to `out`, of its shape and any precision and device; dequantized to float32, rounded once.
+
+    Goes a few hundred rows at a time: neither the mapped file nor float32 values pile up beside a large matrix.
+    """
+    stored = checkpoint.stored(name)
+    rows = out.view(stored.num_rows, stored.shape[-1])
+    step = max(1, _CHUNK_VALUES // stored.shape[-1])
+    for first in range(0, stored.num_rows, step):
+        rows[first : first + step] = torch.from_numpy(np.require(checkpoint.rows(name, first, step), requirements="W"))
 
 
 def load_weights(
@@ -42,7 +66,7 @@ def load_weights(
         fused = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
         first = 0
         for name, count in zip(names, rows, strict=True):
-            checkpoint.copy_into(name, fused[first : first + count])
+            copy_into(fused[first : first + count], checkpoint, name)
             first += count
         return fused
 

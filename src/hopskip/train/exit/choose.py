@@ -75,7 +75,7 @@ def measure(
     """
     backend.attach_exit(trained)
     prompts = [c.ids_T[: c.num_prompt_tokens].tolist() for c in held_out[: search.num_prompts]]
-    coverage = float(torch.isin(_answers(held_out), trained.vocabulary).float().mean())
+    coverage = float(torch.isin(_answers(held_out), torch.tensor(trained.vocabulary_list)).float().mean())
     plain = make_engine(backend, SpeculativeConfig(draft="none"), eos_token_ids=eos_token_ids)
     for length, num_runner_ups in product(search.num_draft_tokens, search.num_runner_ups):
         setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=length, num_runner_ups=num_runner_ups)

@@ -16,11 +16,14 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
+from hopskip.backends.torch.weights import load_tensor
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, Mixing, TrainedExit
 from hopskip.train.exit.conversations import Conversation
@@ -73,22 +76,22 @@ class ExitTrainer(nn.Module):
         first = depth - exit_config.num_layers
         for index in range(exit_config.num_layers):
             for name in config.layer_tensors():
-                tensor = checkpoint.tensor(f"model.layers.{first + index}.{name}", torch.float32)
-                self.register_parameter(_registered(index, name), nn.Parameter(tensor.clone()))
+                weights = load_tensor(checkpoint, f"model.layers.{first + index}.{name}", torch.float32)
+                self.register_parameter(_registered(index, name), nn.Parameter(weights))
         if exit_config.features:
             self.fuse = nn.Parameter(torch.zeros(size, len(exit_config.features) * size))
             self.mix = nn.Parameter(torch.zeros(size, 2 * size))
             self.token_norm = nn.Parameter(torch.ones(size))
             self.feature_norm = nn.Parameter(torch.ones(size))
-        head = checkpoint.tensor("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+        head = load_tensor(checkpoint, "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
         cos, sin = config.rope.tables(config.context_length)
-        for name, tensor in {
+        for name, values in {
             "head": head[vocabulary].to(dtype),
-            "norm": checkpoint.tensor("model.norm.weight", torch.float32).clone(),
-            "cos": cos[:, None, :],
-            "sin": sin[:, None, :],
+            "norm": load_tensor(checkpoint, "model.norm.weight", torch.float32),
+            "cos": torch.from_numpy(cos)[:, None, :],
+            "sin": torch.from_numpy(sin)[:, None, :],
         }.items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, values, persistent=False)
 
     @property
     def layers(self) -> list[dict[str, Tensor]]:
@@ -108,11 +111,29 @@ class ExitTrainer(nn.Module):
         return self.head.device
 
     def trained_exit(
-        self, fingerprint: str, num_draft_tokens: int, notes: Mapping[str, Any] | None = None
+        self,
+        fingerprint: str,
+        num_draft_tokens: int,
+        notes: Mapping[str, Any] | None = None,
+        vocabulary: Tensor | None = None,
     ) -> TrainedExit:
-        """What has been trained, sharing its memory."""
+        """What has been trained, sharing its memory where it is on the CPU.
+
+        Args:
+            vocabulary: to draft from, int64 [n], rising; None: the one of training.
+        """
+
+        def arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+            return {name: values.detach().cpu().float().numpy() for name, values in tensors.items()}
+
         return TrainedExit(
-            self.exit_config, self.vocabulary, self.layers, self.mixing, fingerprint, num_draft_tokens, notes or {}
+            self.exit_config,
+            (self.vocabulary if vocabulary is None else vocabulary).cpu().int().numpy(),
+            [arrays(layer) for layer in self.layers],
+            arrays(self.mixing),
+            fingerprint,
+            num_draft_tokens,
+            notes or {},
         )
 
     def scale_to(self, states_NAD: Tensor) -> None:
@@ -132,10 +153,11 @@ class ExitTrainer(nn.Module):
 
     def start_from(self, initial: TrainedExit) -> None:
         """Take the weights of an exit of the same shape, whatever model and vocabulary it was trained for."""
-        own = self.trained_exit("", 1).tensors()
+        own = {f"layers.{i}.{name}": values for i, layer in enumerate(self.layers) for name, values in layer.items()}
+        own |= self.mixing
         with torch.no_grad():
-            for name, tensor in initial.tensors().items():
-                own[name].copy_(tensor)
+            for name, values in initial.tensors().items():
+                own[name].copy_(torch.tensor(np.asarray(values)))
 
     def forward(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
         """Logits [P, n] of every unroll step in turn."""

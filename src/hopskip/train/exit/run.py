@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from hopskip.backends.base import Backend
+from hopskip.backends.torch.weights import load_tensor
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from hopskip.checkpoint.hub import DEFAULT_EXIT, find_model
-from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
+from hopskip.checkpoint.hub import find_model
+from hopskip.checkpoint.trained_exit import DEFAULT_EXIT, ExitConfig, TrainedExit
 from hopskip.engine.engine import Engine, make_engine
 from hopskip.errors import ConfigError
 from hopskip.loading import load_backend
@@ -71,7 +71,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
             _train(recipe, checkpoint, trainer, training, held_out, taps, report)
         trainer.cpu()
         for vocabulary in vocabularies:
-            trained = replace(trainer.trained_exit(checkpoint.fingerprint, 1), vocabulary=vocabulary)
+            trained = trainer.trained_exit(checkpoint.fingerprint, 1, vocabulary=vocabulary)
             # loaded anew for each, as a backend takes one exit; and not kept, as two may not fit into memory
             measured = measure(
                 load_backend(checkpoint, recipe.load), trained, held_out, recipe.search, tokenizer.eos_token_ids, notes
@@ -156,7 +156,7 @@ def _train(
 ) -> None:
     """All stages of one candidate."""
     folder = Path(recipe.output) / name_of(trainer.exit_config)
-    embedding = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    embedding = load_tensor(checkpoint, "model.embed_tokens.weight", torch.float32)
 
     def tell(found: Evaluation) -> None:
         shares = ", ".join(f"{share:.1%}" for share in found.acceptance)
