@@ -1,9 +1,10 @@
-"""A server at capacity for a long time, with clients that cancel and vanish.
+"""A server at capacity for a long time, with clients that cancel and vanish; or one LLM in the hands of many threads.
 
     python -m benchmarks.soak --minutes 20 [--model FOLDER]
+    python -m benchmarks.soak --threads 16 --calls 200 [--model FOLDER]
 
-Fails if a greedy answer is not that of a quiet server, if rows are left over at the end, or if memory grows by more
-than 5 % after the first fifth of the time.
+A server fails if a greedy answer is not that of a quiet one, if rows are left over at the end, or if memory grows by
+more than 5 % after the first fifth of the time. Threads fail if a text is not that of a single call.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import json
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import httpx
 
 from benchmarks.hostile import resident_bytes, serving
+from hopskip import LLM
 
 _TEXTS = ("Count from 1 to 30.", "Write a poem about rain.", "abc abc abc abc", "def main():", "Explain gravity.", "x")
 
@@ -95,12 +98,87 @@ async def soak(
     return counts
 
 
+def soak_threads(llm: LLM, *, num_threads: int, num_calls: int, num_tokens: int) -> Counter[str]:
+    """Let every thread generate, chat, stream, and leave streams half way, with parameters of many kinds.
+
+    Returns:
+        counts of `generate`, `chat`, `stream`, `left`, and of texts that were `wrong`.
+
+    Raises:
+        Exception: what a call has raised.
+    """
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "seed": 5, "n": 2},
+        {"frequency_penalty": 0.5, "logprobs": 1},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 6, "stop": ["e", "\n"]},
+        {"regex": "[a-z ]{4,40}"},
+    ]
+    cases = [
+        (text, {**options, "max_tokens": num_tokens + index})
+        for index, text in enumerate(_TEXTS)
+        for options in settings
+    ]
+
+    def chat(text: str, options: dict[str, Any]) -> list[str]:
+        [result] = llm.chat([{"role": "user", "content": text}], **options)
+        return [output.text for output in result.outputs]
+
+    def generate(text: str, options: dict[str, Any]) -> list[str]:
+        [result] = llm.generate(text, **options)
+        return [output.text for output in result.outputs]
+
+    references = [(generate(*case), chat(*case)) for case in cases]
+    counts: Counter[str] = Counter()
+    errors: list[Exception] = []
+
+    def run(seed: int) -> None:
+        chance = random.Random(seed)
+        try:
+            for _ in range(num_calls):
+                index = chance.randrange(len(cases))
+                text, options = cases[index]
+                generated, chatted = references[index]
+                kind = chance.choice(("generate", "chat", "stream", "left"))
+                if kind == "generate":
+                    is_right = generate(text, options) == generated
+                elif kind == "chat":
+                    is_right = chat(text, options) == chatted
+                else:
+                    stream = llm.stream(text, **{**options, "n": 1})
+                    most = chance.randrange(4) if kind == "left" else num_tokens * 2
+                    found = "".join(piece.text for piece, _ in zip(stream, range(most), strict=False))
+                    is_right = found == generated[0] if kind == "stream" else generated[0].startswith(found)
+                counts[kind if is_right else "wrong"] += 1
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--model", help="default: hopskip's own")
+    parser.add_argument("--threads", type=int, help="so many on one LLM, instead of a server")
+    parser.add_argument("--calls", type=int, default=200, help="of each thread")
     options = parser.parse_args()
+    if options.threads is not None:
+        llm = LLM(options.model)
+        start = time.monotonic()
+        counts = soak_threads(llm, num_threads=options.threads, num_calls=options.calls, num_tokens=8)
+        seconds = time.monotonic() - start
+        is_idle = not llm.engine.has_work
+        print(json.dumps({"seconds": round(seconds, 1), "calls": dict(counts), "is_idle_after": is_idle}, indent=1))
+        sys.exit(0 if is_idle and not counts["wrong"] else 1)
     with serving(*(["--model", options.model] if options.model else [])) as (url, pid):
         fifth = options.minutes * 12
         counts = asyncio.run(soak(url, fifth, num_clients=options.clients, num_tokens=48))

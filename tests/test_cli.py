@@ -111,8 +111,6 @@ def assert_refused(result: Result, *named: str) -> None:
         (["-n", "many"], ("--max-new-tokens", "'many'", "--help")),
         (["--temperature=warm"], ("--temperature", "'warm'", "--help")),
         (["--temperature", "-1"], ("--temperature is -1.0", "0 (greedy) or above")),
-        (["--top-p", "0.9"], ("--top-p=0.9", "set temperature above 0")),
-        (["--seed", "7"], ("--seed=7", "set temperature above 0")),
         (["--top-p", "0", "--temperature", "1"], ("--top-p is 0.0", "above 0")),
         (["--stop", ""], ("--stop is", "non-empty")),
         (["--raw", "--system", "Be brief."], ("--raw", "--system")),
@@ -437,7 +435,9 @@ def test_ctrl_c_ends_cleanly(long_model: Path) -> None:
 
 
 def test_error_of_a_real_process() -> None:
-    done = subprocess.run(**subprocess_arguments("generate", "-m", "/no/such/model", "Hi"), capture_output=True)
+    done = subprocess.run(
+        **subprocess_arguments("generate", "--quiet", "-m", "/no/such/model", "Hi"), capture_output=True
+    )
     assert done.returncode == 2
     assert done.stdout == b""
     assert done.stderr.startswith(b"hopskip: error: model '/no/such/model' does not exist")

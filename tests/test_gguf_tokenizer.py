@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.errors import CheckpointError, PromptError
-from hopskip.serve.grammar import GrammarCompiler
-from hopskip.serve.settings import Limits
 from hopskip.text.gguf_tokenizer import tokenizer_of_gguf
+from hopskip.text.grammar import GrammarCompiler
 from hopskip.text.pre_tokenizers import PRE_TOKENIZERS, REFUSED
 from hopskip.text.sentencepiece import PieceMerger
 from hopskip.text.tokenizer import Tokenizer
@@ -325,7 +324,7 @@ def test_generated_text_continues_the_prompt(tmp_path: Path) -> None:
 def test_grammars_know_sentencepiece_tokens() -> None:
     pytest.importorskip("llguidance")
     tokenizer = sentencepiece()
-    compiler = GrammarCompiler(tokenizer, len(sentencepiece_metadata()["tokenizer.ggml.tokens"]), Limits())
+    compiler = GrammarCompiler(tokenizer, len(sentencepiece_metadata()["tokenizer.ggml.tokens"]))
     constraint = compiler.compile("regex", " hello (ab|é🙂)!")
     for token_id in tokenizer.encode("hello é🙂!")[1:]:
         assert constraint.num_allowed([token_id]) == 1

@@ -17,8 +17,7 @@ from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.draft.make import prepare
 from hopskip.engine import Engine
 from hopskip.sequence import Constraint, Request
-from hopskip.serve.grammar import GrammarCompiler, Kind
-from hopskip.serve.settings import Limits
+from hopskip.text.grammar import GrammarCompiler, Kind
 from hopskip.train.exit.distill import ExitTrainer
 from tests.properties import examples
 from tests.serving import live_server, tiny_llm
@@ -91,7 +90,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def compiler(llm: LLM) -> GrammarCompiler:
-    return GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size, Limits())
+    return GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size)
 
 
 @pytest.fixture(scope="module")

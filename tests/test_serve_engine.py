@@ -20,8 +20,7 @@ from hopskip.engine import Engine, make_engine
 from hopskip.sequence import Mask, Request, Sequence
 from hopskip.serve.batch import Generation, Job, Piece
 from hopskip.serve.engine_thread import EngineThread
-from hopskip.serve.grammar import GrammarCompiler
-from hopskip.serve.settings import Limits
+from hopskip.text.grammar import GrammarCompiler
 from hopskip.text.tokenizer import Detokenizer, TextStream
 from tests.models import table_model, tiny_model
 from tests.serving import tiny_llm
@@ -45,7 +44,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 @pytest.fixture(scope="module")
 def compiler(llm: LLM) -> GrammarCompiler:
-    return GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size, Limits())
+    return GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size, max_chars=2**16)
 
 
 # -- random schedules --------------------------------------------------------------------------------------------------
@@ -448,7 +447,7 @@ def test_models_whose_text_never_ends_have_no_grammars(tmp_path: Path) -> None:
     llm = tiny_llm(tmp_path)
     llm.tokenizer.eos_token_ids = ()
     with pytest.raises(ConfigError, match="no end-of-text token"):
-        GrammarCompiler(llm.tokenizer, 320, Limits()).compile("regex", "a")
+        GrammarCompiler(llm.tokenizer, 320).compile("regex", "a")
 
 
 # -- its thread --------------------------------------------------------------------------------------------------------

@@ -25,12 +25,12 @@ from benchmarks.soak import soak
 
 from hopskip import LLM, ConfigError
 from hopskip.serve import app
-from hopskip.serve.grammar import GrammarConstraint
 from hopskip.serve.guard import JSONLines
 from hopskip.serve.memory import free_memory, parse_size
 from hopskip.serve.schema import Function, Tool
 from hopskip.serve.settings import Limits, ServeSettings
 from hopskip.serve.tools import CallSplitter, Notation
+from hopskip.text.grammar import GrammarConstraint
 from tests.serving import MODEL, Brake, Live, live_server, tiny_llm
 
 LONG = {"prompt": "ab", "max_tokens": 900, "temperature": 0, "ignore_eos": True}

@@ -99,7 +99,7 @@ def test_version_is_in_what_is_written(described: str, capsys: pytest.CaptureFix
     assert describe() == described
     assert versions()["hopskip"] == described
     print_json({"a": 1})
-    assert json.loads(capsys.readouterr().out) == {"hopskip_version": described, "a": 1}
+    assert json.loads(capsys.readouterr().out) == {"schema_version": 1, "hopskip_version": described, "a": 1}
     assert CliRunner().invoke(app, ["--version"]).output == f"hopskip {described}\n"
 
 

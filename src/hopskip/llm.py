@@ -2,83 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-from hopskip.engine.engine import make_engine
-from hopskip.errors import ConfigError, PromptError
-from hopskip.loading import LoadConfig, LoadOptions, Progress, open_model
-from hopskip.sampling_params import SamplingParams
-from hopskip.sequence import FinishReason, Request, Sequence, SpeculativeStats, Token
+from hopskip.engine.engine import Engine, make_engine
+from hopskip.engine.turns import Turns, closed
+from hopskip.errors import ConfigError, check_count, check_names, shown
+from hopskip.loading import LoadConfig, LoadOptions, OpenModel, Progress, open_model
+from hopskip.sampling_params import SamplingOptions, SamplingParams, params_for
+from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
-from hopskip.text.tokenizer import Detokenizer, TextStream
+from hopskip.text.grammar import GrammarCompiler
+from hopskip.text.inputs import Message, Prompt, chat_list, checked_prompt, prompt_list, template_variables
+from hopskip.text.results import GenerationResult, StreamPiece, joined, news_of, result_of
+from hopskip.text.tokenizer import Detokenizer, TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
-Message = Mapping[str, str]
-"""One turn of a chat: `{"role": "user", "content": "..."}`."""
+    from hopskip.backends.base import Backend
 
-Prompt = str | Seq[int] | Seq[Message]
-"""A text, token ids, or a chat, which the checkpoint's own template turns into text."""
+__all__ = ["LLM", "GenerationResult", "Message", "Prompt", "StreamPiece"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationResult:
-    """What one prompt gave."""
-
-    text: str
-    """The generated text, without special tokens and without the stop string that ended it."""
-    tokens: list[Token]
-    """Id, origin and log-probabilities of every generated token, an ending EOS included."""
-    finish_reason: FinishReason
-    prompt_token_ids: list[int]
-    stats: SpeculativeStats
-    seed: int | None = None
-    """Of a drawn text, given or fresh: with it, `generate` gives this text again. None of a greedy one."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
-
-    @property
-    def logprobs(self) -> list[float] | None:
-        """Log-probability of every token, if they were asked for."""
-        values = [token.logprob for token in self.tokens if token.logprob is not None]
-        return values if len(values) == len(self.tokens) else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamPiece:
-    """One generated token of a stream, with the text that became certain with it (possibly none)."""
-
-    text: str
-    token: Token
-    stats: SpeculativeStats
-    """Of the request so far; they go on changing until the last piece."""
-    seed: int | None = None
-    """See `GenerationResult`."""
-    result: GenerationResult | None = None
-    """The whole result; on the last piece only."""
+_SECONDS_UNTIL_BAR = 1.0
+"""What is done sooner needs no progress bar."""
 
 
 class LLM:
     """A decoder that is its own draft model.
 
-    >>> llm = LLM()                                             # doctest: +SKIP
-    >>> llm.generate("The capital of France is")[0].text        # doctest: +SKIP
+    >>> llm = LLM()                                                              # doctest: +SKIP
+    >>> llm.generate("The capital of France is", max_tokens=20)[0].text          # doctest: +SKIP
+    >>> llm.chat([{"role": "user", "content": "Name three colours."}])[0].text   # doctest: +SKIP
 
-    Not safe for use from several threads at once.
+    Any number of threads may use one LLM; their requests are stepped together. `close()` frees its memory, and so does
+    the end of a `with` block.
 
     Args:
         model: a folder with a Hugging Face checkpoint, a GGUF file, or a Hub id; None is the default model.
         speculative: how to draft and verify; None leaves everything to the model's recommendation.
         max_model_len, max_num_seqs, prefix_caching: see `Engine`.
-        progress: told the share of the weights loaded so far, up to 1.
-        on_preparing: told what must be measured or searched for first, and the share of it that is done.
+        progress: told what takes its time until the model is ready (loading, packing, measuring), and the share of it
+            that is done. Without it nothing is shown, in a terminal neither.
         options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
 
     Raises:
@@ -95,100 +68,307 @@ class LLM:
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
         progress: Progress | None = None,
-        on_preparing: Callable[[str, float], None] = lambda what, share: None,
         **options: Unpack[LoadOptions],
     ) -> None:
-        opened = open_model(LoadConfig(model=model, **options), speculative, progress)
-        self.tokenizer = opened.tokenizer
-        self.backend = opened.backend
-        self.engine = make_engine(
+        check_names("LLM", options, _NAMES_OF_OPTIONS)
+        if speculative is not None and not isinstance(speculative, SpeculativeConfig):
+            raise ConfigError(f"speculative is {shown(speculative)}; give a SpeculativeConfig")
+        check_count("max_num_seqs", max_num_seqs, "a whole number of at least 1")
+        if max_model_len is not None:
+            check_count("max_model_len", max_model_len, "a whole number of at least 2", least=2)
+        load = LoadConfig(model=model, **options)  # type: ignore[arg-type]  # it takes other names of a dtype
+        opened = open_model(load, speculative, progress)
+        engine = make_engine(
             opened.backend,
             speculative,
             identity=opened.identity,
-            progress=on_preparing,
+            progress=progress or (lambda what, share: None),
             eos_token_ids=opened.tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
         )
+        self._load = load
+        self._opened: tuple[OpenModel, Engine] | None = opened, engine
+        self._turns = Turns(engine)
+        self._grammars = GrammarCompiler(opened.tokenizer, opened.backend.config.vocab_size)
+
+    def __repr__(self) -> str:
+        name = shown(str(self._load.model)) if self._load.model is not None else ""
+        if self._opened is None:
+            return f"<LLM({name}), closed>"
+        opened, engine = self._opened
+        kind = f"{opened.backend.config.model_type}, {self._load.precision} on {opened.backend.traits.name}"
+        return f"<LLM({name}): {kind}, draft {engine.speculative.draft!r}, context {engine.max_model_len}>"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, with its chat template."""
+        return self._open[0].tokenizer
+
+    @property
+    def backend(self) -> Backend:
+        """The model's weights, in what runs them."""
+        return self._open[0].backend
+
+    @property
+    def engine(self) -> Engine:
+        """What steps the requests. While other threads generate, it is theirs."""
+        return self._open[1]
+
+    @property
+    def _open(self) -> tuple[OpenModel, Engine]:
+        if self._opened is None:
+            raise closed()
+        return self._opened
+
+    def close(self) -> None:
+        """Free the model's memory. Later calls raise ClosedError, and so do those that other threads are waiting in."""
+        self._turns.close()
+        self._opened = None
+        gc.collect()  # an engine and its parts refer to each other
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
-        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Unpack[SamplingOptions],
     ) -> list[GenerationResult]:
         """Generate for one prompt or many; many are stepped together. Results come in the order of the prompts.
 
         Args:
-            params: for all prompts, or one for each.
+            prompts: texts, lists of token ids, or chats; one, or any iterable of them.
+            sampling_params: for all prompts, or one for each.
+            use_tqdm: show in a terminal, on stderr, how many of several texts are done, if it takes longer than a
+                second. (The name is vLLM's; the bar is rich's.)
+            options: fields of `SamplingParams`; they go before those of `sampling_params`.
 
         Raises:
-            ConfigError: there are not as many `params` as prompts.
-            PromptError: a prompt is empty or does not fit the context. Nothing has been generated then.
+            ConfigError: an option cannot work, or there are not as many `sampling_params` as prompts.
+            PromptError: a prompt is empty, no prompt at all, or does not fit the context. Nothing has been generated
+                then.
+            ClosedError: the LLM has been closed.
         """
-        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(encoded)
-        if len(params) != len(encoded):
-            raise ConfigError(f"{len(params)} params for {len(encoded)} prompts; give one for each, or one for all")
-        requests: list[tuple[Sequence, TextStream]] = []
+        return self._generate(self.requests(prompts, sampling_params, **options), use_tqdm)
+
+    def chat(
+        self,
+        messages: Seq[Message] | Iterable[Seq[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> list[GenerationResult]:
+        """Answer one chat or several. As `generate`, but for what only chats have.
+
+        Args:
+            messages: of one chat, each with `role` and `content`; or several such lists.
+            enable_thinking: let the model think first or not, where its template has a switch for that (Qwen3); None
+                leaves it to the template.
+            chat_template_kwargs: what else the template is told, by the names that it has for it (`tools`, ...).
+
+        Raises:
+            ConfigError: also if the model's template has no use for `enable_thinking` or one of
+                `chat_template_kwargs`.
+            PromptError: also if the model has no chat template, or the template refuses the messages.
+        """
+        asked = self.requests(
+            chat_list(messages),
+            sampling_params,
+            enable_thinking=enable_thinking,
+            chat_template_kwargs=chat_template_kwargs,
+            **options,
+        )
+        return self._generate(asked, use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[StreamPiece]:
+        """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request.
+
+        Args:
+            prompt: a text, token ids or a chat.
+            sampling_params, options: as `generate`; `n` must be 1.
+            enable_thinking, chat_template_kwargs: of a chat, see `chat`.
+        """
+        request = self.request(
+            prompt,
+            sampling_params,
+            enable_thinking=enable_thinking,
+            chat_template_kwargs=chat_template_kwargs,
+            **options,
+        )
+        [(sequence, text)] = self._add([request])
         try:
-            requests.extend(self._add(*request) for request in zip(encoded, params, strict=True))
-            while not all(sequence.is_finished for sequence, _ in requests):
-                self.engine.step()
+            is_finished = False
+            while not is_finished:
+                pieces, is_finished = self._turns.wait(lambda: news_of(sequence, text))
+                for token, piece in pieces:
+                    is_last = is_finished and token is sequence.tokens[-1]
+                    result = result_of(sequence, text) if is_last else None
+                    yield StreamPiece(text=piece, token=token, stats=sequence.stats, seed=sequence.seed, result=result)
+            if sequence.error is not None:
+                raise sequence.error
+        finally:
+            self._turns.drop([sequence])
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt, as `generate` would feed them to the model.
+
+        Args:
+            enable_thinking, chat_template_kwargs: of a chat, see `chat`.
+
+        Raises:
+            PromptError: the prompt is empty, or no prompt at all.
+            ConfigError: something is said of a chat template that this prompt does not go through.
+        """
+        variables = template_variables(self.tokenizer, enable_thinking, chat_template_kwargs)
+        prompt = checked_prompt(prompt)
+        if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
+            return self.tokenizer.apply_chat_template(prompt, **variables)  # type: ignore[arg-type]
+        if variables:
+            raise ConfigError(f"{next(iter(variables))} has no effect on a prompt that is no chat; leave it out")
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Request:
+        """What the engine is asked for by `stream`."""
+        ids = self.encode(prompt, enable_thinking=enable_thinking, chat_template_kwargs=chat_template_kwargs)
+        [requests] = self.requests([ids], sampling_params, **options)
+        if len(requests) > 1:
+            raise ConfigError(f"n is {len(requests)}, but a stream has one text; use generate")
+        return requests[0]
+
+    def requests(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[list[Request]]:
+        """What the engine is asked for by `generate`: for each prompt as many requests as `n` says, whose seeds follow
+        each other.
+
+        Raises:
+            ConfigError, PromptError: as `generate`.
+        """
+        thinking: Any = {"enable_thinking": enable_thinking, "chat_template_kwargs": chat_template_kwargs}
+        encoded = [self.encode(prompt, **thinking) for prompt in prompt_list(prompts)]
+        found = []
+        for prompt_ids, params in zip(encoded, params_for(len(encoded), sampling_params, options), strict=True):
+            is_plain = params.n == 1 and params.structure is None
+            found.append(
+                [
+                    Request(
+                        prompt_ids,
+                        params if is_plain else params.of_one_text(index),
+                        constraint=self._grammars.compile(*params.structure) if params.structure else None,
+                    )
+                    for index in range(params.n)
+                ]
+            )
+        return found
+
+    def _generate(self, asked: list[list[Request]], use_tqdm: bool) -> list[GenerationResult]:
+        calls = self._add([request for requests in asked for request in requests])
+        try:
+            with _bar(len(calls), use_tqdm) as show:
+
+                def look() -> bool | None:
+                    num_done = sum(sequence.is_finished for sequence, _ in calls)
+                    show(num_done)
+                    return True if num_done == len(calls) else None
+
+                self._turns.wait(look)
         finally:
             # on an error or an interrupt no request may stay behind in the engine
-            for sequence, _ in requests:
-                self.engine.abort(sequence)
-        return [_result(sequence, text) for sequence, text in requests]
+            self._turns.drop([sequence for sequence, _ in calls])
+        results = iter([result_of(sequence, text) for sequence, text in calls])
+        return [joined([next(results) for _ in requests]) for requests in asked]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
-        """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request."""
-        sequence, text = self._add(self.encode(prompt), params or SamplingParams())
-        try:
-            while not sequence.is_finished:
-                self.engine.step()
-                for token, piece in text.take(sequence.tokens, is_finished=sequence.is_finished):
-                    is_last = sequence.is_finished and token is sequence.tokens[-1]
-                    result = _result(sequence, text) if is_last else None
-                    yield StreamPiece(text=piece, token=token, stats=sequence.stats, seed=sequence.seed, result=result)
-        finally:
-            self.engine.abort(sequence)
+    def _add(self, requests: Seq[Request]) -> list[tuple[Sequence, TextStream]]:
+        """Queue requests, all or none."""
+        engine, tokenizer = self.engine, self.tokenizer
+        texts = [TextStream(Detokenizer(tokenizer, r.prompt_ids), r.params.stop) for r in requests]
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, as `generate` would feed them to the model."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise PromptError("the prompt is empty; give some text")
-            return self.tokenizer.encode(prompt)
-        if not prompt:
-            raise PromptError("the prompt is empty; give token ids or chat messages")
-        if isinstance(prompt[0], int):
-            return [int(cast(int, token_id)) for token_id in prompt]
-        return self.tokenizer.apply_chat_template(cast("Seq[Message]", prompt))
+        def add() -> list[tuple[Sequence, TextStream]]:
+            added: list[Sequence] = []
+            try:
+                for request, text in zip(requests, texts, strict=True):
+                    added.append(engine.add(replace(request, is_stop=text.push)))
+            except BaseException:
+                for sequence in added:
+                    engine.abort(sequence)
+                raise
+            return list(zip(added, texts, strict=True))
 
-    def _add(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Sequence, TextStream]:
-        text = TextStream(Detokenizer(self.tokenizer, prompt_ids), params.stop)
-        return self.engine.add(Request(prompt_ids, params, text.push)), text
+        return self._turns.do(add)
 
 
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """One prompt or many: a text, a list of ids and a list of messages are one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int | Mapping):
-        return [cast(Prompt, prompts)]
-    return list(cast("Seq[Prompt]", prompts))
+_NAMES_OF_OPTIONS = (
+    *("speculative", "max_model_len", "max_num_seqs", "prefix_caching", "progress", "on_preparing"),
+    *(item.name for item in fields(LoadConfig) if item.name != "model"),
+)
 
 
-def _result(sequence: Sequence, text: TextStream) -> GenerationResult:
-    if sequence.error is not None:
-        raise sequence.error
-    text.finish()
-    assert sequence.finish_reason is not None
-    return GenerationResult(
-        text=text.text,
-        tokens=sequence.tokens,
-        finish_reason=sequence.finish_reason,
-        prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
-        stats=sequence.stats,
-        seed=sequence.seed,
+@contextmanager
+def _bar(num_texts: int, is_wanted: bool) -> Iterator[Callable[[int], None]]:
+    """Show how many of several texts are done: in a terminal, and not before it has taken a second."""
+    if not is_wanted or num_texts < 2 or not sys.stderr.isatty():
+        yield lambda num_done: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
     )
+    task = bar.add_task("Generating", total=num_texts)
+    start = time.monotonic()
+
+    def show(num_done: int) -> None:
+        if time.monotonic() - start > _SECONDS_UNTIL_BAR:
+            bar.start()
+        bar.update(task, completed=num_done)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

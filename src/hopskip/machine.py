@@ -1,8 +1,9 @@
-"""This machine: its processor, and the folder where hopskip keeps what it has found out or made for it."""
+"""This machine: its processor, the packages that are installed, and the folder where hopskip keeps what it has made."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -12,6 +13,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from hopskip.errors import ConfigError
 
 
 def cpu_name() -> str:
@@ -110,3 +114,51 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# -- packages that not every installation has --------------------------------------------------------------------------
+
+_EXTRAS = {
+    "torch": "torch",
+    "transformers": "train",
+    "accelerate": "train",
+    "datasets": "train",
+    "peft": "train",
+    "matplotlib": "train",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "pydantic": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "serve",
+    "httpx": "eval",
+    "ray": "ray",
+    "sentencepiece": "sentencepiece",
+}
+"""By package, the extra of hopskip that brings it."""
+
+
+def require(package: str, what: str, extra: str | None = None) -> Any:
+    """A package that an extra brings, imported.
+
+    Args:
+        what: needs it.
+        extra: which one to name; None: the usual one.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be loaded.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(_message(package, what, error, extra)) from None
+
+
+def explained(error: ImportError) -> str | None:
+    """What to say of a failed import; None if no extra would help."""
+    package = (error.name or "").partition(".")[0]
+    return _message(package, "this", error, None) if package in _EXTRAS else None
+
+
+def _message(package: str, what: str, error: ImportError, extra: str | None) -> str:
+    reason = "which is not installed" if isinstance(error, ModuleNotFoundError) else f"which cannot be loaded ({error})"
+    return f"{what} needs {package}, {reason}; install it: pip install 'hopskip[{extra or _EXTRAS[package]}]'"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
-from typing import Any
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type)
 
 
 def option(
@@ -14,6 +16,7 @@ def option(
     *,
     short: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    envvar: str | None = None,
 ) -> Any:
     """A dataclass field that is an option of the command line as well.
 
@@ -21,5 +24,35 @@ def option(
         metavar: what the help shows for its value; None for a switch.
         short: another name, such as -m.
         parse: makes the value from the text of the command line, where that is neither a number nor the value itself.
+        envvar: of the environment, whose value the command line takes where it is not given.
     """
-    return field(default=default, metadata={"help": help_text, "metavar": metavar, "short": short, "parse": parse})
+    metadata = {"help": help_text, "metavar": metavar, "short": short, "parse": parse, "envvar": envvar}
+    return field(default=default, metadata=metadata)
+
+
+def default_of(item: Field[Any]) -> Any:
+    """What a field is if nobody says; MISSING if it must be given."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def short_repr(value: Any) -> str:
+    """A dataclass with those fields only that differ from their defaults, long ones cut; to be its `__repr__`.
+
+    >>> from hopskip.sampling_params import SamplingParams
+    >>> SamplingParams(max_new_tokens=20, temperature=0.7)
+    SamplingParams(max_new_tokens=20, temperature=0.7)
+    """
+    parts = []
+    for item in fields(value):
+        content = getattr(value, item.name)
+        if item.repr and content != default_of(item):
+            text = f"{content:.6g}" if isinstance(content, float) else repr(content)
+            parts.append(f"{item.name}={text if len(text) <= 100 else text[:80] + '...'}")
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
+def documented(kind: C) -> C:
+    """Let `help()` of a dataclass say what each option is, in the words of the command line."""
+    lines = [f"    {item.name}: {item.metadata['help']}" for item in fields(kind) if "help" in item.metadata]
+    kind.__doc__ = f"{kind.__doc__}\n    Options:\n    " + "\n    ".join(lines)
+    return kind

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hopskip.errors import HopskipError
+from hopskip.options import short_repr
 from hopskip.sampling_params import SamplingParams
 from hopskip.speculative import DraftKind
 
@@ -137,6 +138,8 @@ class Token:
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class Request:
@@ -178,6 +181,8 @@ class SpeculativeStats:
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     """How often a draft's token was accepted in the first, second, .. place."""
 
+    __repr__ = short_repr
+
     @property
     def decode_tokens_per_second(self) -> float:
         """Tokens after the first, per second of decoding; 0 if there were none."""
@@ -185,6 +190,7 @@ class SpeculativeStats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens that were computed, per second; 0 if nothing was measured."""
         num_computed = self.num_prompt_tokens - self.num_cached_prompt_tokens
         return num_computed / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 

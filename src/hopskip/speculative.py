@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from hopskip.errors import ConfigError, check_choice
-from hopskip.options import option
+from hopskip.errors import ConfigError, check_choice, check_count, check_number
+from hopskip.options import documented, option, short_repr
 
 DraftChoice = Literal["auto", "exit-branch", "early-exit", "layer-skip", "ngram", "both", "none"]
 VerifyMode = Literal["recompute", "reuse"]
@@ -33,6 +33,7 @@ def layer_list(text: str) -> tuple[int, ...]:
         raise ConfigError(f"skip_layers is {text!r}; give layers with + between, such as 10+11, or none") from None
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig:
     """How to draft and verify. What is left None is chosen for the model (`hopskip.draft.make.resolve`).
@@ -94,17 +95,28 @@ class SpeculativeConfig:
     states and keys/values that the draft left (the paper's). None: `recompute`."""
     min_confidence: float = option(0.0, "End a draft at a token less probable than this.", "P")
     """A draft of an exit ends after the first token less probable than this; 0 always drafts `num_draft_tokens`."""
+    num_speculative_tokens: InitVar[int | None] = None
+    """Another name for `num_draft_tokens`, as vLLM has it."""
 
-    def __post_init__(self) -> None:
+    __repr__ = short_repr
+
+    def __post_init__(self, num_speculative_tokens: int | None) -> None:
+        if num_speculative_tokens is not None:
+            if self.num_draft_tokens not in (None, num_speculative_tokens):
+                raise ConfigError(
+                    f"num_draft_tokens={self.num_draft_tokens} and num_speculative_tokens={num_speculative_tokens} are "
+                    "two names of one thing; leave one out"
+                )
+            object.__setattr__(self, "num_draft_tokens", num_speculative_tokens)
         check_choice("draft", self.draft, DraftChoice)
         check_choice("verify", self.verify, VerifyMode)
         check_choice("draft_precision", self.draft_precision, DraftPrecision)
-        if self.num_draft_tokens is not None and self.num_draft_tokens < 1:
-            raise ConfigError(
-                f"num_draft_tokens is {self.num_draft_tokens}; it must be at least 1 (draft 'none' turns drafting off)"
-            )
-        if self.num_runner_ups is not None and not 0 <= self.num_runner_ups <= MAX_RUNNER_UPS:
-            raise ConfigError(f"num_runner_ups is {self.num_runner_ups}; it must be 0 to {MAX_RUNNER_UPS}")
+        for name, least, wanted in _COUNTS:
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), wanted, least=least)
+        if (self.num_runner_ups or 0) > MAX_RUNNER_UPS:
+            raise ConfigError(f"num_runner_ups is {self.num_runner_ups}; it must be {_COUNTS[1][2]}")
+        check_number("min_confidence", self.min_confidence, "at least 0 and below 1")
         if not 0 <= self.min_confidence < 1:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be at least 0 and below 1")
         for name in _WITHOUT_EFFECT.get(self.draft or "", ()):
@@ -131,6 +143,11 @@ class SpeculativeConfig:
         return self.draft == "layer-skip" or (has_options and (self.exit_layer is None or self.draft == "auto"))
 
 
+_COUNTS = (
+    ("num_draft_tokens", 1, "at least 1 (draft 'none' turns drafting off)"),
+    ("num_runner_ups", 0, f"0 to {MAX_RUNNER_UPS}"),
+    ("exit_layer", -(2**31), "the number of a layer"),  # how many there are, the model knows
+)
 _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "none": (
         *("min_confidence", "num_runner_ups", "exit_layer", "exit_branch", "num_draft_tokens", "verify"),

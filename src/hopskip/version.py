@@ -1,12 +1,16 @@
-"""Which hopskip this is: its version, and the revision of its source."""
+"""Which hopskip this is: its version, the revision of its source, and by which schema its results are written."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hopskip import __version__
+
+SCHEMA_VERSION = 1
+"""Of every result that a command prints or writes. It goes up when a field changes its meaning or goes away."""
 
 _PACKAGE = Path(__file__).parent
 _NOTE = Path("data", "revision")
@@ -22,6 +26,11 @@ def describe() -> str:
     """
     revision = find_revision(_PACKAGE)
     return f"{__version__}+g{revision}" if revision else __version__
+
+
+def stamp() -> dict[str, Any]:
+    """What every result begins with."""
+    return {"schema_version": SCHEMA_VERSION, "hopskip_version": describe()}
 
 
 def find_revision(package: Path) -> str | None:

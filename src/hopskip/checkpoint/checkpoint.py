@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,11 +48,14 @@ class Checkpoint:
         tensors: Mapping[str, StoredTensor],
         fingerprint: str,
         permuted_heads: Mapping[str, int] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.config = config
         self.fingerprint = fingerprint
         """Identity of the weights, hex: a hash of the files' headers, sizes and samples. The path plays no part."""
+        self.metadata = metadata
+        """What a GGUF file says besides its tensors, the tokenizer's tables among it; None for a folder."""
         self._tensors = tensors
         self._permuted_heads = permuted_heads or {}  # tensors whose rows llama.cpp has reordered -> number of heads
         commonest = _commonest_type(tensors.values())
@@ -178,7 +182,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     digest = hashlib.sha256()
     for part, header_size in file.parts.items():
         _hash_file(digest, part, header_size)
-    return Checkpoint(file.path, config, tensors, digest.hexdigest(), permuted_heads)
+    return Checkpoint(file.path, config, tensors, digest.hexdigest(), permuted_heads, file.metadata)
 
 
 def _resolve_tying(config: ModelConfig, tensors: dict[str, StoredTensor]) -> ModelConfig:

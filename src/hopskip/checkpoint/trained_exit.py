@@ -32,7 +32,6 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.hf_folder import read_safetensors, write_safetensors
 from hopskip.checkpoint.stored import StoredTensor
 from hopskip.errors import CheckpointError, ConfigError
-from hopskip.version import describe
 
 Array = Any
 """A numpy array or a PyTorch tensor."""
@@ -152,7 +151,6 @@ class TrainedExit:
         tensors["vocabulary"] = ("I32", self.vocabulary.astype(np.int32))
         description = {
             "format": 1,
-            "hopskip_version": describe(),
             **asdict(self.config),
             "num_draft_tokens": self.num_draft_tokens,
             "num_runner_ups": self.num_runner_ups,

@@ -10,7 +10,7 @@ import typer
 
 from hopskip.cli.console import PieceWriter, load_llm, print_error, print_note, print_summary
 from hopskip.cli.generate import Answer
-from hopskip.cli.options import DraftGroup, Group, LoadGroup, with_options
+from hopskip.cli.options import ContextOption, DraftGroup, Group, LoadGroup, ThinkOption, with_options
 from hopskip.errors import PromptError
 from hopskip.sampling_params import SamplingParams
 
@@ -26,6 +26,8 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="System message that the chat starts with.")
     ] = None,
     *,
+    think: ThinkOption = None,
+    max_model_len: ContextOption = None,
     load: LoadGroup,
     draft: DraftGroup,
     params: Annotated[SamplingParams, Group("Sampling", {"max_new_tokens": 1024})],
@@ -33,13 +35,18 @@ def chat(
     """Chat with a model.
 
     Questions are read line by line, from the terminal or from a pipe.
+
+    $ hopskip chat
+    $ hopskip chat Qwen/Qwen3-0.6B --system "Answer in one sentence."
     """
-    llm = load_llm(load, draft, prefix_caching=True)
+    llm = load_llm(load, draft, max_model_len=max_model_len, prefix_caching=True)
     if not llm.tokenizer.has_chat_template:
         raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
+    if think is not None:  # is there such a switch? Before the first question
+        llm.encode([{"role": "user", "content": "Hello"}], enable_thinking=think)
     if sys.stdin.isatty():
         print_note(_HELP)
-    conversation = Conversation(llm, params, system)
+    conversation = Conversation(llm, params, system, think=think)
     while (line := _read_line()) is not None:
         text = line.strip()
         if text == "/exit":
@@ -58,9 +65,10 @@ def chat(
 class Conversation:
     """The messages so far, and the model that answers the next one."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, *, think: bool | None = None) -> None:
         self._llm = llm
         self._params = params
+        self._think = think
         self._start = [{"role": "system", "content": system}] if system is not None else []
         self.messages = list(self._start)
 
@@ -70,7 +78,7 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Print the answer to a message and keep both; a message that does not fit the context is not kept."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt_ids = self._llm.encode(messages)
+        prompt_ids = self._llm.encode(messages, enable_thinking=self._think)
         context = self._llm.engine.max_model_len
         room = context - len(prompt_ids)
         if room < 1:

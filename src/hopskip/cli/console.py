@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hopskip.version import describe
+from hopskip.cli.progress import loading
+from hopskip.version import stamp
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
 
@@ -51,9 +49,8 @@ def print_note(message: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """A result as JSON on stdout, with what wrote it first."""
-    value = {"hopskip_version": describe(), **value}
-    print(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+    """A result on stdout, with the version of its schema and hopskip's."""
+    print(json.dumps(stamp() | value, ensure_ascii=False, indent=2, allow_nan=False))
 
 
 @contextmanager
@@ -75,52 +72,13 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
-class LoadingBar:
-    """How far a model is; see `loading`."""
-
-    def __init__(self, model: str | Path | None, bar: Progress | None) -> None:
-        self._loading = f"loading {model or 'SmolLM2-135M-Instruct'}"
-        self._bar = bar
-        self._task = bar.add_task(self._description(self._loading), total=1.0) if bar is not None else None
-
-    def loaded(self, share: float) -> None:
-        """The share of the weights that is loaded."""
-        self.doing(self._loading, share)
-
-    def doing(self, what: str, share: float) -> None:
-        """What is done now, and the share of it that is done."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=self._description(what), completed=share)
-
-    @staticmethod
-    def _description(what: str) -> str:
-        from rich.markup import escape
-
-        return escape(what[:1].upper() + what[1:])
-
-
-@contextmanager
-def loading(model: str | Path | None, *, quiet: bool) -> Iterator[LoadingBar]:
-    """Show a progress bar while a model is loaded and got ready, in a terminal and unless `quiet`."""
-    console = _stderr()
-    if quiet or not console.is_terminal:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield LoadingBar(model, None)
-        return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-    columns = (SpinnerColumn(style="dim"), TextColumn("{task.description}"), BarColumn(bar_width=30))
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield LoadingBar(model, bar)
-
-
 def load_llm(load: LoadConfig, speculative: SpeculativeConfig, *, quiet: bool = False, **options: Any) -> LLM:
     """Load a model, and show how far it is unless `quiet`. Takes further options of `LLM`."""
-    with loading(load.model, quiet=quiet) as bar:
+    with loading(load.model, quiet=quiet) as shown:
         from hopskip.llm import LLM
 
         arguments = {**vars(load), **options}
-        return LLM(speculative=speculative, progress=bar.loaded, on_preparing=bar.doing, **arguments)
+        return LLM(speculative=speculative, progress=shown.doing, **arguments)
 
 
 class PieceWriter:

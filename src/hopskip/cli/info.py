@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from hopskip.cli.console import loading, print_json
-from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
+from hopskip.cli.console import print_json
+from hopskip.cli.options import JsonOption, LoadGroup, with_options
+from hopskip.cli.progress import loading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,6 @@ _LONG_CONTEXT = 4096
 
 @with_options
 def info(
-    place: ModelArgument = None,
     *,
     as_json: JsonOption = False,
     measure: Annotated[
@@ -40,8 +40,11 @@ def info(
     """Show a model's size, how it would run here, and what drafting may gain by exit layer.
 
     Reads the checkpoint's header only, unless it is to measure; so it is quick with models of any size.
+
+    $ hopskip info
+    $ hopskip info Qwen/Qwen3-0.6B
+    $ hopskip info model.gguf --measure --json > model.json
     """
-    load = at(load, place)
     facts = _collect(load)
     costs = _measure(facts, load) if measure else None
     if as_json:
@@ -295,8 +298,8 @@ def _measure(facts: _Facts, load: LoadConfig) -> Costs:
     from hopskip.speculative import SpeculativeConfig, early_exit
 
     speculative = SpeculativeConfig(draft="exit-branch" if facts.trained_exit else "none")
-    with loading(load.model, quiet=False) as bar:
-        backend = open_model(load, speculative, bar.loaded).backend
+    with loading(load.model) as bar:
+        backend = open_model(load, speculative, bar.doing).backend
         exits = [] if backend.trained_exit is None else [backend.trained_exit]
         progress = partial(bar.doing, "measuring costs")
         return measure(backend, [*exits, *map(early_exit, facts.exits)], _MEASURE_SECONDS, progress)

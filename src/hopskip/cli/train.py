@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Make models that are their own good draft models.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+from hopskip.cli.commands import App
+from hopskip.cli.progress import progress
+from hopskip.machine import require
+
+app = App(help="Make models that are their own good draft models.\n\n$ hopskip train exit recipe.yaml")
 
 _RECIPE = "a .yaml file, or the name of a recipe that comes with hopskip"
 Overrides = Annotated[
@@ -18,7 +20,7 @@ Overrides = Annotated[
 ]
 
 
-@app.command()
+@app.command(takes_time=False)  # its log is what it gives
 def layerskip(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help=f"What to train, on what, and how: {_RECIPE}.")],
     overrides: Overrides = None,
@@ -27,7 +29,11 @@ def layerskip(
 
     Run the same command again to go on after an interruption. On several GPUs:
     `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE`.
+
+    $ hopskip train layerskip recipe.yaml
+    $ hopskip train layerskip smollm2-135m-lora data.train=chats.jsonl
     """
+    require("torch", "training", "train")
     from hopskip.train.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
@@ -45,7 +51,11 @@ def train_exit(
     """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
 
     The model writes its own training text. Run the same command again to go on after an interruption.
+
+    $ hopskip train exit recipe.yaml
+    $ hopskip train exit recipe.yaml output=runs/exit
     """
+    require("torch", "training", "train")
     from hopskip.train.exit.recipe import ExitRecipe
     from hopskip.train.recipe import read_recipe
 
@@ -53,4 +63,6 @@ def train_exit(
 
     from hopskip.train.exit.run import run
 
-    print(run(settings))
+    with progress("training an exit") as shown:
+        folder = run(settings, progress=shown.doing)
+    print(folder)

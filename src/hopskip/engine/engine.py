@@ -108,6 +108,8 @@ class Engine:
     def _check_text(self, request: Request) -> None:
         params, num_prompt_tokens = request.params, len(request.prompt_ids)
         vocab_size = self.backend.config.vocab_size
+        if params.n > 1 or params.structure is not None:
+            raise ConfigError("a request of the engine has one text, and what it must look like is its constraint")
         if request.constraint is not None and params.ignore_eos:
             raise ConfigError("ignore_eos contradicts a grammar, which says itself where the text ends; leave it out")
         if not num_prompt_tokens:

@@ -42,7 +42,7 @@ class Generation:
         self.sequence = sequence
         self.submitted_at = time.perf_counter()
         self.last_token_at: float | None = None
-        self._text = text
+        self.text = text
         self._index = len(batch.generations)
         self._queue = batch._queue
         self._num_counted = 0
@@ -61,7 +61,7 @@ class Generation:
         """Pieces that are ready and have not been taken. Called by the engine's thread."""
         if not (self.job.is_streamed or self.sequence.is_finished):
             return []
-        taken = self._text.take(self.sequence.tokens, is_finished=self.sequence.is_finished)
+        taken = self.text.take(self.sequence.tokens, is_finished=self.sequence.is_finished)
         return [Piece(token, text) for token, text in taken]
 
     def deliver(self, news: _News) -> None:

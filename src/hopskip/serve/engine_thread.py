@@ -51,6 +51,16 @@ class Observer(Protocol):
     def on_finish(self, generation: Generation, now: float) -> None: ...
 
 
+class _Nobody:
+    """An observer who does not care."""
+
+    def on_step(self, num_running: int, num_waiting: int, cache_usage: float) -> None: ...
+
+    def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None: ...
+
+    def on_finish(self, generation: Generation, now: float) -> None: ...
+
+
 class EngineThread:
     """Runs an engine for many clients at once.
 
@@ -66,12 +76,12 @@ class EngineThread:
         make_decoder: Callable[[Seq[int]], IncrementalDecoder],
         *,
         max_queue: int,
-        observer: Observer,
+        observer: Observer | None = None,
     ) -> None:
         self._engine = engine
         self._make_decoder = make_decoder
         self._max_outstanding = engine.max_num_seqs + max_queue
-        self._observer = observer
+        self._observer = observer or _Nobody()
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._live: list[Generation] = []
         """Those not ended yet. The engine's thread alone uses it."""
@@ -158,11 +168,14 @@ class EngineThread:
 
     async def stop(self) -> None:
         """Abort what is left, and end the thread."""
-        if not self._thread.is_alive():
-            return
-        self.abort_all()
-        self._order(self._stop)
-        await asyncio.to_thread(self._thread.join, 10)
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """As `stop`, for when no event loop runs."""
+        if self._thread.is_alive():
+            self.abort_all()
+            self._order(self._stop)
+            self._thread.join(10)
 
     # -- in the engine's thread ----------------------------------------------------------------------------------------
 
@@ -188,6 +201,7 @@ class EngineThread:
                     self._step()
                     self._stepping_since = None
                 self._publish()
+            self._abort(self._live)  # left where the event loop has ended before them
         except BaseException as error:  # whatever it is, nobody may wait for this thread any more
             _log.critical("the engine has died", exc_info=error)
             self._die(f"{type(error).__name__}: {error}")

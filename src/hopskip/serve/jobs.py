@@ -14,9 +14,9 @@ from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Constraint, Request
 from hopskip.serve import schema
 from hopskip.serve.batch import Job
-from hopskip.serve.grammar import GrammarCompiler, Kind
 from hopskip.serve.settings import Limits
 from hopskip.serve.tools import Notation
+from hopskip.text.grammar import GrammarCompiler, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,12 @@ class Planner:
         self._llm = llm
         self._limits = limits
         self._tokenizer = llm.tokenizer
-        self._grammars = GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size, limits)
+        self._grammars = GrammarCompiler(
+            llm.tokenizer,
+            llm.backend.config.vocab_size,
+            max_chars=limits.grammar_chars,
+            max_depth=limits.grammar_depth,
+        )
 
     async def completion(self, request: schema.CompletionRequest) -> Plan:
         if request.suffix is not None:

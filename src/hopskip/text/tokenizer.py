@@ -155,6 +155,11 @@ class Tokenizer:
         return self._template is not None and "tools" in self._template.variables
 
     @property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template takes from outside (`messages`, `tools`, `enable_thinking`, ...)."""
+        return frozenset() if self._template is None else self._template.variables
+
+    @property
     def inner(self) -> tokenizers.Tokenizer:
         """The tokenizer of the `tokenizers` library: the vocabulary and how it decodes. To encode, use `encode`."""
         return self._inner

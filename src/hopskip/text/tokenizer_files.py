@@ -19,6 +19,7 @@ from hopskip.checkpoint.hf_folder import read_json
 from hopskip.checkpoint.hub import find_base
 from hopskip.checkpoint.lora import is_adapter, read_adapter
 from hopskip.errors import CheckpointError
+from hopskip.machine import require
 from hopskip.text.gguf_tokenizer import tokenizer_of_gguf
 from hopskip.text.sentencepiece import read_model
 from hopskip.text.tokenizer import Encode, Tokenizer
@@ -27,14 +28,17 @@ _OLD_FILES = ("vocab.json", "merges.txt")
 _SPECIAL_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def load_tokenizer(path: Path, config: ModelConfig, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or a GGUF file; of an adapter its own, or its base's.
+
+    Args:
+        metadata: of a GGUF file, where it has been read already (`Checkpoint.metadata`).
 
     Raises:
         CheckpointError: there is none, or it is of a kind that cannot be read.
     """
     if path.is_file():
-        return tokenizer_of_gguf(path, GGUFFile(path).metadata, config)
+        return tokenizer_of_gguf(path, GGUFFile(path).metadata if metadata is None else metadata, config)
     if is_adapter(path) and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return load_tokenizer(find_base(read_adapter(path).base_name, path), config)
     return _from_folder(path, config)
@@ -73,10 +77,9 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
             f"{folder} has no tokenizer that can be read; put the model's tokenizer.json and tokenizer_config.json "
             "beside its weights (hf download ID tokenizer.json tokenizer_config.json --local-dir FOLDER)"
         )
-    from transformers import AutoTokenizer
-
+    transformers = require("transformers", f"the tokenizer of {folder}, which has no tokenizer.json,")
     try:
-        converted = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        converted = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         inner: tokenizers.Tokenizer = converted.backend_tokenizer
     except Exception as error:  # of many kinds: missing files, missing packages, unknown classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

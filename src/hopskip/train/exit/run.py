@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.trained_exit import DEFAULT_EXIT, ExitConfig, TrainedExit
 from hopskip.engine.engine import Engine, make_engine
 from hopskip.errors import ConfigError
-from hopskip.loading import load_backend
+from hopskip.loading import Progress, load_backend
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
@@ -30,12 +30,17 @@ from hopskip.train.exit.fit import Evaluation, fit
 from hopskip.train.exit.prompts import encode_prompts, write_prompts
 from hopskip.train.exit.recipe import ExitRecipe
 from hopskip.train.plot import plot_acceptance
+from hopskip.version import stamp
 
 Report = Callable[[str], None]
 
 
-def run(recipe: ExitRecipe, report: Report = print) -> Path:
+def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda what, share: None) -> Path:
     """Run a recipe; the folder of the finished exit.
+
+    Args:
+        report: told what has been reached.
+        progress: told what is being done, and the share of it that is done.
 
     Raises:
         ConfigError: a setting cannot work with this model, or what was collected before does not fit the recipe.
@@ -54,10 +59,10 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
 
-    _collect(recipe, checkpoint, tokenizer, report)
+    _collect(recipe, checkpoint, tokenizer, report, progress)
     taps, training, held_out = _read(recipe, checkpoint)
     vocabularies = [draft_vocabulary(training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)]
-    notes = {"base_model": checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages]}
+    notes = {"base_model": checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages], **stamp()}
     found: list[Candidate] = []
     for exit_config in recipe.branches:
         trainer = ExitTrainer(checkpoint, exit_config, vocabularies[0], getattr(torch, recipe.precision))
@@ -68,7 +73,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
             trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
         if exit_config.num_layers:  # a plain exit has nothing to train
             trainer.to(device)
-            _train(recipe, checkpoint, trainer, training, held_out, taps, report)
+            _train(recipe, checkpoint, trainer, training, held_out, taps, report, progress)
         trainer.cpu()
         for vocabulary in vocabularies:
             trained = trainer.trained_exit(checkpoint.fingerprint, 1, vocabulary=vocabulary)
@@ -76,6 +81,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
             measured = measure(
                 load_backend(checkpoint, recipe.load), trained, held_out, recipe.search, tokenizer.eos_token_ids, notes
             )
+            progress(f"timing drafts of {name_of(exit_config)}", None)
             for candidate in measured:
                 report(
                     f"{name_of(exit_config)}, {candidate.shape}: {candidate.speedup:.2f} x plain decoding, "
@@ -103,7 +109,9 @@ def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> TrainedExit | None:
     return initial
 
 
-def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, report: Report) -> None:
+def _collect(
+    recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, report: Report, progress: Progress
+) -> None:
     """Prompts and the model's answers to them, as far as they are not there yet."""
     folder, settings = Path(recipe.output), recipe.collect
     eos_token_ids = sorted(tokenizer.eos_token_ids)
@@ -111,7 +119,7 @@ def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, r
     @cache
     def backend() -> Backend:
         """Loaded once, and not before it is known that the files of prompts can be read."""
-        return load_backend(checkpoint, recipe.load)
+        return load_backend(checkpoint, recipe.load, progress)
 
     def plain_engine() -> Engine:
         plain = SpeculativeConfig(draft="none")
@@ -119,7 +127,7 @@ def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, r
 
     path = folder / "prompts.jsonl"
     if not path.exists():
-        write_prompts(recipe.prompts, tokenizer, plain_engine, path, report)
+        write_prompts(recipe.prompts, tokenizer, plain_engine, path, report, partial(progress, "writing prompts"))
     prompts = encode_prompts(path, tokenizer, recipe.prompts.max_prompt_tokens)
     collect(
         backend(),
@@ -131,6 +139,7 @@ def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, r
         eos_token_ids=eos_token_ids,
         max_num_seqs=settings.max_num_seqs,
         progress=lambda done, tokens: report(f"collected {tokens:,} tokens from {done} of {len(prompts)} prompts"),
+        doing=partial(progress, "answering prompts"),
     )
 
 
@@ -153,6 +162,7 @@ def _train(
     held_out: Seq[Conversation],
     taps: Seq[int],
     report: Report,
+    progress: Progress,
 ) -> None:
     """All stages of one candidate."""
     folder = Path(recipe.output) / name_of(trainer.exit_config)
@@ -166,17 +176,18 @@ def _train(
         )
 
     for number, stage in enumerate(recipe.stages):
-        fit(trainer, training, held_out, taps, embedding, stage, folder / f"stage-{number}", tell)
+        doing = partial(progress, f"training {folder.name}, stage {number + 1} of {len(recipe.stages)}")
+        fit(trainer, training, held_out, taps, embedding, stage, folder / f"stage-{number}", tell, doing)
     plot_acceptance(folder, folder / "acceptance.png")
 
 
 def _write_best(found: Seq[Candidate], folder: Path, report: Report) -> Path:
     """`search.json` with every candidate, and the folder of the fastest."""
     best = max(found, key=lambda candidate: candidate.speedup)
-    with replacing_file(folder / "search.json") as partial:
-        text = json.dumps([candidate.as_json() for candidate in found], indent=1)
-        partial.write_text(text + "\n", encoding="utf-8")
-    with replacing(folder / "exit") as partial:
-        best.trained_exit.save(partial)
+    with replacing_file(folder / "search.json") as written:
+        result = {**stamp(), "candidates": [candidate.as_json() for candidate in found]}
+        written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with replacing(folder / "exit") as written:
+        best.trained_exit.save(written)
     report(f"the fastest is {name_of(best.trained_exit.config)} with {best.shape} ({best.speedup:.2f} x)")
     return folder / "exit"

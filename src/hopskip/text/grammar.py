@@ -1,4 +1,4 @@
-"""Grammars: JSON schemas, regular expressions and Lark grammars, compiled and followed by llguidance.
+"""Grammars: JSON schemas, regular expressions, grammars and choices, compiled and followed by llguidance.
 
 Shape letters: M draft tokens, N = M + 1 rows, W words of a mask.
 """
@@ -16,10 +16,12 @@ import numpy as np
 
 from hopskip.errors import ConfigError
 from hopskip.sequence import Mask
-from hopskip.serve.settings import Limits
 from hopskip.text.tokenizer import Tokenizer
 
-Kind = Literal["json_schema", "regex", "lark"]
+Kind = Literal["json_schema", "regex", "lark", "grammar", "choice"]
+"""`lark` is in Lark's notation, `grammar` in that or in llama.cpp's GBNF; `choice` is one of several texts."""
+Source = str | Mapping[str, Any] | Seq[str]
+"""A grammar as it is given: a schema may be a mapping, a choice is its texts."""
 
 _NUM_KEPT = 64
 """Compiled grammars that are kept, for requests that come with the same one."""
@@ -29,27 +31,34 @@ the point."""
 
 
 class GrammarCompiler:
-    """Turns grammars into constraints for one tokenizer. Safe for use from several threads."""
+    """Turns grammars into constraints for one tokenizer. Safe for use from several threads.
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: Limits) -> None:
+    Args:
+        max_chars: the longest grammar that is taken; None takes any.
+        max_depth: the deepest nesting of a JSON schema.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, *, max_chars: int | None = None, max_depth: int = 64
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._limits = limits
+        self._max_chars = max_chars
+        self._max_depth = max_depth
         self._lock = threading.Lock()
         self._backend: Any = None
         self._compiled: OrderedDict[tuple[Kind, str], Any] = OrderedDict()
 
-    def compile(self, kind: Kind, source: str | Mapping[str, Any]) -> GrammarConstraint:
+    def compile(self, kind: Kind, source: Source) -> GrammarConstraint:
         """A fresh constraint. The first call of all takes up to a second more, to read the vocabulary.
 
         Raises:
-            ConfigError: the grammar is not valid, too large, or too complex; or this tokenizer cannot be constrained.
+            ConfigError: the grammar is not valid, too large, or too complex; this tokenizer cannot be constrained; or
+                llguidance is not installed.
         """
-        text = source if isinstance(source, str) else _dump_schema(source, self._limits.grammar_depth)
-        if len(text) > self._limits.grammar_chars:
-            raise ConfigError(
-                f"the grammar has {len(text)} characters; at most {self._limits.grammar_chars} are allowed"
-            )
+        text = self._as_text(source)
+        if self._max_chars is not None and len(text) > self._max_chars:
+            raise ConfigError(f"the grammar has {len(text)} characters; at most {self._max_chars} are allowed")
         with self._lock:
             matcher = self._compiled.get((kind, text))
             if matcher is None:
@@ -60,9 +69,21 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
             return GrammarConstraint(matcher.deep_copy(), self._vocab_size)
 
-    def _compile(self, kind: Kind, text: str) -> Any:
-        from llguidance import LLMatcher, LLParserLimits
+    def _as_text(self, source: Source) -> str:
+        if isinstance(source, str):
+            return source
+        if isinstance(source, Mapping):
+            return _dump_schema(source, self._max_depth)
+        return "start: " + " | ".join(json.dumps(choice) for choice in source)
 
+    def _compile(self, kind: Kind, text: str) -> Any:
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+            from llguidance.gbnf_to_lark import any_to_lark
+        except ImportError:
+            raise ConfigError(
+                "structured output needs llguidance, which is not installed: pip install 'hopskip[structured]'"
+            ) from None
         if self._backend is None:
             self._backend = self._read_vocabulary()
         # the work is bounded by the library's own fuel, so that a hostile grammar cannot keep this thread
@@ -75,7 +96,7 @@ class GrammarCompiler:
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
             else:
-                grammar = LLMatcher.grammar_from_lark(text)
+                grammar = LLMatcher.grammar_from_lark(any_to_lark(text) if kind == "grammar" else text)
             matcher = LLMatcher(self._backend, grammar, log_level=0, limits=limits)
             trial = matcher.deep_copy()
             if not trial.is_error():
@@ -84,7 +105,7 @@ class GrammarCompiler:
         except BaseException as panic:
             error = _reason(panic)
         if error:
-            raise ConfigError(f"the grammar cannot be used: {error.splitlines()[0][:300]}")
+            raise ConfigError(f"the grammar cannot be used: {' '.join(error.split())[:300]}")
         return matcher
 
     def _read_vocabulary(self) -> Any:
