@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hopskip.backends.native.formats import EXACT
-from hopskip.checkpoint.config import FAMILIES
+from hopskip.checkpoint.families import FAMILIES
 from hopskip.checkpoint.fp8 import FP8_TYPES
 from hopskip.checkpoint.gguf import ARCHITECTURES
 from hopskip.checkpoint.hf_folder import PLAIN_TYPES

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gsm8k --data FILE.jsonl [--where src=gsm8k] [--output runs/gsm8k] [SECTION.KEY=VALUE ...]
 
-Trains by recipes/gsm8k-finetune.yaml (overrides go to both trainings), then measures on both models: the accuracy of
+Trains by the recipe gsm8k-finetune (overrides go to both trainings), then measures on both models: the accuracy of
 greedy answers to the held-out problems (every 15th of the data), and acceptance and speed on the gsm8k prompts that
 come with hopskip. Which tokens the recipe's exit should draft, and how many, `hopskip train exit` finds. Prints one
 JSON object. Run again after an interruption: it goes on where it was.
@@ -33,10 +33,10 @@ from hopskip.prompts import Prompt, load_prompts
 from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe
 from hopskip.train.exit.run import run as train_exit
 from hopskip.train.read import read_split
-from hopskip.train.recipe import Recipe, load_recipe
+from hopskip.train.recipe import RECIPES, Recipe, load_recipe
 from hopskip.train.run import run
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "gsm8k-finetune.yaml"
+RECIPE = RECIPES / "gsm8k-finetune.yaml"
 VARIANTS = {"with-recipe": [], "without-recipe": ["layerskip={p_max: 0, e_scale: 0}"]}
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

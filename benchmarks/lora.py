@@ -3,7 +3,7 @@
     python -m benchmarks.lora --prompts FILE.jsonl [--output runs/lora] [SECTION.KEY=VALUE ...]
 
 The model answers prompts, half of them from FILE (`prompt` a line) and half written by itself, and LoRA by
-recipes/smollm2-135m-lora.yaml (overrides go there) teaches its early layers to say what its last layer says. Then both
+the recipe smollm2-135m-lora (overrides go there) teaches its early layers to say what its last layer says. Then both
 decode the prompts that come with hopskip, and their last layers read the same text. Prints one JSON object. Run again
 after an interruption: it goes on where it was.
 """
@@ -28,11 +28,10 @@ from hopskip.machine import num_usable_cores, replacing_file
 from hopskip.prompts import load_prompts, whole_prompts
 from hopskip.train.exit.prompts import self_prompts
 from hopskip.train.exit.recipe import ExitRecipe
-from hopskip.train.recipe import load_recipe, read_recipe
+from hopskip.train.recipe import RECIPES, load_recipe, read_recipe
 from hopskip.train.run import run
 
-ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "recipes" / "smollm2-135m-lora.yaml"
+RECIPE = RECIPES / "smollm2-135m-lora.yaml"
 SETS = ("alpaca", "gsm8k", "humaneval", "mt_bench")
 
 
@@ -82,7 +81,7 @@ def answer(prompts: Path, chats: Path, number: int, threads: int) -> None:
     """Write the default model's greedy answers to `chats`; prompts that are measured with are left out."""
     llm = LLM(speculative=SpeculativeConfig(draft="none"), threads=threads, max_num_seqs=64)
     measured = {str(prompt.content).strip() for name in SETS for prompt in load_prompts(name)}
-    own = read_recipe(ExitRecipe, ROOT / "recipes" / "smollm2-135m-exit.yaml").prompts.openings
+    own = read_recipe(ExitRecipe, RECIPES / "smollm2-135m-exit.yaml").prompts.openings
     given = [prompt.content for prompt in load_prompts(str(prompts))]
     texts = [str(text) for text in random.Random(0).sample(given, min(len(given), number // 2))]
     print(f"the model writes {number - len(texts)} prompts", file=sys.stderr)

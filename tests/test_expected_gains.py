@@ -18,7 +18,7 @@ from hopskip.draft.costs import Costs, DraftCost
 from hopskip.speculative import LOOKUP, TRAINED_EXIT, Source
 from hopskip.train.exit.estimate import USUAL_RECIPE, Work
 from hopskip.train.exit.recipe import ExitRecipe
-from hopskip.train.recipe import read_recipe
+from hopskip.train.recipe import RECIPES, read_recipe
 from tests.models import tiny_config
 from tests.tiny import write_checkpoint
 
@@ -94,7 +94,7 @@ def test_words() -> None:
 
 
 def test_the_usual_work_is_that_of_the_recipe_for_any_model() -> None:
-    recipe = read_recipe(ExitRecipe, Path(__file__).parent.parent / "recipes" / "any-model-exit.yaml")
+    recipe = read_recipe(ExitRecipe, RECIPES / "any-model-exit.yaml")
     assert Work.of(recipe, MODEL) == Work.of(USUAL_RECIPE, MODEL)
 
 

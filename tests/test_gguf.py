@@ -213,7 +213,7 @@ def test_unknown_type_lists_those_that_are_read(model: PreTrainedModel, tmp_path
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"general.architecture": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3; for a model of about its size"),
+        ({"general.architecture": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3; nearest to it is qwen3, such as"),
         ({"general.architecture": "qwen3moe"}, "'qwen3moe'.*nearest to it is qwen3, such as Qwen/Qwen3-4B"),
         ({"general.architecture": "clip"}, "something beside one"),
         ({"llama.expert_count": 8}, "mixture of experts"),

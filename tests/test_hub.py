@@ -319,7 +319,8 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "org/awq": {"config.json": _AWQ, "model.safetensors": b"x" * 1000},
     "org/gemma": {"config.json": b'{"model_type": "gemma3_text"}', "model.safetensors": b"x" * 1000},
     "org/pickled": {"config.json": _PLAIN, "pytorch_model.bin": b"x"},
-    "org/lora": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
+    "org/lora": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "optimizer.pt": b"x"},
+    "org/pickled-lora": {"adapter_config.json": b"{}", "adapter_model.bin": b"x"},
     "org/images": {"model_index.json": b"{}", "unet/model.safetensors": b"x"},
     "org/sentences": {"modules.json": b"[]", "config.json": _PLAIN, "model.safetensors": b"x"},
     "org/onnx": {"config.json": _PLAIN, "onnx/model.onnx": b"x"},
@@ -328,6 +329,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
 ASKED = {
     "org/folder": "",
     "org/folder:Q4_0": "m-Q4_0.gguf",
+    "org/lora": "",
     "org/one": "one [1].gguf",
     "org/many": "m-Q4_K_M.gguf",
     "org/many:q3_k_m": "m-Q3_K_M.gguf",
@@ -349,7 +351,7 @@ REFUSED = {
     "org/awq": r"quantized by AWQ.*original model",
     "org/gemma": r"model_type 'gemma3_text' is not supported",
     "org/pickled": r"only pickled weights.*safetensors version",
-    "org/lora": r"is an adapter; merge",
+    "org/pickled-lora": r"is an adapter without adapter_model\.safetensors; merge it .*peft",
     "org/images": r"is a diffusers pipeline",
     "org/sentences": r"is an embedding model",
     "org/onnx": r"weights for ONNX only",
@@ -420,8 +422,15 @@ def test_answers_of_a_hub_give_the_remedy(name: str, answers: tuple[dict[str, st
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (errors.OfflineModeIsEnabled("offline"), r"cannot be reached.*HF_HUB_OFFLINE.*local folder"),
-        (errors.LocalEntryNotFoundError("no network"), r"layerskip-llama3\.2-1B:Q8_0' .*cannot be reached"),
+        (
+            errors.OfflineModeIsEnabled("offline"),
+            r"HF_HUB_OFFLINE keeps the Hub from being asked: unset it, .*hf download .*local folder",
+        ),
+        (
+            errors.LocalEntryNotFoundError("no network"),
+            r"layerskip-llama3\.2-1B:Q8_0' .*cannot be reached: check the "
+            r"connection, or .*\(hf download facebook/layerskip-llama3\.2-1B --local-dir layerskip-llama3\.2-1B\)",
+        ),
         (ConnectionError("refused\nmore"), r"ConnectionError: refused\).*connection"),
         (OSError(28, "No space left on device"), r"No space left on device"),
     ],

@@ -1,9 +1,11 @@
-"""What README and guide say works: Python blocks run, commands parse, and options and links exist."""
+"""What README and guide say works: examples run, commands parse, and options and links exist. All of them, in a fresh
+environment: `scripts/paste-docs`."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from benchmarks import formats
 from typer.testing import CliRunner
 
 from hopskip.cli import app
+from tests import pasting
 from tests.serving import live_server, tiny_llm
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +30,19 @@ def blocks(language: str, page: Path) -> list[str]:
 def commands() -> list[str]:
     lines = [line for page in PAGES for block in blocks("console", page) for line in block.splitlines()]
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("page", pasting.PAGES, ids=lambda page: page.name)
+def test_what_is_printed_can_be_pasted(page: Path, default_model: Path, tmp_path: Path) -> None:
+    """The quick form of `scripts/paste-docs`: what takes seconds, with the hopskip of this environment."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    command = path / "hopskip"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m hopskip "$@"\n')
+    command.chmod(0o755)
+    environment = pasting.reader_environment(tmp_path, f"{path}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    with pasting.Shell(tmp_path, environment, timeout=300) as shell:
+        pasting.paste_page(page, shell, quick=True, report=print)
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ from hopskip.train.exit import estimate
 from hopskip.train.exit.choose import race, spread
 from hopskip.train.exit.estimate import Work, check_disk, check_start, exit_parameters, flops_per_second
 from hopskip.train.exit.recipe import Branch, ExitRecipe, FitConfig, PromptsRecipe, SearchRecipe
-from hopskip.train.recipe import read_recipe
+from hopskip.train.recipe import RECIPES, read_recipe
 from tests.models import tiny_config
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 SHARES = Branch(start=0, num_layers=1, features=("50%", "90%", "100%"))
 
 

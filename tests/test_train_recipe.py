@@ -8,11 +8,10 @@ import pytest
 
 from hopskip.errors import ConfigError
 from hopskip.train.exit.recipe import ExitRecipe
-from hopskip.train.recipe import Recipe, load_recipe, read_recipe
+from hopskip.train.recipe import RECIPES, Recipe, find_recipe, load_recipe, read_recipe
 from hopskip.train.run import training_arguments
 
-ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OURS = sorted(RECIPES.glob("*.yaml"))
 MINIMAL = """
 output: out
 model: {base: default}
@@ -84,7 +83,12 @@ def test_streaming_needs_a_length(minimal: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "cannot be read"), ("- a", "not a mapping"), ("data: {train: x}", "lacks 'model'")]
+    ("text", "message"),
+    [
+        (None, "does not exist; give a .yaml file, or the name of one"),
+        ("- a", "not a mapping"),
+        ("data: {train: x}", "lacks 'model'"),
+    ],
 )
 def test_bad_files(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
@@ -99,9 +103,46 @@ def test_what_transformers_refuses(minimal: Path, tmp_path: Path) -> None:
         training_arguments(recipe)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
 def test_our_recipes_are_valid(path: Path) -> None:
     if "-exit" in path.stem:
         assert read_recipe(ExitRecipe, path, ["prompts.files=mine.jsonl"]).branches
     else:
         assert isinstance(load_recipe(path, ["data.train=mine.jsonl"]), Recipe)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-exit", "smollm2-135m-exit.yaml", "recipes/smollm2-135m-exit.yaml"])
+def test_recipes_that_come_with_hopskip_have_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of one's own of that name comes first; a folder of that name, such as that of a run, does not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m-exit").mkdir()
+    assert find_recipe(Path(name)) == RECIPES / "smollm2-135m-exit.yaml"
+    assert read_recipe(ExitRecipe, Path(name)).output == "runs/smollm2-135m-exit"
+    (tmp_path / "smollm2-135m-exit").rmdir()
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / name).write_text("output: mine")
+    assert find_recipe(Path(name)) == Path(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-135m-exits", r"does not exist; .*; did you mean 'smollm2-135m-exit'\?"),
+        ("zzz", "one that comes with hopskip; there are: from-scratch-tiny, .*smollm2-135m-lora"),
+        ("elsewhere/smollm2-135m-exit", "does not exist"),
+        ("folder", "is a folder; give a .yaml file"),
+    ],
+)
+def test_recipes_that_are_none(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        find_recipe(Path(name))
+
+
+def test_a_shape_may_lie_beside_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(Path("from-scratch-tiny"), ["data.train=books/"])
+    assert recipe.model.config == str(RECIPES / "from-scratch-tiny.json")
+    (tmp_path / "from-scratch-tiny.json").write_text("{}")
+    assert load_recipe(Path("from-scratch-tiny"), ["data.train=books/"]).model.config == "from-scratch-tiny.json"

@@ -132,7 +132,10 @@ def test_absurd_layer_count(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"model_type": "gpt_oss"}, "'gpt_oss'.*llama, mistral, qwen2, qwen3; for a model of about its size.*Qwen3-4B"),
+        (
+            {"model_type": "gpt_oss"},
+            "'gpt_oss'.*llama, mistral, qwen2, qwen3; nearest to it is qwen3, such as Qwen/Qwen3-4B",
+        ),
         ({"model_type": "qwen3_moe"}, "'qwen3_moe'.*; nearest to it is qwen3, such as Qwen/Qwen3-4B"),
         ({"model_type": "qwen2_vl"}, "nearest to it is qwen2"),
         ({"model_type": "mixtral"}, "nearest to it is mistral"),
@@ -206,6 +209,9 @@ def test_broken_config_json(folder: Path, text: str) -> None:
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is empty; check the path, or run its download again"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path)
     (tmp_path / "model.bin").write_bytes(b"x")
@@ -226,7 +232,10 @@ def test_files_that_git_lfs_did_not_fetch(name: str, folder: Path) -> None:
     [
         (["model_index.json", "unet/diffusion.safetensors"], "is a diffusers pipeline, which makes no text"),
         (["modules.json", "config.json", "model.safetensors"], "is an embedding model of sentence-transformers"),
-        (["adapter_config.json", "adapter_model.safetensors"], "is an adapter; merge it into its base"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "is an adapter with peft_type None, .*merge it with peft",
+        ),
         (["config.json", "pytorch_model-00001-of-00002.bin"], "has only pickled weights.*safetensors version"),
         (["params.json", "consolidated.00.pth"], "has only pickled weights"),
         (["params.json", "consolidated.safetensors"], "its maker's own layout.*version for transformers"),

@@ -273,8 +273,7 @@ def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> Trained
         CheckpointError: the exit cannot be read.
         ConfigError: it was trained for other weights.
     """
-    from hopskip.checkpoint.hub import shipped_exit
-    from hopskip.checkpoint.trained_exit import TrainedExit
+    from hopskip.checkpoint.trained_exit import TrainedExit, shipped_exit
 
     folder = speculative.exit_branch
     if folder is None and speculative.may_use_trained_exit:

@@ -13,10 +13,11 @@ import numpy as np
 
 from hopskip.backends.native.isa import choose_isa, obstacle
 from hopskip.machine import cpu_name, num_usable_cores
+from hopskip.version import describe
 
 _BUFFER_BYTES = 256 << 20
 """Far above any last-level cache, so that a walk over it streams from memory."""
-_PACKAGES = ("hopskip", "torch", "transformers", "llama-cpp-python", "numpy")
+_PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")
 
 
 def measure_read_bandwidth(threads: int, repeats: int = 9) -> float:
@@ -48,8 +49,8 @@ def describe_machine(threads: int, read_bandwidth: float) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of everything that takes part; None if it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Versions of everything that takes part, ours with its revision; None if it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "hopskip": describe()}
     return found | {package: _version(package) for package in _PACKAGES}
 
 

@@ -28,7 +28,9 @@ from hopskip.checkpoint.hf_folder import (
     some,
     weight_files,
 )
+from hopskip.checkpoint.hub import find_base
 from hopskip.checkpoint.kinds import refuse_file, starts_as_gguf
+from hopskip.checkpoint.lora import CONFIG, MERGE_BY_PEFT, WEIGHTS, is_adapter, read_adapter
 from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize, unpermuted
 from hopskip.errors import CheckpointError
 
@@ -105,6 +107,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face folder (safetensors, single or sharded) or a GGUF file; check all names and shapes.
 
+    The folder of a LoRA adapter stands for its base model with the adapter merged into it.
+
     A GGUF file is known by its first letters, whatever its name. Any part of a split one stands for all of them; the
     checkpoint's path is then that of part one.
 
@@ -113,7 +117,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             missing, unexpected or misshapen (all of them are named).
     """
     if path.is_dir():
-        return _open_folder(path)
+        return _open_adapter(path) if is_adapter(path) else _open_folder(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf" and not starts_as_gguf(path):
             refuse_file(path)
@@ -150,6 +154,28 @@ def _open_folder(folder: Path) -> Checkpoint:
         config = _resolve_tying(config, tensors)
     _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, folder)
     return Checkpoint(folder, config, tensors, digest.hexdigest(), generation=read_generation(folder))
+
+
+def _open_adapter(folder: Path) -> Checkpoint:
+    adapter = read_adapter(folder)
+    base_path = find_base(adapter.base_name, folder)
+    if base_path.is_dir() and is_adapter(base_path):
+        raise CheckpointError(f"{folder} is an adapter, and so is its base {base_path}; {MERGE_BY_PEFT}")
+    base = open_checkpoint(base_path)
+    if base.path.is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter, and its base {base.path} a GGUF file, into which nothing is merged; put the "
+            f"original model there (hf download {adapter.base_name})"
+        )
+    tensors = adapter.merged_with({name: base.stored(name) for name in base.names()})
+    config = base.config
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        config = replace(config, tie_word_embeddings=False)
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, folder)
+    digest = hashlib.sha256(base.fingerprint.encode())
+    _hash_file(digest, folder / WEIGHTS, adapter.header_size)
+    digest.update((folder / CONFIG).read_bytes())
+    return Checkpoint(folder, config, tensors, digest.hexdigest(), generation=base.generation)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -6,41 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hopskip.checkpoint.families import SUPPORTED_MODEL_TYPES, unsupported
 from hopskip.checkpoint.rope import RopeConfig, is_number
 from hopskip.errors import CheckpointError, shown
 
-FAMILIES = {
-    "llama": "Llama 1 to 3.3, CodeLlama, SmolLM 1 and 2, the LayerSkip checkpoints",
-    "mistral": "Mistral, of which 0.1 has a sliding window",
-    "qwen2": "Qwen2, Qwen2.5",
-    "qwen3": "Qwen3, the dense ones",
-}
-"""Models that run here, by `model_type`."""
-SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
-
-_EXAMPLES = {
-    "llama": "meta-llama/Llama-3.2-1B-Instruct",
-    "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
-    "qwen2": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen3": "Qwen/Qwen3-4B",
-}
-_RELATIVES = {"mixtral": "mistral", "ministral": "mistral", "pixtral": "mistral", "smollm": "llama", "yi": "llama"}
 _MOST_POSITIONS = 2**31 - 1  # they are counted in 32 bits
 _MOST_HEAD_DIM = 1 << 16
-
-
-def nearest(model_type: object) -> str:
-    """What to try in place of a family that is not supported, as the end of a sentence.
-
-    >>> nearest("qwen3_moe")
-    '; nearest to it is qwen3, such as Qwen/Qwen3-4B'
-    """
-    text = str(model_type).lower()
-    known = {family: family for family in SUPPORTED_MODEL_TYPES} | {"qwen": "qwen2"} | _RELATIVES
-    family = next((known[stem] for stem in sorted(known, key=len, reverse=True) if text.startswith(stem)), None)
-    if family is None:
-        return f"; for a model of about its size see the dense ones of a family that runs, such as {_EXAMPLES['qwen3']}"
-    return f"; nearest to it is {family}, such as {_EXAMPLES[family]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +163,7 @@ class ModelConfig:
         """
         model_type = config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
-            raise CheckpointError(
-                f"model_type {shown(model_type)} is not supported; hopskip runs: {', '.join(SUPPORTED_MODEL_TYPES)}"
-                f"{nearest(model_type)}"
-            )
+            raise CheckpointError(unsupported(f"model_type {shown(model_type)}", model_type, SUPPORTED_MODEL_TYPES))
         _refuse_unsupported_variants(config)
         try:
             num_heads = config["num_attention_heads"]

@@ -12,7 +12,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from hopskip.checkpoint.config import ModelConfig, nearest
+from hopskip.checkpoint.config import ModelConfig
+from hopskip.checkpoint.families import unsupported
 from hopskip.checkpoint.gguf_names import part_of
 from hopskip.checkpoint.kinds import refuse_pointer
 from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor, dequantize
@@ -141,8 +142,8 @@ class GGUFFile:
             )
         if self.architecture not in ARCHITECTURES:
             raise CheckpointError(
-                f"{self.path}: architecture {shown(self.architecture)} is not supported; "
-                f"hopskip runs GGUF files of: {', '.join(ARCHITECTURES)}{nearest(self.architecture)}"
+                f"{self.path}: "
+                + unsupported(f"architecture {shown(self.architecture)}", self.architecture, tuple(ARCHITECTURES))
             )
         if self.get("expert_count", 0):
             raise CheckpointError(f"{self.path} is a mixture of experts, which hopskip does not run; use a dense model")

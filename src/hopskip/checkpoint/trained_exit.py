@@ -38,6 +38,9 @@ Array = Any
 Weights = NDArray[np.float32] | StoredTensor
 """Of an exit: in memory, or still in its file. `numpy.asarray` reads both."""
 _TENSORS, _DESCRIPTION = "exit.safetensors", "exit.json"
+_EXITS = Path(__file__).parent.parent / "data" / "exits"
+DEFAULT_EXIT = _EXITS / "smollm2-135m-instruct"
+"""The trained exit of the default model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +198,14 @@ class TrainedExit:
             num_runner_ups=description["num_runner_ups"],
             notes=description["notes"],
         )
+
+
+def shipped_exit(fingerprint: str) -> Path | None:
+    """The folder of the trained exit that comes with the package for the model of this fingerprint, if there is one."""
+    for folder in sorted(_EXITS.glob("*")):
+        if read_description(folder)["fingerprint"] == fingerprint:
+            return folder
+    return None
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ app = App(
 @app.callback(invoke_without_command=True, takes_time=False)
 def _start(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print version and revision, and exit.")] = False,
 ) -> None:
     if version:
         print(f"hopskip {describe()}")

@@ -14,6 +14,7 @@ from hopskip.machine import require
 
 app = App(help="Make models that are their own good draft models.\n\n$ hopskip train exit recipe.yaml")
 
+_RECIPE = "a .yaml file, or the name of a recipe that comes with hopskip"
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe.", show_default=False),
@@ -22,16 +23,16 @@ Overrides = Annotated[
 
 @app.command(takes_time=False)  # its log is what it gives
 def layerskip(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help=f"What to train, on what, and how: {_RECIPE}.")],
     overrides: Overrides = None,
 ) -> None:
     """Train by the LayerSkip recipe: layer dropout and early-exit loss (arXiv 2404.16710).
 
     Run the same command again to go on after an interruption. On several GPUs:
-    `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE.yaml`.
+    `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE`.
 
     $ hopskip train layerskip recipe.yaml
-    $ hopskip train layerskip recipe.yaml training.learning_rate=1e-4
+    $ hopskip train layerskip smollm2-135m-lora data.train=chats.jsonl
     """
     require("torch", "training", "train")
     from hopskip.train.recipe import load_recipe
@@ -45,7 +46,7 @@ def layerskip(
 
 @app.command("exit")
 def train_exit(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For which model, on what, and how.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help=f"For which model, on what, and how: {_RECIPE}.")],
     overrides: Overrides = None,
     *,
     model: Annotated[

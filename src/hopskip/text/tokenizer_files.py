@@ -16,17 +16,20 @@ import tokenizers
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.gguf import GGUFFile
 from hopskip.checkpoint.hf_folder import read_json
+from hopskip.checkpoint.hub import find_base
+from hopskip.checkpoint.lora import is_adapter, read_adapter
 from hopskip.errors import CheckpointError
 from hopskip.machine import require
 from hopskip.text.gguf_tokenizer import tokenizer_of_gguf
 from hopskip.text.sentencepiece import read_model
 from hopskip.text.tokenizer import Encode, Tokenizer
 
+_OLD_FILES = ("vocab.json", "merges.txt")
 _SPECIAL_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def load_tokenizer(path: Path, config: ModelConfig, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or a GGUF file.
+    """The tokenizer of a Hugging Face folder or a GGUF file; of an adapter its own, or its base's.
 
     Args:
         metadata: of a GGUF file, where it has been read already (`Checkpoint.metadata`).
@@ -36,6 +39,8 @@ def load_tokenizer(path: Path, config: ModelConfig, metadata: Mapping[str, Any] 
     """
     if path.is_file():
         return tokenizer_of_gguf(path, GGUFFile(path).metadata if metadata is None else metadata, config)
+    if is_adapter(path) and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return load_tokenizer(find_base(read_adapter(path).base_name, path), config)
     return _from_folder(path, config)
 
 
@@ -67,6 +72,11 @@ def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """A tokenizer that only transformers can build."""
+    if not all((folder / name).exists() for name in _OLD_FILES):
+        raise CheckpointError(
+            f"{folder} has no tokenizer that can be read; put the model's tokenizer.json and tokenizer_config.json "
+            "beside its weights (hf download ID tokenizer.json tokenizer_config.json --local-dir FOLDER)"
+        )
     transformers = require("transformers", f"the tokenizer of {folder}, which has no tokenizer.json,")
     try:
         converted = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +15,9 @@ from hopskip.train.curriculum import LayerSkipConfig
 from hopskip.train.read import DataConfig
 
 T = TypeVar("T")
+
+RECIPES = Path(__file__).parent.parent / "data" / "recipes"
+"""The recipes that come with hopskip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,28 +105,53 @@ OWN_ARGUMENTS = {
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe of a LayerSkip run, as `read_recipe`."""
+    path = find_recipe(path)
     recipe = read_recipe(Recipe, path, overrides)
     _check_training(recipe)
+    shape = recipe.model.config
+    if shape is not None and not Path(shape).exists() and (path.parent / shape).exists():
+        recipe = replace(recipe, model=replace(recipe.model, config=str(path.parent / shape)))
     return recipe
 
 
 def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """Read a recipe; `overrides` are `section.key=value`, their values written as in YAML.
+    """Read a recipe, see `find_recipe`; `overrides` are `section.key=value`, their values written as in YAML.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown (the nearest one is named) or a value is wrong.
     """
+    path = find_recipe(path)
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(path)!r} cannot be read ({error}); give a .yaml file") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe {str(path)!r} is not a mapping of sections (model, data, ...); see recipes/")
+        raise ConfigError(f"recipe {str(path)!r} is not a mapping of sections (model, data, ...); see {RECIPES}")
     for override in overrides:
         _override(values, override)
     recipe = make(kind, values, "")
     assert isinstance(recipe, kind)
     return recipe
+
+
+def find_recipe(path: Path) -> Path:
+    """A recipe's file: the path itself or, where there is none, the recipe of that name that comes with hopskip.
+
+    Raises:
+        ConfigError: there is neither; the message names those that come with hopskip.
+    """
+    if path.is_file():
+        return path
+    name = path.name.removesuffix(".yaml")
+    known = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    if name in known and path.parent in (Path(), Path("recipes")):
+        return known[name]
+    if path.exists():
+        raise ConfigError(f"recipe {str(path)!r} is a folder; give a .yaml file")
+    raise ConfigError(
+        f"recipe {str(path)!r} does not exist; give a .yaml file, or the name of one that comes with hopskip"
+        f"{nearest(name, known)}"
+    )
 
 
 def parse_yaml(text: str, place: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from hopskip.checkpoint.config import SUPPORTED_MODEL_TYPES
+from hopskip.checkpoint.families import SUPPORTED_MODEL_TYPES
 from hopskip.errors import ConfigError, TrainingError
 from hopskip.train.checkpoint import PARTIAL, last_checkpoint, replacing
 from hopskip.train.curriculum import LayerSkipConfig

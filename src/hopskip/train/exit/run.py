@@ -14,8 +14,8 @@ import torch
 from hopskip.backends.base import Backend
 from hopskip.backends.torch.weights import load_tensor
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from hopskip.checkpoint.hub import DEFAULT_EXIT, find_model
-from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
+from hopskip.checkpoint.hub import find_model
+from hopskip.checkpoint.trained_exit import DEFAULT_EXIT, ExitConfig, TrainedExit
 from hopskip.engine.engine import Engine, make_engine
 from hopskip.errors import ConfigError, TrainingError
 from hopskip.loading import Progress, known_device, load_backend
