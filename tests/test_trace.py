@@ -24,7 +24,7 @@ from hopskip.llm import LLM
 from hopskip.loading import LoadConfig, open_model
 from hopskip.sequence import Request
 from hopskip.speculative import Source
-from hopskip.trace import Proposals, Trace, TraceWriter, read_trace
+from hopskip.engine.trace import Proposals, Trace, TraceWriter, read_trace
 from hopskip.version import stamp
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint

@@ -30,7 +30,7 @@ from hopskip.errors import ConfigError
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import LOOKUP, Source, SpeculativeConfig
-from hopskip.trace import Proposals, Trace
+from hopskip.engine.trace import Proposals, Trace
 
 T = TypeVar("T")
 

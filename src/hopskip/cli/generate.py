@@ -86,7 +86,7 @@ def generate(
     with contextlib.ExitStack() as open_files:
         if trace is not None:
             header = {"model": _describe_model(llm, load), "settings": _settings(llm, load, params)}
-            from hopskip.trace import TraceWriter
+            from hopskip.engine.trace import TraceWriter
 
             llm.engine.on_round = open_files.enter_context(TraceWriter(trace, header))
         answer = _write(llm, wrapped, params, writer)

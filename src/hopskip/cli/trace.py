@@ -41,7 +41,7 @@ def show(
     $ hopskip trace show trace.jsonl --plot rounds.png
     """
     from hopskip.errors import ConfigError
-    from hopskip.trace import read_trace
+    from hopskip.engine.trace import read_trace
 
     rounds = read_trace(file).rounds
     if not rounds:
@@ -81,7 +81,7 @@ def record(
     from hopskip.loading import open_model
     from hopskip.prompts import load_prompts
     from hopskip.speculative import SpeculativeConfig
-    from hopskip.trace import Proposals, TraceWriter
+    from hopskip.engine.trace import Proposals, TraceWriter
 
     if max_new_tokens < 2:
         raise ConfigError(f"--max-new-tokens is {max_new_tokens}; a replay needs at least 2")
@@ -117,7 +117,7 @@ def replay(file: FileArgument, as_json: JsonOption = False) -> None:
     $ hopskip trace replay texts.jsonl
     """
     from hopskip.bench.replay import replay as replay_texts
-    from hopskip.trace import read_trace
+    from hopskip.engine.trace import read_trace
 
     with progress(f"replaying {file}"):
         found = replay_texts(read_trace(file))
