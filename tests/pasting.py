@@ -36,7 +36,7 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("guide", "serving", "speculation", "training", "deploy")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("guide", "python", "serving", "speculation", "training", "deploy")),
 ]
 """The pages whose examples are for everybody. Those of measurements (benchmarks, notes) have hours to run."""
 SERVER = "http://127.0.0.1:8000"
