@@ -215,8 +215,9 @@ def read_whole(path: Path) -> bool:
 def _read_by_safetensors(path: Path) -> dict[str, bytes]:
     """What the library of the format makes of a folder; nothing where it refuses what we read."""
     try:
+        parse: Any = deserialize  # which has no types
         content = (path / "model.safetensors").read_bytes() if path.is_dir() else b""
-        return {name: bytes(tensor["data"]) for name, tensor in deserialize(content)} if content else {}
+        return {name: bytes(tensor["data"]) for name, tensor in parse(content)} if content else {}
     except Exception:  # of many kinds
         return {}
 

@@ -20,11 +20,11 @@ from hopskip.draft import timing
 from hopskip.draft.base import Round
 from hopskip.draft.costs import Costs, DraftCost, expected_speedup
 from hopskip.engine import make_engine
+from hopskip.engine.trace import Proposals, Trace, TraceWriter, read_trace
 from hopskip.llm import LLM
 from hopskip.loading import LoadConfig, open_model
 from hopskip.sequence import Request
 from hopskip.speculative import Source
-from hopskip.engine.trace import Proposals, Trace, TraceWriter, read_trace
 from hopskip.version import stamp
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint

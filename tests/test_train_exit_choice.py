@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -135,12 +136,12 @@ def test_a_disk_too_small_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch,
 
 def test_what_is_missing_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with_template, without = SimpleNamespace(has_chat_template=True), SimpleNamespace(has_chat_template=False)
-    monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_start(recipe_of(), with_template)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no chat template"):
         check_start(recipe_of(), without)  # type: ignore[arg-type]
     check_start(recipe_of(prompts=PromptsRecipe(files=("a",))), without)  # type: ignore[arg-type]
-    monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"matplotlib, not installed: pip install 'hopskip\[train\]'"):
         check_start(recipe_of(), with_template)  # type: ignore[arg-type]
 

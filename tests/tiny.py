@@ -87,7 +87,7 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """
     settings = {"model_type": "llama", **_SHAPE, **FAMILIES[family], **changes}
     if not has_transformers():
-        return _Weights(settings, seed)  # type: ignore[return-value]
+        return _Weights(settings, seed)  # type: ignore[return-value,unused-ignore]
     import torch
     import transformers
 
@@ -131,7 +131,7 @@ class _Weights:
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config.to_dict()))
-        eos = {"bos_token_id": self.config.bos_token_id, "eos_token_id": self.config.eos_token_id}
+        eos = {name: vars(self.config)[name] for name in ("bos_token_id", "eos_token_id")}
         (folder / "generation_config.json").write_text(json.dumps(eos))
         write_safetensors(folder / "model.safetensors", {name: ("F32", t) for name, t in self._tensors.items()})
 

@@ -12,4 +12,4 @@ class _Absent:
             raise ImportError(f"No module named {name!r}", name=name)
 
 
-sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
+sys.meta_path.insert(0, _Absent())

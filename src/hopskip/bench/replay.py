@@ -26,11 +26,11 @@ from hopskip.draft.make import Identity, prepare
 from hopskip.draft.plans import Choice
 from hopskip.engine.engine import Engine
 from hopskip.engine.slots import common_prefix
+from hopskip.engine.trace import Proposals, Trace
 from hopskip.errors import ConfigError
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import LOOKUP, Source, SpeculativeConfig
-from hopskip.engine.trace import Proposals, Trace
 
 T = TypeVar("T")
 
@@ -99,6 +99,7 @@ def record(
             engine.step()
         for proposals in onlooker.proposals(sequence):
             on_proposals(proposals)
+    assert auto.costs is not None, "measured above"
     return {"costs": auto.costs.as_json(), "priors": {str(source): rates for source, rates in auto.priors.items()}}
 
 

@@ -114,7 +114,8 @@ class RopeConfig:
         # in float64, then rounded: the last bit is then the same on every machine
         exponents = np.arange(0, self.head_dim, 2) / self.head_dim
         with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
-            return self._scaled(np.power(self.rope_theta, -exponents).astype(np.float32)).astype(np.float32)
+            scaled: Floats = self._scaled(np.power(self.rope_theta, -exponents, dtype=np.float64).astype(np.float32))
+            return scaled.astype(np.float32)
 
     def _scaled(self, inv_freq: Floats) -> Floats:
         if self.rope_type == "linear":

@@ -24,7 +24,7 @@ from hopskip.errors import PromptError
 from hopskip.sampling_params import SamplingParams, with_defaults
 
 if TYPE_CHECKING:
-    from hopskip.cli.talk.reading import Reader
+    from hopskip.cli.talk.typed import Reader
 
 
 @with_options

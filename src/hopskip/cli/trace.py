@@ -40,8 +40,8 @@ def show(
     $ hopskip trace show trace.jsonl
     $ hopskip trace show trace.jsonl --plot rounds.png
     """
-    from hopskip.errors import ConfigError
     from hopskip.engine.trace import read_trace
+    from hopskip.errors import ConfigError
 
     rounds = read_trace(file).rounds
     if not rounds:
@@ -77,11 +77,11 @@ def record(
     $ hopskip trace record texts.jsonl --prompts gsm8k --num-prompts 8
     """
     from hopskip.bench.replay import record as record_texts
+    from hopskip.engine.trace import Proposals, TraceWriter
     from hopskip.errors import ConfigError
     from hopskip.loading import open_model
     from hopskip.prompts import load_prompts
     from hopskip.speculative import SpeculativeConfig
-    from hopskip.engine.trace import Proposals, TraceWriter
 
     if max_new_tokens < 2:
         raise ConfigError(f"--max-new-tokens is {max_new_tokens}; a replay needs at least 2")

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from hopskip.backends.base import Backend
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.hub import shipped_exit
-from hopskip.checkpoint.trained_exit import TrainedExit
+from hopskip.checkpoint.trained_exit import TrainedExit, shipped_exit
 from hopskip.draft.costs import Costs
 from hopskip.draft.gain import GainEstimate
 from hopskip.errors import SlowDraftWarning

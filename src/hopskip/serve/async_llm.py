@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hopskip.engine.turns import closed
 from hopskip.errors import ConfigError
@@ -50,7 +50,7 @@ class AsyncLLM:
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
         progress: Progress | None = None,
-        on_preparing: Callable[[str, float], None] = lambda what, share: None,
+        generation_config: Literal["auto", "none"] = "auto",
         **options: Unpack[LoadOptions],
     ) -> None:
         self._llm = LLM(
@@ -60,7 +60,7 @@ class AsyncLLM:
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
             progress=progress,
-            on_preparing=on_preparing,
+            generation_config=generation_config,
             **options,
         )
         self._thread: EngineThread | None = None

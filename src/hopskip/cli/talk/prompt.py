@@ -21,8 +21,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from hopskip.cli.console import print_note
-from hopskip.cli.talk.reading import LEAVING, is_yes
-from hopskip.cli.talk.typed import is_continued, is_open_block
+from hopskip.cli.talk.typed import LEAVING, is_continued, is_open_block, is_yes
 from hopskip.machine import replacing_file
 
 _MOST_HISTORY_BYTES = 2**20

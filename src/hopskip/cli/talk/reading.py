@@ -4,37 +4,11 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from hopskip.cli.console import print_note
-from hopskip.cli.talk.typed import BLOCK, is_continued, is_open_block
+from hopskip.cli.talk.typed import BLOCK, LEAVING, is_continued, is_open_block, is_yes
 from hopskip.errors import PromptError
-
-LEAVING = "Ctrl-D or /exit leaves the chat"
-
-
-class Reader(Protocol):
-    """Gives what the user writes, one message or command after the other."""
-
-    is_interactive: bool
-    """Whether there is somebody to answer a question."""
-
-    def read(self) -> str | None:
-        """The next text, as it was typed; empty if it was discarded, None at the end.
-
-        Raises:
-            PromptError: it is not UTF-8.
-        """
-        ...
-
-    def confirm(self, question: str) -> bool:
-        """Whether the answer is yes; it is not if nobody can be asked."""
-        ...
-
-    def holding_keys(self) -> AbstractContextManager[None]:
-        """Until the end of the block, what is typed while nothing is read waits unseen for the next `read`, instead of
-        mixing with what is shown; text that is pasted stays in one piece."""
-        ...
 
 
 class LineReader:
@@ -93,7 +67,3 @@ class LineReader:
                 f"stdin is not valid UTF-8: byte {error.object[error.start]:#04x}; convert it, for example with "
                 "iconv -t UTF-8"
             ) from None
-
-
-def is_yes(answer: str | None) -> bool:
-    return answer is not None and answer.strip().lower() in ("y", "yes")

@@ -24,7 +24,7 @@ from hopskip.cli.talk.typed import BARE_EXITS, COMMANDS, Command, parse, unknown
 from hopskip.errors import HopskipError
 
 if TYPE_CHECKING:
-    from hopskip.cli.talk.reading import Reader
+    from hopskip.cli.talk.typed import Reader
     from hopskip.llm import LLM
 
 _KEYS = (

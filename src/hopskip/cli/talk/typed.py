@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+LEAVING = "Ctrl-D or /exit leaves the chat"
 
 BLOCK = '"""'
 """Begins and ends a text of several lines."""
@@ -87,3 +90,31 @@ def unknown_command(name: str) -> str:
     """What to say of a command that does not exist."""
     meant = nearest(name, [*COMMANDS, *_OTHER_NAMES], "/")
     return f"no command /{name}; {meant}/help shows all, and //{name} begins a message"
+
+
+def is_yes(answer: str | None) -> bool:
+    return answer is not None and answer.strip().lower() in ("y", "yes")
+
+
+class Reader(Protocol):
+    """Gives what the user writes, one message or command after the other."""
+
+    is_interactive: bool
+    """Whether there is somebody to answer a question."""
+
+    def read(self) -> str | None:
+        """The next text, as it was typed; empty if it was discarded, None at the end.
+
+        Raises:
+            PromptError: it is not UTF-8.
+        """
+        ...
+
+    def confirm(self, question: str) -> bool:
+        """Whether the answer is yes; it is not if nobody can be asked."""
+        ...
+
+    def holding_keys(self) -> AbstractContextManager[None]:
+        """Until the end of the block, what is typed while nothing is read waits unseen for the next `read`, instead of
+        mixing with what is shown; text that is pasted stays in one piece."""
+        ...

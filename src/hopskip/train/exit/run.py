@@ -70,7 +70,7 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
         torch.set_num_threads(recipe.threads)
 
     _collect(recipe, checkpoint, tokenizer, report, progress)
-    taps, training, held_out = _read(recipe, checkpoint)
+    collected_taps, training, held_out = _read(recipe, checkpoint)
     vocabularies = [draft_vocabulary(training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)]
     notes = {"base_model": checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages], **stamp()}
     found: list[Candidate] = []
@@ -83,7 +83,7 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
             trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
         if exit_config.num_layers:  # a plain exit has nothing to train
             trainer.to(device)
-            _train(recipe, checkpoint, trainer, training, held_out, taps, report, progress)
+            _train(recipe, checkpoint, trainer, training, held_out, collected_taps, report, progress)
         trainer.cpu()
         for vocabulary in vocabularies:
             trained = trainer.trained_exit(checkpoint.fingerprint, 1, vocabulary=vocabulary)
