@@ -27,10 +27,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.in_turn import decode_in_turn
 from hopskip import LLM, SamplingParams, SpeculativeConfig
-from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
+from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.machine import num_usable_cores
 from hopskip.prompts import Prompt, load_prompts
-from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe
+from hopskip.train.exit.recipe import Branch, ExitRecipe, PromptsRecipe, SearchRecipe
 from hopskip.train.exit.run import run as train_exit
 from hopskip.train.read import read_split
 from hopskip.train.recipe import Recipe, load_recipe
@@ -122,9 +122,10 @@ def plain_exit(
             output=str(folder),
             base=str(model),
             prompts=PromptsRecipe(files=(str(folder / "given.jsonl"),)),
-            branches=tuple(ExitConfig(start=exit, num_layers=0) for exit in exits),
+            branches=tuple(Branch(start=exit, num_layers=0) for exit in exits),
             vocabulary=vocabulary,
             held_out_every=16,
+            search=SearchRecipe(least_speedup=0.0),  # the comparison below says what it is worth
             threads=threads,
         ),
         report=lambda line: print(line, file=sys.stderr),

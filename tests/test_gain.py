@@ -247,7 +247,7 @@ def test_what_is_usual() -> None:
     assert usual_acceptance(Source("early-exit", 8), MODEL).high == pytest.approx(0.1)
     assert usual_acceptance(Source("early-exit", 27), MODEL).high == pytest.approx(0.9**4)
     assert usual_acceptance(Source("early-exit", 8), trained_for_exits).low > 0.5
-    precisions = [usual_acceptance(Source("layer-skip", 30, precision), MODEL).low for precision in ("q8", "q4", None)]  # type: ignore[arg-type]
+    precisions = [usual_acceptance(Source("layer-skip", 30, precision), MODEL).low for precision in ("q8", "q4", None)]
     assert precisions == sorted(precisions, reverse=True)
     assert usual_acceptance(LOOKUP, MODEL) == (0.0, 0.95)
     assert all(
@@ -314,7 +314,7 @@ def test_what_is_not_slow_or_not_known_is_left_alone() -> None:
     assert len(warned(Advice(lookup), gain_of(48, 0.94))) == 1
     assert warned(Advice(lookup, 0.95)) == []
     for draft in ("auto", "none"):
-        assert warned(Advice(SpeculativeConfig(draft=draft), 0.1), gain_of(99, 0.1)) == []  # type: ignore[arg-type]
+        assert warned(Advice(SpeculativeConfig(draft=draft), 0.1), gain_of(99, 0.1)) == []
 
 
 def test_warnings_point_to_who_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from hopskip.backends import gpu
 from hopskip.backends.gpu import Gpu, find_gpu
 from hopskip.backends.native import isa
 from hopskip.backends.rows import Rows, Segment
-from hopskip.backends.torch import attention
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.stored import BlockType, StoredTensor
 from hopskip.loading import LoadConfig, known_device
@@ -69,7 +68,10 @@ def test_what_a_card_says_of_itself(card: Callable[..., None]) -> None:
     card(is_available=False)
     assert find_gpu() is None
     card(free=7, memory_clock_rate=9_751_000, memory_bus_width=384)
-    assert find_gpu() == Gpu(free_bytes=7, bytes_per_second=pytest.approx(936e9, rel=1e-3))
+    found = find_gpu()
+    assert found is not None
+    assert found.free_bytes == 7
+    assert found.bytes_per_second == pytest.approx(936e9, rel=1e-3)
     card(free=7)
     assert find_gpu() == Gpu(free_bytes=7, bytes_per_second=300e9)
     assert known_device("auto") == "cuda"
@@ -153,10 +155,10 @@ def test_cudnn_attention_is_off_within_our_calls_only(monkeypatch: pytest.Monkey
     plain = F.scaled_dot_product_attention
 
     def spy(*arguments: Any, **options: Any) -> torch.Tensor:
-        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     model = tiny_model()
     cache = model.new_cache(1, 8)
     for was_enabled in (True, False):
@@ -165,7 +167,7 @@ def test_cudnn_attention_is_off_within_our_calls_only(monkeypatch: pytest.Monkey
             model.forward([1, 2], Rows([Segment(0, 0, 2)]), cache)
             with pytest.raises(AssertionError):
                 model.forward([1], Rows([Segment(0, 99, 1)]), cache)
-            assert torch.backends.cuda.cudnn_sdp_enabled() is was_enabled
+            assert torch.backends.cuda.cudnn_sdp_enabled() is was_enabled  # type: ignore[no-untyped-call]
         finally:
             torch.backends.cuda.enable_cudnn_sdp(True)
     assert seen

@@ -229,7 +229,7 @@ class SamplingParams:
 def with_defaults(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingParams:
     """What was asked for, and for the rest what the model's makers recommend (`generation.recommended_sampling`). Who
     asks for temperature 0 gets the model's best tokens: nothing of the makers' settings then."""
-    return SamplingParams(**(given if given.get("temperature") == 0 else {**recommended, **given}))  # type: ignore[arg-type]
+    return SamplingParams(**(given if given.get("temperature") == 0 else {**recommended, **given}))
 
 
 def params_for(

@@ -23,7 +23,7 @@ def without_cudnn() -> Iterator[None]:
     """cuDNN's attention, which PyTorch prefers on some cards, plans anew for every length: tens of milliseconds for
     each new token. And on some its decoding is wrong for few key/value heads. Whatever else uses PyTorch keeps it."""
     cuda = torch.backends.cuda
-    was_enabled = cuda.cudnn_sdp_enabled()
+    was_enabled = cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     cuda.enable_cudnn_sdp(False)
     try:
         yield
