@@ -49,6 +49,10 @@ if torch is not None:
 # Tests of the cache of packed weights name a folder of their own.
 os.environ["HOPSKIP_CACHE"] = ""
 
+# Nor do the settings of whoever runs the tests count.
+os.environ["HOPSKIP_CONFIG"] = ""
+os.environ.pop("HOPSKIP_MODEL", None)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:

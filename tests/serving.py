@@ -65,11 +65,11 @@ class Brake:
         """True if a request has come as far as it may."""
         return self._is_on and any(len(sequence.tokens) > 3 for sequence in self._engine.running)
 
-    def _braked_step(self, only: Seq[Sequence] | None = None) -> None:
+    def _braked_step(self, only: Seq[Sequence] | None = None, *, resting: Seq[Sequence] = ()) -> None:
         if self.is_holding:
             time.sleep(0.001)
         else:
-            self._step(only)
+            self._step(only, resting=resting)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from hopskip.bench import measure as measuring
 from hopskip.bench.contenders import Contender
 from hopskip.bench.measure import Result
 from hopskip.cli import app
+from hopskip.version import stamp
 from tests.tiny import write_checkpoint
 
 
@@ -36,7 +37,7 @@ def test_command_reports_json(checkpoint: Path, tmp_path: Path) -> None:
     result = invoke(checkpoint, *arguments, "--json", "--plot", str(plot))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert list(found) == ["machine", "versions", "settings", "contenders"]
+    assert list(found) == [*stamp(), "machine", "versions", "settings", "contenders"]
     assert found["machine"]["threads"] == 1
     assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in found["versions"]["torch"]
     contenders = {c["name"]: c for c in found["contenders"]}

@@ -452,8 +452,7 @@ def test_command_against_transformers(checkpoint: Path) -> None:
     [
         (["--precision", "int3"], "'int3'"),
         (["--precision", "fp32,float32"], "each once"),
-        (["--dtype", "bfloat16"], "--dtype bfloat16 has no effect here"),
-        (["--quantize", "q8"], "--quantize q8 has no effect here"),
+        (["--dtype", "int3"], "--dtype is 'int3'"),
         (["--against", "vllm"], "'vllm'"),
         (["--against", "transformers", "--precision", "bf16"], "only float32 can be compared"),
         (["--num-prompts", "0"], "number of prompts is 0"),

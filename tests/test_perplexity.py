@@ -157,7 +157,6 @@ def test_the_report(model: Path, tmp_path: Path) -> None:
         (["--exit-layers", "3"], "--exit-layers has 3; this model has 3 layers"),
         (["--exit-layers", "one"], "'one'; give numbers with commas between"),
         (["--precision", "q5"], "precision is 'q5'"),
-        (["--dtype", "bfloat16"], "--dtype bfloat16 has no effect here"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--context", "4096"], "--context is 4096; the model's own is 1024"),
         (["--context", "0"], "0; it must be at least 2"),

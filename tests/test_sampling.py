@@ -408,10 +408,6 @@ def test_a_draft_shares_the_noise(xp: Any) -> None:
         ({"temperature": 1.0, "seed": -(2**63) - 1}, "seed is"),
         ({"stop": ("",)}, "stop"),
         ({"logit_bias": {3: float("nan")}}, "logit_bias"),
-        ({"top_p": 0.9}, "top_p=0.9 has no effect"),
-        ({"top_k": 1}, "top_k=1 has no effect"),
-        ({"min_p": 0.1}, "min_p=0.1 has no effect"),
-        ({"seed": 1}, "seed=1 has no effect"),
     ],
 )
 def test_bad_values_are_named(settings: dict[str, object], named: str) -> None:
@@ -428,6 +424,14 @@ def test_values_at_the_bounds_are_taken() -> None:
     with pytest.raises(TypeError):  # a bare number says nothing
         SamplingParams(256)  # type: ignore[call-arg]
     assert SamplingParams(logit_bias={3: -math.inf}).changes_logits
+
+
+def test_what_narrows_a_draw_is_accepted_and_idle_where_nothing_is_drawn() -> None:
+    params = SamplingParams(top_k=1, top_p=0.5, min_p=0.3, seed=7)
+    assert params.is_greedy
+    assert not params.truncates
+    with pytest.raises(ConfigError, match="top_p is 0"):  # what could never work is wrong at any temperature
+        SamplingParams(top_p=0.0)
 
 
 def test_what_params_say_of_themselves() -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "hopskip"
 LAYERS = [
-    ("errors", "options"),
+    ("errors", "options", "version"),
     ("machine", "speculative", "sampling_params"),
     ("checkpoint", "sequence"),
     ("sampling", "text"),
@@ -33,7 +33,7 @@ BROWSER_CODE = [
 ]
 NATIVE_CODE = [path for path in sorted((ROOT / "native").iterdir()) if path.suffix in (".cpp", ".h", ".inl")]
 
-MOST_MODULES, MOST_LINES, MOST_LINES_OF_A_FUNCTION, LONGEST_CHAIN = 12, 400, 80, 15
+MOST_MODULES, MOST_LINES, MOST_LINES_OF_A_FUNCTION, LONGEST_CHAIN = 13, 400, 80, 15
 
 
 def name_of(path: Path) -> str:

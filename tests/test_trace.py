@@ -25,6 +25,7 @@ from hopskip.loading import LoadConfig, open_model
 from hopskip.sequence import Request
 from hopskip.speculative import Source
 from hopskip.trace import Proposals, Trace, TraceWriter, read_trace
+from hopskip.version import stamp
 from tests.models import tiny_model
 from tests.tiny import write_checkpoint
 
@@ -92,7 +93,7 @@ def test_files_keep_everything(model: Backend, recorded: Trace, tmp_path: Path) 
         for proposals in recorded.proposals[:5]:
             write(proposals)
     found = read_trace(path)
-    assert found.header == {"format": 2, "model": "tiny"}
+    assert found.header == {"format": 2, **stamp(), "model": "tiny"}
     assert found.rounds == rounds
     assert found.proposals == recorded.proposals[:5]
     assert rounds

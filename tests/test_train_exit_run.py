@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +18,14 @@ from typer.testing import CliRunner
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
-from hopskip.cli import app
+from hopskip.cli import app, progress
 from hopskip.engine import Engine
 from hopskip.errors import ConfigError
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.exit.distill import ExitTrainer
 from hopskip.train.exit.prompts import self_prompts, write_prompts
 from hopskip.train.exit.recipe import PromptsRecipe
+from hopskip.version import stamp
 from tests.tiny import write_checkpoint, write_tokenizer
 
 
@@ -84,8 +88,13 @@ def test_prompts_of_files(tmp_path: Path) -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_makes_an_exit_that_drafts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_recipe_makes_an_exit_that_drafts(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    for name in ("_FIRST_LINE", "_NEXT_LINES"):  # say all that is told
+        monkeypatch.setattr(progress, name, 0.0)
+    monkeypatch.setattr(sys.modules["hopskip.cli.train"], "progress", partial(progress.progress, undisturbed=True))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"number {i} and {i * i}"}) + "\n" for i in range(12)))
     excluded = tmp_path / "excluded.jsonl"
@@ -119,7 +128,10 @@ threads: 1
     shares = best.notes["held_out_acceptance"]
     assert len(shares) == best.num_draft_tokens
     assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
-    candidates = json.loads((tmp_path / "run" / "search.json").read_text())
+    candidates = json.loads((tmp_path / "run" / "search.json").read_text())["candidates"]
+    assert stamp().items() <= best.notes.items()
+    for done in ("answering prompts", "training s0-b1-f2.3, stage 1 of 1"):
+        assert re.search(rf"^hopskip: {done}: \d+ %", result.stderr, re.MULTILINE), result.stderr
     assert len(candidates) == 2 * 2 * 2 * 2  # exits, vocabularies, draft lengths, runner-ups
     fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
     assert fastest["vocabulary"] == len(best.vocabulary)

@@ -54,8 +54,8 @@ class LLM:
         max_model_len, max_num_seqs, prefix_caching: see `Engine`.
         generation_config: `auto` chooses tokens as the model's makers recommend, where nothing else is asked for
             (`generation_config.json`, or a GGUF file's `general.sampling`), else greedily; `none` greedily.
-        progress: told the share of the weights loaded so far, up to 1.
-        on_preparing: told what must be measured or searched for first, and the share of it that is done.
+        progress: told what takes its time until the model is ready (loading, packing, measuring), and the share of it
+            that is done. Without it nothing is shown, in a terminal neither.
         options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
 
     Raises:
@@ -73,7 +73,6 @@ class LLM:
         prefix_caching: bool | None = None,
         generation_config: Literal["auto", "none"] = "auto",
         progress: Progress | None = None,
-        on_preparing: Callable[[str, float], None] = lambda what, share: None,
         **options: Unpack[LoadOptions],
     ) -> None:
         check_names("LLM", options, _NAMES_OF_OPTIONS)
@@ -83,7 +82,7 @@ class LLM:
         if max_model_len is not None:
             check_count("max_model_len", max_model_len, "a whole number of at least 2", least=2)
         check_choice("generation_config", generation_config, Literal["auto", "none"])
-        load = LoadConfig(model=model, **options)
+        load = LoadConfig(model=model, **options)  # type: ignore[arg-type]  # it takes other names of a dtype
         opened = open_model(load, speculative, progress)
         checkpoint, is_auto = opened.checkpoint, generation_config == "auto"
         self.recommended_sampling = recommended_sampling(checkpoint.generation, checkpoint.path) if is_auto else {}
@@ -92,7 +91,7 @@ class LLM:
             opened.backend,
             speculative,
             identity=opened.identity,
-            progress=on_preparing,
+            progress=progress or (lambda what, share: None),
             eos_token_ids=opened.tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -212,6 +211,7 @@ class LLM:
         *,
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_draft_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[StreamPiece]:
         """Generate for one prompt, token by token as rounds commit them. Closing the iterator ends the request.
@@ -220,6 +220,7 @@ class LLM:
             prompt: a text, token ids or a chat.
             sampling_params, options: as `generate`; `n` must be 1.
             enable_thinking, chat_template_kwargs: of a chat, see `chat`.
+            max_draft_tokens: see `Request`; 0 decodes this one plainly.
         """
         request = self.request(
             prompt,
@@ -228,7 +229,7 @@ class LLM:
             chat_template_kwargs=chat_template_kwargs,
             **options,
         )
-        [(sequence, text)] = self._add([request])
+        [(sequence, text)] = self._add([replace(request, max_draft_tokens=max_draft_tokens)])
         try:
             is_finished = False
             while not is_finished:

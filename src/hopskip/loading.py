@@ -8,8 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from hopskip.errors import ConfigError, check_choice, check_count, shown
 from hopskip.machine import require
@@ -24,12 +25,21 @@ if TYPE_CHECKING:
     from hopskip.text.tokenizer import Tokenizer
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16", "fp32", "f32", "bf16", "fp16", "f16", "half", "float"]
+"""With the names that others have for them."""
 Quantize = Literal["q8", "q4"]
 BackendName = Literal["auto", "native", "torch"]
 KVDType = Literal["auto", "float32", "bfloat16", "int8"]
 
-Progress = Callable[[float], None]
-"""Told the share that is done, up to 1."""
+DTYPE_NAMES: dict[str, DType] = {
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    "bf16": "bfloat16",
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **{name: name for name in ("auto", "float32", "bfloat16", "float16")},
+}
+
+Progress = Callable[[str, float | None], None]
+"""Told what takes its time, and the share of it that is done, up to 1; None where nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +55,15 @@ class LoadConfig:
         "A Hugging Face folder, a GGUF file, or a Hub id, OWNER/REPO[:Q4_K_M] (default: SmolLM2-135M-Instruct).",
         "MODEL",
         short="-m",
+        envvar="HOPSKIP_MODEL",
     )
     dtype: DType = option(
         "auto",
-        "Precision of weights and arithmetic: float32, bfloat16, float16, or auto, the checkpoint's own.",
+        "Precision of weights and arithmetic; auto is the checkpoint's own.",
         "TYPE",
     )
     """`auto` keeps the checkpoint's own. On the native backend a quantized GGUF then stays as it is."""
-    quantize: Quantize | None = option(None, "Pack the weights to 8 or 4 bits: q8, q4 (native backend).", "TYPE")
+    quantize: Quantize | None = option(None, "Pack the weights to 8 or 4 bits (native backend).", "TYPE")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where that is faster.", "DEVICE")
     """`auto` stays with the native engine unless a GPU has room for the model, all options work there, and it is
     expected to be clearly faster (`hopskip.backends.gpu`). Where that engine cannot run, it takes a GPU if there is
@@ -61,13 +72,12 @@ class LoadConfig:
         "auto", "native (the C++ engine for CPUs), torch, or auto, which prefers native on a CPU.", "NAME"
     )
     threads: int | None = option(None, "CPU threads; by default as many as there are cores.", "N")
-    kv_dtype: KVDType = option(
-        "auto", "Precision of cached keys and values: float32, bfloat16, int8, or auto (native backend).", "TYPE"
-    )
+    kv_dtype: KVDType = option("auto", "Precision of cached keys and values (native backend).", "TYPE")
     """`auto` is float32 beside float32 weights, else bfloat16. `int8` halves the memory of long contexts and the time
     of reading it, at a small loss of precision."""
 
     def __post_init__(self) -> None:
+        self._take_other_names()
         check_choice("dtype", self.dtype, DType)
         check_choice("backend", self.backend, BackendName)
         check_choice("kv_dtype", self.kv_dtype, KVDType)
@@ -78,6 +88,16 @@ class LoadConfig:
             check_count("threads", self.threads, "at least 1")
         if not isinstance(self.model, str | Path | None):
             raise ConfigError(f"model is {shown(self.model)}; give a folder, a file or a Hub id")
+
+    def _take_other_names(self) -> None:
+        """bf16 is bfloat16, and a dtype of so many bits in blocks is asked for by `quantize`."""
+        dtype = str(self.dtype).lower().removeprefix("torch.")
+        object.__setattr__(self, "dtype", DTYPE_NAMES.get(dtype, self.dtype))
+        if isinstance(self.quantize, str):
+            object.__setattr__(self, "quantize", self.quantize.lower())
+        if dtype in get_args(Quantize) and self.quantize in (None, dtype):
+            object.__setattr__(self, "quantize", dtype)
+            object.__setattr__(self, "dtype", "auto")
 
     @property
     def precision(self) -> str:
@@ -154,7 +174,7 @@ class LoadConfig:
 class LoadOptions(TypedDict, total=False):
     """The fields of `LoadConfig` but the model, as keyword arguments."""
 
-    dtype: DType
+    dtype: DTypeName
     quantize: Quantize | None
     device: str
     backend: BackendName
@@ -201,7 +221,8 @@ def open_model(
     if trained_exit is not None:
         backend.attach_exit(trained_exit)
     if speculative.draft_precision is not None:
-        backend.attach_copy(checkpoint, speculative.draft_precision)
+        precision = speculative.draft_precision
+        backend.attach_copy(checkpoint, precision, telling(progress, f"packing the copy in {precision}"))
     return OpenModel(checkpoint=checkpoint, tokenizer=tokenizer, backend=backend, identity=load.identity(checkpoint))
 
 
@@ -226,7 +247,7 @@ def load_backend(
             precision=load.precision,
             threads=load.threads,
             kv_dtype=None if load.kv_dtype == "auto" else load.kv_dtype,
-            progress=progress,
+            progress=telling(progress, "packing weights, once for each precision"),
         )
     torch = require("torch", "the torch backend")
     from hopskip.backends.torch.backend import TorchBackend
@@ -235,7 +256,14 @@ def load_backend(
     if load.threads is not None:
         torch.set_num_threads(load.threads)
     dtype = getattr(torch, checkpoint.dtype if load.dtype == "auto" else load.dtype)
-    return TorchBackend(checkpoint.config, load_weights(checkpoint, dtype, device, progress))
+    return TorchBackend(
+        checkpoint.config, load_weights(checkpoint, dtype, device, telling(progress, "loading weights"))
+    )
+
+
+def telling(progress: Progress | None, what: str) -> Callable[[float], None] | None:
+    """What `progress` is told of one piece of work: the share alone."""
+    return None if progress is None else partial(progress, what)
 
 
 def find_exit(checkpoint: Checkpoint, speculative: SpeculativeConfig) -> TrainedExit | None:

@@ -16,6 +16,7 @@ def option(
     *,
     short: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    envvar: str | None = None,
 ) -> Any:
     """A dataclass field that is an option of the command line as well.
 
@@ -23,8 +24,10 @@ def option(
         metavar: what the help shows for its value; None for a switch.
         short: another name, such as -m.
         parse: makes the value from the text of the command line, where that is neither a number nor the value itself.
+        envvar: of the environment, whose value the command line takes where it is not given.
     """
-    return field(default=default, metadata={"help": help_text, "metavar": metavar, "short": short, "parse": parse})
+    metadata = {"help": help_text, "metavar": metavar, "short": short, "parse": parse, "envvar": envvar}
+    return field(default=default, metadata=metadata)
 
 
 def default_of(item: Field[Any]) -> Any:

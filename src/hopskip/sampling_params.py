@@ -79,7 +79,8 @@ class SamplingOptions(TypedDict, total=False):
 @documented
 @dataclass(frozen=True, kw_only=True, init=False)
 class SamplingParams:
-    """How the tokens of one request are chosen. `temperature` 0 is greedy: the best token, always.
+    """How the tokens of one request are chosen. `temperature` 0 is greedy: the best token, always. What narrows a draw
+    (`top_k`, `top_p`, `min_p`) and `seed` then change nothing, and are accepted: people leave them in place.
 
     `max_tokens` is accepted as another name of `max_new_tokens`. Further fields:
 
@@ -93,8 +94,7 @@ class SamplingParams:
     `max_new_tokens` cuts it. They need `pip install 'hopskip[structured]'`.
 
     Raises:
-        ConfigError: a value is of the wrong kind, out of range, or would have no effect (`top_p` with greedy decoding,
-            say).
+        ConfigError: a value is of the wrong kind or out of range.
     """
 
     max_new_tokens: int = option(
@@ -159,17 +159,10 @@ class SamplingParams:
             raise ConfigError(f"{structures[0]} and {structures[1]} each say what the text looks like; leave one out")
         if structures and self.ignore_eos:
             raise ConfigError(f"ignore_eos contradicts {structures[0]}, which says where the text ends; leave it out")
-        if self.is_greedy:
-            if self.n > 1:
-                raise ConfigError(
-                    f"n={self.n} at temperature 0 (greedy) is the same text {self.n} times; set temperature above 0"
-                )
-            for item in fields(self):
-                if item.name in ("top_k", "top_p", "min_p", "seed") and getattr(self, item.name) != item.default:
-                    value = getattr(self, item.name)
-                    raise ConfigError(
-                        f"{item.name}={value} has no effect at temperature 0 (greedy); set temperature above 0"
-                    )
+        if self.is_greedy and self.n > 1:
+            raise ConfigError(
+                f"n={self.n} at temperature 0 (greedy) is the same text {self.n} times; set temperature above 0"
+            )
 
     def updated(self, **given: Unpack[SamplingOptions]) -> SamplingParams:
         """These with other values of some fields.
@@ -213,7 +206,7 @@ class SamplingParams:
     @property
     def truncates(self) -> bool:
         """Whether some tokens are ruled out before one is drawn."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
     def changes_logits(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -95,10 +95,19 @@ class SpeculativeConfig:
     states and keys/values that the draft left (the paper's). None: `recompute`."""
     min_confidence: float = option(0.0, "End a draft at a token less probable than this.", "P")
     """A draft of an exit ends after the first token less probable than this; 0 always drafts `num_draft_tokens`."""
+    num_speculative_tokens: InitVar[int | None] = None
+    """Another name for `num_draft_tokens`, as vLLM has it."""
 
     __repr__ = short_repr
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, num_speculative_tokens: int | None) -> None:
+        if num_speculative_tokens is not None:
+            if self.num_draft_tokens not in (None, num_speculative_tokens):
+                raise ConfigError(
+                    f"num_draft_tokens={self.num_draft_tokens} and num_speculative_tokens={num_speculative_tokens} are "
+                    "two names of one thing; leave one out"
+                )
+            object.__setattr__(self, "num_draft_tokens", num_speculative_tokens)
         check_choice("draft", self.draft, DraftChoice)
         check_choice("verify", self.verify, VerifyMode)
         check_choice("draft_precision", self.draft_precision, DraftPrecision)

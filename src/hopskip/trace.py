@@ -15,6 +15,7 @@ from typing import Any
 
 from hopskip.draft.base import Round, RoundOfSequence
 from hopskip.errors import ConfigError
+from hopskip.version import stamp
 
 FORMAT = 2
 _READABLE = (1, FORMAT)
@@ -50,7 +51,7 @@ class TraceWriter:
             self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise ConfigError(f"the trace cannot be written to {str(path)!r} ({error.strerror})") from None
-        self._write({"format": FORMAT, **(header or {})})
+        self._write({"format": FORMAT, **stamp(), **(header or {})})
 
     def __call__(self, record: Record) -> None:
         kind = "round" if isinstance(record, Round) else "proposals"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -219,9 +219,11 @@ class Backend(ABC):
         token_ids = choose_tokens(logits_NV, places, self.xp)
         return Chosen(token_ids, logits_NV[list(reported)] if reported else None)
 
-    def attach_copy(self, checkpoint: Checkpoint, precision: DraftPrecision) -> None:
+    def attach_copy(
+        self, checkpoint: Checkpoint, precision: DraftPrecision, progress: Callable[[float], None] | None = None
+    ) -> None:
         """Put a copy of all layers and the head beside the model, to draft with. Its layers write their keys and values
-        where those of the originals do.
+        where those of the originals do. `progress` is told the share packed so far, up to 1.
 
         Raises:
             ConfigError: the backend has no copies, there is one in this precision, or it would gain nothing.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hopskip.cli.bench_serve import bench_serve
-from hopskip.cli.console import loading, print_json
+from hopskip.cli.commands import App
+from hopskip.cli.console import print_json
 from hopskip.cli.options import DraftGroup, Group, JsonOption, LoadGroup, with_options
+from hopskip.cli.progress import loading, progress
 from hopskip.errors import ConfigError
 from hopskip.options import option
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from hopskip.speculative import SpeculativeConfig
 
 
-app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
+app = App(invoke_without_command=True)
 app.command("serve")(bench_serve)
 
 
@@ -77,12 +80,16 @@ def bench(
 
     Contenders run in processes of their own and take turns prompt by prompt; all get the same token ids, generate the
     same number of tokens, and use the same number of threads.
+
+    $ hopskip bench
+    $ hopskip bench -m model.gguf --prompts copy --prompts gsm8k --against llama.cpp
+    $ hopskip bench serve --url http://127.0.0.1:8000
     """
     if context.invoked_subcommand is not None:
         return
     if load.device not in ("auto", "cpu"):
         raise ConfigError(f"device is {load.device!r}; this benchmark runs on a CPU, so leave it out")
-    with loading(load.model, quiet=as_json):
+    with loading(load.model):
         from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
         from hopskip.bench.measure import report as report_of
         from hopskip.bench.plot import require_matplotlib, write_plot
@@ -93,7 +100,7 @@ def bench(
         contenders, encoded = _prepare(what, load, draft)
         threads = load.threads or num_usable_cores()
         bandwidth = measure_read_bandwidth(threads)
-    results = _measure(contenders, encoded, what, threads, quiet=as_json)
+    results = _measure(contenders, encoded, what, threads)
     # measured at both ends: a limit that others' work has lowered would flatter everybody
     bandwidth = max(bandwidth, measure_read_bandwidth(threads))
     report = report_of(
@@ -166,23 +173,17 @@ def _measure(
     prompts: list[tuple[Prompt, list[int]]],
     what: BenchOptions,
     threads: int,
-    *,
-    quiet: bool,
 ) -> list[Result]:
-    """Measure, with a progress bar in a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    """Measure, and say how far it is."""
     from hopskip.bench.measure import measure
 
-    console = Console(stderr=True)
     num_steps = len(contenders) * (1 + what.repeats * len(prompts))
-    # drawn between runs only: a bar that redraws itself by a clock would take time from what is measured
-    with Progress(console=console, transient=True, auto_refresh=False, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("", total=num_steps)
+    steps = count()
+    # shown between runs only: a bar that redraws itself by a clock would take time from what is measured
+    with progress("measuring", undisturbed=True) as bar:
 
         def on_step(name: str) -> None:
-            bar.update(task, description=name, advance=1, refresh=True)
+            bar.doing(f"measuring {name}", next(steps) / num_steps)
 
         return measure(
             contenders,

@@ -10,6 +10,7 @@ import typer
 
 from hopskip.cli.console import print_json
 from hopskip.cli.options import JsonOption
+from hopskip.cli.progress import progress
 from hopskip.errors import ConfigError
 
 
@@ -29,9 +30,9 @@ def bench_serve(
         ),
     ] = None,
     num_requests: Annotated[int, typer.Option(metavar="N", help="Requests in each run.")] = 64,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of each answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of each answer.")] = 64,
     temperature: Annotated[float, typer.Option(metavar="T")] = 0.0,
-    model: Annotated[
+    served_model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Default: the first that the server lists.", show_default=False)
     ] = None,
     api_key: Annotated[
@@ -44,9 +45,13 @@ def bench_serve(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure time to the first token, time per token and throughput of any OpenAI server."""
+    """Measure time to the first token, time per token and throughput of any OpenAI server.
+
+    $ hopskip bench serve --url http://127.0.0.1:8000
+    $ hopskip bench serve --url http://127.0.0.1:8000 --concurrency 1,8 --num-requests 32 --json
+    """
     levels = _levels(concurrency)
-    for name, value in (("num-requests", num_requests), ("max-tokens", max_tokens)):
+    for name, value in (("num-requests", num_requests), ("max-new-tokens", max_new_tokens)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if not url.startswith(("http://", "https://")):
@@ -62,9 +67,20 @@ def bench_serve(
         require_matplotlib()
     texts = [prompt for source in prompts or ["alpaca"] for prompt in load_prompts(source)]
     target = Target(
-        url=url, model=model, api_key=api_key, max_tokens=max_tokens, temperature=temperature, extra=_fields(extra)
+        url=url,
+        model=served_model_name,
+        api_key=api_key,
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        extra=_fields(extra),
     )
-    report = asyncio.run(run_load(target, texts, levels, num_requests))
+    with progress("finding the server's model") as shown:
+
+        def on_level(concurrency: int) -> None:
+            done = levels.index(concurrency) / len(levels)
+            shown.doing(f"sending {num_requests} requests, {concurrency} at a time", done)
+
+        report = asyncio.run(run_load(target, texts, levels, num_requests, on_level))
     if plot is not None:
         write_load_plot(report, plot)
     if as_json:

@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hopskip.cli.commands import App
 from hopskip.cli.console import print_json
 from hopskip.cli.options import JsonOption
+from hopskip.cli.progress import progress
 
 if TYPE_CHECKING:
     from hopskip.backends.native.cache import CachedFile
 
-app = typer.Typer(
-    help="List, prune and verify packed weights on disk.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+app = App(help="List, prune and verify packed weights on disk.\n\n$ hopskip cache list")
 
 
-@app.command("list")
+@app.command("list", takes_time=False)
 def list_files(as_json: JsonOption = False) -> None:
-    """List packed weights: of which model, in which precision, how large, when last used."""
+    """List packed weights: of which model, in which precision, how large, when last used.
+
+    $ hopskip cache list
+    """
     files = _files()
     if as_json:
         print_json({"folder": str(_folder()), "files": [file.as_dict() for file in files]})
@@ -39,7 +42,7 @@ def list_files(as_json: JsonOption = False) -> None:
     print(f"{_size(sum(file.size for file in files))} in {_folder()}")
 
 
-@app.command()
+@app.command(takes_time=False)
 def prune(
     everything: Annotated[bool, typer.Option("--all", help="Remove all packed weights.")] = False,
     unused_for: Annotated[
@@ -50,6 +53,9 @@ def prune(
     """Remove what no start will read again: weights packed by other versions, damaged ones, leftovers of killed runs.
 
     Whatever is removed and needed again is packed anew.
+
+    $ hopskip cache prune
+    $ hopskip cache prune --unused-for 30
     """
     from hopskip.errors import ConfigError
 
@@ -68,13 +74,17 @@ def prune(
 @app.command("verify")
 def verify_files() -> None:
     """Read all packed weights, and compare them with their checksums. Damaged ones are removed, and packed anew when
-    they are next needed; exit code 1 says so."""
+    they are next needed; exit code 1 says so.
+
+    $ hopskip cache verify
+    """
     are_damaged = False
     for file in _files():
         if file.state not in ("current", "damaged"):
             continue
         try:
-            file.verify()
+            with progress(f"reading {file.model or file.path.name}"):
+                file.verify()
             outcome = "good"
         except (OSError, ValueError, KeyError, TypeError) as error:
             file.path.unlink(missing_ok=True)

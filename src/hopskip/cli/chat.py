@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hopskip.cli.console import PieceWriter, load_llm, print_error, print_note, print_summary
-from hopskip.cli.generate import Answer
+from hopskip.cli.console import load_llm
 from hopskip.cli.options import (
+    ContextOption,
     DefaultsGroup,
     DraftGroup,
     Group,
@@ -23,9 +24,7 @@ from hopskip.errors import PromptError
 from hopskip.sampling_params import SamplingParams, with_defaults
 
 if TYPE_CHECKING:
-    from hopskip.llm import LLM
-
-_HELP = "/reset starts a new chat, /exit or Ctrl-D ends it, Ctrl-C stops an answer, /help shows this"
+    from hopskip.cli.talk.reading import Reader
 
 
 @with_options
@@ -35,6 +34,7 @@ def chat(
     ] = None,
     *,
     think: ThinkOption = None,
+    max_model_len: ContextOption = None,
     load: LoadGroup,
     draft: DraftGroup,
     sampling: Annotated[dict[str, Any], Group("Sampling", {"max_new_tokens": 1024}, of=SamplingParams)],
@@ -42,94 +42,49 @@ def chat(
 ) -> None:
     """Chat with a model.
 
-    Questions are read line by line, from the terminal or from a pipe.
+    In a terminal, pasted text and a block of three quotes are one message, and `/help` shows commands and keys. From a
+    pipe every line is a message or a command, but for blocks and lines that end with a backslash.
+
+    $ hopskip chat
+    $ hopskip chat Qwen/Qwen3-0.6B --system "Answer in one sentence."
     """
+    from hopskip.cli.talk.conversation import Conversation
+    from hopskip.cli.talk.session import Session
+    from hopskip.cli.talk.settings import Settings
+    from hopskip.serve.settings import model_name
+
     given = checked_sampling(sampling, defaults)
-    llm = load_llm(load, draft, prefix_caching=True, generation_config=defaults.generation_config)
-    if not llm.tokenizer.has_chat_template:
-        raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
-    if think is not None:  # is there such a switch? Before the first question
-        llm.encode([{"role": "user", "content": "Hello"}], enable_thinking=think)
-    if sys.stdin.isatty():
-        print_note(_HELP)
-    conversation = Conversation(llm, with_defaults(given, llm.recommended_sampling), system, think=think)
-    while (line := _read_line()) is not None:
-        text = line.strip()
-        if text == "/exit":
-            break
-        if text == "/reset":
-            conversation.reset()
-            print_note("[a new chat]")
-        elif text == "/help":
-            print_note(_HELP)
-        elif text.startswith("/"):
-            print_error(f"no command {text.split()[0]!r}; {_HELP}")
-        elif text:
-            conversation.ask(text)
+    reader = _open_reader()
+    with reader.holding_keys():
+        llm = load_llm(
+            load,
+            draft,
+            max_model_len=max_model_len,
+            prefix_caching=True,
+            generation_config=defaults.generation_config,
+        )
+        if not llm.tokenizer.has_chat_template:
+            raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")
+        if think is not None:  # is there such a switch? Before the first question
+            llm.encode([{"role": "user", "content": "Hello"}], enable_thinking=think)
+        encode = partial(llm.encode, enable_thinking=think)
+        conversation = Conversation(encode, llm.engine.max_model_len, system)
+        params = with_defaults(given, llm.recommended_sampling)
+        settings = Settings(params, can_draft=llm.engine.speculative.draft != "none")
+        name = model_name(None if load.model is None else str(load.model))
+        Session(llm, conversation, settings, reader, name).run()
 
 
-class Conversation:
-    """The messages so far, and the model that answers the next one."""
+def _open_reader() -> Reader:
+    """The reader that suits stdin: only a terminal that can move its cursor is worth a prompt that can be edited."""
+    from hopskip.cli.talk.reading import LineReader
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, *, think: bool | None = None) -> None:
-        self._llm = llm
-        self._params = params
-        self._think = think
-        self._start = [{"role": "system", "content": system}] if system is not None else []
-        self.messages = list(self._start)
-
-    def reset(self) -> None:
-        self.messages = list(self._start)
-
-    def ask(self, text: str) -> None:
-        """Print the answer to a message and keep both; a message that does not fit the context is not kept."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt_ids = self._llm.encode(messages, enable_thinking=self._think)
-        context = self._llm.engine.max_model_len
-        room = context - len(prompt_ids)
-        if room < 1:
-            print_error(
-                f"the chat has {len(prompt_ids)} tokens with this message, and the context of {context} leaves no room "
-                "for an answer; send a shorter message, or /reset"
-            )
-            return
-        params = replace(self._params, max_new_tokens=min(self._params.max_new_tokens, room))
-        answer = Answer()
-        writer = PieceWriter()
-        try:
-            for piece in self._llm.stream(prompt_ids, params):
-                answer.add(piece)
-                writer.write(piece)
-        except KeyboardInterrupt:
-            pass  # the answer so far stays, on the screen and in the chat
-        writer.end()
-        if not answer.tokens:
-            print_note("[stopped before the answer began; the message is not kept]")
-            return
-        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
-        assert answer.stats is not None
-        is_full = answer.finish_reason == "length" and len(answer.tokens) == room
-        print_summary(answer.stats, f"the context of {context} tokens is full: /reset" if is_full else answer.ending)
-
-
-def _read_line() -> str | None:
-    """The next line of stdin, None at its end. In a terminal, with a prompt, and Ctrl-C discards the line."""
     if not sys.stdin.isatty():
-        try:
-            return sys.stdin.buffer.readline().decode("utf-8") or None
-        except UnicodeDecodeError as error:
-            raise PromptError(
-                f"stdin is not valid UTF-8: byte {error.object[error.start]:#04x}; convert it, for example with "
-                "iconv -t UTF-8"
-            ) from None
-    import readline  # noqa: F401 (gives `input` line editing and history)
+        return LineReader(sys.stdin.buffer, is_interactive=False)
+    output = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
+    if output is None or os.environ.get("TERM", "").lower() in ("", "dumb", "unknown"):
+        return LineReader(sys.stdin.buffer, is_interactive=True)
+    from hopskip.cli.talk.prompt import PromptReader
+    from hopskip.cli.talk.session import completions
 
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return None
-    except KeyboardInterrupt:
-        print()
-        print_note(_HELP)
-        return ""
+    return PromptReader(output, completions)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hopskip.cli.console import print_json
-from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
+from hopskip.cli.options import JsonOption, LoadGroupOfMany, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
+from hopskip.cli.progress import progress
 from hopskip.errors import ConfigError
 from hopskip.machine import require
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hopskip.backends.base import Backend
     from hopskip.checkpoint.checkpoint import Checkpoint
     from hopskip.loading import LoadConfig
     from hopskip.prompts import Prompt
@@ -29,7 +32,6 @@ _STYLES = {"passed": "green", "failed": "bold red", "not claimed": "dim"}
 
 @with_options
 def check(
-    place: ModelArgument = None,
     *,
     precision: PrecisionList = None,
     against: Annotated[
@@ -53,16 +55,18 @@ def check(
         ),
     ] = None,
     as_json: JsonOption = False,
-    load: LoadGroup,
+    load: LoadGroupOfMany,
 ) -> None:
     """Prove that speculation changes no token and no distribution; exit code 1 if a proof fails.
 
     Greedy ids (and hidden states) against plain decoding for every draft source, length and verify mode; sampled
     tokens against the exact distribution; texts alone against texts in a batch and after a cached prefix.
+
+    $ hopskip check
+    $ hopskip check model.gguf --precision q8 --num-prompts 4
     """
     from hopskip.prove.proof import all_hold
 
-    load = at(load, place)
     precisions = choose_precisions(load, precision if against is None else precision or "float32")
     if against not in (None, "transformers"):
         raise ConfigError(f"against is {against!r}; only 'transformers' can be compared with")
@@ -70,7 +74,7 @@ def check(
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; a proof needs at least 2")
     found: list[tuple[str, Proof]] = []
     table = None if as_json else _Table()
-    for name, proof in _proofs(load, precisions, against, num_prompts, max_new_tokens, quiet=as_json):
+    for name, proof in _proofs(load, precisions, against, num_prompts, max_new_tokens):
         found.append((name, proof))
         if table is not None:
             table.add(name, proof)
@@ -89,8 +93,6 @@ def _proofs(
     against: str | None,
     num_prompts: int | None,
     max_new_tokens: int | None,
-    *,
-    quiet: bool,
 ) -> Iterator[tuple[str, Proof]]:
     """Every proof, with the precision it was made in."""
     from hopskip.checkpoint.checkpoint import open_checkpoint
@@ -109,7 +111,6 @@ def _proofs(
             tokenizer,
             prompts,
             max_new_tokens or _MAX_NEW_TOKENS_AGAINST,
-            quiet,
         )
         return
     from hopskip.prove.context import context_proofs
@@ -119,15 +120,26 @@ def _proofs(
     prompts = mixed_prompts(_NUM_PROMPTS if num_prompts is None else num_prompts)
     ids = [prompt.encode(tokenizer) for prompt in prompts]
     length = max_new_tokens or _MAX_NEW_TOKENS
-    for name, backend in load_each(load, precisions, checkpoint, quiet=quiet):
-        backend.verify_weights()
-        for proofs in (
+    for name, backend in load_each(load, precisions, checkpoint):
+        proofs = chain(
             greedy_proofs(backend, ids, length),
             sampling_proofs(backend, ids, length),
             context_proofs(backend, ids, length),
-        ):
-            for proof in proofs:
+        )
+        num_proofs = _num_proofs(backend)
+        with progress(f"proving in {name}") as bar:
+            backend.verify_weights()
+            for number, proof in enumerate(proofs, start=1):
+                bar.doing(f"proving in {name}", min(1.0, number / num_proofs))
                 yield name, proof
+
+
+def _num_proofs(backend: Backend) -> int:
+    """How many there will be, about: each draft greedily, those of one length with a seed as well, and a few others."""
+    from hopskip.prove.greedy import settings_to_try
+
+    settings = settings_to_try(backend)
+    return len(settings) + sum(s.num_draft_tokens == 3 and s.verify != "reuse" for s in settings) + 5
 
 
 def _against_transformers(
@@ -137,7 +149,6 @@ def _against_transformers(
     tokenizer: Tokenizer,
     prompts: list[Prompt],
     max_new_tokens: int,
-    quiet: bool,
 ) -> Iterator[tuple[str, Proof]]:
     torch = require("torch", "the comparison with transformers", "eval")
     require("transformers", "the comparison with transformers", "eval")
@@ -160,10 +171,12 @@ def _against_transformers(
     theirs = load_tokenizer_in_transformers(checkpoint.path)
     yield "", tokenizer_proof(ids, [encode_in_transformers(theirs, prompt.content) for prompt in prompts])
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
-    for name, backend in load_each(load, precisions, checkpoint, quiet=quiet):
-        runs = run(backend, ids, PLAIN, params, max_num_seqs=16)
-        reference = load_in_transformers(checkpoint.path, torch.float32)
-        yield name, transformers_proof(reference, ids, [r.token_ids for r in runs], "plain decoding")
+    for name, backend in load_each(load, precisions, checkpoint):
+        with progress(f"comparing {len(ids)} texts with transformers'"):
+            runs = run(backend, ids, PLAIN, params, max_num_seqs=16)
+            reference = load_in_transformers(checkpoint.path, torch.float32)
+            proof = transformers_proof(reference, ids, [r.token_ids for r in runs], "plain decoding")
+        yield name, proof
 
 
 class _Table:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from hopskip.cli.progress import loading
+from hopskip.version import stamp
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
 
@@ -38,18 +40,61 @@ _NAMES = {"ngram": "n-gram"}
 _CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
+def printable(text: str) -> str:
+    """A text that only shows: without the characters that control a terminal, but for line ends and tabs."""
+    return text.translate(_CONTROL_CHARACTERS)
+
+
 def print_error(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
-    print(f"hopskip: error: {_one_line(message)}", file=sys.stderr)
+    """One line on stderr, whatever the message holds. A terminal that is narrower breaks it between words."""
+    print(_folded(printable(f"hopskip: error: {_one_line(message)}")), file=sys.stderr)
 
 
 def print_note(message: str) -> None:
-    """A line beside the text: dim, on stderr."""
-    _stderr().print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
+    """Text beside the model's: dim, on stderr. A terminal that is narrower breaks its lines between words."""
+    shown = "\n".join(map(_folded, printable(message).split("\n")))
+    _stderr().print(shown, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _folded(line: str) -> str:
+    width = terminal_width()
+    if width is None:
+        return line
+    return textwrap.fill(line, max(1, width - 1), break_long_words=False, break_on_hyphens=False)
+
+
+def print_rows(rows: Iterable[tuple[str, ...]]) -> None:
+    """A table on stderr; its last column is broken between words, or goes below where a terminal is narrow."""
+    for line in table_lines(list(rows), (terminal_width() or 100) - 1):
+        print_note(line)
+
+
+def table_lines(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
+    """Lines of a table, all of its columns but the last as wide as they need.
+
+    >>> table_lines([("a", "first"), ("bcd", "second and third")], 14)
+    ['a    first', 'bcd  second', '     and third']
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    columns = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    num_before = sum(size + 2 for size in columns[:-1])
+    fits = width - num_before >= min(columns[-1], 9)
+    lines = []
+    for row in rows:
+        sized = [set_cell_size(cell, size) for cell, size in zip(row, columns, strict=True)]
+        before = "  ".join([*sized[:-1], ""])
+        if fits:
+            first, *rest = textwrap.wrap(row[-1], width - num_before) or [""]
+            lines += [before + first, *(" " * num_before + part for part in rest)]
+        else:
+            lines += [before, *(f"  {part}" for part in textwrap.wrap(row[-1], max(1, width - 2)))]
+    return [line.rstrip() for line in lines]
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+    """A result on stdout, with the version of its schema and hopskip's."""
+    print(json.dumps(stamp() | value, ensure_ascii=False, indent=2, allow_nan=False))
 
 
 @contextmanager
@@ -71,52 +116,13 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
-class LoadingBar:
-    """How far a model is; see `loading`."""
-
-    def __init__(self, model: str | Path | None, bar: Progress | None) -> None:
-        self._loading = f"loading {model or 'SmolLM2-135M-Instruct'}"
-        self._bar = bar
-        self._task = bar.add_task(self._description(self._loading), total=1.0) if bar is not None else None
-
-    def loaded(self, share: float) -> None:
-        """The share of the weights that is loaded."""
-        self.doing(self._loading, share)
-
-    def doing(self, what: str, share: float) -> None:
-        """What is done now, and the share of it that is done."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=self._description(what), completed=share)
-
-    @staticmethod
-    def _description(what: str) -> str:
-        from rich.markup import escape
-
-        return escape(what[:1].upper() + what[1:])
-
-
-@contextmanager
-def loading(model: str | Path | None, *, quiet: bool) -> Iterator[LoadingBar]:
-    """Show a progress bar while a model is loaded and got ready, in a terminal and unless `quiet`."""
-    console = _stderr()
-    if quiet or not console.is_terminal:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield LoadingBar(model, None)
-        return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-    columns = (SpinnerColumn(style="dim"), TextColumn("{task.description}"), BarColumn(bar_width=30))
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield LoadingBar(model, bar)
-
-
 def load_llm(load: LoadConfig, speculative: SpeculativeConfig, *, quiet: bool = False, **options: Any) -> LLM:
     """Load a model, and show how far it is unless `quiet`. Takes further options of `LLM`."""
-    with loading(load.model, quiet=quiet) as bar:
+    with loading(load.model, quiet=quiet) as shown:
         from hopskip.llm import LLM
 
         arguments = {**vars(load), **options}
-        return LLM(speculative=speculative, progress=bar.loaded, on_preparing=bar.doing, **arguments)
+        return LLM(speculative=speculative, progress=shown.doing, **arguments)
 
 
 class PieceWriter:
@@ -126,7 +132,8 @@ class PieceWriter:
         from rich.console import Console
 
         console = Console(highlight=False)
-        self._is_terminal = console.is_terminal
+        # a terminal may be told to get no colours, and is one all the same
+        self._is_terminal = console.is_terminal or sys.stdout.isatty()
         # rich takes 0.1 ms to lay out a piece, per cents of a fast model's time for a token; so its codes are kept
         self._codes: dict[str, tuple[str, str]] = {}
         for origin in _STYLES:
@@ -142,7 +149,7 @@ class PieceWriter:
         shown = piece.text
         if self._is_terminal:
             before, after = self._codes[piece.token.origin]
-            shown = f"{before}{shown.translate(_CONTROL_CHARACTERS)}{after}"
+            shown = f"{before}{printable(shown)}{after}"
         self._ends_line = piece.text.endswith("\n")  # before writing, which Ctrl-C may cut short
         sys.stdout.write(shown)
         sys.stdout.flush()
@@ -161,13 +168,66 @@ def print_statistics(stats: SpeculativeStats, tokens: Iterable[Token], ending: s
     console.print(_statistics(stats, _legend(tokens), ending, seed))
 
 
-def print_summary(stats: SpeculativeStats, ending: str) -> None:
-    """The statistics in one line, for a chat."""
-    parts = [f"{stats.num_tokens} tokens", f"{stats.decode_tokens_per_second:.1f} tokens/s"]
+def print_summary(stats: SpeculativeStats, *, context: int, ending: str | None, seed: int | None) -> None:
+    """The statistics in one line, for a chat.
+
+    Args:
+        context: most tokens of prompt and answer.
+        ending: why the answer ends, where it is cut.
+    """
+    num_used = stats.num_prompt_tokens + stats.num_tokens
+    fields = [ending] if ending is not None else []
+    fields.append("1 token" if stats.num_tokens == 1 else f"{stats.num_tokens} tokens")
+    if stats.num_tokens > 1:
+        fields.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
+        # what drafting gains over plain decoding belongs here: the fields behind are the first to be left out
+        fields.append(f"{(stats.num_tokens - 1) / max(1, stats.num_target_passes):.1f} tokens a pass")
+    fields.append(f"context {num_used} of {context}")
     if stats.num_drafts:
-        parts.append(f"{stats.acceptance_rate:.0%} of {stats.num_draft_tokens} draft tokens accepted")
-    parts.append(f"prompt {stats.num_prompt_tokens}, {stats.num_cached_prompt_tokens} of it cached")
-    print_note(f"[{'; '.join([*parts, ending])}]")
+        fields.append(f"{stats.acceptance_rate:.0%} of {stats.num_draft_tokens} draft tokens accepted")
+    fields.append(f"prompt {stats.num_prompt_tokens}, {stats.num_cached_prompt_tokens} of it cached")
+    if seed is not None:
+        fields.append(f"seed {seed}")
+    width = terminal_width()
+    print_note(status_line(fields, None if width is None else width - 1))
+
+
+def status_line(fields: list[str], width: int | None) -> str:
+    """Fields in brackets, as many from the left as fit; the first is always there.
+
+    >>> status_line(["48 tokens", "120.0 tokens/s", "seed 7"], 30)
+    '[48 tokens; 120.0 tokens/s]'
+    """
+    shown = fields
+    while len(shown) > 1 and width is not None and len("; ".join(shown)) + 2 > width:
+        shown = shown[:-1]
+    return f"[{'; '.join(shown)}]"
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stderr is, as wide as it is now; None if it is none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
+
+
+def print_colour_legend() -> None:
+    """What the colours of an answer mean; nothing where there are none."""
+    from rich.console import Console
+    from rich.text import Text
+
+    answers = Console(highlight=False)
+    if answers.color_system is None or answers.no_color or not answers.is_terminal:
+        return
+    meanings = {
+        "exit-branch": "drafted by an exit",
+        "ngram": "copied from earlier text (n-gram)",
+        "bonus": "bonus after a right draft",
+        "target": "the model alone",
+    }
+    parts = [_styled(meaning, origin) for origin, meaning in meanings.items()]
+    _stderr().print(Text.assemble(("Colours: ", "dim"), Text(", ").join(parts)))
 
 
 def _statistics(stats: SpeculativeStats, legend: Text, ending: str, seed: int | None) -> Table:

@@ -119,3 +119,21 @@ def expected_gains(
         work=Work.of(USUAL_RECIPE, config),
         flops_per_second=flops_per_second(),
     )
+
+
+def memory(num_bytes: float) -> str:
+    """Bytes in decimal units, three digits.
+
+    >>> memory(96_436_224)
+    '96.4 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def count(number: float) -> str:
+    """A number of parameters or tokens, in words."""
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"

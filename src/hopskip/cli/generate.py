@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hopskip.cli.answer import Answer
 from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
 from hopskip.cli.options import (
+    ContextOption,
     DefaultsGroup,
     DraftGroup,
     JsonOption,
@@ -21,27 +22,37 @@ from hopskip.cli.options import (
     checked_sampling,
     with_options,
 )
-from hopskip.errors import ConfigError, PromptError
+from hopskip.cli.prompt import read_prompt
+from hopskip.errors import ConfigError
 from hopskip.sampling_params import with_defaults
 
 if TYPE_CHECKING:
-    from hopskip.llm import LLM, Prompt, StreamPiece
+    from hopskip.llm import LLM, Prompt
     from hopskip.loading import LoadConfig
     from hopskip.sampling_params import SamplingParams
-    from hopskip.sequence import SpeculativeStats, Token
 
 
 @with_options
 def generate(
     prompt: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT|-", help="The prompt, or - to read it from stdin.", show_default=False),
+        typer.Argument(
+            metavar="PROMPT|-",
+            help="The prompt. What is piped in comes after it, or where a - stands.",
+            show_default=False,
+        ),
     ] = None,
     *,
+    prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", hidden=True)] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option("--file", "-f", metavar="FILE", help="A text after the prompt; may be given several times."),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")] = None,
     think: ThinkOption = None,
     as_json: JsonOption = False,
+    max_model_len: ContextOption = None,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write every round to a file, for `hopskip trace show`.", show_default=False),
@@ -55,14 +66,20 @@ def generate(
 
     The text goes to stdout as it is generated; in a terminal, colours show where each token came from. Statistics go
     to stderr.
+
+    $ hopskip generate "Give three tips for staying healthy."
+    $ cat notes.txt | hopskip generate "Summarise:"
+    $ hopskip generate --file notes.txt -m model.gguf --temperature 0.7 "Summarise:"
     """
-    text = read_prompt(prompt or [])
+    if prompt and prompt_option is not None:
+        raise ConfigError(f"the prompt is given twice, as {' '.join(prompt)!r} and with --prompt; leave one out")
+    text = read_prompt(prompt or ([] if prompt_option is None else [prompt_option]), file or ())
     if raw and system is not None:
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
     if raw and think is not None:
         raise ConfigError("--raw and --think contradict each other: the switch is in the chat template")
     given = checked_sampling(sampling, defaults)
-    llm = load_llm(load, draft, quiet=as_json, generation_config=defaults.generation_config)
+    llm = load_llm(load, draft, max_model_len=max_model_len, generation_config=defaults.generation_config)
     params = with_defaults(given, llm.recommended_sampling)
     wrapped = llm.encode(_with_template(llm, text, raw, system), enable_thinking=think)
     writer = None if as_json else PieceWriter()
@@ -94,66 +111,6 @@ def _write(llm: LLM, prompt: Prompt, params: SamplingParams, writer: PieceWriter
     except KeyboardInterrupt:
         pass
     return answer
-
-
-@dataclass
-class Answer:
-    """What a stream has given so far; `abort` until it ends by itself."""
-
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: str = "abort"
-    stats: SpeculativeStats | None = None
-    seed: int | None = None
-
-    def add(self, piece: StreamPiece) -> None:
-        self.text += piece.text
-        self.tokens.append(piece.token)
-        self.stats = piece.stats
-        self.seed = piece.seed
-        if piece.result is not None:
-            self.finish_reason = piece.result.finish_reason
-
-    @property
-    def ending(self) -> str:
-        """Why the text ends, in words."""
-        return {
-            "stop": "the text was complete",
-            "length": f"cut at --max-new-tokens {len(self.tokens)}",
-            "abort": "stopped by Ctrl-C",
-        }[self.finish_reason]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "text": self.text,
-            "token_ids": [token.id for token in self.tokens],
-            "origins": [token.origin for token in self.tokens],
-            "finish_reason": self.finish_reason,
-            "seed": self.seed,
-            "stats": self.stats.as_dict() if self.stats is not None else None,
-        }
-
-
-def read_prompt(words: list[str]) -> str:
-    """The prompt of the command line: its words joined, or stdin for a single `-`, less one line end.
-
-    Raises:
-        PromptError: there is none, or stdin is not UTF-8.
-    """
-    if not words:
-        raise PromptError("no prompt given; write it after the command, or give - to read it from stdin")
-    text = " ".join(words)
-    if words == ["-"]:
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise PromptError(
-                f"stdin is not valid UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it, "
-                "for example with iconv -t UTF-8"
-            ) from None
-    if not text.strip():
-        raise PromptError("the prompt is empty; give some text")
-    return text
 
 
 def _with_template(llm: LLM, text: str, raw: bool, system: str | None) -> Prompt:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from hopskip.cli.console import loading, print_json
-from hopskip.cli.gains import expected_gains
-from hopskip.cli.options import JsonOption, LoadGroup, ModelArgument, at, with_options
+from hopskip.cli.console import print_json
+from hopskip.cli.gains import count, expected_gains, memory
+from hopskip.cli.options import JsonOption, LoadGroup, with_options
+from hopskip.cli.progress import loading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,6 @@ _LONG_CONTEXT = 4096
 
 @with_options
 def info(
-    place: ModelArgument = None,
     *,
     as_json: JsonOption = False,
     measure: Annotated[
@@ -41,8 +41,11 @@ def info(
     """Show a model's size, how it would run here, what each draft may gain, and what an exit of its own would take.
 
     Reads the checkpoint's header only, unless it is to measure; so it is quick with models of any size.
+
+    $ hopskip info
+    $ hopskip info Qwen/Qwen3-0.6B
+    $ hopskip info model.gguf --measure --json > model.json
     """
-    load = at(load, place)
     facts = _collect(load)
     costs = _measure(facts, load) if measure else None
     expected = expected_gains(
@@ -224,7 +227,7 @@ def _print_facts(facts: _Facts) -> None:
 
     config, costs = facts.config, facts.costs
     head = f"{costs.head_in_layers:.1f} layers" + (", tied to the embedding" if config.tie_word_embeddings else "")
-    formats = ", ".join(f"{name} {_memory(num_bytes)}" for name, num_bytes in costs.bytes_by_format.items())
+    formats = ", ".join(f"{name} {memory(num_bytes)}" for name, num_bytes in costs.bytes_by_format.items())
     isa = f" ({facts.isa})" if facts.isa else ""
     context = config.context_length
     table = Table.grid(padding=(0, 2))
@@ -237,14 +240,14 @@ def _print_facts(facts: _Facts) -> None:
         f"{config.num_attention_heads} heads on {config.num_key_value_heads}, vocabulary {config.vocab_size:,}, "
         f"context {context:,}",
     )
-    table.add_row("parameters", f"{_count(config.num_parameters)}; the head is as large as {head}")
+    table.add_row("parameters", f"{count(config.num_parameters)}; the head is as large as {head}")
     table.add_row("stored as", facts.stored_as)
     table.add_row("runs on", f"{facts.backend}{isa}, {facts.device}, {facts.threads} threads")
     widened = f"; {', '.join(costs.widened)}: no native format, so in q8" if costs.widened else ""
     table.add_row("weights", formats + widened)
     table.add_row(
         "keys, values",
-        f"{_memory(costs.kv_bytes_per_token)} a token, {_memory(costs.kv_bytes_per_token * context)} at full context",
+        f"{memory(costs.kv_bytes_per_token)} a token, {memory(costs.kv_bytes_per_token * context)} at full context",
     )
     table.add_row("default draft", f"{facts.default_draft}, up to {facts.num_draft_tokens} tokens")
     if facts.trained_exit is not None:
@@ -254,11 +257,11 @@ def _print_facts(facts: _Facts) -> None:
             "trained exit",
             f"{exit_config.num_layers} layer(s) after layer {exit_config.start} of the model"
             + (f", seeing its layers {features}" if features else "")
-            + f"; {len(facts.trained_exit.vocabulary):,} tokens; {_memory(facts.exit_bytes)} and "
-            f"{_memory(facts.exit_kv_bytes)} a token",
+            + f"; {len(facts.trained_exit.vocabulary):,} tokens; {memory(facts.exit_bytes)} and "
+            f"{memory(facts.exit_kv_bytes)} a token",
         )
     if facts.copy_bytes:
-        sizes = ", ".join(f"{name} {_memory(num_bytes)}" for name, num_bytes in facts.copy_bytes.items())
+        sizes = ", ".join(f"{name} {memory(num_bytes)}" for name, num_bytes in facts.copy_bytes.items())
         table.add_row("draft copies", f"with --draft-precision: {sizes}")
     if facts.exit_layer is None:
         table.add_row("exit layer", "none: a model of one layer has no early exit")
@@ -306,8 +309,8 @@ def _measure(facts: _Facts, load: LoadConfig) -> Costs:
     from hopskip.speculative import SpeculativeConfig, early_exit
 
     speculative = SpeculativeConfig(draft="exit-branch" if facts.trained_exit else "none")
-    with loading(load.model, quiet=False) as bar:
-        backend = open_model(load, speculative, bar.loaded).backend
+    with loading(load.model) as bar:
+        backend = open_model(load, speculative, bar.doing).backend
         exits = [] if backend.trained_exit is None else [backend.trained_exit]
         progress = partial(bar.doing, "measuring costs")
         return measure(backend, [*exits, *map(early_exit, facts.exits)], _MEASURE_SECONDS, progress)
@@ -380,20 +383,3 @@ def _print_measured(costs: Costs, facts: _Facts) -> None:
     for table in (passes, drafts):
         console.print()
         console.print(table)
-
-
-def _memory(num_bytes: float) -> str:
-    """Bytes in decimal units, three digits.
-
-    >>> _memory(96_436_224)
-    '96.4 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
-
-
-def _count(number: float) -> str:
-    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"

@@ -10,11 +10,13 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from hopskip.cli.progress import silenced
+from hopskip.cli.settings import ConfigOption
 from hopskip.errors import ConfigError, check_choice
 from hopskip.loading import LoadConfig
 from hopskip.options import option
@@ -30,12 +32,16 @@ class Group:
     """Of --help; None puts them among the command's own."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """By name, where this command has other ones than are declared."""
+    without: tuple[str, ...] = ()
+    """Names of those that this command does not take."""
     of: Any = None
     """The dataclass, where the command wants a dict of what was given, as the defaults are not known before a model is
     loaded."""
 
 
 LoadGroup = Annotated[LoadConfig, Group("Model")]
+LoadGroupOfMany = Annotated[LoadConfig, Group("Model", without=("dtype", "quantize"))]
+"""Of commands that run the model in several precisions, which they name themselves."""
 DraftGroup = Annotated[SpeculativeConfig, Group("Drafting")]
 SamplingGroup = Annotated[dict[str, Any], Group("Sampling", of=SamplingParams)]
 """Goes with `DefaultsGroup`, which says what the rest is to be."""
@@ -81,35 +87,39 @@ def checked_sampling(given: Mapping[str, Any], defaults: OrGreedy) -> dict[str, 
     return chosen
 
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help=next(item.metadata["help"] for item in dataclasses.fields(LoadConfig) if item.name == "model"),
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Longest sequence, prompt and output (default: the model's context).",
         show_default=False,
     ),
 ]
-"""A model as the argument of a command: goes with `at`."""
+"""The context to make room for, `max_model_len`."""
 
 ThinkOption = Annotated[
     bool | None,
     typer.Option("--think/--no-think", help="Let the model think first, or not, where its chat template has a switch."),
 ]
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 
 
-def at(load: LoadConfig, place: str | None) -> LoadConfig:
-    """The options with the model that a command takes as its argument.
+_WIDTH_OF_CHOICES = 32
 
-    Raises:
-        ConfigError: `--model` names one as well.
-    """
-    if place is None:
-        return load
-    if load.model is not None:
-        raise ConfigError(f"the model is given twice, as {place} and as --model {load.model}; leave one out")
-    return replace(load, model=place)
+
+def with_common(command: Callable[..., None], *, takes_time: bool) -> Callable[..., None]:
+    """Give typer a command with --config, and with --quiet if it takes its time."""
+
+    def run(*, config: str | None = None, quiet: bool = False, **values: Any) -> None:
+        with silenced(quiet):
+            command(**values)
+
+    common = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption)]
+    if takes_time:
+        quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+        common.insert(0, inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=quiet))
+    return _with_signature(run, command, [*inspect.signature(command, eval_str=True).parameters.values(), *common])
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,14 +144,25 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         for name, group in groups.items():
-            given = _given(group, {item.name: values.pop(item.name) for item in _options_of(group)})
+            given = _given(
+                group, {item.name: values.pop(item.name) for item in _options_of(group) if item.name in values}
+            )
             values[name] = given if name in are_open else group(**given)
         command(**values)
 
+    return _with_signature(run, command, parameters)
+
+
+def _with_signature(
+    run: Callable[..., None], command: Callable[..., None], parameters: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """`run` under the name of `command`, with these parameters."""
     functools.update_wrapper(run, command)
     del run.__dict__["__wrapped__"]  # inspect would look through to the original signature
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__dict__["__signature__"] = inspect.Signature(parameters)
+    run.__dict__["__signature__"] = inspect.Signature(
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
     return run
 
 
@@ -157,12 +178,17 @@ def _options_of(group: Any) -> dict[dataclasses.Field[Any], Any]:
 
 
 def _parameters(group: Any, place: Group) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group)
     for item, kind in _options_of(group).items():
-        declared = item.metadata
+        if item.name in place.without:
+            continue
+        declared, choices = item.metadata, _choices(hints[item.name])
         names = [f"--{item.name.replace('_', '-')}", *([declared["short"]] if declared["short"] else [])]
         option = typer.Option(
             *names,
-            metavar=declared["metavar"],
+            metavar=_in_lines(choices) or declared["metavar"],
+            envvar=declared["envvar"],
+            autocompletion=_completion(choices) if choices else None,
             help=declared["help"],
             rich_help_panel=place.heading,
             show_default="(default: " not in declared["help"],
@@ -173,6 +199,34 @@ def _parameters(group: Any, place: Group) -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(
             item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
         )
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The texts that an option may have, if only some.
+
+    >>> _choices(Literal["q8", "q4"] | None), _choices(int | None)
+    (('q8', 'q4'), ())
+    """
+    if get_origin(hint) in (Union, types.UnionType):
+        return _choices(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _in_lines(choices: tuple[str, ...]) -> str:
+    """`auto|native|torch`; where it is long, on several lines, so that it leaves room for the help beside it."""
+    lines = [""]
+    for choice in choices:
+        if lines[-1] and len(lines[-1]) + len(choice) > _WIDTH_OF_CHOICES:
+            lines.append("")
+        lines[-1] += f"{choice}|"
+    return "\n".join(lines).removesuffix("|")
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
 
 
 def _kind_of_value(hint: Any) -> Any:
@@ -193,7 +247,7 @@ def _given(group: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Of the values of the command line those that were given, or have a default there, as the dataclass wants them."""
     given: dict[str, Any] = {}
     for item in _options_of(group):
-        value, parse = values[item.name], item.metadata["parse"]
+        value, parse = values.get(item.name), item.metadata["parse"]
         if value is not None and value != []:
             given[item.name] = parse(value) if parse else tuple(value) if isinstance(value, list) else value
     return given

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hopskip.cli.console import print_json
-from hopskip.cli.options import Group, JsonOption, LoadGroup, ModelArgument, at, with_options
+from hopskip.cli.options import Group, JsonOption, LoadGroupOfMany, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
+from hopskip.cli.progress import Progress, loading, progress
 from hopskip.errors import ConfigError
 from hopskip.options import option
 
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
-    """What is read, and after which layers."""
+    """What is read, and after which layers.
+
+    Raises:
+        ConfigError: it is too little to measure anything.
+    """
 
     exit_layers: str | None = option(None, "Early exits to read as well, with commas between.", "LIST")
     against: tuple[Path, ...] = option(
@@ -39,24 +45,29 @@ class ReadingOptions:
     context: int | None = option(
         None, "Longest window that a text is cut into (default: 2048, or the model's context).", "N"
     )
-    max_tokens: int | None = option(None, "Use only the first N tokens of all texts.", "N")
+    num_tokens: int | None = option(None, "Use only the first N tokens of all texts.", "N")
+
+    def __post_init__(self) -> None:
+        if self.num_tokens is not None and self.num_tokens < 2:
+            raise ConfigError(f"num_tokens is {self.num_tokens}; it must be at least 2")
 
 
 @with_options
 def perplexity(
-    place: ModelArgument = None,
     *,
     precision: PrecisionList = None,
     what: Annotated[ReadingOptions, Group()],
     as_json: JsonOption = False,
-    load: LoadGroup,
+    load: LoadGroupOfMany,
 ) -> None:
     """Measure perplexity on a text, in each precision and at early exits.
 
     Differences are against the first precision, read after the same layer, with their standard error. Every token of a
     window but its first counts.
+
+    $ hopskip perplexity --precision bf16,q8,q4 --num-tokens 8000
+    $ hopskip perplexity model.gguf --text article.txt --json
     """
-    load = at(load, place)
     precisions = choose_precisions(load, precision)
     from hopskip.bench.machine import versions
     from hopskip.bench.perplexity import MAX_CONTEXT, cut_windows, places_to_read, read_text
@@ -74,13 +85,11 @@ def perplexity(
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     texts = [read_text(file) for file in what.text] if what.text else whole_prompts()
     context = min(MAX_CONTEXT, longest) if what.context is None else what.context
-    windows = cut_windows(tokenizer, texts, context, what.max_tokens)
+    windows = cut_windows(tokenizer, texts, context, what.num_tokens)
     rows = _measure(
         _backends(load, precisions, checkpoint, others),
         windows,
         stops,
-        len(precisions) + len(others),
-        quiet=as_json,
     )
     report = {
         "model": str(checkpoint.path),
@@ -127,49 +136,48 @@ def _backends(
 ) -> Iterator[tuple[str, Backend]]:
     from hopskip.loading import load_backend
 
-    # quiet: a terminal shows one progress bar at a time, and `_measure` has it
-    yield from load_each(load, precisions, checkpoint, quiet=True)
+    yield from load_each(load, precisions, checkpoint)
     for name, other in others:
-        yield name, load_backend(other, load)
+        with loading(name) as bar:
+            backend = load_backend(other, load, bar.doing)
+        yield name, backend
 
 
 def _measure(
     backends: Iterator[tuple[str, Backend]],
     windows: list[list[int]],
     stops: list[int],
-    num_backends: int,
-    *,
-    quiet: bool,
 ) -> list[dict[str, Any]]:
-    """A row for each model and exit, with a progress bar in a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """A row for each model and exit."""
 
     from hopskip.bench.perplexity import difference, negative_log_likelihoods
     from hopskip.bench.perplexity import perplexity as perplexity_of
 
-    console = Console(stderr=True)
     first: dict[int, Floats] = {}
     rows = []
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("", total=num_backends * len(windows))
-        for name, backend in backends:
-            bar.update(task, description=name)
-            found = negative_log_likelihoods(backend, windows, stops, lambda: bar.update(task, advance=1))
-            first = first or found
-            for stop, nll_N in found.items():
-                gap = difference(nll_N, first[stop])
-                rows.append(
-                    {
-                        "name": name,
-                        "exit_layer": stop if stop < stops[-1] else None,
-                        "perplexity": perplexity_of(nll_N),
-                        "delta": gap.delta,
-                        "delta_error": gap.error,
-                        "weight_bytes": backend.traits.bytes_per_pass,
-                    }
-                )
+    for name, backend in backends:
+        shares = iter([(number + 1) / len(windows) for number in range(len(windows))])
+        with progress(f"reading in {name}") as bar:
+            tell = partial(_tell, bar, f"reading in {name}", shares)
+            found = negative_log_likelihoods(backend, windows, stops, tell)
+        first = first or found
+        for stop, nll_N in found.items():
+            gap = difference(nll_N, first[stop])
+            rows.append(
+                {
+                    "name": name,
+                    "exit_layer": stop if stop < stops[-1] else None,
+                    "perplexity": perplexity_of(nll_N),
+                    "delta": gap.delta,
+                    "delta_error": gap.error,
+                    "weight_bytes": backend.traits.bytes_per_pass,
+                }
+            )
     return rows
+
+
+def _tell(bar: Progress, what: str, shares: Iterator[float]) -> None:
+    bar.doing(what, next(shares))
 
 
 def _print_report(report: dict[str, Any]) -> None:

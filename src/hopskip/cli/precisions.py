@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from hopskip.cli.console import loading
+from hopskip.cli.progress import loading
 from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig, Quantize
 
@@ -55,20 +55,15 @@ def choose_precisions(load: LoadConfig, text: str | None) -> list[str]:
     """The precisions of a `PrecisionList`; where none is given, all that the backend has.
 
     Raises:
-        ConfigError: one is unknown or given twice; or the options name a single one as well, without effect.
+        ConfigError: one is unknown or given twice.
     """
-    if load.dtype != "auto" or load.quantize is not None:
-        given = f"--quantize {load.quantize}" if load.quantize is not None else f"--dtype {load.dtype}"
-        raise ConfigError(f"{given} has no effect here; name the precisions, such as --precision bfloat16,q8")
     if text is not None:
         return parse_precisions(text)
     kind, _ = load.where()
     return ["float32", "bfloat16", "q8", "q4"] if kind == "native" else ["float32", "bfloat16"]
 
 
-def load_each(
-    load: LoadConfig, precisions: list[str], checkpoint: Checkpoint, *, quiet: bool
-) -> Iterator[tuple[str, Backend]]:
+def load_each(load: LoadConfig, precisions: list[str], checkpoint: Checkpoint) -> Iterator[tuple[str, Backend]]:
     """The model in one precision after the other, with what may draft for it: the trained exit that ships for it, and a
     copy in the lowest precision, where that is lower than the model's own."""
     from hopskip.loading import find_exit, load_backend
@@ -78,10 +73,10 @@ def load_each(
     _, device = load.where()  # of all: precisions are compared in one place
     for name in precisions:
         chosen: dict[str, Any] = {"quantize" if name in get_args(Quantize) else "dtype": name}
-        with loading(load.model, quiet=quiet) as bar:
-            backend = load_backend(checkpoint, replace(load, device=device, **chosen), bar.loaded)
-        if trained_exit is not None:
-            backend.attach_exit(trained_exit)
-        if copy := backend.useful_copy(checkpoint):
-            backend.attach_copy(checkpoint, copy)
+        with loading(load.model) as bar:
+            backend = load_backend(checkpoint, replace(load, device=device, **chosen), bar.doing)
+            if trained_exit is not None:
+                backend.attach_exit(trained_exit)
+            if copy := backend.useful_copy(checkpoint):
+                backend.attach_copy(checkpoint, copy)
         yield name, backend

@@ -72,6 +72,9 @@ def serve(
     """Serve a model over the OpenAI protocol, with a page to chat at `/`.
 
     Completions, chats, streams, tools, JSON schemas and grammars, metrics at `/metrics`. Needs `hopskip[serve]`.
+
+    $ hopskip serve
+    $ hopskip serve Qwen/Qwen3-4B --quantize q8 --host 0.0.0.0 --port 8000
     """
     _require_extra()
     from hopskip.serve.memory import free_memory, parse_size

@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hopskip.cli.console import loading, print_json
+from hopskip.cli.commands import App
+from hopskip.cli.console import print_json
 from hopskip.cli.options import JsonOption, LoadGroup, with_options
+from hopskip.cli.progress import loading, progress
 
 if TYPE_CHECKING:
     from hopskip.draft.base import Round
 
-app = typer.Typer(help="Look into traces of decoding.", no_args_is_help=True, rich_markup_mode="markdown")
+app = App(
+    help="Look into traces of decoding.\n\n"
+    '$ hopskip generate --trace trace.jsonl "Name three colours."\n'
+    "$ hopskip trace show trace.jsonl"
+)
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A trace.")]
 _NUM_SHOWN = 5  # fixed settings, the best first
 
 
-@app.command()
+@app.command(takes_time=False)
 def show(
     file: FileArgument,
     plot: Annotated[
@@ -29,7 +35,11 @@ def show(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sum up the rounds of a trace that `hopskip generate --trace` has written, by the source of their drafts."""
+    """Sum up the rounds of a trace that `hopskip generate --trace` has written, by the source of their drafts.
+
+    $ hopskip trace show trace.jsonl
+    $ hopskip trace show trace.jsonl --plot rounds.png
+    """
     from hopskip.errors import ConfigError
     from hopskip.trace import read_trace
 
@@ -63,6 +73,8 @@ def record(
     """Record texts for replays: at each position, what every source would have drafted.
 
     Decodes plainly and drafts by every source at each token, so it takes a few times as long as generating the texts.
+
+    $ hopskip trace record texts.jsonl --prompts gsm8k --num-prompts 8
     """
     from hopskip.bench.replay import record as record_texts
     from hopskip.errors import ConfigError
@@ -75,8 +87,8 @@ def record(
         raise ConfigError(f"--max-new-tokens is {max_new_tokens}; a replay needs at least 2")
     chosen = [prompt for source in prompts for prompt in load_prompts(source, num_prompts)]
     found: list[Proposals] = []
-    with loading(load.model, quiet=False) as bar:
-        opened = open_model(load, SpeculativeConfig(draft="auto"), bar.loaded)
+    with loading(load.model) as bar:
+        opened = open_model(load, SpeculativeConfig(draft="auto"), bar.doing)
 
         def keep(proposals: Proposals) -> None:
             bar.doing("recording texts", proposals.request / len(chosen))
@@ -101,11 +113,14 @@ def replay(file: FileArgument, as_json: JsonOption = False) -> None:
     """Replay recorded texts with draft auto and with every fixed setting, by the cost table of the recording.
 
     Prints the regret of draft auto: its time over that of the setting which was best in hindsight.
+
+    $ hopskip trace replay texts.jsonl
     """
     from hopskip.bench.replay import replay as replay_texts
     from hopskip.trace import read_trace
 
-    found = replay_texts(read_trace(file))
+    with progress(f"replaying {file}"):
+        found = replay_texts(read_trace(file))
     if as_json:
         print_json(found.as_dict())
         return

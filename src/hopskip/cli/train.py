@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from hopskip.cli.commands import App
+from hopskip.cli.progress import progress
 from hopskip.machine import require
 
-app = typer.Typer(
-    help="Make models that are their own good draft models.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+app = App(help="Make models that are their own good draft models.\n\n$ hopskip train exit recipe.yaml")
 
 Overrides = Annotated[
     list[str] | None,
@@ -20,7 +20,7 @@ Overrides = Annotated[
 ]
 
 
-@app.command()
+@app.command(takes_time=False)  # its log is what it gives
 def layerskip(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
     overrides: Overrides = None,
@@ -29,6 +29,9 @@ def layerskip(
 
     Run the same command again to go on after an interruption. On several GPUs:
     `torchrun --nproc-per-node 8 -m hopskip train layerskip RECIPE.yaml`.
+
+    $ hopskip train layerskip recipe.yaml
+    $ hopskip train layerskip recipe.yaml training.learning_rate=1e-4
     """
     require("torch", "training", "train")
     from hopskip.train.recipe import load_recipe
@@ -59,6 +62,9 @@ def train_exit(
     """Train an exit for a model whose weights stay as they are: it drafts, and the text does not change.
 
     The model writes its own training text. Run the same command again to go on after an interruption.
+
+    $ hopskip train exit recipe.yaml
+    $ hopskip train exit recipe.yaml output=runs/exit
     """
     require("torch", "training", "train")
     from hopskip.train.exit.recipe import ExitRecipe
@@ -69,4 +75,6 @@ def train_exit(
 
     from hopskip.train.exit.run import run
 
-    print(run(settings))
+    with progress("training an exit") as shown:
+        folder = run(settings, progress=shown.doing)
+    print(folder)

@@ -193,7 +193,7 @@ class Engine:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self, only: Seq[Sequence] | None = None) -> None:
+    def step(self, only: Seq[Sequence] | None = None, *, resting: Seq[Sequence] = ()) -> None:
         """Advance: one round for every sequence that decodes, then one pass over prompts if any are unfinished.
 
         So a long prompt holds the others up for one of its chunks at a time. New tokens appear in the sequences'
@@ -202,10 +202,11 @@ class Engine:
         Args:
             only: leave all running sequences but these as they are, and admit none: to find out which of them it is
                 that makes a pass raise.
+            resting: running sequences that this step leaves as they are.
         """
         if only is None:
             self._admit()
-        moving = [s for s in self._running if only is None or s in only]
+        moving = [s for s in self._running if (only is None or s in only) and s not in resting]
         decoding = [s for s in moving if s.is_prefilled]
         prefilling = [s for s in moving if not s.is_prefilled]
         try:

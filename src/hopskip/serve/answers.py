@@ -32,6 +32,7 @@ class Answer:
         self._request = request
         self._plan = plan
         self._batch = batch
+        self.race = batch.race
         self._choices = [_Choice(i, self, generation, plan, llm) for i, generation in enumerate(batch.generations)]
         self._model_name = model_name
         self._id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{id}"
@@ -46,7 +47,7 @@ class Answer:
 
     @property
     def wants_tokens(self) -> bool:
-        return self._request.return_tokens
+        return bool(self._request.return_tokens)
 
     async def whole(self) -> dict[str, Any]:
         """The answer, once all of it is there."""
@@ -108,6 +109,7 @@ class _Choice:
         self._answer = answer
         self._generation = generation
         self._llm = llm
+        self._race = answer.race
         self._echo = plan.echoes[index // plan.num_choices] if plan.echoes else ""
         self._splitter = CallSplitter(plan.notation, plan.tools) if plan.notation else None
         self._offset = len(self._echo)
@@ -231,7 +233,9 @@ class _Choice:
             }
             for piece in pieces
         ]
-        return {"tokens": tokens, "stats": self._generation.sequence.stats.as_dict()}
+        sequence = self._generation.sequence
+        details = {"tokens": tokens, "stats": sequence.stats.as_dict()}
+        return details if self._race is None else {**details, "race": self._race.figures(sequence)}
 
     def _layer(self, token: Token) -> int | None:
         """Layers that a token's author ran: the exit's for early-exit drafts, none for copies, else all."""

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +27,9 @@ from hopskip.serve.jobs import Plan, Planner
 from hopskip.serve.metrics import Metrics
 from hopskip.serve.settings import ServeSettings
 from hopskip.text.tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 T = TypeVar("T")
 
@@ -55,7 +58,7 @@ class Server:
 
     async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:
         """Generate, as a whole or as a stream; the client's leaving ends it."""
-        batch = await self.engine.submit(plan.jobs)
+        batch = await self.engine.submit(plan.jobs, is_race=plan.is_race)
         answer = Answer(request, plan, batch, self.llm, self.settings.model_name, http.state.request_id)
         if request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -200,7 +203,7 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     async def page() -> Response:
         return _page_response(*html)
 
-    @app.get("/page/{name}", include_in_schema=False)
+    @app.get("/page/{name:path}", include_in_schema=False)
     async def page_file(name: str) -> Response:
         if name not in page_files:
             raise HTTPException(404, "the page has no such file")
@@ -260,13 +263,15 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _read_page() -> dict[str, tuple[bytes, str]]:
-    """Content and media type of the page's files, by name."""
-    return {
-        file.name: (file.read_bytes(), _PAGE_TYPES[Path(file.name).suffix])
-        for file in (files("hopskip.serve") / "page").iterdir()
-        if Path(file.name).suffix in _PAGE_TYPES
-    }
+def _read_page(folder: Traversable | None = None, prefix: str = "") -> dict[str, tuple[bytes, str]]:
+    """Content and media type of the page's files, by their paths in its folder."""
+    found: dict[str, tuple[bytes, str]] = {}
+    for entry in (folder or files("hopskip.serve") / "page").iterdir():
+        if entry.is_dir():
+            found |= _read_page(entry, f"{prefix}{entry.name}/")
+        elif (suffix := Path(entry.name).suffix) in _PAGE_TYPES:
+            found[prefix + entry.name] = (entry.read_bytes(), _PAGE_TYPES[suffix])
+    return found
 
 
 def _page_response(content: bytes, media_type: str) -> Response:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from hopskip.sequence import FinishReason, Request, Sequence, Token
+from hopskip.serve.race import Race
 from hopskip.text.tokenizer import TextStream
 
 
@@ -85,6 +86,8 @@ class Batch:
 
     def __init__(self, cancel: Callable[[Batch], None]) -> None:
         self.generations: list[Generation] = []
+        self.race: Race | None = None
+        """Of a batch that is one."""
         self._cancel = cancel
         self._queue: asyncio.Queue[tuple[int, _News]] = asyncio.Queue()
 

@@ -19,6 +19,7 @@ from typing import Protocol
 from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError, HopskipError
 from hopskip.serve.batch import Batch, Generation, Job, Piece
+from hopskip.serve.race import Race
 from hopskip.text.tokenizer import IncrementalDecoder, TextStream
 
 _log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class EngineThread:
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._live: list[Generation] = []
         """Those not ended yet. The engine's thread alone uses it."""
+        self._races: list[Race] = []
+        """Those that run. The engine's thread alone uses it."""
         self._num_outstanding = 0
         """Submitted and not ended. The event loop alone uses it."""
         self._submissions: set[asyncio.Future[Batch]] = set()
@@ -124,8 +127,11 @@ class EngineThread:
         """Sequences that run or wait."""
         return self._num_outstanding
 
-    async def submit(self, jobs: Seq[Job]) -> Batch:
+    async def submit(self, jobs: Seq[Job], *, is_race: bool = False) -> Batch:
         """Queue jobs, all or none.
+
+        Args:
+            is_race: they are two, of one prompt, with drafts and without: see `Race`.
 
         Raises:
             BusyError: the queue has no room for all of them.
@@ -144,7 +150,7 @@ class EngineThread:
         self._idle.clear()
         self._submissions.add(admitted)
         admitted.add_done_callback(self._submissions.discard)
-        self._order(lambda: self._admit(jobs, admitted))
+        self._order(lambda: self._admit(jobs, admitted, is_race))
         try:
             return await asyncio.shield(admitted)
         except asyncio.CancelledError:
@@ -217,7 +223,7 @@ class EngineThread:
                 return
             order()
 
-    def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[Batch]) -> None:
+    def _admit(self, jobs: Seq[Job], admitted: asyncio.Future[Batch], is_race: bool) -> None:
         batch = Batch(self._cancel)
         try:
             for job in jobs:
@@ -229,12 +235,20 @@ class EngineThread:
             self._tell(self._refuse, len(jobs), admitted, error)
             return
         self._live += batch.generations
+        if is_race:
+            batch.race = Race([generation.sequence for generation in batch.generations])
+            self._races.append(batch.race)
         self._tell(admitted.set_result, batch)
 
     def _step(self) -> None:
+        self._races = [race for race in self._races if not race.is_over]
+        resting = {race: rest for race in self._races if (rest := race.take_turn()) is not None}
+        started = time.perf_counter()
         try:
-            self._engine.step()
+            self._engine.step(resting=list(resting.values()))
             self._num_failures = 0
+            for race in resting:
+                race.count(time.perf_counter() - started)
         except Exception as error:
             _log.exception("a step has failed; looking for the request at fault")
             self._num_failures += 1

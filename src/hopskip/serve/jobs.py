@@ -28,6 +28,8 @@ class Plan:
     echoes: list[str] | None = None
     """Text of each prompt, to be put before its answers."""
     tools: list[schema.Tool] = field(default_factory=list)
+    is_race: bool = False
+    """The two choices are a race of drafted against plain decoding."""
     notation: Notation | None = None
     """How tool calls are written; None if the answer cannot have any."""
 
@@ -67,7 +69,7 @@ class Planner:
         constraint = _format(request.response_format)
         jobs = await self._jobs(request, encoded, request.max_tokens or 16, request.logprobs, constraint)
         echoes = [self._tokenizer.decode(p) if isinstance(p, list) else p for p in prompts] if request.echo else None
-        return Plan(jobs=jobs, num_choices=request.n or 1, echoes=echoes)
+        return Plan(jobs=jobs, num_choices=_num_choices(request), echoes=echoes, is_race=_is_race(request))
 
     async def chat(self, request: schema.ChatRequest) -> Plan:
         if request.top_logprobs is not None and not request.logprobs:
@@ -87,7 +89,9 @@ class Planner:
         max_tokens = request.max_tokens or request.max_completion_tokens or max(1, room)
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         jobs = await self._jobs(request, [prompt_ids], max_tokens, num_logprobs, constraint)
-        return Plan(jobs=jobs, num_choices=request.n or 1, tools=tools, notation=notation)
+        return Plan(
+            jobs=jobs, num_choices=_num_choices(request), tools=tools, notation=notation, is_race=_is_race(request)
+        )
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text. In a thread: a long one would keep everybody else waiting."""
@@ -135,7 +139,8 @@ class Planner:
         num_logprobs: int | None,
         grammar: tuple[Kind, str | Mapping[str, Any]] | None,
     ) -> list[Job]:
-        num_choices = request.n or 1
+        num_choices = _num_choices(request)
+        self._check_race(request, len(prompts))
         _at_most("n", num_choices, self._limits.num_choices)
         _at_most("prompts x n", len(prompts) * num_choices, self._limits.num_sequences)
         params = self._params(request, max_tokens, num_logprobs)
@@ -150,7 +155,7 @@ class Planner:
                             prompt_ids,
                             _with_seed(params, seed),
                             constraint=await self._constraint(grammar) if grammar else None,
-                            max_draft_tokens=max_draft_tokens,
+                            max_draft_tokens=0 if choice and _is_race(request) else max_draft_tokens,
                             exit_layer=exit_layer,
                         ),
                         is_streamed=bool(request.stream),
@@ -158,13 +163,25 @@ class Planner:
                 )
         return jobs
 
+    def _check_race(self, request: schema.Generation, num_prompts: int) -> None:
+        """Raises ConfigError: there is nothing to race."""
+        if not _is_race(request):
+            return
+        engine, speculative = self._llm.engine, request.speculative
+        if num_prompts > 1 or (request.n or 1) > 1:
+            raise ConfigError("speculative.race answers one prompt twice; leave out n and further prompts")
+        if engine.speculative.draft == "none" or (speculative is not None and speculative.num_draft_tokens == 0):
+            raise ConfigError("speculative.race has no effect without drafts; leave it out")
+        if engine.max_num_seqs < 2:
+            raise ConfigError("speculative.race decodes two sequences in turn, and this server has room for one")
+
     def _params(self, request: schema.Generation, max_tokens: int, num_logprobs: int | None) -> SamplingParams:
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         _at_most("the number of stop texts", len(stop), self._limits.num_stops)
         _at_most("the length of a stop text", max(map(len, stop), default=0), self._limits.stop_chars)
         _at_most("the number of stop_token_ids", len(request.stop_token_ids or ()), self._limits.num_biases)
         _at_most("the number of logit_bias entries", len(request.logit_bias or ()), self._limits.num_biases)
-        if request.return_tokens and num_logprobs is None:
+        if request.return_tokens is True and num_logprobs is None:
             num_logprobs = 5  # probability and alternatives of each token
         # what the client leaves out is as the model's makers recommend it, else as OpenAI has it
         asked = {name: getattr(request, name) for name in _CHOSEN if name in request.model_fields_set}
@@ -242,9 +259,19 @@ def _drafting(speculative: schema.Speculative | None) -> tuple[int | None, int |
         return None, None
     if speculative.enabled:
         return speculative.num_draft_tokens, speculative.exit_layer
-    if speculative.num_draft_tokens or speculative.exit_layer is not None:
-        raise ConfigError("speculative.enabled=false leaves nothing to num_draft_tokens and exit_layer; leave them out")
+    if speculative.num_draft_tokens or speculative.exit_layer is not None or speculative.race:
+        raise ConfigError(
+            "speculative.enabled=false leaves nothing to num_draft_tokens, exit_layer and race; leave them out"
+        )
     return 0, None
+
+
+def _is_race(request: schema.Generation) -> bool:
+    return request.speculative is not None and request.speculative.race
+
+
+def _num_choices(request: schema.Generation) -> int:
+    return 2 if _is_race(request) else request.n or 1
 
 
 def _with_seed(params: SamplingParams, seed: int | None) -> SamplingParams:

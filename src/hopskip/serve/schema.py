@@ -31,6 +31,8 @@ class Speculative(_Model):
     """At most so many tokens in a round."""
     exit_layer: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Early-exit drafts run so many layers."""
+    race: bool = False
+    """Answer twice, in turn: choice 0 with drafts, choice 1 plainly, so that their speeds compare."""
 
 
 class JSONSchema(_Model):
@@ -94,8 +96,9 @@ class Generation(_Model):
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     speculative: Speculative | None = None
-    return_tokens: bool = False
-    """Add to each choice its tokens with id, text, origin and log-probability, and at its end what drafting gave."""
+    return_tokens: bool | Literal["origins"] = False
+    """Add to each choice its tokens with id, text, origin and log-probability, and what drafting has given so far.
+    `origins` leaves out log-probabilities, which cost speed."""
     user: str | None = None
     """Accepted for the sake of clients that always send it; nothing depends on it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from hopskip.draft.costs import expected_speedup
 from hopskip.machine import replacing_file
 from hopskip.train.loss import exit_metrics
+from hopskip.version import describe
 
 MAX_DRAFT_TOKENS = 8
 _MAX_SHOWN_EXITS = 4
@@ -40,7 +42,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         with replacing_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         console = Console(stderr=True)
-        if console.is_terminal:
+        if console.is_terminal and not console.is_dumb_terminal and not os.environ.get("NO_COLOR"):
             columns = [TextColumn(c) if isinstance(c, str) else c for c in _COLUMNS]
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
@@ -156,7 +158,7 @@ def model_card(
 
 # {name}
 
-Trained with [hopskip](https://pypi.org/project/hopskip) by the LayerSkip recipe
+Trained with [hopskip](https://pypi.org/project/hopskip) {describe()} by the LayerSkip recipe
 ([arXiv 2404.16710](https://arxiv.org/abs/2404.16710)): its early layers can draft for all of them. An ordinary
 checkpoint otherwise, for transformers, vLLM and others.
 

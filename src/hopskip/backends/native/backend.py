@@ -117,10 +117,12 @@ class NativeBackend(Backend):
         self._num_layers += len(trained_exit.layers)
         self.trained_exit = trained_exit
 
-    def attach_copy(self, checkpoint: Checkpoint, precision: DraftPrecision) -> None:
+    def attach_copy(
+        self, checkpoint: Checkpoint, precision: DraftPrecision, progress: Callable[[float], None] | None = None
+    ) -> None:
         if precision in self.copies:
             raise ConfigError(f"a copy in {precision} is attached to this model already")
-        weights, own = PackedWeights.load(checkpoint, precision), self._weights.bytes_per_pass
+        weights, own = PackedWeights.load(checkpoint, precision, progress), self._weights.bytes_per_pass
         if weights.bytes_per_pass >= own:
             raise ConfigError(
                 f"draft_precision={precision} gains nothing: a pass of the model itself reads {own / 1e6:.1f} MB, one "

@@ -1,94 +1,152 @@
-// The conversation: questions, answers as they come, and what stands below them.
+// The open chat: questions are asked, answers come, are stopped, tried again, or asked for anew with another question.
 
+import { lastOpen, newChat, openChat, rememberOpen, saveChat } from "./chats.js";
 import { showFigures } from "./figures.js";
-import { generate } from "./server.js";
-import { $, el, live, percent, save, state } from "./state.js";
-import { append, hideTip } from "./tokens.js";
+import { acts, requestOf } from "./request.js";
+import { ServerError, generate, newLane } from "./server.js";
+import { $, announce, el, live, settings } from "./state.js";
+import { hideTip } from "./tokens.js";
+import { answerNode, editNode, questionNode } from "./turn.js";
 
-const SVG = "http://www.w3.org/2000/svg";
 const IDEAS = [
   ["Rewrite something", "copies are drafted from the prompt", "Rewrite this in the past tense, changing nothing else: The fox jumps over the dog. The dog sleeps in the sun. The sun shines on the fox and the dog all day."],
   ["Count", "patterns are easy to draft", "Count from 1 to 40, one number on each line."],
   ["Explain", "new text: mostly the model itself", "Explain in a few sentences why the sky is blue."],
   ["Write code", "somewhere in between", "Write a Python class for a stack with push, pop, peek and a length, with docstrings."],
 ];
+const NEAR_THE_END = 160;  // pixels: who has scrolled up further than this is reading
+
+export const hooks = { onChange: () => {}, onRefused: () => {}, onLost: () => {} };  // of the list of chats, and of the connection
+
+live.chat = openChat(lastOpen());
+rememberOpen(live.chat);
+
+export const lastAnswer = () => live.chat.turns.filter((t) => t.role === "assistant").pop() || null;
+
+export function stop() {
+  const { running } = live;
+  if (!running) return;
+  live.running = null;
+  running.turn.stopped = true;
+  running.abort.abort();
+}
+
+export function show(chat) {
+  stop();
+  live.chat = chat;
+  live.rates = [];
+  rememberOpen(chat);
+  drawAll();
+  $("log").scrollTop = $("log").scrollHeight;
+  showFigures(lastAnswer());
+  showRunning("");
+  hooks.onChange();
+}
+
+export const startNew = () => show(newChat());
 
 export async function ask(text) {
-  state.turns.push({ role: "user", text });
+  live.chat.turns.push({ role: "user", text });
+  await answerLast();
+}
+
+async function retry() {
+  if (live.running || !live.card) return;
+  live.chat.turns.pop();
+  await answerLast();
+}
+
+// The chat goes on from another question; what had followed is gone.
+async function editAndAsk(index, text) {
+  stop();
+  live.chat.turns.splice(index, Infinity, { role: "user", text });
   await answerLast();
 }
 
 async function answerLast() {
-  const messages = state.turns.filter((t) => !t.error || t.text).map((t) => ({ role: t.role, content: t.text }));
-  const turn = { role: "assistant", text: "", tokens: [], stats: null };
-  state.turns.push(turn);
-  const abort = new AbortController();
-  live.running = { abort, turn };
+  const chat = live.chat, request = requestOf(live.card, settings, chat.turns);
+  const isRace = acts.enabled(live.card.hopskip) && Boolean(request.body.speculative && request.body.speculative.race);
+  const turn = { role: "assistant", ...newLane(), isGreedy: isGreedy(request.body) };
+  if (isRace) turn.plain = newLane();
+  const running = { abort: new AbortController(), turn };
+  chat.turns.push(turn);
+  live.running = running;
   live.rates = [];
-  draw();
-  const node = $("log").lastElementChild;
-  const view = node.querySelector(".answer");
-  node.classList.add("running");
-  showButtons();
+  saveChat(chat);
+  drawAll();
+  $("log").scrollTop = $("log").scrollHeight;
+  showRunning("Answering");
+  hooks.onChange();
   try {
-    await generate(turn, messages, false, abort.signal, (fresh) => {
-      turn.text += fresh.map((t) => t.t).join("");
-      append(view, fresh);
-      if (turn.rate) live.rates.push(turn.rate);
+    await generate(request, [turn, turn.plain], running.abort.signal, (lane, fresh) => {
+      if (live.running !== running) return;
+      if (lane === turn && turn.rate) live.rates.push(turn.rate);
+      $("log").lastElementChild.grow(lane, fresh);
       showFigures(turn);
       follow();
     });
-    node.classList.remove("running");
-    if (state.settings.race && live.card.hopskip.draft !== "none" && state.settings.enabled) await race(turn, messages, abort.signal, node);
   } catch (error) {
-    if (error.name === "AbortError") turn.stopped = true;
-    else turn.error = error instanceof TypeError ? "The server cannot be reached. Is it running?" : `The server could not answer: ${error.message}`;
+    fail(turn, error);
   }
-  live.running = null;
-  save();
-  draw();
+  if (live.running === running) live.running = null;
+  saveChat(chat);
+  hooks.onChange();
+  if (live.chat !== chat || live.running) return;
+  hideTip();
+  $("log").lastElementChild.replaceWith(answerNode(turn, true, retry));
+  follow();
   showFigures(turn);
-  showButtons();
-  $("input").focus();
+  showRunning(turn.error ? "" : turn.stopped ? "Stopped" : `Answer: ${turn.text}`);
+  if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) $("input").focus();
 }
 
-async function race(turn, messages, signal, node) {
-  turn.plain = { text: "" };
-  fillAnswer(node, turn);
-  const lane = node.querySelector(".lane-plain");
-  lane.classList.add("running");
-  const view = lane.querySelector(".answer");
-  await generate(turn.plain, messages, true, signal, (fresh) => {
-    turn.plain.text += fresh.map((t) => t.t).join("");
-    append(view, fresh);
-    showFigures(turn);
-    follow();
-  });
+function isGreedy(body) {
+  return (body.temperature ?? live.card.hopskip.recommended_sampling.temperature ?? 1) === 0;
+}
+
+function fail(turn, error) {
+  if (turn.stopped) return;
+  if (!(error instanceof ServerError)) throw error;
+  turn.error = error.message;
+  if (error.status === 401) hooks.onRefused();
+  else if (error.status === 0) hooks.onLost();
 }
 
 function follow() {
-  const log = $("log");
-  if (log.scrollHeight - log.scrollTop - log.clientHeight < 160) log.scrollTop = log.scrollHeight;
-}
-
-export function draw() {
-  hideTip();
-  const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 160;
-  log.replaceChildren();
-  if (!state.turns.length) drawEmpty(log);
-  state.turns.forEach((turn, index) => {
-    const node = el("article", `turn ${turn.role}`);
-    if (turn.role === "user") node.append(el("div", "text", turn.text));
-    else fillAnswer(node, turn, index === state.turns.length - 1);
-    log.append(node);
+  requestAnimationFrame(() => {
+    const log = $("log");
+    if (log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_THE_END) log.scrollTop = log.scrollHeight;
   });
-  if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
-function drawEmpty(log) {
-  const empty = el("div", "empty");
-  empty.append(el("h2", "", "See who wrote every token"), el("p", "", "The first layers draft, all layers verify. The text is exactly what the whole model would have written, only sooner."));
-  const ideas = el("div", "ideas");
+export function drawAll() {
+  hideTip();
+  const { turns } = live.chat, place = $("log").scrollTop;
+  $("log").replaceChildren(...(turns.length ? turns.map(turnNode) : [emptyNode()]));
+  $("log").scrollTop = place;
+}
+
+function turnNode(turn, index) {
+  if (turn.role === "assistant") return answerNode(turn, index === live.chat.turns.length - 1, retry);
+  return questionNode(turn, () => edit(turn, index));
+}
+
+function edit(turn, index) {
+  if (live.running || !live.card) return;
+  const node = editNode(turn, (text) => {
+    if (text === null) {
+      const question = turnNode(turn, index);
+      node.replaceWith(question);
+      question.querySelector("button").focus();
+    } else editAndAsk(index, text);
+  });
+  $("log").children[index].replaceWith(node);
+  node.querySelector("textarea").focus();
+}
+
+function emptyNode() {
+  const empty = el("div", "empty"), ideas = el("div", "ideas");
+  empty.append(el("h2", "", "See who wrote every token"), el("p", "", "A draft is cheap, and the whole model checks it. The text is what the whole model would have written, only sooner."));
   for (const [title, note, prompt] of IDEAS) {
     const button = el("button");
     button.append(el("b", "", title), el("span", "", note));
@@ -96,71 +154,16 @@ function drawEmpty(log) {
     ideas.append(button);
   }
   empty.append(ideas);
-  log.append(empty);
+  return empty;
 }
 
-function fillAnswer(node, turn, isLast) {
-  node.replaceChildren();
-  const lanes = el("div", turn.plain ? "lanes" : "");
-  lanes.append(lane(turn, "speculative", "", turn.plain), ...(turn.plain ? [lane(turn.plain, "plain", "lane-plain", true)] : []));
-  node.append(lanes);
-  if (turn.error) {
-    const box = el("div", "error", turn.error);
-    box.setAttribute("role", "alert");
-    node.append(box);
-  }
-  if (live.running && live.running.turn === turn) return;
-  const under = el("div", "under");
-  if (isLast) under.append(action("Regenerate", "M4 12a8 8 0 0 1 14-5l2 2M20 4v5h-5M20 12a8 8 0 0 1-14 5l-2-2M4 20v-5h5", regenerate));
-  if (turn.text) under.append(action("Copy", "M9 9h10v10H9zM5 15V5h10", () => navigator.clipboard.writeText(turn.text)));
-  if (turn.stats || turn.stopped) under.append(el("span", "facts", facts(turn)));
-  node.append(under);
+function showRunning(text) {
+  announce(text);
+  $("log").setAttribute("aria-busy", String(Boolean(live.running)));
+  showSend();
 }
 
-function lane(data, name, className, isNamed) {
-  const node = el("div", className);
-  if (isNamed) {
-    const who = el("div", "who", name);
-    if (data.rate) who.append(el("span", "", `${data.rate.toFixed(0)} tokens/s`));
-    node.append(who);
-  }
-  const view = el("div", "answer");
-  view.tabIndex = 0;
-  view.setAttribute("aria-label", `Answer, ${name}`);
-  append(view, data.tokens || []);
-  node.append(view);
-  return node;
-}
-
-function facts(turn) {
-  const s = turn.stats, parts = [];
-  if (turn.stopped) parts.push("stopped");
-  if (s) parts.push(`${s.num_tokens} tokens`, `${turn.rate.toFixed(0)} tokens/s`);
-  if (s && s.num_drafts) parts.push(`${percent(s.acceptance_rate)} of drafts accepted`);
-  if (turn.finish === "length") parts.push("cut at the limit");
-  return parts.join(", ");
-}
-
-function action(name, path, run) {
-  const button = el("button", "quiet");
-  // not from markup: the policy of the page lets no text become elements
-  const svg = document.createElementNS(SVG, "svg"), line = document.createElementNS(SVG, "path");
-  svg.setAttribute("viewBox", "0 0 24 24");
-  svg.setAttribute("aria-hidden", "true");
-  line.setAttribute("d", path);
-  svg.append(line);
-  button.append(svg, ` ${name}`);
-  button.onclick = run;
-  return button;
-}
-
-async function regenerate() {
-  if (live.running || !live.card) return;
-  state.turns.pop();
-  await answerLast();
-}
-
-export function showButtons() {
+export function showSend() {
   $("send").textContent = live.running ? "Stop" : "Send";
   $("send").classList.toggle("stop", Boolean(live.running));
   $("send").disabled = !live.running && (!live.card || !$("input").value.trim());

@@ -1,60 +1,83 @@
 // Requests to the server, and the answers it streams.
 
-import { canChooseExit, live, state } from "./state.js";
+import { live } from "./state.js";
 
-function body(messages, plain) {
-  const s = state.settings, own = live.card.hopskip;
-  const request = { model: live.card.id, stream: true, return_tokens: true, stream_options: { include_usage: true },
-    temperature: s.temperature, max_tokens: s.max };
-  if (plain || !s.enabled) { if (own.draft !== "none") request.speculative = { enabled: false }; }
-  else if (own.draft !== "none") {
-    request.speculative = { num_draft_tokens: s.k };
-    if (canChooseExit()) request.speculative.exit_layer = s.exit;
+const KEY = "hopskip.key";
+try { live.key = sessionStorage.getItem(KEY); } catch { /* forbidden: asked for in every visit */ }
+
+// What the server, or the way to it, has against a request. `status` is 0 if nothing came back.
+export class ServerError extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
   }
-  if (own.has_chat_template) return { ...request, messages: s.system ? [{ role: "system", content: s.system }, ...messages] : messages };
-  return { ...request, prompt: messages[messages.length - 1].content };
 }
 
-async function* stream(request, signal) {
-  const path = live.card.hopskip.has_chat_template ? "v1/chat/completions" : "v1/completions";
-  const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request), signal });
-  if (!answer.ok) {
-    const failure = await answer.json().catch(() => null);
-    throw new Error(failure && failure.error ? failure.error.message : `the server answers ${answer.status}`);
+export function useKey(key) {
+  live.key = key;
+  try { sessionStorage.setItem(KEY, key); } catch { /* see above */ }
+}
+
+export async function fetchCard() {
+  const answer = await ask("v1/models");
+  return (await answer.json()).data[0];
+}
+
+async function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  // with a key of ours, a browser has no reason to ask for a password
+  if (live.key) headers.Authorization = `Bearer ${live.key}`;
+  let answer;
+  try { answer = await fetch(path, { ...options, headers, credentials: live.key ? "omit" : "same-origin" }); }
+  catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The server cannot be reached. Is it running?");
   }
+  if (answer.ok) return answer;
+  const failure = await answer.json().catch(() => null);
+  const reason = failure && failure.error ? failure.error.message : `it answers ${answer.status}`;
+  throw new ServerError(answer.status === 503 ? `The server is not ready: ${reason}. Try again in a moment.` : `The server could not answer: ${reason}`, answer.status);
+}
+
+async function* events({ path, body }, signal) {
+  const answer = await ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("the connection ended before the answer did");
-    const events = (rest + value).split("\n\n");
-    rest = events.pop();
-    for (const line of events) {
-      if (line === "data: [DONE]") return;
-      const chunk = JSON.parse(line.slice(6));
-      if (chunk.error) throw new Error(chunk.error.message);
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
+    if (done) throw new ServerError("The connection was lost before the answer ended.");
+    const whole = (rest + value).split("\n\n");
+    rest = whole.pop();
+    for (const event of whole) {
+      if (event === "data: [DONE]") return;
+      if (!event.startsWith("data: ")) continue;
+      const chunk = JSON.parse(event.slice(6));
+      if (chunk.error) throw new ServerError(`The server could not finish: ${chunk.error.message}`, 500);
       yield chunk;
     }
   }
 }
 
-// One generation into `lane`, an object with tokens, stats and seconds; `show` is called with what is new.
-export async function generate(lane, messages, plain, signal, show) {
-  lane.tokens = []; lane.stats = null; lane.rate = 0; lane.finish = null;
-  let first = 0, count = 0;
-  for await (const chunk of stream(body(messages, plain), signal)) {
-    const choice = chunk.choices[0];
-    if (!choice) continue;
-    const extra = choice.hopskip || { tokens: [] };
-    const now = performance.now();
-    const fresh = extra.tokens.map((t) => ({ t: t.text, k: t.token, o: t.origin, l: t.layer, p: t.logprob, top: t.top.map((a) => [a.token, a.logprob]) }));
-    lane.tokens.push(...fresh);
-    if (extra.stats) lane.stats = extra.stats;
-    count += fresh.length;
-    if (!first && count) first = now;
-    if (count > 1 && now > first) lane.rate = (count - 1) / (now - first) * 1000;
-    if (choice.finish_reason) lane.finish = choice.finish_reason;
-    show(fresh, choice.finish_reason);
+export const newLane = () => ({ text: "", tokens: [], stats: null, race: null, rate: 0, finish: null });
+
+// One request. Its choices grow the lanes of these numbers; `show` is called with what each has got.
+export async function generate(request, lanes, signal, show) {
+  for await (const chunk of events(request, signal)) {
+    for (const choice of chunk.choices) {
+      const lane = lanes[choice.index], extra = choice.hopskip;
+      if (choice.finish_reason) lane.finish = choice.finish_reason;
+      if (!extra) continue;
+      const fresh = extra.tokens.map((t) => ({ t: t.text, k: t.token, o: t.origin, l: t.layer, p: t.logprob, top: t.top.map((a) => [a.token, a.logprob]) }));
+      lane.tokens.push(...fresh);
+      lane.text += fresh.map((t) => t.t).join("");
+      lane.stats = extra.stats;
+      lane.race = extra.race || null;
+      // in a race the seconds of the statistics are those of both
+      lane.rate = !lane.race ? extra.stats.decode_tokens_per_second : lane.race.seconds ? lane.race.num_tokens / lane.race.seconds : 0;
+      show(lane, fresh);
+    }
   }
-  if (lane.stats && lane.stats.decode_tokens_per_second) lane.rate = lane.stats.decode_tokens_per_second;
 }

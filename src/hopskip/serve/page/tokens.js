@@ -45,7 +45,7 @@ $("log").addEventListener("mouseleave", hideTip);
 $("log").addEventListener("scroll", hideTip);
 $("log").addEventListener("focusout", hideTip);
 $("log").addEventListener("keydown", (event) => {
-  const view = event.target.closest(".answer"), delta = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  const view = event.target.closest(".tokens"), delta = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!view || !delta || !view.children.length) return;
   event.preventDefault();
   const tokens = [...view.children], now = tokens.findIndex((n) => n.classList.contains("on"));

@@ -65,6 +65,7 @@ def collect(
     eos_token_ids: Seq[int],
     max_num_seqs: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    doing: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Let the model answer the prompts greedily, and write answers and states to `folder`.
 
@@ -72,7 +73,8 @@ def collect(
         fingerprint: of the model's weights; noted, so that no exit is trained on another model's states.
         taps: layers after which hidden states are kept, rising; those after the last layer always are. A folder that
             has more goes on with its own.
-        progress: told the prompts done and the tokens collected so far.
+        progress: told the prompts done and the tokens collected so far, after each shard.
+        doing: told the share of the prompts that are answered, after each.
 
     Raises:
         ConfigError: `taps` are not rising layers of the model, or `folder` holds data that was collected otherwise.
@@ -110,6 +112,7 @@ def collect(
                     Conversation(torch.tensor(sequence.token_ids), sequence.num_prompt_tokens, states.of(sequence))
                 )
                 num_tokens += len(sequence.token_ids)
+                doing((first + len(done)) / len(prompts))
         _write(path, done, metadata)
         if progress:
             progress(first + len(batch), num_tokens)

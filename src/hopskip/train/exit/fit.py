@@ -49,10 +49,12 @@ def fit(
     config: FitConfig,
     folder: Path,
     report: Callable[[Evaluation], None] = lambda _: None,
+    doing: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Train until `config.num_tokens`, going on from the checkpoint in `folder` if there is one.
 
-    Writes `log.jsonl` (a line per evaluation) and `state.pt` to `folder`. Every file is whole at any time.
+    Writes `log.jsonl` (a line per evaluation) and `state.pt` to `folder`. Every file is whole at any time. `doing` is
+    told the share of the tokens that are trained on.
 
     Raises:
         ConfigError: the loss is not finite, no conversation is there, or the checkpoint is of another `config`.
@@ -73,6 +75,7 @@ def fit(
         losses.append(_train_on(batch, trainer, optimizer, config, num_tokens))
         num_tokens += len(batch.places_P)
         step += 1
+        doing(min(1.0, num_tokens / config.num_tokens))
         if num_tokens >= min(next_eval, config.num_tokens):
             next_eval += config.eval_every
             shares = evaluate(trainer, held_out, to_batch, config.unroll_steps)

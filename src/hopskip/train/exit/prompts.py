@@ -33,11 +33,13 @@ def write_prompts(
     make_engine: Callable[[], Engine],
     path: Path,
     report: Callable[[str], None],
+    doing: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Bring together what the model is to be asked, in a random order: a JSON line with `prompt` each.
 
     Args:
         make_engine: one that decodes plainly; asked for if the model is to write prompts itself.
+        doing: told the share of these prompts that are written.
 
     Raises:
         ConfigError: a file cannot be read or has a row without a prompt, or the model cannot write prompts itself.
@@ -50,7 +52,12 @@ def write_prompts(
         texts = rng.sample(texts, settings.max_prompts)
     if settings.self_written:
         written = self_prompts(
-            tokenizer, make_engine(), settings.self_written, openings=settings.openings, seed=settings.seed
+            tokenizer,
+            make_engine(),
+            settings.self_written,
+            openings=settings.openings,
+            seed=settings.seed,
+            doing=doing,
         )
         for number, text in enumerate(written, start=1):
             texts.append(text)
@@ -84,6 +91,7 @@ def self_prompts(
     openings: Seq[str] = ("",),
     max_tokens: int = 96,
     seed: int = 0,
+    doing: Callable[[float], None] = lambda share: None,
 ) -> Iterator[str]:
     """User turns that the model writes itself, sampled at temperature 1 from the 50 best tokens.
 
@@ -91,6 +99,7 @@ def self_prompts(
         number: how many to sample. Those that are too short, unfinished or repeated are left out, so fewer come.
         openings: beginnings of the user turn, taken in rotation; an opening is part of its prompt.
         seed: of the first prompt; each further one has the next.
+        doing: told the share that has been sampled.
 
     Raises:
         ConfigError: the model has no chat template.
@@ -111,6 +120,7 @@ def self_prompts(
             if sequence.finish_reason == "stop" and len(text.split()) >= _MIN_WORDS and text not in seen:
                 seen.add(text)
                 yield text
+        doing(batch.stop / number)
 
 
 def _finish(engine: Engine, requests: Seq[Request]) -> list[Sequence]:

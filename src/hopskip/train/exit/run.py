@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from hopskip.checkpoint.hub import DEFAULT_EXIT, find_model
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.engine.engine import Engine, make_engine
 from hopskip.errors import ConfigError, TrainingError
-from hopskip.loading import known_device, load_backend
+from hopskip.loading import Progress, known_device, load_backend
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
@@ -32,12 +32,17 @@ from hopskip.train.exit.fit import Evaluation, fit
 from hopskip.train.exit.prompts import encode_prompts, write_prompts
 from hopskip.train.exit.recipe import ExitRecipe
 from hopskip.train.plot import plot_acceptance
+from hopskip.version import stamp
 
 Report = Callable[[str], None]
 
 
-def run(recipe: ExitRecipe, report: Report = print) -> Path:
+def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda what, share: None) -> Path:
     """Run a recipe; the folder of the finished exit.
+
+    Args:
+        report: told what has been reached.
+        progress: told what is being done, and the share of it that is done.
 
     Raises:
         ConfigError: a setting cannot work with this model, or what was collected before does not fit the recipe.
@@ -64,10 +69,10 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
 
-    _collect(recipe, checkpoint, tokenizer, report)
+    _collect(recipe, checkpoint, tokenizer, report, progress)
     taps, training, held_out = _read(recipe, checkpoint)
     vocabularies = [draft_vocabulary(training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)]
-    notes = {"base_model": checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages]}
+    notes = {"base_model": checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages], **stamp()}
     found: list[Candidate] = []
     for exit_config in recipe.exits(depth):
         trainer = ExitTrainer(checkpoint, exit_config, vocabularies[0], getattr(torch, recipe.precision))
@@ -78,7 +83,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
             trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
         if exit_config.num_layers:  # a plain exit has nothing to train
             trainer.to(device)
-            _train(recipe, checkpoint, trainer, training, held_out, taps, report)
+            _train(recipe, checkpoint, trainer, training, held_out, taps, report, progress)
         trainer.cpu()
         for vocabulary in vocabularies:
             trained = trainer.trained_exit(checkpoint.fingerprint, 1, vocabulary=vocabulary)
@@ -86,6 +91,7 @@ def run(recipe: ExitRecipe, report: Report = print) -> Path:
             measured = measure(
                 load_backend(checkpoint, recipe.load), trained, held_out, recipe.search, tokenizer.eos_token_ids, notes
             )
+            progress(f"timing drafts of {name_of(exit_config)}", None)
             for candidate in measured:
                 report(
                     f"{name_of(exit_config)}, {candidate.shape}: {candidate.described} plain decoding, "
@@ -113,7 +119,9 @@ def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> TrainedExit | None:
     return initial
 
 
-def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, report: Report) -> None:
+def _collect(
+    recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, report: Report, progress: Progress
+) -> None:
     """Prompts and the model's answers to them, as far as they are not there yet."""
     folder, settings = recipe.folder, recipe.collect
     eos_token_ids, depth = sorted(tokenizer.eos_token_ids), checkpoint.config.num_hidden_layers
@@ -121,7 +129,7 @@ def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, r
     @cache
     def backend() -> Backend:
         """Loaded once, and not before it is known that the files of prompts can be read."""
-        return load_backend(checkpoint, recipe.load)
+        return load_backend(checkpoint, recipe.load, progress)
 
     def plain_engine() -> Engine:
         plain = SpeculativeConfig(draft="none")
@@ -129,7 +137,7 @@ def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, r
 
     path = folder / "prompts.jsonl"
     if not path.exists():
-        write_prompts(recipe.prompts, tokenizer, plain_engine, path, report)
+        write_prompts(recipe.prompts, tokenizer, plain_engine, path, report, partial(progress, "writing prompts"))
     prompts = encode_prompts(path, tokenizer, recipe.prompts.max_prompt_tokens)
     collect(
         backend(),
@@ -141,6 +149,7 @@ def _collect(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, r
         eos_token_ids=eos_token_ids,
         max_num_seqs=settings.max_num_seqs,
         progress=lambda done, tokens: report(f"collected {tokens:,} tokens from {done} of {len(prompts)} prompts"),
+        doing=partial(progress, "answering prompts"),
     )
 
 
@@ -163,6 +172,7 @@ def _train(
     held_out: Seq[Conversation],
     taps: Seq[int],
     report: Report,
+    progress: Progress,
 ) -> None:
     """All stages of one candidate."""
     folder = recipe.folder / name_of(trainer.exit_config)
@@ -178,7 +188,8 @@ def _train(
 
     for number, stage in enumerate(recipe.stages):
         later = sum(each.num_tokens for each in recipe.stages[number + 1 :])
-        fit(trainer, training, held_out, taps, embedding, stage, folder / f"stage-{number}", tell)
+        doing = partial(progress, f"training {folder.name}, stage {number + 1} of {len(recipe.stages)}")
+        fit(trainer, training, held_out, taps, embedding, stage, folder / f"stage-{number}", tell, doing)
     plot_acceptance(folder, folder / "acceptance.png")
 
 
@@ -186,17 +197,17 @@ def _write_best(found: Seq[Candidate], recipe: ExitRecipe, report: Report) -> Pa
     """`search.json` with every candidate, and the folder of the fastest."""
     folder, least = recipe.folder, recipe.search.least_speedup
     best = max(found, key=lambda candidate: candidate.speedup)
-    with replacing_file(folder / "search.json") as partial:
-        text = json.dumps([candidate.as_json() for candidate in found], indent=1)
-        partial.write_text(text + "\n", encoding="utf-8")
+    with replacing_file(folder / "search.json") as written:
+        result = {**stamp(), "candidates": [candidate.as_json() for candidate in found]}
+        written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     name = f"{name_of(best.trained_exit.config)} with {best.shape} ({best.described} plain decoding)"
     if best.speedup < least:
         raise TrainingError(
             f"no candidate is worth using: the fastest is {name}, below {least} x (search.least_speedup); decode "
             "plainly, or train for longer (stages) on more text (prompts). What was collected and trained stays"
         )
-    with replacing(folder / "exit") as partial:
-        best.trained_exit.save(partial)
+    with replacing(folder / "exit") as written:
+        best.trained_exit.save(written)
     report(f"the fastest is {name}")
     model = "" if recipe.base == "default" else f"--model {shlex.quote(recipe.base)} "
     report(f"try it: hopskip generate {model}--exit-branch {shlex.quote(str(folder / 'exit'))} 'How do tides work?'")
