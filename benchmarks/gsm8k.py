@@ -30,7 +30,7 @@ from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.trained_exit import TrainedExit
 from hopskip.machine import num_usable_cores
 from hopskip.prompts import Prompt, load_prompts
-from hopskip.train.exit.recipe import Branch, ExitRecipe, PromptsRecipe
+from hopskip.train.exit.recipe import Branch, ExitRecipe, PromptsRecipe, SearchRecipe
 from hopskip.train.exit.run import run as train_exit
 from hopskip.train.read import read_split
 from hopskip.train.recipe import RECIPES, Recipe, load_recipe
@@ -125,6 +125,7 @@ def plain_exit(
             branches=tuple(Branch(start=exit, num_layers=0) for exit in exits),
             vocabulary=vocabulary,
             held_out_every=16,
+            search=SearchRecipe(least_speedup=0.0),  # the comparison below says what it is worth
             threads=threads,
         ),
         report=lambda line: print(line, file=sys.stderr),

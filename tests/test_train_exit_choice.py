@@ -95,7 +95,7 @@ def test_work() -> None:
     files = Work.of(recipe_of(prompts=PromptsRecipe(files=("a",), self_written=1000)), model)
     assert files.collected_tokens == 5 * work.collected_tokens
     assert Work.of(recipe_of(prompts=PromptsRecipe(files=("a",), max_prompts=1000)), model) == work
-    assert work.seconds(1e6) == (work.collect_flops + work.train_flops) / 0.5e6
+    assert work.seconds(1e6) == pytest.approx((work.collect_flops + work.train_flops) / 0.3e6)
 
 
 def test_what_is_said_of_it() -> None:
@@ -107,7 +107,7 @@ def test_what_is_said_of_it() -> None:
         disk_bytes=50 * 10**9,
     )
     assert work.described(1e12) == (
-        "about 6 h here, by estimate: 33 min to collect 4.2M tokens (50.0 GB on disk), the rest to train on 9.2M; the "
+        "about 9 h here, by estimate: 56 min to collect 4.2M tokens (50.0 GB on disk), the rest to train on 9.2M; the "
         "same command goes on after an interruption"
     )
 

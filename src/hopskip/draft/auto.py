@@ -47,7 +47,7 @@ class AutoDrafter(Drafter):
         self.sources: dict[Source, Drafter] = {LOOKUP: NgramDrafter(min_size=1)}
         self._exits = {source_of(exit): ExitDrafter(backend, exit, min_confidence) for exit in exits}
         self.sources |= self._exits
-        self.costs = costs
+        self.costs: Costs = costs
         self._keep_costs = keep_costs
         self.priors = {
             source_of(exit): exit.notes["held_out_acceptance"]

@@ -53,10 +53,10 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
     checkpoint = open_checkpoint(find_model(recipe.load.model))
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     depth = checkpoint.config.num_hidden_layers
-    taps = recipe.taps(depth)
-    if any(tap > depth for tap in taps):
+    wanted = recipe.taps(depth)
+    if any(tap > depth for tap in wanted):
         raise ConfigError(
-            f"an exit wants to see layer {max(taps)}, but the model has {depth}; "
+            f"an exit wants to see layer {max(wanted)}, but the model has {depth}; "
             "give shares of the depth, such as features: [50%, 90%, 100%]"
         )
     check_start(recipe, tokenizer)
