@@ -12,12 +12,11 @@ from pathlib import Path
 
 from hopskip.backends.native.formats import EXACT
 from hopskip.checkpoint.families import FAMILIES
-from hopskip.checkpoint.fp8 import FP8_TYPES
 from hopskip.checkpoint.gguf import ARCHITECTURES
-from hopskip.checkpoint.hf_folder import PLAIN_TYPES
 from hopskip.checkpoint.quantization import FP8_METHODS
 from hopskip.checkpoint.rope import SUPPORTED_ROPE_TYPES
-from hopskip.checkpoint.stored import BLOCK_TYPES
+from hopskip.checkpoint.safetensors import PLAIN_TYPES
+from hopskip.checkpoint.stored import BLOCK_TYPES, FP8_TYPES
 
 _ROOT = Path(__file__).parent.parent
 PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]

@@ -22,8 +22,8 @@ from hopskip.backends.torch.weights import copy_into, load_tensor, load_weights
 from hopskip.bench.expected import model_costs
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.fp8 import ScaledTensor, with_scales
-from hopskip.checkpoint.hf_folder import read_safetensors
 from hopskip.checkpoint.quantization import Fp8Format
+from hopskip.checkpoint.safetensors import read_safetensors
 from hopskip.errors import CheckpointError
 from hopskip.train.base import to_transformers
 from tests.models import tiny_config

@@ -19,7 +19,8 @@ import pytest
 from huggingface_hub import constants, errors
 
 from hopskip.checkpoint.gguf_names import choose, own_tag, part_names
-from hopskip.checkpoint.hub import DEFAULT_MODEL, find_model
+from hopskip.checkpoint.hub import find_model
+from hopskip.checkpoint.hub_cache import DEFAULT_MODEL
 from hopskip.errors import CheckpointError
 
 
@@ -28,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hub cache, no package with the default model, and a client that must not be called."""
     folder = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr("hopskip.checkpoint.hub.DEFAULT_MODEL_PACKAGE", "no_such_package")
+    monkeypatch.setattr("hopskip.checkpoint.hub_cache.DEFAULT_MODEL_PACKAGE", "no_such_package")
 
     def refuse(*_: Any, **__: Any) -> str:
         pytest.fail("the Hub was asked")
@@ -59,7 +60,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
     (folder / "Model.Q4_1.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(folder.parent))
-    monkeypatch.setattr("hopskip.checkpoint.hub.DEFAULT_MODEL_PACKAGE", folder.name)
+    monkeypatch.setattr("hopskip.checkpoint.hub_cache.DEFAULT_MODEL_PACKAGE", folder.name)
     yield folder / "Model.Q4_1.gguf"
     assert folder.name not in sys.modules
 

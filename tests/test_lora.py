@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hopskip import LLM, SamplingParams
-from hopskip.checkpoint import hub
+from hopskip.checkpoint import hub_cache
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.lora import is_adapter
 from hopskip.errors import CheckpointError
@@ -169,7 +169,7 @@ def test_the_base_is_found(adapter: Path, base: Path, tmp_path: Path, monkeypatc
         monkeypatch.setenv("HOME", str(tmp_path))
         set_config(adapter, base_model_name_or_path=name)
         assert open_checkpoint(adapter).names() == open_checkpoint(base).names()
-    monkeypatch.setattr(hub, "_cached", lambda name: base if name.repo_id == "org/model" else None)
+    monkeypatch.setattr(hub_cache, "cached_model", lambda name: base if name.repo_id == "org/model" else None)
     set_config(adapter, base_model_name_or_path="org/model")
     assert open_checkpoint(adapter).fingerprint != fingerprint  # of the config as well
     for name, message in (
@@ -270,7 +270,7 @@ def test_bases_that_nothing_is_merged_into(adapter: Path, tmp_path: Path) -> Non
     write_gguf(folder / "m.gguf", make_model("llama2-mha"))
     set_config(adapter, base_model_name_or_path="org/model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, "_cached", lambda _: folder / "m.gguf")
+        patch.setattr(hub_cache, "cached_model", lambda _: folder / "m.gguf")
         with pytest.raises(CheckpointError, match=r"a GGUF file, into which nothing is merged.*hf download org/model"):
             open_checkpoint(adapter)
 

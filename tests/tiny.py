@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from hopskip.checkpoint.checkpoint import expected_tensors
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.hf_folder import write_safetensors
+from hopskip.checkpoint.safetensors import write_safetensors
 
 if TYPE_CHECKING:
     import torch

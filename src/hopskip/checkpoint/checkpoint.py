@@ -20,17 +20,11 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.fp8 import with_scales
 from hopskip.checkpoint.generation import of_gguf
 from hopskip.checkpoint.gguf import PERMUTED_ARCHITECTURES, ROPE_FACTORS, hf_name, open_gguf
-from hopskip.checkpoint.hf_folder import (
-    read_config,
-    read_generation,
-    read_safetensors,
-    refuse_folder,
-    some,
-    weight_files,
-)
-from hopskip.checkpoint.hub import find_base
+from hopskip.checkpoint.hf_folder import read_config, read_generation, refuse_folder
+from hopskip.checkpoint.hub_cache import find_base
 from hopskip.checkpoint.kinds import refuse_file, starts_as_gguf
 from hopskip.checkpoint.lora import CONFIG, MERGE_BY_PEFT, WEIGHTS, is_adapter, read_adapter
+from hopskip.checkpoint.safetensors import read_safetensors, some, weight_files
 from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize, unpermuted
 from hopskip.errors import CheckpointError
 

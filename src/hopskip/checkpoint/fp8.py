@@ -11,28 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hopskip.checkpoint.quantization import Fp8Format, refuse_quantized_names
-from hopskip.checkpoint.stored import BlockType, StoredTensor, dequantize
+from hopskip.checkpoint.stored import FP8_TYPES, StoredTensor, dequantize
 from hopskip.errors import CheckpointError
 
-FP8_TYPES = {name: BlockType(name, 1, 1) for name in ("F8_E4M3", "F8_E5M2")}
-"""Types of weights that have a scale beside them."""
-
 _EXPONENTS = ("F8_E8M0", "U8")
-_SIZES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "I32": 4,
-    "U32": 4,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E8M0": 1,
-}
-SMALL_TYPES = {name: BlockType(name, 1, size) for name, size in _SIZES.items()}
-"""Types that no weight has here; scales of powers of two are kept as their exponents."""
 
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """What follows a module's name: all of them multiply, also the one that is called an inverse."""

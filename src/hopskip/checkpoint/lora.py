@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hopskip.checkpoint.hf_folder import has_weights, read_json, read_safetensors, some
+from hopskip.checkpoint.safetensors import has_weights, read_json, read_safetensors, some
 from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor
 from hopskip.errors import CheckpointError, shown
 

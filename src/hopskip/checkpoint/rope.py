@@ -114,8 +114,7 @@ class RopeConfig:
         # in float64, then rounded: the last bit is then the same on every machine
         exponents = np.arange(0, self.head_dim, 2) / self.head_dim
         with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
-            scaled: Floats = self._scaled(np.power(self.rope_theta, -exponents, dtype=np.float64).astype(np.float32))
-            return scaled.astype(np.float32)
+            return self._scaled(np.power(self.rope_theta, -exponents).astype(np.float32))
 
     def _scaled(self, inv_freq: Floats) -> Floats:
         if self.rope_type == "linear":
@@ -125,7 +124,8 @@ class RopeConfig:
         if self.rope_type == "yarn":
             return self._yarn(inv_freq)
         if self.frequency_divisors:
-            return inv_freq / np.array(self.frequency_divisors, dtype=np.float32)
+            divisors: Floats = np.array(self.frequency_divisors, dtype=np.float32)
+            return inv_freq / divisors
         return inv_freq
 
     def _llama3(self, inv_freq: Floats) -> Floats:

@@ -53,6 +53,26 @@ BLOCK_TYPES = {
 """The types that hopskip reads, by their number in a GGUF file: all that the gguf package can dequantize."""
 
 
+FP8_TYPES = {name: BlockType(name, 1, 1) for name in ("F8_E4M3", "F8_E5M2")}
+"""Types of weights that have a scale beside them."""
+
+_SIZES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E8M0": 1,
+}
+SMALL_TYPES = {name: BlockType(name, 1, size) for name, size in _SIZES.items()}
+"""Types that no weight has here; scales of powers of two are kept as their exponents."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file: rows of blocks, one after the other. `shape` has the rows' length last."""

@@ -29,7 +29,7 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from hopskip.checkpoint.config import ModelConfig
-from hopskip.checkpoint.hf_folder import read_safetensors, write_safetensors
+from hopskip.checkpoint.safetensors import read_safetensors, write_safetensors
 from hopskip.checkpoint.stored import StoredTensor
 from hopskip.errors import CheckpointError, ConfigError
 

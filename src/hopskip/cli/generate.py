@@ -123,7 +123,7 @@ def _with_template(llm: LLM, text: str, raw: bool, system: str | None) -> Prompt
 
 
 def _describe_model(llm: LLM, load: LoadConfig) -> dict[str, Any]:
-    from hopskip.checkpoint.hub import DEFAULT_MODEL
+    from hopskip.checkpoint.hub_cache import DEFAULT_MODEL
 
     config = llm.backend.config
     return {

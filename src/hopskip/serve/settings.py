@@ -75,7 +75,7 @@ class ServeSettings:
 def model_name(model: str | None) -> str:
     """What a model is called if nobody says: a folder's or file's own name (paths of this machine are nobody's
     business), a Hub id as it stands."""
-    from hopskip.checkpoint.hub import DEFAULT_MODEL
+    from hopskip.checkpoint.hub_cache import DEFAULT_MODEL
 
     return Path(model).resolve().name if model is not None and Path(model).exists() else model or DEFAULT_MODEL
 

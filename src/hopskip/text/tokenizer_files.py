@@ -15,9 +15,9 @@ import tokenizers
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.gguf import GGUFFile
-from hopskip.checkpoint.hf_folder import read_json
-from hopskip.checkpoint.hub import find_base
+from hopskip.checkpoint.hub_cache import find_base
 from hopskip.checkpoint.lora import is_adapter, read_adapter
+from hopskip.checkpoint.safetensors import read_json
 from hopskip.errors import CheckpointError
 from hopskip.machine import require
 from hopskip.text.gguf_tokenizer import tokenizer_of_gguf

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from hopskip.checkpoint.hub import DEFAULT_MODEL
+from hopskip.checkpoint.hub_cache import DEFAULT_MODEL
 from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig, Quantize
