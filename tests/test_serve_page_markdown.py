@@ -186,6 +186,12 @@ def test_nothing_a_model_writes_becomes_markup_or_is_loaded(page: Any) -> None:
     assert page.evaluate(markup) == "TypeError", "text cannot become markup"
 
 
+def test_markdown_within_tags_is_read(page: Any) -> None:
+    page.evaluate("rendered", "<div>\n**bold**\n</div>")
+    assert elements(page, "strong") == ["bold"]
+    assert page.evaluate("view.node.textContent") == "<div>bold</div>"
+
+
 def test_deep_nesting_stays_readable(page: Any) -> None:
     for deep in ("> " * 5000 + "x", "- " * 3000 + "x", "*" * 5000 + "x", "[" * 3000):
         page.evaluate("rendered", deep)
