@@ -155,6 +155,21 @@ def test_stopping(page: Any, live: Live) -> None:
         assert client.get("/health").status_code == 200
 
 
+def test_a_chat_is_deleted_while_its_answer_comes(page: Any, live: Live) -> None:
+    brake = Brake(live.server.llm.engine)
+    page.click("#view-tokens")
+    send(page, "Talk for a long time")
+    page.wait_for_selector(".tok", state="attached")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.focus("[aria-label^='Delete']")
+    page.keyboard.press("Enter")
+    brake.release()
+    answer_with(page, "Hi")
+    send(page, "Hello")
+    finished(page)
+    assert titles(page) == ["Hello"], "what is deleted does not come back with the end of its answer"
+
+
 def test_an_earlier_question_is_edited(page: Any) -> None:
     answer_with(page, "one", times=1)
     send(page, "first")
