@@ -97,6 +97,7 @@ class Server:
             "owned_by": "hopskip",
             "max_model_len": engine.max_model_len,
             "hopskip": {
+                "recommended_sampling": self.llm.recommended_sampling,
                 "num_hidden_layers": config.num_hidden_layers,
                 "max_num_seqs": engine.max_num_seqs,
                 "has_chat_template": self.llm.tokenizer.has_chat_template,
