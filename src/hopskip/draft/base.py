@@ -128,6 +128,12 @@ class Drafter(Protocol):
         """
         return
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Told that the first `length` positions of a slot have been copied to another, those of a drafter's own keys
+        and values too, unless `taps` is None. The pass that follows in `target` starts at the last of them, or after.
+        """
+        return
+
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         """A draft of at most `limits[i]` tokens in a row to follow `sequences[i]`.
 
@@ -156,6 +162,10 @@ class FirstOf(Drafter):
                 drafter.observe(rows, features_NAD)
             elif drafter.taps is not None:
                 drafter.observe(rows, features_NAD[:, [self.taps.index(tap) for tap in drafter.taps]])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for drafter in self._drafters:
+            drafter.copy(source, target, length)
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         drafts = self._drafters[0].propose(sequences, limits, cache)

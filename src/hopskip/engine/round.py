@@ -61,7 +61,8 @@ class Rounds:
         self._drafter_at = drafter_at
         self._slots = slots
         self._rows_per_sequence = rows_per_sequence
-        self._taps = () if drafter is None or drafter.taps is None else drafter.taps
+        self.taps = () if drafter is None or drafter.taps is None else drafter.taps
+        """Layers whose outputs the drafter wants to see of every pass."""
 
     def run(self, sequences: list[Sequence], wants_record: bool) -> Round | None:
         """One round. Returns what happened in it, if the caller or the drafter wants to know.
@@ -85,11 +86,9 @@ class Rounds:
             self._drafter.learn(sequences, record)
         return record
 
-    def read(self, token_ids: list[int], rows: Rows) -> Array:
-        """A pass over tokens that are to stay, such as a prompt's: final hidden states [N, D]."""
-        found = self._backend.forward(token_ids, rows, self._slots.cache, self._taps)
+    def observe(self, rows: Rows, found: Pass) -> None:
+        """Show the drafter a pass over tokens that are to stay, such as a prompt's."""
         self._observe(rows, self._watched(found))
-        return found.hidden_ND
 
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
         if self._drafter is None:
@@ -127,7 +126,7 @@ class Rounds:
                 parents = (-1, *(parent + 1 for parent in draft.parents), *([0] * num_padding))
             segments.append(Segment(sequence.slot, sequence.num_cached, len(own) + num_padding, parents))
         progress.rows = Rows(segments)
-        found = self._backend.forward(ids, progress.rows, self._slots.cache, self._taps)
+        found = self._backend.forward(ids, progress.rows, self._slots.cache, self.taps)
         if len(kept) == len(ids):
             return found
         features_NAD = None if found.features_NAD is None else found.features_NAD[kept]
@@ -155,7 +154,7 @@ class Rounds:
             for s, d in zip(progress.sequences, progress.drafts, strict=True)
         )
         depth = backend.config.num_hidden_layers
-        return backend.run_layers(backend.xp.concat(parts), exit_layer, depth, progress.rows, cache, self._taps)
+        return backend.run_layers(backend.xp.concat(parts), exit_layer, depth, progress.rows, cache, self.taps)
 
     def _keep(self, progress: _Progress, features_NAD: Array | None) -> None:
         """Put what a verify pass has left of accepted tokens in order, for the next pass and for the drafter."""
