@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -108,16 +108,10 @@ class Pace:
 
 
 class Prefill:
-    """Reads the prompts of all sequences that have not begun to decode.
+    """Reads the prompts of all sequences that have not begun to decode."""
 
-    Args:
-        clock: seconds.
-    """
-
-    def __init__(
-        self, backend: Backend, rounds: Rounds, slots: Slots, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self._backend, self._rounds, self._slots, self._clock = backend, rounds, slots, clock
+    def __init__(self, backend: Backend, rounds: Rounds, slots: Slots) -> None:
+        self._backend, self._rounds, self._slots = backend, rounds, slots
         self._resting: list[_PromptPass] = []
         self._num_steps = 0
         self.pace = Pace()
@@ -166,16 +160,17 @@ class Prefill:
         row_seconds = self.pace.row_seconds(self._slots.next_stop(chosen))
         at_once = most
         if row_seconds:
-            # so few rows that one layer keeps within the budget, and so few that all of them do
+            # so few rows that all layers keep within the budget; or that one does, whoever begins to decode meanwhile
+            of_layer = self.pace.budget(beside_decoding=True)
             depth = self._backend.config.num_hidden_layers
             at_once = min(most, int(budget / row_seconds))
-            most = max(_LEAST_ROWS, min(most, int(budget * depth / row_seconds)))
+            most = max(_LEAST_ROWS, min(most, int(of_layer * depth / row_seconds)))
         num_left = min(most, max(at_once, self._num_left(chosen)))
         busy = {id(sequence) for resting in self._resting for sequence, _ in resting.parts}
         others = [s for s in ready if s is not chosen and id(s) not in busy]
         parts: list[tuple[Sequence, Segment]] = []
         token_ids: list[int] = []
-        now = self._clock()
+        now = time.perf_counter()
         for sequence in [chosen, *sorted(others, key=self._num_left)]:
             count = min(num_left, self._num_left(sequence))
             if count <= 0:
@@ -196,12 +191,12 @@ class Prefill:
         if row_seconds:
             per_layer = row_seconds * len(rows) / depth
             last = min(depth, first + max(1, int(budget / per_layer)))
-        started = self._clock()
+        started = time.perf_counter()
         hidden_ND = backend.embed(going.token_ids) if going.hidden_ND is None else going.hidden_ND
         own_taps = tuple(tap for tap in taps if first < tap <= last)
         found = backend.run_layers(hidden_ND, first, last, rows, self._slots.cache, own_taps)
         backend.synchronize()
-        seconds = self._clock() - started
+        seconds = time.perf_counter() - started
         self.pace.learn_rows(len(rows), going.end, seconds * depth / (last - first))
         going.hidden_ND, going.next_layer = found.hidden_ND, last
         if found.features_NAD is not None:
@@ -229,6 +224,6 @@ class Prefill:
             if not tokens:
                 continue  # it has failed
             sequence.append(tokens[0])
-            sequence.first_token_at = self._clock()
+            sequence.first_token_at = time.perf_counter()
             sequence.stats.prefill_seconds = sequence.first_token_at - sequence.prefill_started
             sequence.stats.num_tokens = 1

@@ -96,6 +96,8 @@ class Generation(_Model):
     speculative: Speculative | None = None
     return_tokens: bool = False
     """Add to each choice its tokens with id, text, origin and log-probability, and at its end what drafting gave."""
+    cache_salt: Text | None = None
+    """The prompt starts only from what requests with the same one, and the same API key, have left in the cache."""
     user: str | None = None
     """Accepted for the sake of clients that always send it; nothing depends on it."""
 
