@@ -72,7 +72,7 @@ class AutoDrafter(Drafter):
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         self._draft_timings = []
-        drafts = [Draft() for _ in sequences] if self.controller.pauses else self._by_plan(sequences, limits, cache)
+        drafts = [Draft()] * len(sequences) if self.controller.pauses else self._by_plan(sequences, limits, cache)
         self._buckets = [draft.buckets for draft in drafts]
         return drafts
 

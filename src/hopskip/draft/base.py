@@ -102,6 +102,7 @@ class Round:
     num_chosen_by_logits: int
     """Rows that needed all logits to choose a token (sampling, penalties, a grammar), not just the best."""
     sequences: tuple[RoundOfSequence, ...]
+    """Empty where nobody was drafted for, and the drafter alone is told of the round."""
 
     @property
     def seconds(self) -> float:

@@ -21,6 +21,7 @@ from hopskip.errors import ConfigError, PromptError
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 
+
 class Engine:
     """Generates for many sequences at once, each with its own length, sampling parameters and acceptance.
 

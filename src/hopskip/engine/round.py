@@ -81,7 +81,7 @@ class Rounds:
         progress.tick()
         if self._drafter is None and not wants_record:
             return None
-        record = _record(progress)
+        record = _record(progress, wants_record or any(draft.token_ids for draft in progress.drafts))
         if self._drafter is not None:
             self._drafter.learn(sequences, record)
         return record
@@ -92,12 +92,12 @@ class Rounds:
 
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
         if self._drafter is None:
-            return [Draft() for _ in sequences]
+            return [Draft()] * len(sequences)
         num_draft_tokens = self._speculative.num_draft_tokens or 0
         by_exit: dict[int | None, list[int]] = {}
         for index, sequence in enumerate(sequences):
             by_exit.setdefault(sequence.request.exit_layer, []).append(index)
-        drafts = [Draft() for _ in sequences]
+        drafts = [Draft()] * len(sequences)
         for exit_layer, members in by_exit.items():
             drafter = self._drafter if exit_layer is None else self._drafter_at(exit_layer)
             own = [sequences[i] for i in members]
@@ -220,7 +220,8 @@ def _cut(sequence: Sequence, draft: Draft) -> Draft:
         return Draft()
 
 
-def _record(progress: _Progress) -> Round:
+def _record(progress: _Progress, with_sequences: bool) -> Round:
+    parts = map(_part, progress.sequences, progress.drafts, progress.choices, progress.num_committed)
     started, drafted, passed, chosen, committed = progress.clock
     counts = [len(draft.token_ids) + 1 for draft in progress.drafts]
     return Round(
@@ -230,7 +231,7 @@ def _record(progress: _Progress) -> Round:
         commit_seconds=committed - chosen,
         num_rows=len(progress.rows),
         num_chosen_by_logits=sum(n for n, s in zip(counts, progress.sequences, strict=True) if s.needs_logits),
-        sequences=tuple(map(_part, progress.sequences, progress.drafts, progress.choices, progress.num_committed)),
+        sequences=tuple(parts) if with_sequences else (),
     )
 
 

@@ -193,9 +193,7 @@ class Slots:
         # the last prompt token always runs: its hidden state yields the first new token
         prompt, salt = sequence.token_ids[: sequence.num_prompt_tokens - 1], sequence.request.cache_salt
         candidates = [
-            (s.slot, s.token_ids[: s.num_cached])
-            for s in running
-            if s is not sequence and s.request.cache_salt == salt
+            (s.slot, s.token_ids[: s.num_cached]) for s in running if s is not sequence and s.request.cache_salt == salt
         ]
         idle = reversed(self._held.items())
         candidates += [(slot, held.token_ids) for slot, held in idle if held.salt == salt]
@@ -231,9 +229,7 @@ class Slots:
         leaders = [
             _Leader(s, common_prefix(s.token_ids[: s.num_prompt_tokens], prompt))
             for s in running
-            if not s.is_prefilled
-            and s.number < sequence.number
-            and s.request.cache_salt == sequence.request.cache_salt
+            if not s.is_prefilled and s.number < sequence.number and s.request.cache_salt == sequence.request.cache_salt
         ]
         best = max(leaders, key=lambda leader: leader.length, default=None)
         if best is not None and best.length >= sequence.num_cached + _WORTH_WAITING:
