@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.throughput import SERVED, serving
-from hopskip import LLM
+from benchmarks.served import serving
+from hopskip import LLM, SpeculativeConfig
 
 BEGINNINGS = (
     "You are a helpful assistant. Answer in one short sentence. ",
@@ -94,7 +94,9 @@ def main() -> int:
     servers = [(int(batch), caching) for batch in arguments.batches.split(",") for caching in (True, False)]
     found = []
     for number, (batch, caching) in enumerate(servers):
-        llm = LLM(arguments.model, speculative=SERVED, max_num_seqs=batch, prefix_caching=caching)
+        llm = LLM(
+            arguments.model, speculative=SpeculativeConfig(draft="auto"), max_num_seqs=batch, prefix_caching=caching
+        )
         with serving(llm) as url:
             for seed in range(number, arguments.num_histories, len(servers)):
                 print(f"history {seed}: {batch} together, prefix cache {'on' if caching else 'off'}", file=sys.stderr)

@@ -17,7 +17,6 @@ import asyncio
 import json
 import random
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from typing import Any, Protocol, get_args
 
 import httpx
 
+from benchmarks.served import serving
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
 from hopskip.checkpoint.checkpoint import open_checkpoint
@@ -148,27 +148,6 @@ class Served:
     def close(self) -> None:
         self._loop.run_until_complete(self._client.aclose())
         self._stack.close()
-
-
-@contextmanager
-def serving(llm: LLM) -> Iterator[str]:
-    """A server of a model, in a thread: its URL."""
-    from hopskip.serve.app import create_app
-    from hopskip.serve.run import Runner, bind
-    from hopskip.serve.settings import ServeSettings
-
-    listener = bind("127.0.0.1", 0)
-    app = create_app(llm, ServeSettings(model_name="default"))
-    runner = Runner(app, host="127.0.0.1", port=listener.getsockname()[1], shutdown_timeout=0)
-    thread = threading.Thread(target=lambda: asyncio.run(runner.serve([listener])), daemon=True)
-    thread.start()
-    while not runner.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        runner.should_exit = True
-        thread.join()
 
 
 class TransformersBatch:

@@ -210,7 +210,7 @@ def test_a_drafter_is_told_of_copies_and_shown_the_last_copied_token(model: Torc
     drafter.passes.clear()
     [second] = ask(engine, chat(1))
     assert drafter.copies == [(first.slot, second.slot, len(SYSTEM))]
-    assert drafter.passes[0] == (second.slot, len(SYSTEM) - 1, 100 - len(SYSTEM) + 1)
+    assert drafter.passes[0][:2] == (second.slot, len(SYSTEM) - 1)
     assert num_cached(second) == len(SYSTEM) - 1
 
 

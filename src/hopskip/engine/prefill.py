@@ -29,7 +29,7 @@ _SECONDS_ALONE = 0.06
 """Of a step in which nobody decodes: so long a newcomer waits."""
 _ROUNDS_PER_STEP = 3
 """Time for prompts between two rounds of those that decode, in rounds."""
-_LEAST_SECONDS = 0.005
+_LEAST_SECONDS = 0.015
 _LEAST_ROWS = 16
 """Fewer in a pass cost too much a row."""
 _OLDEST_EVERY = 4
