@@ -17,7 +17,6 @@ import asyncio
 import json
 import random
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from typing import Any, Protocol, get_args
 
 import httpx
 
+from benchmarks.served import serving
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.bench.machine import describe_machine, measure_read_bandwidth, versions
 from hopskip.checkpoint.checkpoint import open_checkpoint
@@ -120,22 +120,9 @@ class Served:
     """Our server, in a thread, and an HTTP client, in another: all requests at once."""
 
     def __init__(self, setup: Setup) -> None:
-        from hopskip.serve.app import create_app
-        from hopskip.serve.run import Runner, bind
-        from hopskip.serve.settings import ServeSettings
-
-        listener = bind("127.0.0.1", 0)
-        port = listener.getsockname()[1]
-        settings = ServeSettings(model_name="default")
-        app = create_app(setup.load(SERVED, setup.batch), settings)
-        runner = self._runner = Runner(app, host="127.0.0.1", port=port, shutdown_timeout=0)
-        self._thread = threading.Thread(target=lambda: asyncio.run(runner.serve([listener])), daemon=True)
-        self._thread.start()
-        while not runner.started:
-            time.sleep(0.01)
-        self._client = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=600, limits=httpx.Limits(max_connections=None)
-        )
+        self._stack = ExitStack()
+        url = self._stack.enter_context(serving(setup.load(SERVED, setup.batch)))
+        self._client = httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
         self._loop = asyncio.new_event_loop()
 
     def __call__(self, requests: list[Task]) -> Run:
@@ -160,8 +147,7 @@ class Served:
 
     def close(self) -> None:
         self._loop.run_until_complete(self._client.aclose())
-        self._runner.should_exit = True
-        self._thread.join()
+        self._stack.close()
 
 
 class TransformersBatch:

@@ -230,6 +230,31 @@ def test_a_slot_that_is_used_again_drafts_as_a_fresh_one(
     assert with_reuse == without
 
 
+@pytest.mark.parametrize("has_drafted", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_copied_beginning_drafts_as_a_computed_one(
+    checkpoint: Checkpoint, backend: str, has_drafted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit's keys, values and features come along, whether it had entered the tokens yet or not."""
+    _, branch = random_branch(checkpoint, CONFIGS[0])
+    first = [5, 6, 7, 8, 9, 10, 11] * 5
+    found = []
+    for prefix_caching in (True, False):
+        model = load(checkpoint, backend)
+        model.attach_exit(branch)
+        setting = SpeculativeConfig(draft="exit-branch", num_draft_tokens=3)
+        engine = make_engine(model, setting, max_num_seqs=4, max_model_len=200, prefix_caching=prefix_caching)
+        engine.reserve(2**30)
+        engine.add(Request(first, PARAMS, max_draft_tokens=None if has_drafted else 0))
+        while engine.has_work:
+            engine.step()
+        turns = [[*first[:20], 40, 41], [*first[:10], 42], first, [*first[:20], 40, 43]]
+        found.append([drafts_of(monkeypatch, engine, [turn]) for turn in turns])
+        assert engine.prefix_stats.num_copies == (4 if prefix_caching else 0)
+    with_copies, without = ([[d.token_ids for _, d in turn] for turn in turns] for turns in found)
+    assert with_copies == without
+
+
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_drafts_after_rounds_without_one_are_those_of_a_branch_told_of_each(
     checkpoint: Checkpoint, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
 from hopskip.engine import Engine, make_engine
+from hopskip.engine.slots import PrefixStats
 from hopskip.sequence import Mask, Request, Sequence
 from hopskip.serve.batch import Generation, Job, Piece
 from hopskip.serve.engine_thread import EngineThread
@@ -459,7 +460,7 @@ class Counting:
     def __init__(self) -> None:
         self.num_tokens: dict[int, int] = {}
 
-    def on_step(self, num_running: int, num_waiting: int, cache_usage: float) -> None:
+    def on_step(self, num_running: int, num_waiting: int, cache_usage: float, prefixes: PrefixStats) -> None:
         pass
 
     def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None:

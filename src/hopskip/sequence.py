@@ -156,6 +156,10 @@ class Request:
     """At most this many tokens are drafted in a round, 0 for none; None: as many as the engine's configuration says."""
     exit_layer: int | None = None
     """Its early-exit drafts run this many layers; None: as many as the engine's configuration says."""
+    cache_salt: str | None = None
+    """Its prompt may start from what requests with the same salt have left in the cache, and from nothing else."""
+    client: str | None = None
+    """Whose it is, where several share an engine: those of whom fewer run go first."""
 
 
 @dataclass(kw_only=True)

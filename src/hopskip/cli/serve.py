@@ -54,6 +54,18 @@ class CapacityOptions:
     )
     max_num_seqs: int = option(16, "Sequences that are stepped together.", "N")
     max_queue: int = option(256, "Sequences that may wait; more get 429.", "N")
+    max_seqs_per_key: int | None = option(
+        None, "Of them at most so many for one API key (default: three quarters, if there are several keys).", "N"
+    )
+    max_queue_per_key: int | None = option(
+        None, "At most so many wait for one API key (default: half, if there are several keys).", "N"
+    )
+    max_tokens_per_key: int | None = option(
+        None,
+        "Tokens, prompts and outputs, that may run or wait for one API key (default: four times what the cache holds, "
+        "if there are several keys).",
+        "N",
+    )
     kv_memory: str | None = option(
         None, "Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free, on a GPU the card's).", "SIZE"
     )
@@ -86,6 +98,9 @@ def serve(
         model_name=server.served_model_name or model_name(None if load.model is None else str(load.model)),
         api_keys=read_api_keys(server.api_key_file),
         max_queue=capacity.max_queue,
+        max_seqs_per_key=capacity.max_seqs_per_key,
+        max_queue_per_key=capacity.max_queue_per_key,
+        max_tokens_per_key=capacity.max_tokens_per_key,
         allowed_hosts=server.allowed_host or (LOOPBACK if server.host in LOOPBACK else None),
         cors_origins=server.cors_origin,
         exit_when_dead=inherit_socket is not None,

@@ -66,9 +66,13 @@ class AutoDrafter(Drafter):
         assert self._watching is not None
         self._watching.observe(rows, features_NAD)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        if self._watching is not None:
+            self._watching.copy(source, target, length)
+
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         self._draft_timings = []
-        drafts = [Draft() for _ in sequences] if self.controller.pauses else self._by_plan(sequences, limits, cache)
+        drafts = [Draft()] * len(sequences) if self.controller.pauses else self._by_plan(sequences, limits, cache)
         self._buckets = [draft.buckets for draft in drafts]
         return drafts
 

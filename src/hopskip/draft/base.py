@@ -103,6 +103,7 @@ class Round:
     num_chosen_by_logits: int
     """Rows that needed all logits to choose a token (sampling, penalties, a grammar), not just the best."""
     sequences: tuple[RoundOfSequence, ...]
+    """Empty where nobody was drafted for, and the drafter alone is told of the round."""
 
     @property
     def seconds(self) -> float:
@@ -128,6 +129,12 @@ class Drafter(Protocol):
 
         Args:
             features_NAD: outputs of the layers in `taps`, in that order.
+        """
+        return
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Told that the first `length` positions of a slot have been copied to another, those of a drafter's own keys
+        and values too, unless `taps` is None. The pass that follows in `target` starts at the last of them, or after.
         """
         return
 
@@ -159,6 +166,10 @@ class FirstOf(Drafter):
                 drafter.observe(rows, features_NAD)
             elif drafter.taps is not None:
                 drafter.observe(rows, features_NAD[:, [self.taps.index(tap) for tap in drafter.taps]])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for drafter in self._drafters:
+            drafter.copy(source, target, length)
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         drafts = self._drafters[0].propose(sequences, limits, cache)

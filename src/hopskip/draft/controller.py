@@ -168,7 +168,8 @@ class Controller:
             buckets: of the tokens drafted for each sequence.
         """
         self._num_rounds += 1
-        for sequence, own_buckets, part in zip(sequences, buckets, outcome.sequences, strict=True):
+        # none where nobody was drafted for
+        for sequence, own_buckets, part in zip(sequences, buckets, outcome.sequences, strict=bool(outcome.sequences)):
             if part.source is None:
                 continue
             source, own, temperature = _source_named(part.source), self._of(sequence), _temperature(sequence)

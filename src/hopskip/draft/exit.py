@@ -81,6 +81,10 @@ class ExitDrafter(Drafter):
     def observe(self, rows: Rows, features_NAD: Array) -> None:
         self._features.observe(rows, features_NAD)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        if self.taps is not None:
+            self._features.copy(source, target, length)
+
     def num_unseen(self, sequence: Sequence) -> int:
         """Tokens that a draft begins with: the sequence's last, and those before it that the exit has yet to see."""
         if self.taps is None:
@@ -204,6 +208,11 @@ class Features:
             self._sort()
         self._passes.append((rows, features_NAD))
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first positions of a slot are also those of another now, as `Drafter.copy`."""
+        self._sort()
+        self._slots[target] = self._slots[source].beginning(length)
+
     def num_entered(self, slot: int) -> int:
         """Positions of a slot at which the exit's keys and values hold."""
         self._sort()
@@ -256,6 +265,15 @@ class _Slot:
             self._parts_NAD = [self._joined()[: start - self._first]]
         self._parts_NAD.append(features_NAD)
         self._end = start + count
+
+    def beginning(self, length: int) -> _Slot:
+        """The same of its first positions: a slot of its own, which shares arrays with this one."""
+        found = _Slot(self._xp)
+        found.num_entered = min(self.num_entered, length)
+        found._first, found._end = min(self._first, length), min(self._end, length)
+        if found._first < found._end:
+            found._parts_NAD = [self._joined()[: length - self._first]]
+        return found
 
     def take(self, start: int, stop: int) -> Array:
         """Features of positions start..stop-1; zeros for the position before the first."""

@@ -7,24 +7,20 @@ target. Lengths belong to the sequences, so rejecting a draft is no work at all:
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from hopskip.backends.base import Backend
-from hopskip.backends.rows import Rows, Segment
-from hopskip.draft.base import Draft, Drafter, Round
+from hopskip.draft.base import Drafter, Round
 from hopskip.draft.gain import GainEstimate
 from hopskip.draft.make import DraftersByExit, Identity, prepare
-from hopskip.engine.choose import choose
+from hopskip.engine.prefill import Prefill
 from hopskip.engine.round import Rounds
-from hopskip.engine.slots import Slots
+from hopskip.engine.slots import PrefixStats, Slots
 from hopskip.errors import ConfigError, PromptError
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
-
-_PREFILL_ROWS_BESIDE_DECODING = 128
-"""Most prompt tokens in a pass while other sequences decode: they wait for it in every step."""
 
 
 class Engine:
@@ -65,6 +61,8 @@ class Engine:
         self.speculative = speculative
         self.max_model_len = max_model_len or context
         self.max_num_seqs = max_num_seqs
+        self.max_seqs_per_client = max_num_seqs
+        """Most that are stepped together of one `Request.client`."""
         self.on_round: Callable[[Round], None] | None = None
         """Told of every round, once its tokens are committed."""
         self._eos_token_ids = frozenset(backend.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
@@ -80,6 +78,7 @@ class Engine:
             num_spare=rows_per_sequence + (speculative.num_runner_ups or 0),
             shares_prefixes=row_exact if prefix_caching is None else prefix_caching,
             needs_features=drafter is not None and drafter.taps is not None,
+            on_copy=drafter.copy if drafter is not None else lambda source, target, length: None,
         )
         self._rounds = Rounds(
             backend,
@@ -89,6 +88,7 @@ class Engine:
             drafter_at=self._drafters_by_exit.at,
             rows_per_sequence=rows_per_sequence,
         )
+        self._prefill = Prefill(backend, self._rounds, self._slots)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -178,6 +178,11 @@ class Engine:
         """What drafting has gained so far; None for plain decoding, and where the model's costs are not known."""
         return self._rounds.gain
 
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """What has been copied between slots, and lost from them."""
+        return self._slots.stats
+
     def reserve(self, kv_memory: int, *, shrink: bool = False) -> None:
         """Allocate the whole cache now, so that it never grows: `max_num_seqs` slots of `max_model_len` positions.
 
@@ -196,8 +201,8 @@ class Engine:
     def step(self, only: Seq[Sequence] | None = None, *, resting: Seq[Sequence] = ()) -> None:
         """Advance: one round for every sequence that decodes, then one pass over prompts if any are unfinished.
 
-        So a long prompt holds the others up for one of its chunks at a time. New tokens appear in the sequences'
-        `tokens`. If a pass raises, no sequence has gained or lost a token by it.
+        The pass over prompts gets a few rounds' time and rests then, so that a long prompt holds nobody up for long.
+        New tokens appear in the sequences' `tokens`. If a pass raises, no sequence has gained or lost a token by it.
 
         Args:
             only: leave all running sequences but these as they are, and admit none: to find out which of them it is
@@ -206,6 +211,8 @@ class Engine:
         """
         if only is None:
             self._admit()
+        else:
+            self._prefill.forget()
         moving = [s for s in self._running if (only is None or s in only) and s not in resting]
         decoding = [s for s in moving if s.is_prefilled]
         prefilling = [s for s in moving if not s.is_prefilled]
@@ -214,22 +221,41 @@ class Engine:
                 if decoding:
                     self._round(decoding)
                 if prefilling:
-                    most = self.backend.num_prefill_rows
-                    self._prefill(prefilling, min(most, _PREFILL_ROWS_BESIDE_DECODING) if decoding else most)
+                    self._prefill.step(prefilling, beside_decoding=bool(decoding))
         finally:
             self._retire()
 
     def _admit(self) -> None:
-        num_admitted = min(len(self._waiting), self.max_num_seqs - len(self._running))
-        if not num_admitted:
+        self._slots.share_news(self._running)
+        newcomers = self._newcomers()
+        if not newcomers:
             return
-        newcomers = [self._waiting[i] for i in range(num_admitted)]
         self._slots.make_room(self._running + newcomers)
         for sequence in newcomers:
             self._slots.take(sequence, self._running)
             # in this order, so that an interrupt between the two loses no request
             self._running.append(sequence)
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
+
+    def _newcomers(self) -> list[Sequence]:
+        """Those that get a slot now: in the order in which they came, but those of a client of whom fewer run first."""
+        num_free = self.max_num_seqs - len(self._running)
+        if not self._waiting or not num_free:
+            return []
+        num_running = Counter(sequence.request.client for sequence in self._running)
+        waiting: dict[str | None, deque[Sequence]] = {}
+        for sequence in self._waiting:
+            waiting.setdefault(sequence.request.client, deque()).append(sequence)
+        found: list[Sequence] = []
+        while len(found) < num_free and waiting:
+            client = min(waiting, key=lambda client: (num_running[client], waiting[client][0].number))
+            if client is not None and num_running[client] >= self.max_seqs_per_client:
+                break
+            found.append(waiting[client].popleft())
+            num_running[client] += 1
+            if not waiting[client]:
+                del waiting[client]
+        return found
 
     def _retire(self) -> None:
         for sequence in [s for s in self._running if s.is_finished]:
@@ -237,45 +263,11 @@ class Engine:
             self._slots.give_back(sequence)
 
     def _round(self, sequences: list[Sequence]) -> None:
+        started = time.perf_counter()
         record = self._rounds.run(sequences, wants_record=self.on_round is not None)
+        self._prefill.pace.learn_round(time.perf_counter() - started)
         if self.on_round is not None and record is not None:
             self.on_round(record)
-
-    def _prefill(self, sequences: list[Sequence], budget: int) -> None:
-        """One pass over the next `budget` rows of these prompts; those that reach their end get their first token.
-
-        Each gets an equal share, and what short prompts leave of theirs goes to the longer: none waits for another.
-        """
-        now = time.perf_counter()
-        segments: list[Segment] = []
-        chunk: list[Sequence] = []
-        by_rest = sorted(sequences, key=lambda s: s.num_prompt_tokens - s.num_cached)
-        for index, sequence in enumerate(by_rest):
-            sequence.prefill_started = sequence.prefill_started or now
-            share = -(-budget // (len(by_rest) - index))
-            num_rows = min(share, sequence.num_prompt_tokens - sequence.num_cached)
-            if num_rows:
-                segments.append(Segment(sequence.slot, sequence.num_cached, num_rows))
-                chunk.append(sequence)
-                budget -= num_rows
-        rows = Rows(segments)
-        ids: list[int] = []
-        for sequence, segment in zip(chunk, segments, strict=True):
-            ids += sequence.token_ids[segment.start : segment.start + segment.count]
-        hidden_ND = self._rounds.read(ids, rows)
-        is_complete = [seg.start + seg.count == s.num_prompt_tokens for s, seg in zip(chunk, segments, strict=True)]
-        last_rows = [last for last, complete in zip(rows.last_rows, is_complete, strict=True) if complete]
-        completed = [s for s, complete in zip(chunk, is_complete, strict=True) if complete]
-        choices = choose(self.backend, completed, [Draft()] * len(completed), hidden_ND[last_rows])
-        for sequence, segment in zip(chunk, segments, strict=True):
-            sequence.num_cached += segment.count
-        for sequence, (_, tokens) in zip(completed, choices, strict=True):
-            if not tokens:
-                continue  # it has failed
-            sequence.append(tokens[0])
-            sequence.first_token_at = time.perf_counter()
-            sequence.stats.prefill_seconds = sequence.first_token_at - sequence.prefill_started
-            sequence.stats.num_tokens = 1
 
 
 def make_engine(

@@ -62,7 +62,8 @@ class Rounds:
         self._drafter_at = drafter_at
         self._slots = slots
         self._rows_per_sequence = rows_per_sequence
-        self._taps = () if drafter is None or drafter.taps is None else drafter.taps
+        self.taps = () if drafter is None or drafter.taps is None else drafter.taps
+        """Layers whose outputs the drafter wants to see of every pass."""
         self.gain = None if drafter is None or drafter.costs is None else GainEstimate(drafter.costs)
 
     def run(self, sequences: list[Sequence], wants_record: bool) -> Round | None:
@@ -83,27 +84,25 @@ class Rounds:
         progress.tick()
         if self._drafter is None and not wants_record:
             return None
-        record = _record(progress)
+        record = _record(progress, wants_record or any(draft.token_ids for draft in progress.drafts))
         if self._drafter is not None:
             self._drafter.learn(sequences, record)
         if self.gain is not None:
             self.gain.count(sequences, record)
         return record
 
-    def read(self, token_ids: list[int], rows: Rows) -> Array:
-        """A pass over tokens that are to stay, such as a prompt's: final hidden states [N, D]."""
-        found = self._backend.forward(token_ids, rows, self._slots.cache, self._taps)
+    def observe(self, rows: Rows, found: Pass) -> None:
+        """Show the drafter a pass over tokens that are to stay, such as a prompt's."""
         self._observe(rows, self._watched(found))
-        return found.hidden_ND
 
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
         if self._drafter is None:
-            return [Draft() for _ in sequences]
+            return [Draft()] * len(sequences)
         num_draft_tokens = self._speculative.num_draft_tokens or 0
         by_exit: dict[int | None, list[int]] = {}
         for index, sequence in enumerate(sequences):
             by_exit.setdefault(sequence.request.exit_layer, []).append(index)
-        drafts = [Draft() for _ in sequences]
+        drafts = [Draft()] * len(sequences)
         for exit_layer, members in by_exit.items():
             drafter = self._drafter if exit_layer is None else self._drafter_at(exit_layer)
             own = [sequences[i] for i in members]
@@ -132,7 +131,7 @@ class Rounds:
                 parents = (-1, *(parent + 1 for parent in draft.parents), *([0] * num_padding))
             segments.append(Segment(sequence.slot, sequence.num_cached, len(own) + num_padding, parents))
         progress.rows = Rows(segments)
-        found = self._backend.forward(ids, progress.rows, self._slots.cache, self._taps)
+        found = self._backend.forward(ids, progress.rows, self._slots.cache, self.taps)
         if len(kept) == len(ids):
             return found
         features_NAD = None if found.features_NAD is None else found.features_NAD[kept]
@@ -160,7 +159,7 @@ class Rounds:
             for s, d in zip(progress.sequences, progress.drafts, strict=True)
         )
         depth = backend.config.num_hidden_layers
-        return backend.run_layers(backend.xp.concat(parts), exit_layer, depth, progress.rows, cache, self._taps)
+        return backend.run_layers(backend.xp.concat(parts), exit_layer, depth, progress.rows, cache, self.taps)
 
     def _keep(self, progress: _Progress, features_NAD: Array | None) -> None:
         """Put what a verify pass has left of accepted tokens in order, for the next pass and for the drafter."""
@@ -226,7 +225,8 @@ def _cut(sequence: Sequence, draft: Draft) -> Draft:
         return Draft()
 
 
-def _record(progress: _Progress) -> Round:
+def _record(progress: _Progress, with_sequences: bool) -> Round:
+    parts = map(_part, progress.sequences, progress.drafts, progress.choices, progress.num_committed)
     started, drafted, passed, chosen, committed = progress.clock
     counts = [len(draft.token_ids) + 1 for draft in progress.drafts]
     return Round(
@@ -236,7 +236,7 @@ def _record(progress: _Progress) -> Round:
         commit_seconds=committed - chosen,
         num_rows=len(progress.rows),
         num_chosen_by_logits=sum(n for n, s in zip(counts, progress.sequences, strict=True) if s.needs_logits),
-        sequences=tuple(map(_part, progress.sequences, progress.drafts, progress.choices, progress.num_committed)),
+        sequences=tuple(parts) if with_sequences else (),
     )
 
 

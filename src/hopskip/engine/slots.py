@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Cache
@@ -11,6 +14,40 @@ from hopskip.sequence import Sequence
 
 _CACHE_BLOCK = 256
 """The cache grows in steps of this many positions, so that it is not reallocated for every longer prompt."""
+_WORTH_WAITING = 16
+"""Tokens of a prompt that another is about to compute, for which it is worth waiting."""
+
+
+@dataclass(kw_only=True)
+class PrefixStats:
+    """What sharing beginnings has done since the engine was made."""
+
+    num_copies: int = 0
+    """Beginnings copied from one slot to another."""
+    num_copied_tokens: int = 0
+    num_evictions: int = 0
+    """Slots that lost more than a little of what an ended request had left in them."""
+
+
+class _Held(NamedTuple):
+    """What a free slot holds: tokens whose keys and values are there."""
+
+    token_ids: list[int]
+    salt: str | None
+
+
+class _Found(NamedTuple):
+    """A slot that begins as a prompt does, for so many tokens."""
+
+    slot: int
+    length: int
+
+
+class _Leader(NamedTuple):
+    """A sequence whose prompt another waits for, up to this length."""
+
+    sequence: Sequence
+    length: int
 
 
 class Slots:
@@ -18,18 +55,32 @@ class Slots:
 
     Args:
         num_spare: positions beyond a sequence's last that passes may write to.
-        shares_prefixes: start a prompt from cached keys and values of another that shares its beginning.
+        shares_prefixes: start a prompt from cached keys and values of another that shares its beginning, and has the
+            same `Request.cache_salt`. Prompts that come together are computed once: the others wait for the first.
         needs_features: a drafter wants to see hidden states of every token, which the cache does not hold.
+        on_copy: told of source, target and length when a beginning is copied.
     """
 
-    def __init__(self, backend: Backend, *, num_spare: int, shares_prefixes: bool, needs_features: bool) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        num_spare: int,
+        shares_prefixes: bool,
+        needs_features: bool,
+        on_copy: Callable[[int, int, int], None] = lambda source, target, length: None,
+    ) -> None:
         self._backend = backend
         self._num_spare = num_spare
         self._shares_prefixes = shares_prefixes
         self._needs_features = needs_features
         self._cache: Cache | None = None
-        self._held: dict[int, list[int]] = {}
-        """Tokens whose keys and values each free slot still holds."""
+        self._on_copy = on_copy
+        self._held: dict[int, _Held] = {}
+        """By free slot, the one used longest ago first."""
+        self._leaders: dict[Sequence, _Leader] = {}
+        """Of those that wait."""
+        self.stats = PrefixStats()
 
     @property
     def cache(self) -> Cache:
@@ -84,39 +135,113 @@ class Slots:
             self._cache.copy_from(old)
 
     def take(self, sequence: Sequence, running: Seq[Sequence]) -> None:
-        """Give a sequence the free slot whose content shares the longest beginning with it; else an empty, else any.
+        """Give a sequence a free slot, and what of its prompt any slot has, running or idle.
 
-        Where a running sequence shares more with it (a system prompt, say), that much is copied.
+        It goes on in place where an idle slot holds (nearly) nothing but its beginning. Otherwise the beginning is
+        copied: into an empty slot, else into the one that was used longest ago, so that what strangers have in common
+        (a system prompt) costs none of them a conversation.
         """
         taken = {s.slot for s in running}
         free = [slot for slot in range(self.cache.num_slots) if slot not in taken]
-        shared = dict.fromkeys(free, 0)
-        # the last prompt token always runs: its hidden state yields the first new token
-        prompt = sequence.token_ids[:-1]
-        if self._shares_prefixes:
-            shared = {slot: common_prefix(self._held.get(slot, []), prompt) for slot in free}
-            if self._needs_features:  # of the last shared token, too
-                shared = {slot: max(0, length - 1) for slot, length in shared.items()}
-        sequence.slot = max(free, key=lambda slot: (shared[slot], slot not in self._held, -slot))
-        sequence.num_cached = shared[sequence.slot]
-        # a copy brings no features
-        if self._shares_prefixes and running and not self._needs_features:
-            lengths = [common_prefix(s.token_ids[: s.num_cached], prompt) for s in running]
-            longest = max(lengths)
-            if longest > sequence.num_cached:
-                self.cache.copy_prefix(running[lengths.index(longest)].slot, sequence.slot, longest)
-                sequence.num_cached = longest
-        sequence.stats.num_cached_prompt_tokens = sequence.num_cached
-        self._held.pop(sequence.slot, None)
+        empty = [slot for slot in free if slot not in self._held]
+        found = self._longest(sequence, running)
+        if found is not None and found.slot in self._held:
+            self._held[found.slot] = self._held.pop(found.slot)  # it is of use, so others go first
+        if found is not None and found.slot in self._held and self._is_nearly_all(found):
+            sequence.slot = found.slot
+        else:
+            sequence.slot = empty[0] if empty else next(iter(self._held))
+        if found is not None:
+            self._share(found, sequence)
+        held = self._held.pop(sequence.slot, None)
+        if held is not None and len(held.token_ids) - sequence.num_cached > _few(held):
+            self.stats.num_evictions += 1
+        self._await_leader(sequence, running)
+
+    def share_news(self, running: Seq[Sequence]) -> None:
+        """Copy to those that wait for another's prompt what it has computed by now."""
+        for sequence, leader in list(self._leaders.items()):
+            if sequence not in running:
+                del self._leaders[sequence]
+            elif leader.sequence.num_cached >= leader.length or leader.sequence not in running:
+                del self._leaders[sequence]
+                found = self._longest(sequence, running)
+                if found is not None and self._start(found) > sequence.num_cached:
+                    self._share(found, sequence)
+                self._await_leader(sequence, running)  # if the other has left early
+
+    def next_stop(self, sequence: Sequence) -> int:
+        """Where the prompt's next part ends: at its own end, or before it where others wait for so much of it."""
+        stops = [leader.length for leader in self._leaders.values() if leader.sequence is sequence]
+        return min([sequence.num_prompt_tokens, *(stop for stop in stops if stop > sequence.num_cached)])
+
+    def waits(self, sequence: Sequence) -> bool:
+        """True while another computes what this one's prompt begins with."""
+        return sequence in self._leaders
 
     def give_back(self, sequence: Sequence) -> None:
         """The slot is free, and keeps what it holds until somebody takes it; but not after an error, which may come of
         just that."""
-        if sequence.error is None:
-            self._held[sequence.slot] = sequence.token_ids[: sequence.num_cached]
+        self._leaders.pop(sequence, None)
+        if sequence.error is None and sequence.num_cached:
+            self._held[sequence.slot] = _Held(sequence.token_ids[: sequence.num_cached], sequence.request.cache_salt)
+
+    def _longest(self, sequence: Sequence, running: Seq[Sequence]) -> _Found | None:
+        """The slot that shares most with a sequence's prompt; of equals a running one, else the one last used."""
+        if not self._shares_prefixes:
+            return None
+        # the last prompt token always runs: its hidden state yields the first new token
+        prompt, salt = sequence.token_ids[: sequence.num_prompt_tokens - 1], sequence.request.cache_salt
+        candidates = [
+            (s.slot, s.token_ids[: s.num_cached]) for s in running if s is not sequence and s.request.cache_salt == salt
+        ]
+        idle = reversed(self._held.items())
+        candidates += [(slot, held.token_ids) for slot, held in idle if held.salt == salt]
+        found = [_Found(slot, common_prefix(held, prompt)) for slot, held in candidates]
+        best = max(found, key=lambda found: found.length, default=None)
+        return best if best is not None and self._start(best) > 0 else None
+
+    def _share(self, found: _Found, sequence: Sequence) -> None:
+        """Start a sequence from what a slot has, its own or another."""
+        if found.slot != sequence.slot:
+            self.cache.copy_prefix(found.slot, sequence.slot, found.length)
+            self._on_copy(found.slot, sequence.slot, found.length)
+            self.stats.num_copies += 1
+            self.stats.num_copied_tokens += found.length
+        sequence.num_cached = self._start(found)
+        sequence.stats.num_cached_prompt_tokens = sequence.num_cached
+
+    def _start(self, found: _Found) -> int:
+        """Where a sequence goes on that shares so much. A drafter that needs features needs those of the last shared
+        token, too, which are kept nowhere."""
+        return found.length - 1 if self._needs_features else found.length
+
+    def _is_nearly_all(self, found: _Found) -> bool:
+        held = self._held[found.slot]
+        return len(held.token_ids) - found.length <= _few(held)
+
+    def _await_leader(self, sequence: Sequence, running: Seq[Sequence]) -> None:
+        """If another's prompt, not read to its end, has more in common with this one than there is in the cache, wait
+        for it. It came before, so that no two wait for each other."""
+        if not self._shares_prefixes:
+            return
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens - 1]
+        leaders = [
+            _Leader(s, common_prefix(s.token_ids[: s.num_prompt_tokens], prompt))
+            for s in running
+            if not s.is_prefilled and s.number < sequence.number and s.request.cache_salt == sequence.request.cache_salt
+        ]
+        best = max(leaders, key=lambda leader: leader.length, default=None)
+        if best is not None and best.length >= sequence.num_cached + _WORTH_WAITING:
+            self._leaders[sequence] = best
 
     def _length_for(self, num_positions: int) -> int:
         return -(-(num_positions + self._num_spare) // _CACHE_BLOCK) * _CACHE_BLOCK
+
+
+def _few(held: _Held) -> int:
+    """Tokens of a slot that are no loss: an eighth of what it holds."""
+    return len(held.token_ids) // 8
 
 
 def common_prefix(a: Seq[object], b: Seq[object]) -> int:
@@ -125,4 +250,8 @@ def common_prefix(a: Seq[object], b: Seq[object]) -> int:
     >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
     2
     """
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices are compared far faster than elements
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -52,13 +52,20 @@ class Server:
         self.settings = settings
         self.planner = Planner(llm, settings.limits)
         self.metrics = Metrics(settings.model_name)
+        engine = llm.engine
+        engine.max_seqs_per_client = settings.seqs_per_key(engine.max_num_seqs)
         self.engine = EngineThread(
-            llm.engine, partial(Detokenizer, llm.tokenizer), max_queue=settings.max_queue, observer=self.metrics
+            engine,
+            partial(Detokenizer, llm.tokenizer),
+            max_queue=settings.max_queue,
+            room_of_client=settings.room_per_key(engine.max_num_seqs, engine.max_model_len),
+            observer=self.metrics,
         )
 
     async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:
         """Generate, as a whole or as a stream; the client's leaving ends it."""
-        batch = await self.engine.submit(plan.jobs, is_race=plan.is_race)
+        jobs = [job.of_client(http.state.client, request.cache_salt) for job in plan.jobs]
+        batch = await self.engine.submit(jobs, is_race=plan.is_race)
         answer = Answer(request, plan, batch, self.llm, self.settings.model_name, http.state.request_id)
         if request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -231,7 +238,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def unserved(_: Request, error: HopskipError) -> Response:
         if isinstance(error, BusyError):
             body = error_body(str(error), kind="rate_limit_error", code="queue_full")
-            return JSONResponse(body, 429, headers={"Retry-After": "1"})
+            return JSONResponse(body, 429, headers={"Retry-After": str(error.retry_after)})
         if isinstance(error, UnavailableError):
             body = error_body(str(error), kind="server_error", code="unavailable")
             return JSONResponse(body, 503, headers={"Retry-After": "5"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hopskip.sequence import FinishReason, Request, Sequence, Token
 from hopskip.serve.race import Race
@@ -21,6 +21,11 @@ class Job:
     is_streamed: bool = True
     """False: nobody looks at a piece before the last one is there, so all of them come then. The event loop that wakes
     for every step takes a core from the engine."""
+
+    def of_client(self, client: str | None, cache_salt: str | None) -> Job:
+        """The same as a client's own: its prompt starts from nothing that another has left in the cache."""
+        salt = None if client is None and cache_salt is None else f"{client or ''}:{cache_salt or ''}"
+        return replace(self, request=replace(self.request, client=client, cache_salt=salt))
 
 
 @dataclass(frozen=True)

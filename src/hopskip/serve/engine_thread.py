@@ -17,8 +17,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from hopskip.engine.engine import Engine
+from hopskip.engine.slots import PrefixStats
 from hopskip.errors import ConfigError, HopskipError
 from hopskip.serve.batch import Batch, Generation, Job, Piece
+from hopskip.serve.queue import BusyError as BusyError
+from hopskip.serve.queue import Queue, Room
 from hopskip.serve.race import Race
 from hopskip.text.tokenizer import IncrementalDecoder, TextStream
 
@@ -28,10 +31,6 @@ _MAX_FAILURES = 3
 """The engine is dead when so many steps in a row have failed for every request that took part."""
 _STALL_SECONDS = 120.0
 """A step that takes longer than this hangs."""
-
-
-class BusyError(HopskipError):
-    """The queue is full."""
 
 
 class UnavailableError(HopskipError):
@@ -45,7 +44,7 @@ class GenerationError(HopskipError):
 class Observer(Protocol):
     """Told by the engine's thread what happens; metrics are kept so."""
 
-    def on_step(self, num_running: int, num_waiting: int, cache_usage: float) -> None: ...
+    def on_step(self, num_running: int, num_waiting: int, cache_usage: float, prefixes: PrefixStats) -> None: ...
 
     def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None: ...
 
@@ -55,7 +54,7 @@ class Observer(Protocol):
 class _Nobody:
     """An observer who does not care."""
 
-    def on_step(self, num_running: int, num_waiting: int, cache_usage: float) -> None: ...
+    def on_step(self, num_running: int, num_waiting: int, cache_usage: float, prefixes: PrefixStats) -> None: ...
 
     def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None: ...
 
@@ -68,6 +67,7 @@ class EngineThread:
     Args:
         make_decoder: a new incremental decoder for the text that follows a prompt, given by its token ids.
         max_queue: sequences that may wait beyond those that are stepped together.
+        room_of_client: what of one client may run or wait; None: as much as of all.
         observer: told of every step.
     """
 
@@ -77,19 +77,20 @@ class EngineThread:
         make_decoder: Callable[[Seq[int]], IncrementalDecoder],
         *,
         max_queue: int,
+        room_of_client: Room | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._engine = engine
         self._make_decoder = make_decoder
-        self._max_outstanding = engine.max_num_seqs + max_queue
+        room = Room(num_sequences=engine.max_num_seqs + max_queue)
+        self._queue = Queue(room, room_of_client or room)
+        """Submitted and not ended. The event loop alone uses it."""
         self._observer = observer or _Nobody()
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._live: list[Generation] = []
         """Those not ended yet. The engine's thread alone uses it."""
         self._races: list[Race] = []
         """Those that run. The engine's thread alone uses it."""
-        self._num_outstanding = 0
-        """Submitted and not ended. The event loop alone uses it."""
         self._submissions: set[asyncio.Future[Batch]] = set()
         """Those that the thread has not looked at yet. The event loop alone uses it."""
         self._num_failures = 0
@@ -125,7 +126,7 @@ class EngineThread:
     @property
     def num_outstanding(self) -> int:
         """Sequences that run or wait."""
-        return self._num_outstanding
+        return len(self._queue)
 
     async def submit(self, jobs: Seq[Job], *, is_race: bool = False) -> Batch:
         """Queue jobs, all or none.
@@ -134,19 +135,15 @@ class EngineThread:
             is_race: they are two, of one prompt, with drafts and without: see `Race`.
 
         Raises:
-            BusyError: the queue has no room for all of them.
+            BusyError: the queue has no room for all of them now.
             UnavailableError: the engine is dead, or shutting down.
             PromptError, ConfigError: a job cannot be served.
         """
         if not self.is_ready:
             raise UnavailableError("the engine has died" if self.death else "the server is shutting down")
-        if self._num_outstanding + len(jobs) > self._max_outstanding:
-            raise BusyError(
-                f"{self._num_outstanding} sequences run or wait; at most {self._max_outstanding} may; try again later"
-            )
+        self._queue.enter(jobs)
         assert self._loop is not None
         admitted: asyncio.Future[Batch] = self._loop.create_future()
-        self._num_outstanding += len(jobs)
         self._idle.clear()
         self._submissions.add(admitted)
         admitted.add_done_callback(self._submissions.discard)
@@ -232,7 +229,7 @@ class EngineThread:
                 batch.generations.append(Generation(job, sequence, text, batch))
         except Exception as error:
             self._abort(batch.generations)
-            self._tell(self._refuse, len(jobs), admitted, error)
+            self._tell(self._refuse, jobs, admitted, error)
             return
         self._live += batch.generations
         if is_race:
@@ -282,7 +279,8 @@ class EngineThread:
                 news.append((generation, pieces, is_finished))
         if any(is_finished for _, _, is_finished in news):
             self._live = [g for g in self._live if not g.sequence.is_finished]
-        self._observer.on_step(len(self._engine.running), self._engine.num_waiting, self._engine.cache_usage)
+        engine = self._engine
+        self._observer.on_step(len(engine.running), engine.num_waiting, engine.cache_usage, engine.prefix_stats)
         if news:
             self._tell(self._deliver, news)
 
@@ -315,22 +313,22 @@ class EngineThread:
                     generation.deliver(GenerationError("generating this answer has failed"))
                 else:
                     generation.deliver(None)
-                self._settle(1)
+                self._settle([generation.job])
 
-    def _refuse(self, num_jobs: int, admitted: asyncio.Future[Batch], error: Exception) -> None:
-        self._settle(num_jobs)
+    def _refuse(self, jobs: Seq[Job], admitted: asyncio.Future[Batch], error: Exception) -> None:
+        self._settle(jobs)
         admitted.set_exception(error)
 
     def _bury(self, dead: list[Generation]) -> None:
         for generation in dead:
             generation.deliver(UnavailableError("the engine has died"))
-        self._settle(len(dead))
+        self._settle([generation.job for generation in dead])
         for admitted in list(self._submissions):
             admitted.set_exception(UnavailableError("the engine has died"))
 
-    def _settle(self, num_ended: int) -> None:
-        self._num_outstanding -= num_ended
-        if not self._num_outstanding:
+    def _settle(self, ended: Seq[Job]) -> None:
+        self._queue.leave(ended)
+        if not len(self._queue):
             self._idle.set()
 
 

@@ -69,7 +69,7 @@ class Guard:
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, client=None)
         started = time.perf_counter()
         status = 499  # the client has gone before there was an answer
 
@@ -82,7 +82,7 @@ class Guard:
 
         try:
             try:
-                self._check(request)
+                scope["state"]["client"] = self._check(request)
                 body = await self._read_body(request, receive)
             except Refusal as refusal:
                 await refusal.response(scope, receive, watched_send)
@@ -112,7 +112,8 @@ class Guard:
                 },
             )
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request) -> str | None:
+        """Returns a name for the client: that of its API key, which tells nothing of the key."""
         settings = self._settings
         hosts = settings.allowed_hosts
         if hosts is not None:
@@ -129,6 +130,8 @@ class Guard:
                     code="invalid_api_key",
                     **{"WWW-Authenticate": 'Basic realm="hopskip", charset="UTF-8"'},
                 )
+            return given.hex()[:16]
+        return None
 
     async def _read_body(self, request: Request, receive: Receive) -> bytes:
         limit = self._settings.limits.body_bytes

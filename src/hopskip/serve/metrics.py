@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from hopskip.engine.slots import PrefixStats
 from hopskip.serve.batch import Generation
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
@@ -26,6 +28,10 @@ class Metrics:
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self._cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the cache.")
+        self._copies = self._counter("prefix_cache_copies", "Beginnings copied from one row of the cache to another.")
+        self._copied = self._counter("prefix_cache_copied_tokens", "Tokens of these beginnings.")
+        self._evictions = self._counter("prefix_cache_evictions", "Rows that lost what an ended request had left.")
+        self._known_prefixes = PrefixStats()
         self._finished = self._counter("request_success", "Sequences ended, by reason.", "finished_reason")
         self._queue_time = self._histogram("request_queue_time_seconds", "From submission to the first prompt pass.")
         self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
@@ -63,7 +69,7 @@ class Metrics:
 
     # -- told by the engine's thread -----------------------------------------------------------------------------------
 
-    def on_step(self, num_running: int, num_waiting: int, cache_usage: float) -> None:
+    def on_step(self, num_running: int, num_waiting: int, cache_usage: float, prefixes: PrefixStats) -> None:
         for gauge, value in (
             (self._running, num_running),
             (self._waiting, num_waiting),
@@ -71,6 +77,12 @@ class Metrics:
         ):
             for twin in gauge:
                 twin.labels(**self._labels).set(value)
+        known = self._known_prefixes
+        if prefixes != known:
+            self._inc(self._copies, prefixes.num_copies - known.num_copies)
+            self._inc(self._copied, prefixes.num_copied_tokens - known.num_copied_tokens)
+            self._inc(self._evictions, prefixes.num_evictions - known.num_evictions)
+            self._known_prefixes = replace(prefixes)
 
     def on_tokens(self, generation: Generation, num_tokens: int, now: float) -> None:
         self._inc(self._generated, num_tokens)

@@ -99,6 +99,8 @@ class Generation(_Model):
     return_tokens: bool | Literal["origins"] = False
     """Add to each choice its tokens with id, text, origin and log-probability, and what drafting has given so far.
     `origins` leaves out log-probabilities, which cost speed."""
+    cache_salt: Text | None = None
+    """The prompt starts only from what requests with the same one, and the same API key, have left in the cache."""
     user: str | None = None
     """Accepted for the sake of clients that always send it; nothing depends on it."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hopskip.errors import ConfigError
+from hopskip.serve.queue import Room
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -53,6 +55,13 @@ class ServeSettings:
     """Clients must give one of these; empty serves everybody who can connect."""
     max_queue: int = 256
     """Sequences that may wait for a slot; further ones are refused with 429."""
+    max_seqs_per_key: int | None = None
+    """Sequences of one API key that are stepped together. None: three quarters, if there are several keys."""
+    max_queue_per_key: int | None = None
+    """Sequences of one API key that may wait beside those. None: half of `max_queue`, if there are several keys."""
+    max_tokens_per_key: int | None = None
+    """Tokens that what runs or waits of one API key may have, prompts and texts at their longest. None: four times what
+    the cache holds, if there are several keys."""
     allowed_hosts: tuple[str, ...] | None = None
     """Values of the Host header that are answered, so that no web page can reach a server on this machine through a
     name of its own (DNS rebinding). None answers all."""
@@ -65,11 +74,34 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if self.max_queue < 0:
             raise ConfigError(f"max_queue is {self.max_queue}; it must be 0 (nothing waits) or above")
+        for name, least in ("max_seqs_per_key", 1), ("max_queue_per_key", 0), ("max_tokens_per_key", 1):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+            if value is not None and not self.api_keys:
+                raise ConfigError(f"{name}={value} has no effect without API keys; leave it out, or give keys")
         for key in self.api_keys:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
                     "an API key has fewer than 8 characters, spaces, or others than ASCII; use a longer one"
                 )
+
+    def seqs_per_key(self, max_num_seqs: int) -> int:
+        """Of an engine that steps so many together."""
+        if self.max_seqs_per_key is not None:
+            return min(self.max_seqs_per_key, max_num_seqs)
+        return max(1, max_num_seqs * 3 // 4) if len(self.api_keys) > 1 else max_num_seqs
+
+    def room_per_key(self, max_num_seqs: int, max_model_len: int) -> Room:
+        """What of one API key may run or wait."""
+        is_shared = len(self.api_keys) > 1
+        queue = self.max_queue // 2 if is_shared else self.max_queue
+        tokens: float = 4 * max_num_seqs * max_model_len if is_shared else math.inf
+        return Room(
+            num_sequences=self.seqs_per_key(max_num_seqs)
+            + (queue if self.max_queue_per_key is None else min(self.max_queue_per_key, self.max_queue)),
+            num_tokens=tokens if self.max_tokens_per_key is None else self.max_tokens_per_key,
+        )
 
 
 def model_name(model: str | None) -> str:
