@@ -56,21 +56,22 @@ class GainEstimate:
         """Add a round, once its tokens are committed."""
         costs, context = self.costs, self.costs.context
         companions = len(sequences)
-        parts = list(zip(sequences, outcome.sequences, strict=True))
-        beyond = [context.num_beyond(s.num_cached - part.num_committed) for s, part in parts]
+        parts = outcome.sequences  # none where nothing was drafted: then each has brought one token
+        counts = [part.num_committed for part in parts] or [1] * companions
+        drafted = [part.num_draft_tokens for part in parts] or [0] * companions
+        beyond = [context.num_beyond(s.num_cached - count) for s, count in zip(sequences, counts, strict=True)]
         rows = outcome.num_rows
         attention = sum(
-            each * (context.read + context.row * (part.num_draft_tokens + 1))
-            for each, part in zip(beyond, outcome.sequences, strict=True)
+            each * (context.read + context.row * (num_drafted + 1))
+            for each, num_drafted in zip(beyond, drafted, strict=True)
         )
         layers = interpolated(costs.layers, rows) + attention
         plain_layers = interpolated(costs.layers, companions) + sum(beyond) * (context.read + context.row)
         head, plain_head = interpolated(costs.head, rows), interpolated(costs.head, companions)
-        self.num_tokens += outcome.num_committed
+        self.num_tokens += sum(counts)
         tallies = [self._of(sequence) for sequence in sequences]
-        counts = [part.num_committed for part in outcome.sequences]
         for tally, num_committed in zip(
-            [*tallies, self._all], [*counts, outcome.num_committed / companions], strict=True
+            [*tallies, self._all], [*counts, sum(counts) / companions], strict=True
         ):
             tally.measured += outcome.seconds
             tally.layers += outcome.pass_seconds

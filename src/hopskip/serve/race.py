@@ -24,6 +24,8 @@ class Race:
         self._drafted, self._plain = map(_Lane, sequences)
         self._moving, self._resting = self._drafted, self._plain
         self._num_before = 0
+        self._counts = False
+        """Whether the step is one of a turn."""
 
     @property
     def is_over(self) -> bool:
@@ -31,13 +33,19 @@ class Race:
 
     def take_turn(self) -> Sequence | None:
         """Called before a step: who does not take part in it; None if both do."""
-        if self.is_over or not (self._drafted.sequence.is_prefilled and self._plain.sequence.is_prefilled):
+        if self.is_over:
             return None
+        ready = [lane.sequence for lane in (self._drafted, self._plain) if lane.sequence.is_prefilled]
+        self._counts = len(ready) == 2
+        if not self._counts:  # who has read the prompt waits for the other
+            return ready[0] if ready else None
         self._num_before = len(self._moving.sequence.tokens)
         return self._resting.sequence
 
     def count(self, seconds: float) -> None:
         """Called after such a step: it has taken so long."""
+        if not self._counts:
+            return
         self._moving.seconds += seconds
         self._moving.num_tokens += len(self._moving.sequence.tokens) - self._num_before
         if self._moving.seconds - self._resting.seconds > _LEAD_SECONDS:
