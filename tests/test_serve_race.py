@@ -59,23 +59,26 @@ def test_turns_and_figures() -> None:
         order += "d" if moving is drafted else "p"
         moving.tokens += ["token"] * (3 if moving is drafted else 1)
         race.count(0.04 if moving is drafted else 0.02)
-    # one rests when it is more than 0.05 s ahead
-    assert order == "ddpppppp"
-    assert race.figures(drafted) == {"num_tokens": 6, "seconds": 0.08, "speedup": pytest.approx(75 / 50)}
-    assert race.figures(plain) == {"num_tokens": 6, "seconds": pytest.approx(0.12), "speedup": pytest.approx(75 / 50)}
-    assert race.take_turn() is drafted
-    race.count(0.02)
-    assert race.take_turn() is plain, "now the plain one is ahead"
+    # after one step the other begins; from then on one rests when it is more than 0.05 s ahead
+    assert order == "dpppppdd"
+    assert race.figures(drafted) == {"num_tokens": 9, "seconds": pytest.approx(0.12), "speedup": pytest.approx(75 / 50)}
+    assert race.figures(plain) == {"num_tokens": 5, "seconds": pytest.approx(0.1), "speedup": pytest.approx(75 / 50)}
+    assert race.take_turn() is plain
+    race.count(0.04)
+    assert race.take_turn() is drafted, "now the drafted one is ahead"
 
 
-def test_both_move_until_both_have_their_first_token_and_once_one_has_ended() -> None:
+def test_turns_begin_when_both_have_their_first_token_and_end_when_one_has_ended() -> None:
     drafted: Any = sequence()
     plain: Any = sequence()
     race = Race([drafted, plain])
-    for late in (drafted, plain):
+    for late, other in ((drafted, plain), (plain, drafted)):
         late.is_prefilled = False
-        assert race.take_turn() is None
+        assert race.take_turn() is other, "who has read the prompt waits"
+        race.count(9.0)
         late.is_prefilled = True
+    for each in (drafted, plain):
+        assert race.figures(each)["seconds"] == 0
     drafted.tokens += ["beside the other's prompt"] * 5
     assert race.take_turn() is plain
     drafted.tokens += ["counted"]

@@ -48,7 +48,8 @@ class Race:
             return
         self._moving.seconds += seconds
         self._moving.num_tokens += len(self._moving.sequence.tokens) - self._num_before
-        if self._moving.seconds - self._resting.seconds > _LEAD_SECONDS:
+        # a short answer may be over before the first whole turn is
+        if self._moving.seconds - self._resting.seconds > _LEAD_SECONDS or not self._resting.num_tokens:
             self._moving, self._resting = self._resting, self._moving
 
     def figures(self, sequence: Sequence) -> dict[str, float | None]:
