@@ -1,7 +1,7 @@
 """Clients' grammars: tried in processes that can be killed, then compiled here.
 
-A few processes (`hopskip.text.grammar_worker`) take turns. One that crashes, or takes too long, is replaced at once, and
-the request whose grammar it was is refused; nobody else notices, and no lock or shared thread is held meanwhile.
+A few processes (`hopskip.text.grammar_worker`) take turns. One that crashes, or takes too long, is replaced at once,
+and the request whose grammar it was is refused; nobody else notices, and no lock or shared thread is held meanwhile.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import threading
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from hopskip.errors import ConfigError
 from hopskip.serve.engine_thread import BusyError
 from hopskip.serve.settings import Limits
-from hopskip.text.grammar import GrammarCompiler, GrammarConstraint, Kind, Source
+from hopskip.text.grammar import GrammarCompiler, GrammarConstraint, Source
+from hopskip.text.grammar_build import Kind
 from hopskip.text.grammar_worker import write_frame
 
 T = TypeVar("T")
@@ -45,6 +47,7 @@ class Grammars:
     def __init__(self, compiler: GrammarCompiler, limits: Limits) -> None:
         self._compiler = compiler
         self._limits = limits
+        self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
         self._turns: asyncio.Semaphore | None = None
         self._num_waiting = 0
@@ -74,9 +77,8 @@ class Grammars:
 
     async def close(self) -> None:
         """End all processes."""
-        idle, self._idle, self._turns = self._idle, [], None
-        for worker in idle:
-            await worker.kill()
+        self._idle, self._turns = [], None
+        await asyncio.gather(*(worker.kill() for worker in self._workers))
 
     async def _ask_in_turn(self, kind: Kind, text: str) -> dict[str, Any]:
         if self._num_waiting >= self._limits.num_grammars:
@@ -116,12 +118,16 @@ class Grammars:
                 self._idle.append(worker)
             else:
                 await worker.kill()
+                self._workers.discard(worker)
                 if self._turns is not None:
                     self._idle.append(self._new_worker())
 
     def _new_worker(self) -> _Worker:
         source = self._compiler.vocabulary_source()
-        return _Worker({**source, "memory_bytes": self._limits.grammar_bytes, "seconds": self._limits.grammar_seconds})
+        limits = {"memory_bytes": self._limits.grammar_bytes, "seconds": self._limits.grammar_seconds}
+        worker = _Worker({**source, **limits})
+        self._workers.add(worker)
+        return worker
 
     @property
     def _too_slow(self) -> str:
@@ -133,6 +139,8 @@ class _Worker:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._process: Process | None = None
+        self._is_killed = False
+        self._killing: asyncio.Future[int | None] | None = None
         self._starting = asyncio.ensure_future(self._start(settings))
         self._starting.add_done_callback(lambda task: None if task.cancelled() else task.exception())
 
@@ -149,26 +157,33 @@ class _Worker:
         Raises:
             IncompleteReadError, ConnectionError: the process has ended.
         """
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(write_frame(message))
-        await self._process.stdin.drain()
-        [length] = struct.unpack("<I", await self._process.stdout.readexactly(4))
-        answer: dict[str, Any] = json.loads(await self._process.stdout.readexactly(length))
+        assert self._process is not None
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        requests.write(write_frame(message))
+        await requests.drain()
+        [length] = struct.unpack("<I", await answers.readexactly(4))
+        answer: dict[str, Any] = json.loads(await answers.readexactly(length))
         return answer
 
     async def kill(self) -> int | None:
         """End the process, whatever it does; how it ended."""
-        self._starting.cancel()
-        await asyncio.wait([self._starting])
-        process = self._process
-        if process is None:
+        self._is_killed = True
+        if self._killing is None:
+            self._killing = asyncio.ensure_future(self._kill())
+        return await asyncio.shield(self._killing)
+
+    async def _kill(self) -> int | None:
+        if self._process is None:
+            await asyncio.wait([self._starting])
+        if self._process is None:
             return None
-        if process.returncode is None and not process.stdout.at_eof():  # type: ignore[union-attr]
-            try:
-                process.kill()
-            except ProcessLookupError:
-                pass
-        return await process.wait()
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await asyncio.wait([self._starting])
+        await self._process.communicate()
+        return self._process.returncode
 
     async def _start(self, settings: dict[str, Any]) -> None:
         # it needs this one's modules, and none of its secrets
@@ -178,6 +193,8 @@ class _Worker:
             sys.executable, "-m", "hopskip.text.grammar_worker",
             stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment,
         )  # fmt: skip
+        if self._is_killed:
+            return
         answer = await asyncio.wait_for(self.ask(settings), _START_SECONDS)
         if "error" in answer:
             raise ConfigError(answer["error"])
@@ -202,10 +219,8 @@ def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
             outcome = (work(), None)
         except BaseException as error:
             outcome = (None, error)
-        try:
+        with suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(settle, *outcome)
-        except RuntimeError:  # the loop has ended meanwhile
-            pass
 
     threading.Thread(target=run, name="hopskip-grammar", daemon=True).start()
     return future

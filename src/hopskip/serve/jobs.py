@@ -17,7 +17,8 @@ from hopskip.serve.batch import Job
 from hopskip.serve.grammars import Grammars
 from hopskip.serve.settings import Limits
 from hopskip.serve.tools import Notation
-from hopskip.text.grammar import GrammarCompiler, GrammarConstraint, Kind
+from hopskip.text.grammar import GrammarCompiler, GrammarConstraint
+from hopskip.text.grammar_build import Kind
 from hopskip.text.json_schema import STRICT
 
 

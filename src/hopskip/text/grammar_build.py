@@ -18,7 +18,7 @@ Kind = Literal["json_schema", "regex", "lark", "grammar", "choice"]
 _SHORT_WHITESPACE = r"(\x20|\n[\x20]{0,12})?"
 """Between JSON tokens: a space, or a line end and an indent. Without a limit, a model that likes spaces never comes to
 the point."""
-_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": _SHORT_WHITESPACE}
+_JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": _SHORT_WHITESPACE}
 _MAX_LEXER_STATES = 50_000
 """Up to 2 kB each, of each sequence."""
 _RELAXATIONS = (
