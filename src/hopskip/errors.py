@@ -13,6 +13,10 @@ class HopskipError(Exception):
     """Base class: `except HopskipError` catches whatever a user can put right."""
 
 
+class BusyError(HopskipError):
+    """A queue is full; the request may be sent again later."""
+
+
 class ConfigError(HopskipError, ValueError):
     """An option has a value that cannot work, or that would have no effect."""
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from hopskip.engine.engine import Engine
+from hopskip.errors import BusyError as BusyError
 from hopskip.errors import ConfigError, HopskipError
 from hopskip.serve.batch import Batch, Generation, Job, Piece
 from hopskip.text.tokenizer import IncrementalDecoder, TextStream
@@ -27,10 +28,6 @@ _MAX_FAILURES = 3
 """The engine is dead when so many steps in a row have failed for every request that took part."""
 _STALL_SECONDS = 120.0
 """A step that takes longer than this hangs."""
-
-
-class BusyError(HopskipError):
-    """The queue is full."""
 
 
 class UnavailableError(HopskipError):

@@ -19,8 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from hopskip.errors import ConfigError
-from hopskip.serve.engine_thread import BusyError
+from hopskip.errors import BusyError, ConfigError
 from hopskip.serve.settings import Limits
 from hopskip.text.grammar import GrammarCompiler, GrammarConstraint, Source
 from hopskip.text.grammar_build import Kind
