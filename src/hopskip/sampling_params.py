@@ -194,7 +194,7 @@ class SamplingParams:
         >>> [SamplingParams(n=2, temperature=1, seed=7).of_one_text(index).seed for index in (0, 1)]
         [7, 8]
         """
-        without: dict[str, Any] = {"n": 1, **dict.fromkeys(STRUCTURES)}
+        without: dict[str, Any] = {"n": 1, **dict.fromkeys(STRUCTURES), "strict_schema": False}
         seed = self.seed if self.seed is None else self.seed + index
         return replace(self, **without, seed=seed if seed is None or seed < 2**64 else seed - 2**64)
 
