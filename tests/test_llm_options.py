@@ -456,3 +456,16 @@ def test_a_hopskip_error_is_what_everything_wrong_raises(llm: LLM) -> None:
     for method, given in ((model.generate, None), (model.chat, "x"), (model.encode, 5)):
         with pytest.raises(HopskipError):
             method(given)
+
+
+def test_a_schema_that_cannot_be_enforced_whole(llm: LLM) -> None:
+    schema = {"type": "array", "maxItems": 2, "items": {"enum": ["a"]}, "uniqueItems": True}
+    with pytest.warns(UserWarning, match="this is not enforced: uniqueItems at #"):
+        [result] = llm.generate("abc", max_tokens=80, json_schema=schema)
+    assert set(json.loads(result.text)) <= {"a"}
+    with pytest.raises(ConfigError, match="strict, but this cannot be enforced: uniqueItems at #"):
+        llm.generate("abc", json_schema=schema, strict_schema=True)
+    with pytest.raises(ConfigError, match="strict_schema has no effect without json_schema"):
+        SamplingParams(strict_schema=True)
+    with pytest.raises(ConfigError, match="strict_schema is 1"):
+        SamplingParams(strict_schema=1, json_schema=schema)  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from hopskip.checkpoint.checkpoint import open_checkpoint
 from hopskip.draft.make import prepare
 from hopskip.engine import Engine
 from hopskip.sequence import Constraint, Request
-from hopskip.text.grammar import GrammarCompiler, Kind
+from hopskip.text.grammar import GrammarCompiler
+from hopskip.text.grammar_build import Kind
 from hopskip.train.exit.distill import ExitTrainer
 from tests.properties import examples
 from tests.serving import live_server, tiny_llm

@@ -13,6 +13,14 @@ class HopskipError(Exception):
     """Base class: `except HopskipError` catches whatever a user can put right."""
 
 
+class BusyError(HopskipError):
+    """There is no room; there may be in so many seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(f"{message}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
 class ConfigError(HopskipError, ValueError):
     """An option has a value that cannot work, or that would have no effect."""
 

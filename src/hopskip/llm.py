@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from hopskip.loading import LoadConfig, LoadOptions, OpenModel, Progress, open_m
 from hopskip.sampling_params import SamplingOptions, SamplingParams, params_for
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
-from hopskip.text.grammar import GrammarCompiler
+from hopskip.text.grammar import GrammarCompiler, GrammarConstraint
 from hopskip.text.inputs import Message, Prompt, chat_list, checked_prompt, prompt_list, template_variables
 from hopskip.text.results import GenerationResult, StreamPiece, joined, news_of, result_of
 from hopskip.text.tokenizer import Detokenizer, TextStream, Tokenizer
@@ -311,12 +312,21 @@ class LLM:
                     Request(
                         prompt_ids,
                         params if is_plain else params.of_one_text(index),
-                        constraint=self._grammars.compile(*params.structure) if params.structure else None,
+                        constraint=self._constraint(params),
                     )
                     for index in range(params.n)
                 ]
             )
         return found
+
+    def _constraint(self, params: SamplingParams) -> GrammarConstraint | None:
+        if params.structure is None:
+            return None
+        constraint = self._grammars.compile(*params.structure, strict=params.strict_schema)
+        if constraint.dropped:
+            dropped = "; ".join(constraint.dropped)
+            warnings.warn(f"of the JSON schema this is not enforced: {dropped}", UserWarning, stacklevel=4)
+        return constraint
 
     def _generate(self, asked: list[list[Request]], use_tqdm: bool) -> list[GenerationResult]:
         calls = self._add([request for requests in asked for request in requests])

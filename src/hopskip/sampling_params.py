@@ -74,6 +74,7 @@ class SamplingOptions(TypedDict, total=False):
     regex: str | None
     grammar: str | None
     choice: Seq[str] | None
+    strict_schema: bool
 
 
 @documented
@@ -133,6 +134,7 @@ class SamplingParams:
         None, "The text has this grammar, in Lark's notation or GBNF; or a file of it.", "TEXT|FILE", parse=text_or_file
     )
     choice: tuple[str, ...] | None = None
+    strict_schema: bool = option(False, "Refuse a JSON schema of which a part cannot be enforced, rather than warn.")
 
     def __init__(self, **given: Unpack[SamplingOptions]) -> None:
         values = dict(given)
@@ -157,6 +159,8 @@ class SamplingParams:
         structures = [name for name in STRUCTURES if getattr(self, name) is not None]
         if len(structures) > 1:
             raise ConfigError(f"{structures[0]} and {structures[1]} each say what the text looks like; leave one out")
+        if self.strict_schema and self.json_schema is None:
+            raise ConfigError("strict_schema has no effect without json_schema; leave it out")
         if structures and self.ignore_eos:
             raise ConfigError(f"ignore_eos contradicts {structures[0]}, which says where the text ends; leave it out")
         if self.is_greedy and self.n > 1:
@@ -184,7 +188,7 @@ class SamplingParams:
         >>> [SamplingParams(n=2, temperature=1, seed=7).of_one_text(index).seed for index in (0, 1)]
         [7, 8]
         """
-        without: dict[str, Any] = {"n": 1, **dict.fromkeys(STRUCTURES)}
+        without: dict[str, Any] = {"n": 1, **dict.fromkeys(STRUCTURES), "strict_schema": False}
         seed = self.seed if self.seed is None else self.seed + index
         return replace(self, **without, seed=seed if seed is None or seed < 2**64 else seed - 2**64)
 
@@ -378,6 +382,7 @@ _OTHERS: dict[str, Any] = {
     "stop": _texts,
     "stop_token_ids": _token_ids,
     "ignore_eos": _switch,
+    "strict_schema": _switch,
     "json_schema": _schema,
     "regex": _text,
     "grammar": _text,

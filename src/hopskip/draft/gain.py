@@ -70,9 +70,7 @@ class GainEstimate:
         head, plain_head = interpolated(costs.head, rows), interpolated(costs.head, companions)
         self.num_tokens += sum(counts)
         tallies = [self._of(sequence) for sequence in sequences]
-        for tally, num_committed in zip(
-            [*tallies, self._all], [*counts, sum(counts) / companions], strict=True
-        ):
+        for tally, num_committed in zip([*tallies, self._all], [*counts, sum(counts) / companions], strict=True):
             tally.measured += outcome.seconds
             tally.layers += outcome.pass_seconds
             tally.layers_by_table += layers

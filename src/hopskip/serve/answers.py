@@ -56,7 +56,7 @@ class Answer:
             pieces[index] += new or []
         kind = "chat.completion" if self.is_chat else "text_completion"
         choices = [choice.whole(all_of_it) for choice, all_of_it in zip(self._choices, pieces, strict=True)]
-        return {**self._head(kind), "choices": choices, "usage": self._usage()}
+        return {**self._head(kind), "choices": choices, "usage": self._usage(), **self._dropped()}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream: one per choice and step, in the order in which the engine makes them."""
@@ -73,9 +73,13 @@ class Answer:
             choice = self._choices[index]
             part = choice.last_part() if pieces is None else choice.part(pieces)
             if part is not None:
-                yield {**head, "choices": [part]}
+                yield {**head, "choices": [part], **(self._dropped() if pieces is None else {})}
         if with_usage:
             yield {**head, "choices": [], "usage": self._usage()}
+
+    def _dropped(self) -> dict[str, Any]:
+        """Tells which parts of a JSON schema were not enforced."""
+        return {"hopskip": {"dropped": list(self._plan.dropped)}} if self._plan.dropped else {}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model_name}

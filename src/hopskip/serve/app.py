@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
@@ -64,14 +65,15 @@ class Server:
 
     async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:
         """Generate, as a whole or as a stream; the client's leaving ends it."""
+        headers = dropped_header(plan.dropped)
         jobs = [job.of_client(http.state.client, request.cache_salt) for job in plan.jobs]
         batch = await self.engine.submit(jobs, is_race=plan.is_race)
         answer = Answer(request, plan, batch, self.llm, self.settings.model_name, http.state.request_id)
         if request.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(self._stream(http, answer, batch), media_type="text/event-stream", headers=headers)
         try:
-            return JSONResponse(await unless_disconnected(http, answer.whole()))
+            return JSONResponse(await unless_disconnected(http, answer.whole()), headers=headers)
         finally:
             batch.cancel()
 
@@ -126,6 +128,7 @@ def create_app(llm: LLM, settings: ServeSettings) -> FastAPI:
         server.engine.start()
         yield
         await server.engine.stop()
+        await server.planner.close()
 
     app = FastAPI(
         title="hopskip",
@@ -245,6 +248,12 @@ def _add_error_handlers(app: FastAPI) -> None:
         if isinstance(error, GenerationError):
             return JSONResponse(error_body(str(error), kind="server_error"), 500)
         return JSONResponse(error_body(str(error)), 400)
+
+
+def dropped_header(dropped: Seq[str]) -> dict[str, str]:
+    """Tells of the parts of a JSON schema that are not enforced; the answer's `hopskip.dropped` has them whole."""
+    text = "; ".join(dropped).encode("ascii", "backslashreplace").decode()
+    return {"x-hopskip-dropped": "".join(c if c.isprintable() else " " for c in text)[:1000]} if dropped else {}
 
 
 async def unless_disconnected(http: Request, work: Awaitable[T]) -> T:

@@ -18,9 +18,9 @@ from typing import Protocol
 
 from hopskip.engine.engine import Engine
 from hopskip.engine.slots import PrefixStats
+from hopskip.errors import BusyError as BusyError
 from hopskip.errors import ConfigError, HopskipError
 from hopskip.serve.batch import Batch, Generation, Job, Piece
-from hopskip.serve.queue import BusyError as BusyError
 from hopskip.serve.queue import Queue, Room
 from hopskip.serve.race import Race
 from hopskip.text.tokenizer import IncrementalDecoder, TextStream

@@ -11,12 +11,15 @@ from typing import Any, cast
 from hopskip.errors import ConfigError, PromptError
 from hopskip.llm import LLM
 from hopskip.sampling_params import SamplingParams, with_defaults
-from hopskip.sequence import Constraint, Request
+from hopskip.sequence import Request
 from hopskip.serve import schema
 from hopskip.serve.batch import Job
+from hopskip.serve.grammars import Grammars
 from hopskip.serve.settings import Limits
 from hopskip.serve.tools import Notation
-from hopskip.text.grammar import GrammarCompiler, Kind
+from hopskip.text.grammar import GrammarCompiler, GrammarConstraint
+from hopskip.text.grammar_build import Kind
+from hopskip.text.json_schema import STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,12 @@ class Plan:
     notation: Notation | None = None
     """How tool calls are written; None if the answer cannot have any."""
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Parts of the request's JSON schemas that are not enforced."""
+        constraints = (job.request.constraint for job in self.jobs)
+        return next((c.dropped for c in constraints if isinstance(c, GrammarConstraint)), ())
+
 
 _CHOSEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of a request that a model's makers may have an opinion of."""
@@ -48,12 +57,17 @@ class Planner:
         self._llm = llm
         self._limits = limits
         self._tokenizer = llm.tokenizer
-        self._grammars = GrammarCompiler(
+        compiler = GrammarCompiler(
             llm.tokenizer,
             llm.backend.config.vocab_size,
             max_chars=limits.grammar_chars,
             max_depth=limits.grammar_depth,
         )
+        self._grammars = Grammars(compiler, limits)
+
+    async def close(self) -> None:
+        """End the processes that compile grammars."""
+        await self._grammars.close()
 
     async def completion(self, request: schema.CompletionRequest) -> Plan:
         if request.suffix is not None:
@@ -145,6 +159,7 @@ class Planner:
         _at_most("prompts x n", len(prompts) * num_choices, self._limits.num_sequences)
         params = self._params(request, max_tokens, num_logprobs)
         max_draft_tokens, exit_layer = _drafting(request.speculative)
+        constraint = await self._grammars.compile(*grammar) if grammar else None
         jobs = []
         for prompt_ids in prompts:
             for choice in range(num_choices):
@@ -154,7 +169,7 @@ class Planner:
                         request=Request(
                             prompt_ids,
                             _with_seed(params, seed),
-                            constraint=await self._constraint(grammar) if grammar else None,
+                            constraint=constraint.copy() if constraint else None,
                             max_draft_tokens=0 if choice and _is_race(request) else max_draft_tokens,
                             exit_layer=exit_layer,
                         ),
@@ -206,15 +221,6 @@ class Planner:
             recommended,
         )
 
-    async def _constraint(self, grammar: tuple[Kind, str | Mapping[str, Any]]) -> Constraint:
-        compiling = asyncio.to_thread(self._grammars.compile, *grammar)
-        try:
-            return await asyncio.wait_for(compiling, self._limits.grammar_seconds)
-        except asyncio.TimeoutError:
-            raise ConfigError(
-                f"the grammar takes longer than {self._limits.grammar_seconds:g} s to compile; make it simpler"
-            ) from None
-
 
 def _at_most(what: str, value: int | None, limit: int) -> None:
     if value is not None and value > limit:
@@ -234,9 +240,10 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str 
 def _format(response_format: Any) -> tuple[Kind, str | Mapping[str, Any]] | None:
     """The grammar that a response format stands for."""
     if isinstance(response_format, schema.JSONObjectFormat):
-        return "json_schema", {"type": "object"}
+        return "json_schema", response_format.schema_ or {"type": "object"}
     if isinstance(response_format, schema.JSONSchemaFormat):
-        return "json_schema", response_format.json_schema.schema_
+        given = response_format.json_schema
+        return "json_schema", {**given.schema_, STRICT: True} if given.strict else given.schema_
     if isinstance(response_format, schema.RegexFormat):
         return "regex", response_format.pattern
     if isinstance(response_format, schema.GrammarFormat):

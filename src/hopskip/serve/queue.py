@@ -9,19 +9,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from hopskip.errors import ConfigError, HopskipError
+from hopskip.errors import ConfigError
 from hopskip.serve.batch import Job
 
 _LONGEST_WAIT = 600
 """Seconds that a client is told to wait, at most."""
-
-
-class BusyError(HopskipError):
-    """There is no room; there may be in so many seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(f"{message}; try again in {retry_after} s")
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, kw_only=True)

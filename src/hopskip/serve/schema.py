@@ -36,10 +36,11 @@ class Speculative(_Model):
 
 
 class JSONSchema(_Model):
-    name: Text
+    name: str | None = None
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     description: str | None = None
     strict: bool | None = None
+    """Refuse a schema of which a part cannot be enforced; otherwise such parts are dropped, and the answer says so."""
 
 
 class TextFormat(_Model):
@@ -48,6 +49,7 @@ class TextFormat(_Model):
 
 class JSONObjectFormat(_Model):
     type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
 class JSONSchemaFormat(_Model):

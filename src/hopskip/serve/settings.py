@@ -38,8 +38,14 @@ class Limits:
     grammar_chars: int = 64 * 2**10
     grammar_depth: int = 64
     """Nesting of a JSON schema."""
-    grammar_seconds: float = 5.0
-    """Time to compile a grammar."""
+    grammar_seconds: float = 3.0
+    """Processor time to compile a grammar."""
+    grammar_bytes: int = 512 * 2**20
+    """Memory to compile a grammar (Linux)."""
+    num_grammars: int = 256
+    """Grammars that may wait to be compiled."""
+    num_grammar_workers: int = 2
+    """Processes that compile them."""
 
 
 @dataclass(frozen=True, kw_only=True)

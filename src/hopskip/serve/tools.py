@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopskip.serve.schema import Tool
+from hopskip.text.json_schema import STRICT
 from hopskip.text.tokenizer import overlap
 
 
@@ -34,7 +35,7 @@ class Notation:
                 "type": "object",
                 "properties": {
                     "name": {"const": tool.function.name},
-                    self.arguments_key: tool.function.parameters or {"type": "object"},
+                    self.arguments_key: _parameters(tool),
                 },
                 "required": ["name", self.arguments_key],
                 "additionalProperties": False,
@@ -89,6 +90,13 @@ class Notation:
             "type": "function",
             "function": {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)},
         }
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    """The schema of a tool's arguments, to stand inside another: with an address, so that its references stay its
+    own."""
+    parameters = tool.function.parameters or {"type": "object"}
+    return {"$id": f"tool:{tool.function.name}", **parameters, **({STRICT: True} if tool.function.strict else {})}
 
 
 class CallSplitter:

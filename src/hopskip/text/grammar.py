@@ -10,28 +10,26 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from hopskip.errors import ConfigError
 from hopskip.sequence import Mask
+from hopskip.text.grammar_build import Kind, build, match, read_vocabulary, require_llguidance
 from hopskip.text.tokenizer import Tokenizer
 
-Kind = Literal["json_schema", "regex", "lark", "grammar", "choice"]
-"""`lark` is in Lark's notation, `grammar` in that or in llama.cpp's GBNF; `choice` is one of several texts."""
 Source = str | Mapping[str, Any] | Seq[str]
 """A grammar as it is given: a schema may be a mapping, a choice is its texts."""
 
 _NUM_KEPT = 64
 """Compiled grammars that are kept, for requests that come with the same one."""
-_SHORT_WHITESPACE = r"(\x20|\n[\x20]{0,12})?"
-"""Between JSON tokens: a space, or a line end and an indent. Without a limit, a model that likes spaces never comes to
-the point."""
 
 
 class GrammarCompiler:
     """Turns grammars into constraints for one tokenizer. Safe for use from several threads.
+
+    A grammar that a stranger wrote may crash the process or never end: `serve.grammars` tries those elsewhere first.
 
     Args:
         max_chars: the longest grammar that is taken; None takes any.
@@ -46,81 +44,98 @@ class GrammarCompiler:
         self._max_chars = max_chars
         self._max_depth = max_depth
         self._lock = threading.Lock()
+        """Of the vocabulary and of what is kept; nothing is compiled under it."""
         self._backend: Any = None
-        self._compiled: OrderedDict[tuple[Kind, str], Any] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, bool], tuple[Any, list[str]]] = OrderedDict()
 
-    def compile(self, kind: Kind, source: Source) -> GrammarConstraint:
+    def compile(self, kind: Kind, source: Source, *, strict: bool = False) -> GrammarConstraint:
         """A fresh constraint. The first call of all takes up to a second more, to read the vocabulary.
+
+        Args:
+            strict: refuse a JSON schema of which a part cannot be enforced; otherwise such parts are dropped, and
+                `GrammarConstraint.dropped` tells which.
 
         Raises:
             ConfigError: the grammar is not valid, too large, or too complex; this tokenizer cannot be constrained; or
                 llguidance is not installed.
         """
-        text = self._as_text(source)
+        text = self.text_of(source)
+        kept = self._kept((kind, text, strict))
+        if kept is None:
+            built = build(self._vocabulary(), kind, text, strict=strict)
+            kept = self._keep((kind, text, strict), (built.matcher, built.dropped))
+        return self._fresh(kept)
+
+    def adopt(self, grammar: str, dropped: list[str], *, keep: bool) -> GrammarConstraint:
+        """A fresh constraint of a grammar that has been tried elsewhere: the same vocabulary and text give the same.
+
+        Args:
+            grammar: `Built.text`.
+            keep: it is small enough to be kept for the next request with the same one.
+        """
+        kept = self._kept(("", grammar, False))
+        if kept is None:
+            matcher, error = match(self._vocabulary(), grammar)
+            if error:
+                raise ConfigError(f"the grammar cannot be used: {' '.join(error.split())[:300]}")
+            kept = (matcher, dropped)
+            if keep:
+                self._keep(("", grammar, False), kept)
+        return self._fresh((kept[0], dropped))
+
+    def text_of(self, source: Source) -> str:
+        """A grammar as text.
+
+        Raises:
+            ConfigError: it is too long, or nested too deeply.
+        """
+        if isinstance(source, str):
+            text = source
+        elif isinstance(source, Mapping):
+            text = _dump_schema(source, self._max_depth)
+        else:
+            text = "start: " + " | ".join(json.dumps(choice) for choice in source)
         if self._max_chars is not None and len(text) > self._max_chars:
             raise ConfigError(f"the grammar has {len(text)} characters; at most {self._max_chars} are allowed")
-        with self._lock:
-            matcher = self._compiled.get((kind, text))
-            if matcher is None:
-                matcher = self._compile(kind, text)
-            self._compiled[kind, text] = matcher
-            self._compiled.move_to_end((kind, text))
-            while len(self._compiled) > _NUM_KEPT:
-                self._compiled.popitem(last=False)
-            return GrammarConstraint(matcher.deep_copy(), self._vocab_size)
+        return text
 
-    def _as_text(self, source: Source) -> str:
-        if isinstance(source, str):
-            return source
-        if isinstance(source, Mapping):
-            return _dump_schema(source, self._max_depth)
-        return "start: " + " | ".join(json.dumps(choice) for choice in source)
+    def vocabulary_source(self) -> dict[str, Any]:
+        """What `read_vocabulary` takes, by name.
 
-    def _compile(self, kind: Kind, text: str) -> Any:
-        try:
-            from llguidance import LLMatcher, LLParserLimits
-            from llguidance.gbnf_to_lark import any_to_lark
-        except ImportError:
-            raise ConfigError(
-                "structured output needs llguidance, which is not installed: pip install 'hopskip[structured]'"
-            ) from None
-        if self._backend is None:
-            self._backend = self._read_vocabulary()
-        # the work is bounded by the library's own fuel, so that a hostile grammar cannot keep this thread
-        limits = LLParserLimits(verbose_errors=False)
-        try:
-            if kind == "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(
-                    text, overrides={"whitespace_flexible": True, "whitespace_pattern": _SHORT_WHITESPACE}
-                )
-            elif kind == "regex":
-                grammar = LLMatcher.grammar_from_regex(text)
-            else:
-                grammar = LLMatcher.grammar_from_lark(any_to_lark(text) if kind == "grammar" else text)
-            matcher = LLMatcher(self._backend, grammar, log_level=0, limits=limits)
-            trial = matcher.deep_copy()
-            if not trial.is_error():
-                trial.compute_bitmask()  # a grammar that no text satisfies fails only here
-            error = trial.get_error() if trial.is_error() else ""
-        except BaseException as panic:
-            error = _reason(panic)
-        if error:
-            raise ConfigError(f"the grammar cannot be used: {' '.join(error.split())[:300]}")
-        return matcher
-
-    def _read_vocabulary(self) -> Any:
-        from llguidance import LLTokenizer
-
+        Raises:
+            ConfigError: nothing ends this model's texts.
+        """
         if not self._tokenizer.eos_token_ids:
             raise ConfigError("this model has no end-of-text token, so no grammar can end its text")
-        try:
-            return LLTokenizer(
-                self._tokenizer.inner.to_str(),
-                n_vocab=self._vocab_size,
-                eos_token=list(self._tokenizer.eos_token_ids),
-            )
-        except BaseException as panic:
-            raise ConfigError(f"grammars do not work with this model's tokenizer: {_reason(panic)[:300]}") from None
+        return {
+            "tokenizer_json": self._tokenizer.inner.to_str(),
+            "vocab_size": self._vocab_size,
+            "eos_token_ids": list(self._tokenizer.eos_token_ids),
+        }
+
+    def _vocabulary(self) -> Any:
+        require_llguidance()
+        with self._lock:
+            if self._backend is None:
+                self._backend = read_vocabulary(**self.vocabulary_source())
+            return self._backend
+
+    def _kept(self, key: tuple[str, str, bool]) -> tuple[Any, list[str]] | None:
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+            return self._compiled.get(key)
+
+    def _keep(self, key: tuple[str, str, bool], found: tuple[Any, list[str]]) -> tuple[Any, list[str]]:
+        with self._lock:
+            self._compiled[key] = found
+            while len(self._compiled) > _NUM_KEPT:
+                self._compiled.popitem(last=False)
+        return found
+
+    def _fresh(self, kept: tuple[Any, list[str]]) -> GrammarConstraint:
+        matcher, dropped = kept
+        return GrammarConstraint(matcher.deep_copy(), self._vocab_size, dropped)
 
 
 class GrammarConstraint:
@@ -129,9 +144,15 @@ class GrammarConstraint:
     Looking ahead along a draft moves the matcher forward and rolls it back, so that what is rejected leaves no trace.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, dropped: Seq[str] = ()) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self.dropped = tuple(dropped)
+        """Parts of the JSON schema that are not enforced, such as `uniqueItems at #/properties/tags`."""
+
+    def copy(self) -> GrammarConstraint:
+        """Another one, for another sequence, which stands where this one does."""
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self.dropped)
 
     @property
     def is_complete(self) -> bool:
@@ -177,25 +198,15 @@ def _dump_schema(schema: Mapping[str, Any], max_depth: int) -> str:
     """The schema as JSON text.
 
     Raises:
-        ConfigError: it is nested too deeply, or refers to a schema elsewhere.
+        ConfigError: it is nested too deeply.
     """
     stack: list[tuple[Any, int]] = [(schema, 1)]
     while stack:
         value, depth = stack.pop()
         if depth > max_depth:
             raise ConfigError(f"the JSON schema is nested deeper than {max_depth} levels; flatten it")
-        if isinstance(value, dict):
-            reference = value.get("$ref")
-            if isinstance(reference, str) and not reference.startswith("#"):
-                raise ConfigError("the JSON schema refers to another document ($ref); only '#/...' is followed")
+        if isinstance(value, Mapping):
             stack += [(child, depth + 1) for child in value.values()]
         elif isinstance(value, list):
             stack += [(child, depth + 1) for child in value]
     return json.dumps(schema)
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong in the library. It is written in Rust, and a panic there is no ordinary exception here."""
-    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return str(error) or type(error).__name__
-    raise error
