@@ -12,9 +12,10 @@ import pytest
 from benchmarks.seeds import differing, history, requests_of
 
 from hopskip import LLM, ConfigError, SamplingParams
+from hopskip.errors import BusyError
 from hopskip.sequence import Request
 from hopskip.serve.batch import Job
-from hopskip.serve.queue import BusyError, Queue, Room
+from hopskip.serve.queue import Queue, Room
 from hopskip.serve.settings import ServeSettings
 from tests.serving import Brake, live_server, tiny_llm
 

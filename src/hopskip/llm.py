@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +20,7 @@ from hopskip.loading import LoadConfig, LoadOptions, OpenModel, Progress, open_m
 from hopskip.sampling_params import SamplingOptions, SamplingParams, params_for
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
+from hopskip.text.bar import bar_of_texts
 from hopskip.text.grammar import GrammarCompiler, GrammarConstraint
 from hopskip.text.inputs import Message, Prompt, chat_list, checked_prompt, prompt_list, template_variables
 from hopskip.text.results import GenerationResult, StreamPiece, joined, news_of, result_of
@@ -34,9 +32,6 @@ if TYPE_CHECKING:
     from hopskip.backends.base import Backend
 
 __all__ = ["LLM", "GenerationResult", "Message", "Prompt", "StreamPiece"]
-
-_SECONDS_UNTIL_BAR = 1.0
-"""What is done sooner needs no progress bar."""
 
 
 class LLM:
@@ -331,7 +326,7 @@ class LLM:
     def _generate(self, asked: list[list[Request]], use_tqdm: bool) -> list[GenerationResult]:
         calls = self._add([request for requests in asked for request in requests])
         try:
-            with _bar(len(calls), use_tqdm) as show:
+            with bar_of_texts(len(calls), use_tqdm) as show:
 
                 def look() -> bool | None:
                     num_done = sum(sequence.is_finished for sequence, _ in calls)
@@ -373,37 +368,6 @@ _NAMES_OF_OPTIONS = (
         "prefix_caching",
         "generation_config",
         "progress",
-        "on_preparing",
     ),
     *(item.name for item in fields(LoadConfig) if item.name != "model"),
 )
-
-
-@contextmanager
-def _bar(num_texts: int, is_wanted: bool) -> Iterator[Callable[[int], None]]:
-    """Show how many of several texts are done: in a terminal, and not before it has taken a second."""
-    if not is_wanted or num_texts < 2 or not sys.stderr.isatty():
-        yield lambda num_done: None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    bar = Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task("Generating", total=num_texts)
-    start = time.monotonic()
-
-    def show(num_done: int) -> None:
-        if time.monotonic() - start > _SECONDS_UNTIL_BAR:
-            bar.start()
-        bar.update(task, completed=num_done)
-
-    try:
-        yield show
-    finally:
-        bar.stop()

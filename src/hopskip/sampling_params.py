@@ -226,7 +226,9 @@ class SamplingParams:
 def with_defaults(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingParams:
     """What was asked for, and for the rest what the model's makers recommend (`generation.recommended_sampling`). Who
     asks for temperature 0 gets the model's best tokens: nothing of the makers' settings then."""
-    return SamplingParams(**(given if given.get("temperature") == 0 else {**recommended, **given}))
+    temperature = given.get("temperature")
+    is_greedy = isinstance(temperature, int | float) and temperature == 0
+    return SamplingParams(**(given if is_greedy else {**recommended, **given}))
 
 
 def params_for(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from hopskip.errors import ConfigError
+from hopskip.errors import BusyError, ConfigError
 from hopskip.serve.batch import Job
 
 _LONGEST_WAIT = 600
