@@ -20,7 +20,6 @@ import torch
 
 import hopskip
 from hopskip import LLM, ConfigError, HopskipError, PromptError, SamplingParams, SpeculativeConfig
-from hopskip import llm as llm_module
 from hopskip.sampling_params import SamplingOptions
 from tests.tiny import write_checkpoint, write_tokenizer
 
@@ -435,7 +434,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_bar_is_shown_in_a_terminal_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_module, "_SECONDS_UNTIL_BAR", -1.0)
+    monkeypatch.setattr("hopskip.text.bar._SECONDS_UNTIL_BAR", -1.0)
     monkeypatch.setenv("TERM", "xterm")
 
     def shown(stream: io.StringIO, prompts: list[str], **options: Any) -> str:
@@ -447,7 +446,7 @@ def test_a_bar_is_shown_in_a_terminal_only(llm: LLM, monkeypatch: pytest.MonkeyP
     assert shown(io.StringIO(), ["a", "b", "c"]) == ""
     assert shown(Terminal(), ["a", "b", "c"], use_tqdm=False) == ""
     assert shown(Terminal(), ["a"]) == ""
-    monkeypatch.setattr(llm_module, "_SECONDS_UNTIL_BAR", 1000.0)
+    monkeypatch.setattr("hopskip.text.bar._SECONDS_UNTIL_BAR", 1000.0)
     assert shown(Terminal(), ["a", "b"]) == ""
 
 
