@@ -171,14 +171,19 @@ def _check(path: Path, values: Mapping[str, Any], command: Any, above: tuple[str
         else:
             what, known = f"key {key!r}", {name.replace("-", "_") for name in options}
             what += f" in [{'.'.join(above)}]" if above else ""
-        raise ConfigError(f"{path}: unknown {what}; {_nearest(key, known)}")
+            known_by = {
+                param.name for each in ([command] if above else _all(command)) for param in _options(each).values()
+            }
+            raise ConfigError(f"{path}: unknown {what}; {_nearest(key, known, known_by)}")
+        raise ConfigError(f"{path}: unknown {what}; {_nearest(key, known, known)}")
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def _nearest(key: str, known: Iterable[str], listed: Iterable[str]) -> str:
+    """The name that was meant; where none is like it, those that there are, each thing by one name."""
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"there is {', '.join(sorted(known))}" if known else "it has no options that a file could set"
+    return f"there is {', '.join(sorted(listed))}" if listed else "it has no options that a file could set"
 
 
 def _all(command: Any) -> list[Any]:
