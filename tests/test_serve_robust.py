@@ -115,7 +115,7 @@ def test_the_page_may_run_its_own_scripts_and_nothing_else(shared: Live) -> None
     with shared.client() as client:
         page = client.get("/")
         linked = re.findall(r"<(?:script|link)[^>]* (?:src|href)=\"(page/[^\"]+)\"", page.text)
-        assert len(linked) == 2
+        assert len(linked) == 3
         answers = [page]
         while linked:  # and what these import
             name = linked.pop()

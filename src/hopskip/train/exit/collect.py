@@ -34,8 +34,8 @@ SHARD_PROMPTS = 256
 class _States(Drafter):
     """Keeps the outputs of some layers at every position that a sequence has in the cache, and drafts nothing.
 
-    A prompt may begin with what an earlier one in its slot has left in the cache. The states are still there too, as
-    they are kept by slot and position.
+    A prompt may begin with what an earlier one has left in the cache. The states are there too: they are kept by slot
+    and position, and copied when the cache is.
     """
 
     def __init__(self, taps: Seq[int], num_slots: int, length: int, hidden_size: int) -> None:
@@ -45,6 +45,9 @@ class _States(Drafter):
     def observe(self, rows: Rows, features_NAD: Array) -> None:
         slots, positions = torch.from_numpy(rows.slots).long(), torch.from_numpy(rows.positions).long()
         self.states_STAD[slots, positions] = torch.as_tensor(features_NAD).to("cpu", torch.bfloat16)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.states_STAD[target, :length] = self.states_STAD[source, :length]
 
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         return [Draft() for _ in sequences]
