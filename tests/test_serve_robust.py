@@ -122,7 +122,7 @@ def test_the_page_may_run_its_own_scripts_and_nothing_else(shared: Live) -> None
             answers.append(client.get(f"/{name}"))
             assert answers[-1].status_code == 200, name
             assert answers[-1].headers["content-type"].partition(";")[0] == types[Path(name).suffix]
-            imports = re.findall(r"^import .* from \"\./(.*)\";$", answers[-1].text, flags=re.MULTILINE)
+            imports = re.findall(r"^(?:import|\}) .*from \"\./([\w.-]+)\";$", answers[-1].text, flags=re.MULTILINE)
             linked += [f"page/{name}" for name in imports if f"/page/{name}" not in {a.url.path for a in answers}]
         for name in ("index.html", "no.js", "../app.py", "..%2Fapp.py", "%2Fetc%2Fpasswd"):
             assert client.get(f"/page/{name}").status_code == 404, name
