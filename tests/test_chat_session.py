@@ -115,6 +115,14 @@ class Chat:
         return [(item.message, item.answer) for item in self.conversation.exchanges]
 
 
+@pytest.fixture(autouse=True)
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore Ctrl-C, tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def chat(capsys: pytest.CaptureFixture[str]) -> Chat:
     return Chat(capsys)
