@@ -186,7 +186,7 @@ def report_on(
     return {
         "isa": traits.instruction_set,
         "threads": traits.threads,
-        "kv_dtype": str(backend.kv_dtype).removeprefix("torch."),
+        "kv_dtype": backend.kv_dtype,
         "weight_bytes": traits.bytes_per_pass,
         "kv_bytes_per_position": kv_bytes,
         "read_bandwidth_gb_s": bandwidth,
