@@ -28,6 +28,7 @@ from hopskip.text.grammar_worker import write_frame
 T = TypeVar("T")
 
 _START_SECONDS = 60.0
+_END_SECONDS = 5.0
 _PATIENCE = 5
 """Clocks run faster than processor time: the engine comes first, and other processes may be about."""
 _NUM_KEPT = 256
@@ -105,7 +106,7 @@ class Grammars:
         except asyncio.TimeoutError:
             raise ConfigError(self._too_slow) from None  # not kept: it may be the machine that is slow
         except (asyncio.IncompleteReadError, ConnectionError):
-            is_slow = await worker.kill() == -getattr(signal, "SIGPROF", 0)
+            is_slow = await worker.ended() == -getattr(signal, "SIGPROF", 0)
             return {
                 "error": self._too_slow
                 if is_slow
@@ -141,7 +142,7 @@ class _Worker:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._process: Process | None = None
         self._is_killed = False
-        self._killing: asyncio.Future[int | None] | None = None
+        self._killing: asyncio.Future[None] | None = None
         self._starting = asyncio.ensure_future(self._start(settings))
         self._starting.add_done_callback(lambda task: None if task.cancelled() else task.exception())
 
@@ -168,23 +169,30 @@ class _Worker:
         answer: dict[str, Any] = json.loads(await answers.readexactly(length))
         return answer
 
-    async def kill(self) -> int | None:
-        """End the process, whatever it does; how it ended."""
+    async def ended(self) -> int | None:
+        """How a process ended that has closed its pipe; None if it goes on."""
+        assert self._process is not None
+        # not by kill(), which takes the status of an ended process away from asyncio, and asyncio then makes one up
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._process.wait(), _END_SECONDS)
+        return self._process.returncode
+
+    async def kill(self) -> None:
+        """End the process, whatever it does."""
         self._is_killed = True
         if self._killing is None:
             self._killing = asyncio.ensure_future(self._kill())
-        return await asyncio.shield(self._killing)
+        await asyncio.shield(self._killing)
 
-    async def _kill(self) -> int | None:
+    async def _kill(self) -> None:
         if self._process is None:
             await asyncio.wait([self._starting])
         if self._process is None:
-            return None
+            return
         with suppress(ProcessLookupError):
             self._process.kill()
         await asyncio.wait([self._starting])
         await self._process.communicate()
-        return self._process.returncode
 
     async def _start(self, settings: dict[str, Any]) -> None:
         # it needs this one's modules, and none of its secrets
