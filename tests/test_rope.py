@@ -145,6 +145,18 @@ SHAPE = {
     [
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"rope_theta": True}, "rope_theta is True"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0"),
+        ({"frequency_divisors": [1e-320] * 8}, "cannot be computed"),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 4e4,
+                "original_max_position_embeddings": 1,
+                "mscale": 1.7e308,
+                "mscale_all_dim": 1,
+            },
+            "cannot be computed",
+        ),
         ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"rope_type": "linear", "factor": float("inf")}, "factor is inf"),
         ({"rope_type": "linear", "factor": 1e300}, r"a context of \d+ positions .*RoPE factor 1e\+300.*cannot be"),
