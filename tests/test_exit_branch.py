@@ -32,8 +32,9 @@ from hopskip.engine import Engine, make_engine
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.prove import recorder
 from hopskip.sequence import Request, Sequence
+from hopskip.train.exit.batch import make_batch
 from hopskip.train.exit.conversations import Conversation
-from hopskip.train.exit.distill import ExitTrainer, make_batch
+from hopskip.train.exit.distill import ExitTrainer
 from tests.models import tiny_model
 from tests.test_engine import PLAIN, new_ids, run
 from tests.tiny import write_checkpoint
@@ -178,10 +179,10 @@ def test_drafts_are_those_that_training_unrolls(
     for ids, draft in seen[::4]:
         whole = [*ids, *draft.token_ids]
         states = outputs(model, whole[:-1])
-        conversation = Conversation(torch.tensor(whole), len(ids), states)
+        conversation = Conversation.of(ids, draft.token_ids, states)
         batch = make_batch([conversation], taps, config, index_V, embedding)
         with torch.no_grad():
-            steps = list(trainer(batch, len(draft.token_ids)))
+            steps = list(trainer.unroll(batch, len(draft.token_ids)))
         for j, token in enumerate(draft.token_ids):
             best = steps[min(j, len(steps) - 1)][j].argmax()
             num_equal += int(VOCABULARY[best]) == token

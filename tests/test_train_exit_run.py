@@ -132,7 +132,7 @@ threads: 1
     assert stamp().items() <= best.notes.items()
     for done in ("answering prompts", "training s0-b1-f2.3, stage 1 of 1"):
         assert re.search(rf"^hopskip: {done}: \d+ %", result.stderr, re.MULTILINE), result.stderr
-    assert len(candidates) == 2 * 2 * 2 * 2  # exits, vocabularies, draft lengths, runner-ups
+    assert len(candidates) == 2 * 2 * 2 * 3  # exits, vocabularies, draft lengths, runner-ups
     fastest = max(candidates, key=lambda found: found["over_plain_decoding"])
     assert fastest["vocabulary"] == len(best.vocabulary)
     assert (fastest["start"], fastest["num_draft_tokens"]) == (best.config.start, best.num_draft_tokens)

@@ -91,7 +91,7 @@ def measure(
         notes: how the exit was made; what is measured is added.
     """
     backend.attach_exit(trained)
-    prompts = [c.ids_T[: c.num_prompt_tokens].tolist() for c in held_out[: search.num_prompts]]
+    prompts = [c.prompt for c in held_out[: search.num_prompts]]
     coverage = float(torch.isin(_answers(held_out), torch.tensor(trained.vocabulary_list)).float().mean())
     plain = make_engine(backend, SpeculativeConfig(draft="none"), eos_token_ids=eos_token_ids)
     racers = []
@@ -233,4 +233,4 @@ class _Acceptance:
 
 
 def _answers(conversations: Seq[Conversation]) -> Tensor:
-    return torch.cat([c.ids_T[c.num_prompt_tokens :] for c in conversations])
+    return torch.cat([c.ids_T[c.is_answer_T] for c in conversations])

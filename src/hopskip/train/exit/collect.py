@@ -14,7 +14,6 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hopskip.backends.base import Backend
@@ -25,8 +24,7 @@ from hopskip.errors import ConfigError
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
-from hopskip.train.checkpoint import replacing_file
-from hopskip.train.exit.conversations import Conversation, shard_metadata
+from hopskip.train.exit.conversations import Conversation, shard_metadata, write_shard
 
 SHARD_PROMPTS = 256
 
@@ -106,29 +104,19 @@ def collect(
                 raise ConfigError(f"{path} was collected with {found}, not {metadata}; use another folder")
             continue
         waiting = [engine.add(Request(prompt, params)) for prompt in batch]
-        done: list[Conversation] = []
+        done: dict[int, Conversation] = {}
         while waiting:
             engine.step()
             for sequence in [s for s in waiting if s.is_finished]:
                 waiting.remove(sequence)
-                done.append(
-                    Conversation(torch.tensor(sequence.token_ids), sequence.num_prompt_tokens, states.of(sequence))
+                prompt, answer = (
+                    sequence.token_ids[: sequence.num_prompt_tokens],
+                    sequence.token_ids[sequence.num_prompt_tokens :],
                 )
+                done[sequence.number] = Conversation.of(prompt, answer, states.of(sequence))
                 num_tokens += len(sequence.token_ids)
                 doing((first + len(done)) / len(prompts))
-        _write(path, done, metadata)
+        # in the order of the prompts, whichever ended first
+        write_shard(path, [done[number] for number in sorted(done)], metadata)
         if progress:
             progress(first + len(batch), num_tokens)
-
-
-def _write(path: Path, conversations: list[Conversation], metadata: dict[str, str]) -> None:
-    """One shard, whole or not at all. Each conversation's states are padded by one row to the length of its ids."""
-    states = [torch.cat([c.states_TAD, torch.zeros_like(c.states_TAD[:1])]) for c in conversations]
-    tensors = {
-        "ids": torch.cat([c.ids_T for c in conversations]).int(),
-        "counts": torch.tensor([len(c.ids_T) for c in conversations]),
-        "prompts": torch.tensor([c.num_prompt_tokens for c in conversations]),
-        "states": torch.cat(states),
-    }
-    with replacing_file(path) as partial:
-        save_file(tensors, partial, metadata)

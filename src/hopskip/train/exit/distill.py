@@ -5,14 +5,13 @@ text, and also from its own outputs: unroll step j sees what draft step j will s
 ago and after them what the exit itself put out (the training-time test of EAGLE-3, arXiv 2503.01840).
 
 Shape letters: B conversations, T tokens, A features, D hidden size, H query heads, K key/value heads, E head dimension,
-n draft vocabulary, P positions that are predicted.
+n draft vocabulary, P positions that are predicted, J unroll steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -26,35 +25,15 @@ from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
 from hopskip.backends.torch.weights import load_tensor
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, Mixing, TrainedExit
-from hopskip.train.exit.conversations import Conversation
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Conversations padded at the end to one length."""
-
-    x_BTD: Tensor
-    """What enters the exit for each token: its embedding, or the output of layer `start`."""
-    features_BTAD: Tensor
-    """Of the token before; zeros before the first."""
-    final_PD: Tensor
-    """The model's final hidden states at the predicted positions: they hold the targets."""
-    next_P: Tensor
-    """Index in the draft vocabulary of the model's own next token; -1 where it is not in it."""
-    places_P: Tensor
-    """Where the predicted positions lie in the flattened [B * T]."""
-    first_P: Tensor
-    """For each predicted position, how many predicted positions of its conversation come before it."""
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))
+from hopskip.train.exit.batch import Batch
+from hopskip.train.exit.recipe import FitConfig
 
 
 class ExitTrainer(nn.Module):
     """The trainable half of an exit, with the frozen norm and head rows that it shares with the model.
 
     Args:
-        dtype: of the matrix products; weights, norms, attention and losses are float32 in any case.
+        dtype: of the matrix products and attention; weights, norms and losses are float32 in any case.
     """
 
     head: Tensor
@@ -159,7 +138,22 @@ class ExitTrainer(nn.Module):
             for name, values in initial.tensors().items():
                 own[name].copy_(torch.tensor(np.asarray(values)))
 
-    def forward(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
+    def forward(self, batch: Batch, config: FitConfig, counts_2J: Tensor) -> Tensor:
+        """The loss of one batch, as a part of the batches of an optimizer step.
+
+        Args:
+            counts_2J: of all these batches, see `num_positions`.
+        """
+        targets_Pn = self.targets(batch)
+        loss = torch.zeros((), device=self.device)
+        for step, logits_Pn in enumerate(self.unroll(batch, config.unroll_steps)):
+            # a draft's j-th token exists from the j-th predicted position on
+            keep_P, counts = batch.first_P >= step, counts_2J[:, step]
+            part = distillation_loss(logits_Pn, targets_Pn, batch.next_P, keep_P, config.hard_weight, counts)
+            loss = loss + config.step_discount**step * part
+        return loss
+
+    def unroll(self, batch: Batch, num_steps: int) -> Iterator[Tensor]:
         """Logits [P, n] of every unroll step in turn."""
         # in the precision of the products, once for all steps
         mixing = Mixing({name: t.to(self._dtype) for name, t in self.mixing.items()}, self.config.rms_norm_eps)
@@ -190,8 +184,9 @@ class ExitTrainer(nn.Module):
 
     def _layer(self, h_BTD: Tensor, layer: LayerWeights, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         def attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
-            past.append((k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)))
-            return attend_unrolled(q_BTHE.transpose(1, 2), past).transpose(1, 2)
+            q, k, v = (part.transpose(1, 2).to(self._dtype) for part in (q_BTHE, k_BTKE, v_BTKE))
+            past.append((k, v))
+            return attend_unrolled(q, past, self.config.sliding_window).transpose(1, 2).float()
 
         length = h_BTD.shape[1]
         rotation = self.cos[:length], self.sin[:length]
@@ -209,91 +204,56 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def attend_unrolled(q_BHTE: Tensor, past: Seq[tuple[Tensor, Tensor]]) -> Tensor:
+def attend_unrolled(q_BHTE: Tensor, past: Seq[tuple[Tensor, Tensor]], sliding_window: int | None = None) -> Tensor:
     """Attention of unroll step j = len(past): a query at position i sees the first step's keys up to i - j + 1, then
-    one key of each later step m at position i - j + m, its own among them.
+    one key of each later step m at position i - j + m, its own among them; none of them `sliding_window` or more
+    positions before it.
 
     Args:
         past: keys and values [B, K, T, E] of the steps so far, this one's last.
     """
-    step, length = len(past), q_BHTE.shape[2]
     groups = q_BHTE.shape[1] // past[0][0].shape[1]
-    k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in past[0])
-    scores = (q_BHTE @ k.transpose(-1, -2)) * q_BHTE.shape[-1] ** -0.5
-    is_hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(2 - step)
-    parts = [scores.masked_fill(is_hidden, float("-inf"))]
-    values = []
-    for m in range(2, step + 1):
-        shift = step - m
-        k_m, v_m = (F.pad(x, (0, 0, shift, 0))[:, :, :length].repeat_interleave(groups, dim=1) for x in past[m - 1])
-        parts.append((q_BHTE * k_m).sum(-1, keepdim=True) * q_BHTE.shape[-1] ** -0.5)
-        values.append(v_m)
-    # a position before the chain could have begun sees nothing of the first step; its result is not used
-    weights = torch.cat(parts, dim=-1).softmax(dim=-1) if step > 1 else parts[0].softmax(dim=-1)
-    out = weights[..., :length] @ v
-    for m, v_m in enumerate(values):
-        out = out + weights[..., length + m : length + m + 1] * v_m
-    return out
+    k, v = (torch.cat(parts, dim=2).repeat_interleave(groups, dim=1) for parts in zip(*past, strict=True))
+    length = q_BHTE.shape[2]
+    if len(past) == 1 and (sliding_window is None or sliding_window >= length):
+        return F.scaled_dot_product_attention(q_BHTE, k, v, is_causal=True)
+    mask = _visible(len(past), length, sliding_window, q_BHTE.device)
+    return F.scaled_dot_product_attention(q_BHTE, k, v, attn_mask=mask)
+
+
+def _visible(num_steps: int, length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Which keys of all steps, one step's after the other's, the queries of the last one see: bool [T, J * T]."""
+    query = torch.arange(length, device=device)[:, None]
+    key = torch.arange(length, device=device)[None, :]
+    parts = [key <= query - num_steps + 1]
+    parts += [key == query - num_steps + step for step in range(2, num_steps + 1)]
+    mask = torch.cat(parts, dim=1)
+    return mask if sliding_window is None else mask & (key > query - sliding_window).repeat(1, num_steps)
+
+
+def num_positions(batch: Batch, num_steps: int) -> Tensor:
+    """How many positions each unroll step learns from, and of how many of them the next token is in the draft
+    vocabulary: int64 [2, J]."""
+    kept_JP = batch.first_P >= torch.arange(num_steps, device=batch.first_P.device)[:, None]
+    return torch.stack((kept_JP.sum(1), (kept_JP & (batch.next_P >= 0)).sum(1)))
 
 
 def distillation_loss(
-    logits_Pn: Tensor, targets_Pn: Tensor, next_P: Tensor, keep_P: Tensor, hard_weight: float
+    logits_Pn: Tensor, targets_Pn: Tensor, next_P: Tensor, keep_P: Tensor, hard_weight: float, counts_2: Tensor
 ) -> Tensor:
     """Mean over kept positions of the cross-entropy to the model's distribution, and to its own next token where the
-    draft vocabulary has it, the latter weighted.
+    draft vocabulary has it, the latter weighted. Nothing is kept: zero.
 
     Args:
         targets_Pn: the model's probabilities.
         next_P: index of its own token, -1 where the vocabulary does not have it.
+        counts_2: what the means are over: kept positions, and those of them whose next token the vocabulary has; of
+            this batch, or of all that an optimizer step takes together.
     """
+    num_kept, num_known = counts_2
     known_P = keep_P & (next_P >= 0)
-    soft, hard = 1 - hard_weight * known_P.any(), hard_weight / known_P.sum().clamp(min=1)
+    soft, hard = 1 - hard_weight * (num_known > 0), hard_weight / num_known.clamp(min=1)
     # both in one target: logits are large, and every pass over them costs as much as a layer
-    targets_Pn = targets_Pn * (keep_P * (soft / keep_P.sum()))[:, None]
+    targets_Pn = targets_Pn * (keep_P * (soft / num_kept.clamp(min=1)))[:, None]
     targets_Pn.scatter_add_(1, next_P.clamp(min=0)[:, None], (known_P * hard)[:, None])
     return F.cross_entropy(logits_Pn, targets_Pn, reduction="sum")
-
-
-def make_batch(
-    conversations: Seq[Conversation], taps: Seq[int], exit_config: ExitConfig, index_V: Tensor, embedding: Tensor
-) -> Batch:
-    """Pad conversations to one batch.
-
-    Args:
-        taps: the layers whose outputs the conversations hold.
-        index_V: for every token its index in the draft vocabulary, -1 for none.
-        embedding: the model's, [V, D].
-    """
-    length = max(len(c.ids_T) - 1 for c in conversations)
-    x, features, finals, nexts, places, firsts = [], [], [], [], [], []
-    columns = [list(taps).index(layer) for layer in exit_config.features]
-    for row, conversation in enumerate(conversations):
-        ids, states = conversation.ids_T, conversation.states_TAD
-        count, first = len(ids) - 1, conversation.num_prompt_tokens - 1
-        own = states[:, list(taps).index(exit_config.start)].float() if exit_config.start else embedding[ids[:-1]]
-        x.append(F.pad(own, (0, 0, 0, length - count)))
-        features.append(F.pad(states[:-1, columns].float(), (0, 0, 0, 0, 1, length - count)))
-        finals.append(states[first:, -1].float())
-        nexts.append(index_V[ids[first + 1 :]])
-        places.append(torch.arange(first, count) + row * length)
-        firsts.append(torch.arange(count - first))
-    return Batch(
-        torch.stack(x), torch.stack(features), torch.cat(finals), torch.cat(nexts), torch.cat(places), torch.cat(firsts)
-    )
-
-
-def acceptance(correct_JP: Tensor, first_P: Tensor) -> Tensor:
-    """Share of drafts whose first j tokens are all right, for j = 1..J: float [J].
-
-    Args:
-        correct_JP: whether the draft's j-th token, drawn at this position, is the model's own.
-        first_P: index of each position within its conversation.
-    """
-    shares = []
-    alive_P = torch.ones_like(correct_JP[0])  # drafts by the position of their latest token
-    for step, correct_P in enumerate(correct_JP):
-        if step:
-            alive_P = F.pad(alive_P, (1, 0), value=False)[:-1] & (first_P >= step)
-        alive_P = alive_P & correct_P
-        shares.append(float(alive_P.sum()) / max(1, int((first_P >= step).sum())))
-    return torch.tensor(shares)

@@ -54,6 +54,9 @@ class FitConfig:
     num_tokens: int
     """Tokens to train on, counted with repetition and padding left out."""
     batch_tokens: int = 512
+    """Of one forward pass, with padding."""
+    gradient_accumulation_steps: int = 1
+    """Batches of each process that an optimizer step takes together."""
     learning_rate: float = 3e-3
     warmup: float = 0.02
     """Share of the tokens over which the learning rate rises."""
@@ -69,11 +72,17 @@ class FitConfig:
     seed: int = 0
     eval_every: int = 100_000
     """Tokens between evaluations, which also write a checkpoint."""
+    early_stopping: int | None = None
+    """End after so many evaluations in a row that are worse than the best one. Its weights are kept in any case."""
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "batch_tokens", "unroll_steps", "eval_every", "learning_rate", "warmup", "decay"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in (
+            *("num_tokens", "batch_tokens", "gradient_accumulation_steps", "unroll_steps", "eval_every"),
+            *("learning_rate", "warmup", "decay", "early_stopping"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}; it must be above 0")
         if not 0 <= self.hard_weight <= 1:
             raise ConfigError(f"hard_weight is {self.hard_weight}; it must be between 0 and 1")
 
@@ -122,7 +131,7 @@ class SearchRecipe:
     num_prompts: int = 8
     max_new_tokens: int = 128
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4)
-    num_runner_ups: tuple[int, ...] = (0, 2)
+    num_runner_ups: tuple[int, ...] = (0, 1, 2)
     vocabulary: tuple[int, ...] = ()
     """Smaller draft vocabularies to try besides the one that was trained over: a draft step reads less, and misses
     more."""
@@ -167,6 +176,8 @@ class ExitRecipe:
     held_out_every: int = 40
     """Every so manieth conversation is kept from training, for evaluation."""
     search: SearchRecipe = field(default_factory=SearchRecipe)
+    num_workers: int = 0
+    """Processes that put batches together while the step before runs: for a GPU. On a CPU the step needs its cores."""
     device: str = "auto"
     """Where to collect, train and measure; `auto` takes a CUDA device where there is one, else the CPU."""
     threads: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable
@@ -28,9 +29,11 @@ from hopskip.train.exit.collect import collect
 from hopskip.train.exit.conversations import Conversation, read_conversations
 from hopskip.train.exit.distill import ExitTrainer
 from hopskip.train.exit.estimate import Work, check_disk, check_start, duration, flops_per_second
-from hopskip.train.exit.fit import Evaluation, fit
+from hopskip.train.exit.feed import Feed
+from hopskip.train.exit.fit import Evaluation, Stage
 from hopskip.train.exit.prompts import encode_prompts, write_prompts
 from hopskip.train.exit.recipe import ExitRecipe
+from hopskip.train.exit.stored import check_stored
 from hopskip.train.plot import plot_acceptance
 from hopskip.version import stamp
 
@@ -62,7 +65,7 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
     check_start(recipe, tokenizer)
     device = known_device(recipe.device)
     initial = _initial(recipe, checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_stored(recipe, checkpoint, tokenizer)
     work = Work.of(recipe, checkpoint.config)
     check_disk(work, folder)
     report(work.described(flops_per_second(recipe.threads)))
@@ -80,7 +83,7 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
             trainer.start_from(initial)
         elif recipe.stages:
             torch.manual_seed(recipe.stages[0].seed)
-            trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20]]))
+            trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20] if c.states_TAD is not None]))
         if exit_config.num_layers:  # a plain exit has nothing to train
             trainer.to(device)
             _train(recipe, checkpoint, trainer, training, held_out, collected_taps, report, progress)
@@ -159,7 +162,7 @@ def _read(recipe: ExitRecipe, checkpoint: Checkpoint) -> tuple[list[int], list[C
     metadata, conversations = read_conversations(folder)
     if metadata["fingerprint"] != checkpoint.fingerprint:
         raise ConfigError(f"{folder} was collected from another model; use another output folder")
-    answered = [c for c in conversations if len(c.ids_T) > c.num_prompt_tokens + 1]
+    answered = [c for c in conversations if c.num_answer_tokens > 1]
     training = [c for i, c in enumerate(answered) if i % recipe.held_out_every]
     return json.loads(metadata["taps"]), training, answered[:: recipe.held_out_every]
 
@@ -176,20 +179,37 @@ def _train(
 ) -> None:
     """All stages of one candidate."""
     folder = recipe.folder / name_of(trainer.exit_config)
-    embedding = load_tensor(checkpoint, "model.embed_tokens.weight", torch.float32)
+    feed = Feed(
+        exit_config=trainer.exit_config,
+        taps=taps,
+        index_V=Feed.index_of(trainer.vocabulary, checkpoint.config.vocab_size),
+        embedding=load_tensor(checkpoint, "model.embed_tokens.weight"),
+        num_workers=recipe.num_workers,
+    )
+
+    digest = hashlib.sha256(trainer.vocabulary.numpy(force=True).tobytes()).hexdigest()[:16]
 
     def tell(found: Evaluation) -> None:
-        shares = ", ".join(f"{share:.1%}" for share in found.acceptance)
+        shares = ", ".join(f"{share:.1%}" for share in found.acceptance_at_starts)
         rest = max(0, stage.num_tokens - found.num_tokens) + later
         report(
-            f"{folder.name}: {found.num_tokens:,} tokens, loss {found.loss:.3f}, accepted {shares}, "
+            f"{folder.name}: {found.num_tokens:,} tokens, loss {found.loss:.3f}, accepted {shares} "
+            f"({found.tokens_per_pass:.2f} tokens a pass), "
             f"{found.tokens_per_second:.0f} tokens/s, about {duration(rest / found.tokens_per_second)} left for it"
         )
 
     for number, stage in enumerate(recipe.stages):
         later = sum(each.num_tokens for each in recipe.stages[number + 1 :])
         doing = partial(progress, f"training {folder.name}, stage {number + 1} of {len(recipe.stages)}")
-        fit(trainer, training, held_out, taps, embedding, stage, folder / f"stage-{number}", tell, doing)
+        Stage(
+            trainer,
+            feed,
+            stage,
+            folder / f"stage-{number}",
+            identity={"draft vocabulary": digest, "precision": recipe.precision, "initial": recipe.initial},
+            report=tell,
+            doing=doing,
+        ).run(training, held_out)
     plot_acceptance(folder, folder / "acceptance.png")
 
 
