@@ -363,6 +363,29 @@ def test_a_new_request_starts_from_the_earlier_ones() -> None:
     assert world.run(1)[0].num_tokens >= 5
 
 
+def test_one_round_in_four_of_a_pause_is_learnt_from() -> None:
+    world = World()
+    world.new_requests(8)
+    costs, learnt = world.controller.costs, []
+    world.controller.costs.learn = lambda outcome, drafts: learnt.append(outcome)  # type: ignore[method-assign]
+    outcome = Round(
+        draft_seconds=0.0,
+        pass_seconds=1.0,
+        choose_seconds=0.1,
+        commit_seconds=0.0,
+        num_rows=8,
+        num_chosen_by_logits=0,
+        sequences=(),
+    )
+    for _ in range(8):
+        world.controller.learn(world.sequences, [], outcome, [])
+    assert len(learnt) == 2
+    for _ in range(3):  # nobody was drafted for, but it was thought of
+        world.controller.learn(world.sequences, [[]] * 8, outcome, [])
+    assert len(learnt) == 5
+    assert world.controller.costs is costs
+
+
 def test_costs_follow_the_rounds() -> None:
     world = World()
     world.acceptance = {TRAINED_EXIT: 0.5}

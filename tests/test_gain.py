@@ -113,6 +113,53 @@ def test_companions_share_plain_passes_too() -> None:
     assert gain.speedup == pytest.approx(1.5 * plain / seconds)
 
 
+UNDRAFTED = replace(round_of(slowdown=2.0), num_rows=2, draft_seconds=0.5)
+"""Of two sequences, seen by the drafter alone."""
+
+
+def test_undrafted_rounds_are_counted_after_a_few() -> None:
+    """Two tokens each round in 0.5 + 28 + 4 + 1 s, where plain decoding takes as long but for the half second."""
+    gain, sequences = GainEstimate(COSTS), [sequence_at(50), sequence_at(50)]
+    for _ in range(15):
+        gain.count(sequences, UNDRAFTED)
+    assert [s.stats.speedup_over_plain for s in sequences] == [None, None]
+    gain.count(sequences, UNDRAFTED)
+    assert [s.stats.speedup_over_plain for s in sequences] == pytest.approx([33 / 33.5] * 2)
+    assert gain.num_tokens == 32
+    gain.count(sequences, UNDRAFTED)
+    assert gain.num_tokens == 34  # whoever asks gets it all
+    assert gain.speedup == pytest.approx(33 / 33.5)
+
+
+def test_undrafted_rounds_belong_to_those_who_were_there() -> None:
+    """The same estimates as if each round had been counted at once."""
+    alone = replace(UNDRAFTED, num_rows=1, draft_seconds=33.0)
+    drafted = round_of(part(4, 3))
+
+    def estimates(parts: tuple[RoundOfSequence, ...]) -> list[list[float | None]]:
+        gain, first, second = GainEstimate(COSTS), sequence_at(50), sequence_at(50)
+        together, by_itself = replace(UNDRAFTED, sequences=parts), replace(alone, sequences=parts[:1])
+        found: list[list[float | None]] = []
+        for sequences, outcome in (
+            ([first, second], together),
+            ([first], by_itself),
+            ([first], drafted),
+            ([first, second], together),
+            ([first, second], together),
+        ):
+            if len(found) == 4:
+                second.finish_reason = "stop"
+            gain.count(sequences, outcome)
+            found.append([each.stats.speedup_over_plain for each in (first, second)])
+        return [*found, [gain.speedup, gain.num_tokens]]
+
+    late, at_once = estimates(()), estimates((part(0, 1), part(0, 1)))
+    assert late[0] == [None, None]
+    assert late[1] == [at_once[0][0], at_once[1][1]]  # of the first alone, a round has yet to be counted
+    for at in (2, 4, 5):
+        assert late[at] == pytest.approx(at_once[at])
+
+
 def test_stats_and_what_is_shown_of_them() -> None:
     stats = SpeculativeStats(num_tokens=11, num_target_passes=5, decode_seconds=2.0)
     assert stats.tokens_per_pass == 2.0

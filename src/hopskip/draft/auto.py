@@ -70,9 +70,12 @@ class AutoDrafter(Drafter):
         if self._watching is not None:
             self._watching.copy(source, target, length)
 
+    def pauses(self) -> bool:
+        self._buckets, self._draft_timings = [], []
+        return self.controller.pauses
+
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
-        self._draft_timings = []
-        drafts = [Draft()] * len(sequences) if self.controller.pauses else self._by_plan(sequences, limits, cache)
+        drafts = self._by_plan(sequences, limits, cache)
         self._buckets = [draft.buckets for draft in drafts]
         return drafts
 

@@ -138,6 +138,10 @@ class Drafter(Protocol):
         """
         return
 
+    def pauses(self) -> bool:
+        """Asked before each round: whether it proposes nothing in it, for whomever. `propose` is not called then."""
+        return False
+
     def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
         """A draft of at most `limits[i]` tokens in a row to follow `sequences[i]`.
 

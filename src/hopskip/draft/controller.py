@@ -40,6 +40,8 @@ _EXITS_EVERY = 8
 """Rounds before exits are thought of again that were not worth it."""
 _LARGE_BATCH = 8
 """Sequences, of which some always have something to look up."""
+_LEARNS_OF_PAUSES = 4
+"""One round of so many is learnt from in a pause: all are alike, and to learn takes time too."""
 _CHECK_EVERY = 256
 """Rounds after which the table is held against what they have shown."""
 
@@ -165,11 +167,15 @@ class Controller:
         """Count what a round has shown. Returns a corrected table if the one at hand has turned out wrong.
 
         Args:
-            buckets: of the tokens drafted for each sequence.
+            buckets: of the tokens drafted for each sequence; none in a pause.
         """
         self._num_rounds += 1
-        # none where nobody was drafted for
-        for sequence, own_buckets, part in zip(sequences, buckets, outcome.sequences, strict=bool(outcome.sequences)):
+        self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
+        if not buckets and self._num_rounds % _LEARNS_OF_PAUSES:
+            return None
+        # no parts where nobody was drafted for
+        is_drafted = bool(buckets and outcome.sequences)
+        for sequence, own_buckets, part in zip(sequences, buckets, outcome.sequences, strict=is_drafted):
             if part.source is None:
                 continue
             source, own, temperature = _source_named(part.source), self._of(sequence), _temperature(sequence)
@@ -187,7 +193,6 @@ class Controller:
                     [rank == part.runner_up for rank in ranks],
                 )
         self.costs.learn(outcome, drafts)
-        self._credit = min(self._credit + PROBE_SHARE * outcome.seconds, 2 * outcome.seconds)
         return self.costs.corrected() if self._num_rounds % _CHECK_EVERY == 0 else None
 
     def _of(self, sequence: Sequence) -> RequestAcceptance:

@@ -297,7 +297,9 @@ class _Slot:
 
 def _follows(after: Rows, before: Rows) -> bool:
     """Whether two passes have the same slots in the same order, and each one token, the next."""
-    return len(after.segments) == len(before.segments) and all(
-        b.slot == a.slot and b.start == a.start + 1 and a.count == b.count == 1
-        for a, b in zip(before.segments, after.segments, strict=True)
-    )
+    if len(after.segments) != len(before.segments):
+        return False
+    for a, b in zip(before.segments, after.segments, strict=True):
+        if b.slot != a.slot or b.start != a.start + 1 or a.count != 1 or b.count != 1:
+            return False
+    return True

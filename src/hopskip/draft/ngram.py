@@ -52,10 +52,11 @@ class NgramIndex:
 
     def _extend(self, token_ids: Seq[int]) -> None:
         # an n-gram is entered once the token after it is known, so the text's own end is never its own match
-        for position in range(max(self._num_indexed, 1), len(token_ids)):
-            for size in self._sizes:
-                if size <= position:
-                    self._next_position[tuple(token_ids[position - size : position])] = position
+        for size in self._sizes:
+            first = max(self._num_indexed, size)
+            tokens = token_ids[first - size : -1]
+            grams = zip(*(tokens[shift:] for shift in range(size)), strict=False)
+            self._next_position.update(zip(grams, range(first, len(token_ids)), strict=False))
         self._num_indexed = len(token_ids)
 
 

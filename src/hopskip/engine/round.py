@@ -96,7 +96,7 @@ class Rounds:
         self._observe(rows, self._watched(found))
 
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
-        if self._drafter is None:
+        if self._drafter is None or self._drafter.pauses():
             return [Draft()] * len(sequences)
         num_draft_tokens = self._speculative.num_draft_tokens or 0
         by_exit: dict[int | None, list[int]] = {}
