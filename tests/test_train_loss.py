@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hopskip.train.data import collate
 from hopskip.train.dropout import LayerTaps, draw_kept
 from hopskip.train.loss import ExitLosses, ExitTerm, exit_loss
+from hopskip.train.memory import CountedMemory
+from hopskip.train.unembed import rows_at_once, sparse_embedding
 from tests.tiny import make_model
 
 TERMS = [
@@ -170,25 +169,6 @@ def test_dropped_samples_cost_nothing_and_weights_get_a_gradient() -> None:
     assert all(grad is not None and not grad.any() for grad in grads)
 
 
-class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made while it is on, and the most that were alive together."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._alive: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}  # type: ignore[no-untyped-call]
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
-        self.peak = max(self.peak, sum(self._alive.values()))
-        return output
-
-
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_all_exits_need_hardly_more_memory_than_one(recomputes: bool) -> None:
     """Activations, logits and gradients of a step; the logits of all exits would take ten times as much."""
@@ -212,13 +192,90 @@ def test_all_exits_need_hardly_more_memory_than_one(recomputes: bool) -> None:
         exits = [11, *range(num_exits)]
         terms = [ExitTerm(layer=layer, weight=0.1) for layer in exits]
         model.zero_grad()
-        with PeakMemory() as memory, taps.collect(exits):
+        with CountedMemory(model.parameters()) as memory, taps.collect(exits):
             model.model(input_ids=ids, use_cache=False)
             loss = exit_loss(taps.outputs, ids, terms, model.model.norm, model.lm_head, num_items=1, chunk_tokens=128)
             taps.outputs.clear()
             torch.autograd.backward(loss)
-        return int(memory.peak)
+        return memory.peak
 
     one, all_of_them = peak(1), peak(11)
     assert one > 128 * 2048 * 4  # at least the logits of a chunk
     assert all_of_them < 1.2 * one, f"{one} bytes with one exit, {all_of_them} with eleven"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("case", ["own head", "tied", "frozen", "kl"])
+def test_the_heads_gradient_is_added_up_in_place(case: str, autocast: bool) -> None:
+    """Beside the weights a step takes the head's gradient, and little else; autograd's own ways take two to five."""
+    size, width = 40_000, 48
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=case == "tied",
+    )
+    model: Any = LlamaForCausalLM(config).train()
+    model.model.embed_tokens.requires_grad_(case == "tied")
+    model.lm_head.requires_grad_(case != "frozen")
+    taps = LayerTaps(model.model.layers)
+    ids = torch.randint(0, size, (1, 33))
+    terms = [ExitTerm(layer=1, weight=0.7), ExitTerm(layer=0, weight=0.3, kl_weight=float(case == "kl"))]
+    with CountedMemory(model.parameters()) as memory, taps.collect([1, 0]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), sparse_embedding(model):
+            model.model(input_ids=ids, use_cache=False)
+            loss = exit_loss(taps.outputs, ids, terms, model.model.norm, model.lm_head, num_items=32, chunk_tokens=16)
+        taps.outputs.clear()
+        torch.autograd.backward(loss)
+    gradient = 0 if case == "frozen" else size * width * 4
+    few_logits = 6 * 16 * size * 4
+    assert gradient <= memory.peak < gradient + few_logits, memory.peak / (size * width * 4)
+    if case != "frozen":
+        assert memory.now < gradient * 1.05
+    assert not model.model.embed_tokens.sparse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_get_the_sum_of_both_gradients(dtype: torch.dtype) -> None:
+    """Over two passes, as with gradient accumulation."""
+    model: Any = make_model("smollm2").train()
+    ids = torch.randint(3, 320, (2, 9), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            (model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(16)).loss).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    taps = LayerTaps(model.model.layers)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), taps.collect([2]), sparse_embedding(model):
+            model.model(input_ids=ids, use_cache=False)
+            terms = [ExitTerm(layer=2, weight=1.0)]
+            loss = exit_loss(taps.outputs, ids, terms, model.model.norm, model.lm_head, num_items=16, chunk_tokens=5)
+        torch.autograd.backward(loss)
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.02)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=rtol, atol=atol)
+
+
+def test_a_loss_is_differentiated_once() -> None:
+    hidden = {0: torch.randn(1, 4, 8, requires_grad=True)}
+    loss = exit_loss(
+        hidden, torch.ones(1, 4, dtype=torch.long), TERMS[2:], nn.RMSNorm(8), nn.Linear(8, 13), num_items=1
+    )
+    torch.autograd.backward(loss, retain_graph=True)
+    with pytest.raises(RuntimeError, match="used by an earlier backward pass"):
+        torch.autograd.backward(loss)
+
+
+def test_chunks_follow_vocabulary_and_memory() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert rows_at_once(128_256, gpu, free=30_000_000_000) == 2048
+    assert rows_at_once(128_256, gpu, free=3_000_000_000) == 256
+    assert rows_at_once(128_256, gpu, free=0) == 64  # as little as is worth it
+    assert rows_at_once(256, gpu, free=30_000_000_000) == 8192
+    assert rows_at_once(128_256, cpu, free=30_000_000_000) == 256
+    assert rows_at_once(49_152, cpu, free=30_000_000_000) == 512
+    assert rows_at_once(49_152, cpu, free=500_000_000) == 128
+    assert rows_at_once(49_152, cpu) in (64, 128, 256, 512)

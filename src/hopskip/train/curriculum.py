@@ -44,7 +44,7 @@ class LayerSkipConfig:
     same_dropout_on_every_rank: bool = False
     """Whether data-parallel ranks drop the same layers of their first, second, .. sample, or draw for themselves."""
     chunk_tokens: int | None = None
-    """Tokens unembedded at once; None is as many as make 2^25 logits."""
+    """Rows of logits at once (tokens times exits); None is as many as fit, by the vocabulary and the free memory."""
 
     def __post_init__(self) -> None:
         for name, choices in (("curriculum", Curriculum), ("dropout_schedule", DropoutSchedule)):

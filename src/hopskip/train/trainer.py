@@ -23,6 +23,7 @@ from hopskip.train.checkpoint import PARTIAL, last_checkpoint, replacing
 from hopskip.train.curriculum import LayerSkipConfig
 from hopskip.train.dropout import LayerTaps, draw_kept
 from hopskip.train.loss import ExitLosses, ExitTerm, exit_loss
+from hopskip.train.unembed import sparse_embedding
 
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 """Implementations whose masks are tensors with a row for each sample."""
@@ -92,7 +93,7 @@ class LayerSkipTrainer(Trainer):  # type: ignore[misc]
         self._taps.drop(kept, num_samples, inputs["input_ids"].device)
         # no logits from the model itself: it is asked for those of no position
         inputs = {**inputs, "logits_to_keep": inputs["input_ids"].new_empty(0)}
-        with self._taps.collect([term.layer for term in self._terms]):
+        with self._taps.collect([term.layer for term in self._terms]), sparse_embedding(self.causal_lm):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _training_terms(self, step: int) -> list[ExitTerm]:
