@@ -6,7 +6,7 @@ import socket
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +36,9 @@ class ServerOptions:
     )
     cors_origin: tuple[str, ...] = option(
         (), "Let pages of this origin call the API; may be given several times.", "ORIGIN"
+    )
+    unknown_params: Literal["reject", "ignore", "warn"] = option(
+        "reject", "What becomes of parameters that the API does not have."
     )
     shutdown_timeout: float = option(30.0, "After SIGTERM, running requests have so long to end.", "SECONDS")
     restart: bool = option(False, "Start the server again when it dies.")
@@ -103,6 +106,7 @@ def serve(
         max_tokens_per_key=capacity.max_tokens_per_key,
         allowed_hosts=server.allowed_host or (LOOPBACK if server.host in LOOPBACK else None),
         cors_origins=server.cors_origin,
+        unknown_params=server.unknown_params,
         exit_when_dead=inherit_socket is not None,
     )
     if draft.draft is None and draft.verify != "reuse":

@@ -39,6 +39,15 @@ class Answer:
         self._created = int(time.time())
 
     @property
+    def dropped(self) -> tuple[str, ...]:
+        """Parts of the request's JSON schemas that are not enforced."""
+        return self._plan.dropped
+
+    def cancel(self) -> None:
+        """End it, if it has not ended; its rows are free for the next step."""
+        self._batch.cancel()
+
+    @property
     def wants_logprobs(self) -> bool:
         request = self._request
         if isinstance(request, schema.ChatRequest):
@@ -79,7 +88,7 @@ class Answer:
 
     def _dropped(self) -> dict[str, Any]:
         """Tells which parts of a JSON schema were not enforced."""
-        return {"hopskip": {"dropped": list(self._plan.dropped)}} if self._plan.dropped else {}
+        return {"hopskip": {"dropped": list(self.dropped)}} if self.dropped else {}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model_name}

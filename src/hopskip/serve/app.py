@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
@@ -21,19 +22,22 @@ from hopskip.errors import HopskipError
 from hopskip.llm import LLM
 from hopskip.serve import schema
 from hopskip.serve.answers import Answer, event
-from hopskip.serve.batch import Batch
 from hopskip.serve.engine_thread import BusyError, EngineThread, GenerationError, UnavailableError
 from hopskip.serve.guard import Guard, error_body
-from hopskip.serve.jobs import Plan, Planner
+from hopskip.serve.jobs import Planner
 from hopskip.serve.metrics import Metrics
+from hopskip.serve.policy import ParameterError, describe, refuse_unknown, unknown_params
 from hopskip.serve.settings import ServeSettings
 from hopskip.text.tokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+_NUM_NAMES_LOGGED = 20
 _Error = {"description": "An error in OpenAI's shape."}
 _RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _Error)
 
@@ -63,33 +67,65 @@ class Server:
             observer=self.metrics,
         )
 
-    async def answer(self, http: Request, request: schema.Generation, plan: Plan) -> Response:
-        """Generate, as a whole or as a stream; the client's leaving ends it."""
-        headers = dropped_header(plan.dropped)
+    async def begin(self, http: Request, request: schema.ChatRequest | schema.CompletionRequest) -> Answer:
+        """Let the engine begin with an answer. Whoever takes it must `cancel` it in the end.
+
+        Raises:
+            HTTPException: the request is for another model.
+            HopskipError: it cannot be served, or not now.
+        """
+        self.check(http, request)
+        if isinstance(request, schema.ChatRequest):
+            plan = await self.planner.chat(request)
+        else:
+            plan = await self.planner.completion(request)
         jobs = [job.of_client(http.state.client, request.cache_salt) for job in plan.jobs]
         batch = await self.engine.submit(jobs, is_race=plan.is_race)
-        answer = Answer(request, plan, batch, self.llm, self.settings.model_name, http.state.request_id)
-        if request.stream:
-            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(self._stream(http, answer, batch), media_type="text/event-stream", headers=headers)
-        try:
-            return JSONResponse(await unless_disconnected(http, answer.whole()), headers=headers)
-        finally:
-            batch.cancel()
+        return Answer(request, plan, batch, self.llm, self.settings.model_name, http.state.request_id)
 
-    async def _stream(self, http: Request, answer: Answer, batch: Batch) -> AsyncIterator[bytes]:
-        gone = asyncio.create_task(_disconnected(http))
-        # a client that leaves while nothing is there to be sent must be noticed too
-        gone.add_done_callback(lambda task: None if task.cancelled() else batch.cancel())
+    async def answer(self, http: Request, request: schema.ChatRequest | schema.CompletionRequest) -> Response:
+        """Generate, as a whole or as a stream; the client's leaving ends it."""
+        answer = await self.begin(http, request)
+        if request.stream:
+            return self.stream(http, answer, _openai_events(answer))
         try:
-            async for chunk in answer.chunks():
-                yield event(chunk)
-            yield event("[DONE]")
-        except HopskipError as error:
-            yield event(error_body(str(error), kind="server_error"))
+            content = await unless_disconnected(http, answer.whole())
+            return JSONResponse(content, headers=dropped_header(answer.dropped))
         finally:
-            gone.cancel()
-            batch.cancel()
+            answer.cancel()
+
+    def stream(self, http: Request, answer: Answer, events: AsyncIterator[bytes]) -> StreamingResponse:
+        """A stream of server-sent events; the client's leaving ends the answer, and so does the stream's end."""
+
+        async def watched() -> AsyncIterator[bytes]:
+            gone = asyncio.create_task(_disconnected(http))
+            # a client that leaves while nothing is there to be sent must be noticed too
+            gone.add_done_callback(lambda task: None if task.cancelled() else answer.cancel())
+            try:
+                async for part in events:
+                    yield part
+            finally:
+                gone.cancel()
+                answer.cancel()
+
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **dropped_header(answer.dropped)}
+        return StreamingResponse(watched(), media_type="text/event-stream", headers=headers)
+
+    def check(self, http: Request, request: schema.Parameters) -> None:
+        """Whether a request is for this model, and its parameters are known.
+
+        Raises:
+            HTTPException: it is for another model.
+            ParameterError: a parameter is not known, and the settings refuse such.
+        """
+        self.check_model(getattr(request, "model", None))
+        if self.settings.unknown_params == "reject":
+            refuse_unknown(request)
+        elif self.settings.unknown_params == "warn":
+            names = [name for name, _ in unknown_params(request)][:_NUM_NAMES_LOGGED]
+            if names:
+                fields = {"request_id": http.state.request_id, "params": names}
+                _log.warning("parameters are ignored that this API does not have", extra={"fields": fields})
 
     def check_model(self, name: str | None) -> None:
         """Raises HTTPException: the request is for another model."""
@@ -157,13 +193,11 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/completions")
     async def completions(http: Request, request: schema.CompletionRequest) -> Response:
-        server.check_model(request.model)
-        return await server.answer(http, request, await planner.completion(request))
+        return await server.answer(http, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request, request: schema.ChatRequest) -> Response:
-        server.check_model(request.model)
-        return await server.answer(http, request, await planner.chat(request))
+        return await server.answer(http, request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -175,8 +209,8 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         return server.model_card()
 
     @app.post("/tokenize")
-    async def tokenize(request: schema.TokenizeRequest) -> dict[str, Any]:
-        server.check_model(request.model)
+    async def tokenize(http: Request, request: schema.TokenizeRequest) -> dict[str, Any]:
+        server.check(http, request)
         if request.messages is not None:
             add = request.add_generation_prompt
             tokens = await planner.encode_chat(request.messages, add_generation_prompt=add)
@@ -185,8 +219,8 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.llm.engine.max_model_len}
 
     @app.post("/detokenize")
-    async def detokenize(request: schema.DetokenizeRequest) -> dict[str, Any]:
-        server.check_model(request.model)
+    async def detokenize(http: Request, request: schema.DetokenizeRequest) -> dict[str, Any]:
+        server.check(http, request)
         return {"prompt": await asyncio.to_thread(server.llm.tokenizer.decode, request.tokens)}
 
     @app.get("/health")
@@ -224,13 +258,8 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # the client's own values stay out of the answer: they may be huge, or no valid JSON
-        first = error.errors()[0]
-        where = ".".join(str(part)[:64] for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
-        if first["type"] == "extra_forbidden":
-            message = f"{where} is not a parameter of this API; leave it out"
-        return JSONResponse(error_body(message[:500], param=where or None), 400)
+        message, param = describe(error.errors(), error.body)
+        return JSONResponse(error_body(message, param=param), 400)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
@@ -247,7 +276,18 @@ def _add_error_handlers(app: FastAPI) -> None:
             return JSONResponse(body, 503, headers={"Retry-After": "5"})
         if isinstance(error, GenerationError):
             return JSONResponse(error_body(str(error), kind="server_error"), 500)
+        if isinstance(error, ParameterError):
+            return JSONResponse(error_body(str(error), param=error.param, code=error.code), 400)
         return JSONResponse(error_body(str(error)), 400)
+
+
+async def _openai_events(answer: Answer) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.chunks():
+            yield event(chunk)
+        yield event("[DONE]")
+    except HopskipError as error:
+        yield event(error_body(str(error), kind="server_error"))
 
 
 def dropped_header(dropped: Seq[str]) -> dict[str, str]:

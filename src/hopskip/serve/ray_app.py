@@ -23,7 +23,7 @@ from hopskip.errors import ConfigError
 from hopskip.loading import LoadConfig
 from hopskip.machine import num_usable_cores
 from hopskip.serve.memory import free_memory, parse_size
-from hopskip.serve.settings import LOOPBACK, ServeSettings, model_name, read_api_keys
+from hopskip.serve.settings import LOOPBACK, ServeSettings, UnknownParams, model_name, read_api_keys
 from hopskip.speculative import SpeculativeConfig
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class RayOptions(_Declared):  # type: ignore[misc]  # mypy cannot see through a 
     """Values of the Host header that are answered, with commas between; `*` is any."""
     cors_origins: str = ""
     """With commas between."""
+    unknown_params: UnknownParams = "reject"
     shutdown_timeout: Annotated[float, Field(ge=0)] = 30.0
     """A replica that is no longer needed has so many seconds for its requests."""
 
@@ -107,6 +108,7 @@ class RayOptions(_Declared):  # type: ignore[misc]  # mypy cannot see through a 
             max_queue=self.max_queue,
             allowed_hosts=None if self.allowed_hosts == "*" else _names(self.allowed_hosts),
             cors_origins=_names(self.cors_origins),
+            unknown_params=self.unknown_params,
         )
 
     def _values_of(self, config: Any) -> dict[str, Any]:

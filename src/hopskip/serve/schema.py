@@ -1,41 +1,69 @@
-"""The bodies of requests. Types are strict, and an unknown parameter is an error: nothing is ignored silently.
+"""The bodies of requests.
 
-Limits that depend on the server's settings are checked where requests are turned into jobs (`jobs.py`).
+`policy.py` says what becomes of parameters that are not here. Limits that depend on the server's settings are checked
+where requests are turned into jobs.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from hopskip.serve.messages import Body, Function, Message, NamedTool, Text, Tool, ToolCall
+
+__all__ = ["Body", "Function", "Message", "NamedTool", "Text", "Tool", "ToolCall"]
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers as clients write them: 100, 100.0 and "100". A truth value is none."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,20}", value.strip()):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _real(value: Any) -> Any:
+    """Numbers as clients write them: 0.5 and "0.5"."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})", value.strip()):
+        return float(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Real = Annotated[float, BeforeValidator(_real)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Text = Annotated[str, Field(min_length=1)]
+MaxTokens = Annotated[Whole, Field(ge=-1, le=2**31 - 1)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+class Parameters(Body):
+    """A JSON object whose unknown keys are told of."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
 
-class StreamOptions(_Model):
+class StreamOptions(Parameters):
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: bool = False
+    """With `include_usage`: every chunk has the usage so far."""
+    include_obfuscation: bool = False
+    """Accepted, without effect."""
 
 
-class Speculative(_Model):
+class Speculative(Parameters):
     """How to draft for this request, within what the server was started with."""
 
     enabled: bool = True
     """False decodes plainly."""
-    num_draft_tokens: Annotated[int, Field(ge=0, le=1024)] | None = None
+    num_draft_tokens: Annotated[Whole, Field(ge=0, le=1024)] | None = None
     """At most so many tokens in a round."""
-    exit_layer: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    exit_layer: Annotated[Whole, Field(ge=1, le=100_000)] | None = None
     """Early-exit drafts run so many layers."""
     race: bool = False
     """Answer twice, in turn: choice 0 with drafts, choice 1 plainly, so that their speeds compare."""
 
 
-class JSONSchema(_Model):
+class JSONSchema(Parameters):
     name: str | None = None
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     description: str | None = None
@@ -43,26 +71,26 @@ class JSONSchema(_Model):
     """Refuse a schema of which a part cannot be enforced; otherwise such parts are dropped, and the answer says so."""
 
 
-class TextFormat(_Model):
+class TextFormat(Parameters):
     type: Literal["text"]
 
 
-class JSONObjectFormat(_Model):
+class JSONObjectFormat(Parameters):
     type: Literal["json_object"]
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class JSONSchemaFormat(_Model):
+class JSONSchemaFormat(Parameters):
     type: Literal["json_schema"]
     json_schema: JSONSchema
 
 
-class RegexFormat(_Model):
+class RegexFormat(Parameters):
     type: Literal["regex"]
     pattern: Text
 
 
-class GrammarFormat(_Model):
+class GrammarFormat(Parameters):
     type: Literal["grammar"]
     grammar: Text
     """In Lark's notation, as llguidance reads it."""
@@ -73,119 +101,114 @@ ResponseFormat = Annotated[
 ]
 
 
-class Generation(_Model):
+class StructuredOutputs(Parameters):
+    """What the text must look like, as vLLM has it: exactly one of the first five."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar: Text | None = None
+    """In Lark's notation or GBNF."""
+    json_object: Literal[True] | None = None
+    disable_fallback: bool = False
+    """Accepted, without effect: there is one library that does it."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        names = ("json_", "regex", "choice", "grammar", "json_object")
+        if sum(getattr(self, name) is not None for name in names) != 1:
+            raise ValueError("give exactly one of json, regex, choice, grammar and json_object")
+        return self
+
+
+class Accepted(Parameters):
+    """Parameters that clients send as a matter of course, and that change nothing here: accepted in any form."""
+
+    user: Any = None
+    store: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    verbosity: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    prediction: Any = None
+    request_id: Any = None
+    priority: Any = None
+    cache_prompt: Any = None
+    spaces_between_special_tokens: Any = None
+
+
+class Generation(Accepted):
     """What completions and chats have in common. Defaults are OpenAI's, but for what the model's makers recommend."""
 
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    max_tokens: MaxTokens | None = None
+    """More than there is room for is as much as there is room for, and so is -1."""
+    temperature: Annotated[Real, Field(ge=0, le=2)] | None = 1.0
     """0 is greedy; the truncations below and the seed then make no difference, and are accepted."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Sample from the k most probable tokens; 0 is all."""
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[Real, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] | None = None
+    """Sample from the k most probable tokens; 0 and -1 are all."""
+    min_p: Annotated[Real, Field(ge=0, le=1)] | None = None
     """Sample from tokens at least this fraction as probable as the best."""
-    n: Annotated[int, Field(ge=1)] | None = 1
-    stop: Text | list[Text] | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = 1
+    stop: str | list[str] | None = None
+    """Empty texts stop nothing."""
     stop_token_ids: list[TokenId] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    presence_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = 0.0
+    frequency_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = 0.0
+    repetition_penalty: Annotated[Real, Field(gt=0, le=10)] | None = 1.0
+    logit_bias: dict[str, Annotated[Real, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     speculative: Speculative | None = None
     return_tokens: bool | Literal["origins"] = False
     """Add to each choice its tokens with id, text, origin and log-probability, and what drafting has given so far.
     `origins` leaves out log-probabilities, which cost speed."""
     cache_salt: Text | None = None
     """The prompt starts only from what requests with the same one, and the same API key, have left in the cache."""
-    user: str | None = None
-    """Accepted for the sake of clients that always send it; nothing depends on it."""
 
-    @model_validator(mode="after")
-    def _options_go_with_streams(self) -> Generation:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options has no effect without stream=true; leave it out")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _options_go_with_streams(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if not info.data.get("stream"):
+            raise ValueError("it has no effect without stream=true; leave it out")
+        return options
 
 
 class CompletionRequest(Generation):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0)] | None = None
     suffix: str | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
-
-
-class TextPart(_Model):
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(_Model):
-    name: Text
-    arguments: str
-
-
-class ToolCall(_Model):
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(_Model):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    refusal: None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.tool_calls is not None and self.role != "assistant":
-            raise ValueError(f"tool_calls belong to assistant messages, not to those of {self.role}")
-        if self.content is None and not self.tool_calls:
-            raise ValueError(f"a message of {self.role} has no content")
-        return self
-
-
-class Function(_Model):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: bool | None = None
-
-
-class Tool(_Model):
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(_Model):
-    name: Text
-
-
-class NamedTool(_Model):
-    type: Literal["function"]
-    function: FunctionName
+    best_of: Annotated[Whole, Field(ge=1)] | None = None
 
 
 class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: MaxTokens | None = None
+    modalities: list[str] | None = None
+    """Text is all there is."""
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
+    @field_validator("modalities")
+    @classmethod
+    def _are_text(cls, modalities: list[str]) -> list[str]:
+        if set(modalities) - {"text"}:
+            raise ValueError("this model answers with text only; leave it out")
+        return modalities
 
-class TokenizeRequest(_Model):
+
+class TokenizeRequest(Parameters):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -198,6 +221,6 @@ class TokenizeRequest(_Model):
         return self
 
 
-class DetokenizeRequest(_Model):
+class DetokenizeRequest(Parameters):
     model: str | None = None
     tokens: list[TokenId]

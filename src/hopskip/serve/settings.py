@@ -6,9 +6,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from hopskip.errors import ConfigError
+from hopskip.errors import ConfigError, check_choice
 from hopskip.serve.queue import Room
+
+UnknownParams = Literal["reject", "ignore", "warn"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -73,6 +76,9 @@ class ServeSettings:
     name of its own (DNS rebinding). None answers all."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of other origins that may call the API."""
+    unknown_params: UnknownParams = "reject"
+    """What becomes of a request with parameters that this API does not have: it gets a 400 that names what may have
+    been meant; or they are ignored, and with `warn` the log says so."""
     exit_when_dead: bool = False
     """End the process when the engine has died, so that a supervisor starts it again."""
     limits: Limits = field(default_factory=Limits)
@@ -80,6 +86,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if self.max_queue < 0:
             raise ConfigError(f"max_queue is {self.max_queue}; it must be 0 (nothing waits) or above")
+        check_choice("unknown_params", self.unknown_params, UnknownParams)
         for name, least in ("max_seqs_per_key", 1), ("max_queue_per_key", 0), ("max_tokens_per_key", 1):
             value = getattr(self, name)
             if value is not None and value < least:
