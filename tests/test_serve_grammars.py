@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from hopskip import LLM
 from hopskip.errors import BusyError, ConfigError
 from hopskip.serve.grammars import Grammars
 from hopskip.serve.settings import Limits
-from hopskip.text import grammar_build, grammar_worker
+from hopskip.text import grammar, grammar_build, grammar_worker
 from hopskip.text.grammar import GrammarCompiler
 from tests.serving import Live, live_server, tiny_llm
 
@@ -316,7 +317,7 @@ def test_the_walk_finds_slow_masks(monkeypatch: pytest.MonkeyPatch, llm: LLM) ->
     answer = grammar_worker._try(vocabulary, job)
     assert answer["dropped"] == []
     assert compiler.adopt(answer["grammar"], ["x"], keep=True).dropped == ("x",)
-    monkeypatch.setattr(grammar_worker, "_SLOWEST_MASK", -1)
+    monkeypatch.setattr(grammar_worker, "SLOWEST_MASK", -1)
     with pytest.raises(ConfigError, match="too complex: finding the tokens that may come next takes"):
         grammar_worker._try(vocabulary, job)
 
@@ -350,3 +351,19 @@ def test_the_walk_takes_tokens_that_are_allowed() -> None:
     steps = Steps([5, 0, 63])
     assert grammar_worker._walk(steps) < 0.1
     assert steps.taken == [-1, 5, 0, 63] * 4
+
+
+def test_a_mask_that_takes_too_long_ends_its_own_text(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial follows a few texts only; what it has not met is stopped where it is met."""
+    compiler = GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size)
+    built = compiler.compile("regex", "[0-9]+")
+    text = grammar_build.build(compiler._vocabulary(), "regex", "[0-9]+").text
+    adopted = compiler.adopt(text, [], keep=False)
+    slow_clock = iter(range(100))
+    monkeypatch.setattr(grammar, "time", SimpleNamespace(thread_time=lambda: 0.06 * next(slow_clock)))
+    adopted.masks([])
+    monkeypatch.setattr(grammar, "time", SimpleNamespace(thread_time=lambda: 0.11 * next(slow_clock)))
+    for constraint in (adopted, adopted.copy()):
+        with pytest.raises(ConfigError, match=r"too complex: finding the tokens that may come next takes over 0\.1 s"):
+            constraint.masks([])
+    built.masks([])  # one's own may take its time

@@ -6,7 +6,9 @@ Shape letters: M draft tokens, N = M + 1 rows, W words of a mask.
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -16,7 +18,7 @@ import numpy as np
 
 from hopskip.errors import ConfigError
 from hopskip.sequence import Mask
-from hopskip.text.grammar_build import Kind, build, match, read_vocabulary, require_llguidance
+from hopskip.text.grammar_build import SLOWEST_MASK, Kind, build, match, read_vocabulary, require_llguidance
 from hopskip.text.tokenizer import Tokenizer
 
 Source = str | Mapping[str, Any] | Seq[str]
@@ -69,6 +71,8 @@ class GrammarCompiler:
     def adopt(self, grammar: str, dropped: list[str], *, keep: bool) -> GrammarConstraint:
         """A fresh constraint of a grammar that has been tried elsewhere: the same vocabulary and text give the same.
 
+        Its text ends with an error should a mask take longer than `SLOWEST_MASK`: the trial has not seen every text.
+
         Args:
             grammar: `Built.text`.
             keep: it is small enough to be kept for the next request with the same one.
@@ -81,7 +85,7 @@ class GrammarCompiler:
             kept = (matcher, dropped)
             if keep:
                 self._keep(("", grammar, False), kept)
-        return self._fresh((kept[0], dropped))
+        return self._fresh((kept[0], dropped), SLOWEST_MASK)
 
     def text_of(self, source: Source) -> str:
         """A grammar as text.
@@ -133,26 +137,30 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         return found
 
-    def _fresh(self, kept: tuple[Any, list[str]]) -> GrammarConstraint:
+    def _fresh(self, kept: tuple[Any, list[str]], slowest_mask: float = math.inf) -> GrammarConstraint:
         matcher, dropped = kept
-        return GrammarConstraint(matcher.deep_copy(), self._vocab_size, dropped)
+        return GrammarConstraint(matcher.deep_copy(), self._vocab_size, dropped, slowest_mask)
 
 
 class GrammarConstraint:
     """Where one sequence stands in its grammar; a `sampling.Constraint`.
 
     Looking ahead along a draft moves the matcher forward and rolls it back, so that what is rejected leaves no trace.
+
+    Args:
+        slowest_mask: seconds of processor time; a mask that takes longer is an error.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, dropped: Seq[str] = ()) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, dropped: Seq[str] = (), slowest_mask: float = math.inf) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._slowest_mask = slowest_mask
         self.dropped = tuple(dropped)
         """Parts of the JSON schema that are not enforced, such as `uniqueItems at #/properties/tags`."""
 
     def copy(self) -> GrammarConstraint:
         """Another one, for another sequence, which stands where this one does."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self.dropped)
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self.dropped, self._slowest_mask)
 
     @property
     def is_complete(self) -> bool:
@@ -178,8 +186,14 @@ class GrammarConstraint:
 
     def _look_ahead(self, row: int, draft_ids: Seq[int], after: list[list[int]], masks_NW: Mask) -> None:
         """Fill in the masks of a row and of those that follow it."""
+        started = time.thread_time()
         masks_NW[row] = np.frombuffer(self._matcher.compute_bitmask(), dtype="<u4")[: masks_NW.shape[1]]
         self._check()
+        if time.thread_time() - started > self._slowest_mask:  # the next one is likely to be no better
+            raise ConfigError(
+                f"the grammar has become too complex: finding the tokens that may come next takes over "
+                f"{self._slowest_mask:g} s"
+            )
         for following in after[row]:
             token = draft_ids[following - 1]
             if self._matcher.validate_tokens([token]) != 1:

@@ -15,6 +15,9 @@ from hopskip.text.json_schema import Fitted, fit
 Kind = Literal["json_schema", "regex", "lark", "grammar", "choice"]
 """`lark` is in Lark's notation, `grammar` in that or in llama.cpp's GBNF; `choice` is one of several texts."""
 
+SLOWEST_MASK = 0.1
+"""Seconds of processor time that a mask of a stranger's grammar may take. The engine computes masks between two steps,
+and everybody waits for it."""
 _SHORT_WHITESPACE = r"(\x20|\n[\x20]{0,12})?"
 """Between JSON tokens: a space, or a line end and an indent. Without a limit, a model that likes spaces never comes to
 the point."""

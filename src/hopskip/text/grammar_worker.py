@@ -17,12 +17,10 @@ import time
 from typing import Any, BinaryIO
 
 from hopskip.errors import ConfigError
-from hopskip.text.grammar_build import build, read_vocabulary, require_llguidance
+from hopskip.text.grammar_build import SLOWEST_MASK, build, read_vocabulary, require_llguidance
 
 _NUM_WALKS, _NUM_STEPS = 4, 128
 _WALK_SECONDS = 0.3
-_SLOWEST_MASK = 0.1
-"""Seconds of processor time. The engine computes masks between two steps, and everybody waits for it."""
 _MUCH = 64 * 2**20
 """A process that holds so much more than at its start is replaced."""
 
@@ -66,10 +64,10 @@ def _try(vocabulary: Any, job: dict[str, Any]) -> dict[str, Any]:
     before = _memory()[1]
     built = build(vocabulary, job["kind"], job["text"], strict=job["strict"])
     slowest = _walk(built.matcher)
-    if slowest > _SLOWEST_MASK:
+    if slowest > SLOWEST_MASK:
         raise ConfigError(
             f"the grammar is too complex: finding the tokens that may come next takes {slowest * 1e3:.0f} ms; at most "
-            f"{_SLOWEST_MASK * 1e3:.0f} ms are allowed here"
+            f"{SLOWEST_MASK * 1e3:.0f} ms are allowed here"
         )
     return {"grammar": built.text, "dropped": built.dropped, "bytes": max(0, _memory()[1] - before)}
 
@@ -84,7 +82,7 @@ def _walk(matcher: Any) -> float:
             start = time.process_time()
             mask = int.from_bytes(walker.compute_bitmask(), "little")
             slowest = max(slowest, time.process_time() - start)
-            if not mask or walker.is_stopped() or slowest > _SLOWEST_MASK or time.process_time() > end:
+            if not mask or walker.is_stopped() or slowest > SLOWEST_MASK or time.process_time() > end:
                 break
             from_here = mask >> chance.randrange(mask.bit_length())
             first = (from_here & -from_here).bit_length() - 1
