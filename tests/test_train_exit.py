@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,15 @@ from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError, TrainingError
 from hopskip.loading import BackendName, LoadConfig, load_backend
 from hopskip.train.exit.acceptance import Acceptance
+from hopskip.train.exit.answers import OwnAnswers
 from hopskip.train.exit.batch import Batch, make_batch
-from hopskip.train.exit.collect import collect
+from hopskip.train.exit.collect import Converse, collect
 from hopskip.train.exit.conversations import Conversation, joined, read_conversations
 from hopskip.train.exit.distill import ExitTrainer, attend_unrolled, distillation_loss, num_positions
 from hopskip.train.exit.feed import Feed
 from hopskip.train.exit.fit import Evaluation, Stage, numbered_batches
 from hopskip.train.exit.recipe import FitConfig
+from hopskip.train.exit.turns import Dialogue
 from tests.tiny import write_checkpoint
 
 PROMPTS = [[2 + i, 5, 7 * i + 3, 9] for i in range(12)]
@@ -57,10 +60,18 @@ def gather(
     prompts: list[list[int]] = PROMPTS,
 ) -> None:
     load = LoadConfig(backend=backend, dtype="float32", device="cpu", threads=1)
-    collect(
-        load_backend(checkpoint, load), prompts, folder, fingerprint=checkpoint.fingerprint, taps=taps,
-        max_new_tokens=20, eos_token_ids=[1], max_num_seqs=5,
-    )  # fmt: skip
+
+    def converse(taps: Sequence[int]) -> Converse[Dialogue]:
+        model = load_backend(checkpoint, load)
+        return OwnAnswers(model, taps, max_new_tokens=20, max_length=80, eos_token_ids=[1], max_num_seqs=5)
+
+    dialogues = [partial(only, prompt) for prompt in prompts]
+    collect(dialogues, folder, converse, fingerprint=checkpoint.fingerprint, taps=[*taps, 3], depth=3)
+
+
+def only(prompt: list[int], answers: Sequence[Sequence[int]]) -> list[int] | None:
+    """A dialogue of one turn."""
+    return None if answers else prompt
 
 
 # -- collection -------------------------------------------------------------------------------------------------------
@@ -102,7 +113,7 @@ def test_a_shard_that_is_there_is_not_made_again(checkpoint: Checkpoint, tmp_pat
 def test_a_collection_goes_on_with_the_layers_that_it_began_with(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hopskip.train.exit.collect.SHARD_PROMPTS", 6)
+    monkeypatch.setattr("hopskip.train.exit.collect.SHARD_CHATS", 6)
     gather(checkpoint, tmp_path)
     (tmp_path / "shard-00001.safetensors").unlink()
     gather(checkpoint, tmp_path, taps=(2,))
@@ -111,9 +122,9 @@ def test_a_collection_goes_on_with_the_layers_that_it_began_with(
     assert {c.states_TAD.shape[1] for c in conversations if c.states_TAD is not None} == {3}
 
 
-@pytest.mark.parametrize("taps", [(2, 1), (0,), (3,)])
+@pytest.mark.parametrize("taps", [(2, 1), (0,), (3,), (4,)])
 def test_wrong_taps_are_refused(checkpoint: Checkpoint, tmp_path: Path, taps: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="rising layers from 1 to 2"):
+    with pytest.raises(ConfigError, match="rising layers from 1 to 3"):
         gather(checkpoint, tmp_path, taps=taps)
 
 

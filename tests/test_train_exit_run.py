@@ -19,14 +19,10 @@ from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.cli import app, progress
-from hopskip.engine import Engine
-from hopskip.errors import ConfigError
-from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.exit.distill import ExitTrainer
-from hopskip.train.exit.prompts import self_prompts, write_prompts
-from hopskip.train.exit.recipe import PromptsRecipe
+from hopskip.train.exit.prompts import self_prompts
 from hopskip.version import stamp
-from tests.tiny import write_checkpoint, write_tokenizer
+from tests.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,38 +47,6 @@ def test_prompts_that_the_model_writes_itself(checkpoint: Checkpoint) -> None:
     expected = [text.strip() for text in texts if len(text.split()) >= 4]
     assert found == list(dict.fromkeys(expected))
     assert 0 < len(found) < 50
-
-
-def test_prompts_of_files(tmp_path: Path) -> None:
-    """Texts, turns and chats; without repetitions and what is excluded; a file that cannot be read costs no loading."""
-    rows = [
-        {"prompt": "first"},
-        {"turns": ["second", "and then?"]},
-        {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "third"}]},
-        {"prompt": " first "},
-        {"prompt": "first"},
-        {"prompt": "fourth"},
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "not.jsonl").write_text(json.dumps({"prompt": "fourth "}) + "\n")
-    settings = PromptsRecipe(files=(str(tmp_path / "rows.jsonl"),), exclude=(str(tmp_path / "not.jsonl"),))
-
-    def engine() -> Engine:
-        raise AssertionError("it is not needed")
-
-    def write(settings: PromptsRecipe) -> list[str]:
-        path = tmp_path / "prompts.jsonl"
-        write_prompts(settings, tokenizer, engine, path, print)
-        return sorted(json.loads(line)["prompt"] for line in path.read_text().splitlines())
-
-    write_tokenizer(tmp_path)
-    write_checkpoint(tmp_path)
-    tokenizer = load_tokenizer(tmp_path, open_checkpoint(tmp_path).config)
-    assert write(settings) == [" first ", "first", "second", "third"]
-    assert len(write(replace(settings, max_prompts=2))) <= 2
-    (tmp_path / "wrong.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
-    with pytest.raises(ConfigError, match="none of prompt, turns, messages"):
-        write(replace(settings, files=(str(tmp_path / "wrong.jsonl"),), self_written=5))
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -130,7 +94,7 @@ threads: 1
     assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(shares))
     candidates = json.loads((tmp_path / "run" / "search.json").read_text())["candidates"]
     assert stamp().items() <= best.notes.items()
-    for done in ("answering prompts", "training s0-b1-f2.3, stage 1 of 1"):
+    for done in ("collecting text", "training s0-b1-f2.3, stage 1 of 1"):
         assert re.search(rf"^hopskip: {done}: \d+ %", result.stderr, re.MULTILINE), result.stderr
     assert len(candidates) == 2 * 2 * 2 * 3  # exits, vocabularies, draft lengths, runner-ups
     fastest = max(candidates, key=lambda found: found["over_plain_decoding"])

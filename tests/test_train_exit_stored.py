@@ -71,7 +71,7 @@ def test_the_same_recipe_goes_on(recipe: ExitRecipe, checkpoint: Checkpoint) -> 
         ("prompts", "seed", "0", 1),
         ("prompts", "self_written", "0", 9),
         ("prompts", "files", r"\['.*prompts.jsonl', 'owner/set'\]", ("owner/set",)),
-        ("prompts", "max_prompt_tokens", "256", 10),
+        ("prompts", "max_prompt_tokens", "1024", 10),
         ("collect", "max_new_tokens", "256", 10),
         ("collect", "precision", "'bfloat16'", "q8"),
         ("", "vocabulary", "8192", 10),
@@ -128,5 +128,5 @@ def test_data_of_unknown_settings_is_refused(recipe: ExitRecipe, checkpoint: Che
     with pytest.raises(ConfigError, match=r"recipe\.json is damaged"):
         check_stored(recipe, checkpoint, tokenizer_of(checkpoint))
     (recipe.folder / "recipe.json").write_text(json.dumps({"recipe": {"prompts.seed": 0}, "content": {}}))
-    with pytest.raises(ConfigError, match=r"made with collect\.max_new_tokens = nothing, not 256"):
+    with pytest.raises(ConfigError, match=r"made with collect\.answers = nothing, not 'model'"):
         check_stored(recipe, checkpoint, tokenizer_of(checkpoint))

@@ -1,9 +1,7 @@
-"""Training data for an exit: the model's own text, and the hidden states behind it, cached on disk.
+"""Training data for an exit, collected once and read for many epochs.
 
-Collected once and read for many epochs. A shard holds a fixed range of the prompts, so an interrupted collection goes
-on with the first shard that is missing.
-
-Shape letters: T tokens, A taps (layers whose output is kept), D hidden size.
+A shard holds a fixed range of the chats, so an interrupted collection goes on with the first shard that is missing, and
+several processes each make shards of their own.
 """
 
 from __future__ import annotations
@@ -11,112 +9,74 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from hopskip.backends.base import Backend
-from hopskip.backends.rows import Array, Cache, Rows
-from hopskip.draft.base import Draft, Drafter
-from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.sampling_params import SamplingParams
-from hopskip.sequence import Request, Sequence
-from hopskip.speculative import SpeculativeConfig
-from hopskip.train.exit.conversations import Conversation, shard_metadata, write_shard
+from hopskip.train.exit.conversations import Conversation, joined, shard_metadata, write_shard
 
-SHARD_PROMPTS = 256
-
-
-class _States(Drafter):
-    """Keeps the outputs of some layers at every position that a sequence has in the cache, and drafts nothing.
-
-    A prompt may begin with what an earlier one has left in the cache. The states are there too: they are kept by slot
-    and position, and copied when the cache is.
-    """
-
-    def __init__(self, taps: Seq[int], num_slots: int, length: int, hidden_size: int) -> None:
-        self.taps = tuple(taps)
-        self.states_STAD = torch.empty((num_slots, length, len(self.taps), hidden_size), dtype=torch.bfloat16)
-
-    def observe(self, rows: Rows, features_NAD: Array) -> None:
-        slots, positions = torch.from_numpy(rows.slots).long(), torch.from_numpy(rows.positions).long()
-        self.states_STAD[slots, positions] = torch.as_tensor(features_NAD).to("cpu", torch.bfloat16)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        self.states_STAD[target, :length] = self.states_STAD[source, :length]
-
-    def propose(self, sequences: Seq[Sequence], limits: Seq[int], cache: Cache) -> list[Draft]:
-        return [Draft() for _ in sequences]
-
-    def of(self, sequence: Sequence) -> Tensor:
-        """Of all tokens but the last, which was not fed back: [T - 1, A, D]. A copy, as the slot is used again."""
-        return self.states_STAD[sequence.slot, : len(sequence.token_ids) - 1].clone()
+SHARD_CHATS = 256
+T = TypeVar("T")
+Converse = Callable[[Seq[T], Callable[[int], None]], list[list[Conversation]]]
+"""From chats, and who is told how many of them are done, to the turns of each, with the states of the tapped layers if
+they are to be stored."""
 
 
 def collect(
-    backend: Backend,
-    prompts: Seq[Seq[int]],
+    chats: Seq[T],
     folder: Path,
+    converse: Callable[[Seq[int]], Converse[T]],
     *,
     fingerprint: str,
     taps: Seq[int],
-    max_new_tokens: int,
-    eos_token_ids: Seq[int],
-    max_num_seqs: int = 64,
+    depth: int,
+    process: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
     doing: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Let the model answer the prompts greedily, and write answers and states to `folder`.
+    """Turn chats into conversations, and write them to `folder`.
 
     Args:
+        converse: from the taps to what makes the conversations; asked for when the first shard is missing.
         fingerprint: of the model's weights; noted, so that no exit is trained on another model's states.
-        taps: layers after which hidden states are kept, rising; those after the last layer always are. A folder that
-            has more goes on with its own.
-        progress: told the prompts done and the tokens collected so far, after each shard.
-        doing: told the share of the prompts that are answered, after each.
+        taps: layers after which hidden states are kept, rising. A folder that has more goes on with its own. Empty:
+            none are kept.
+        depth: layers of the model.
+        process: number of this process, and how many there are.
+        progress: told the chats done and the tokens collected so far, after each shard.
+        doing: told the share of the chats that are done.
 
     Raises:
         ConfigError: `taps` are not rising layers of the model, or `folder` holds data that was collected otherwise.
         TrainingError: a shard cannot be written (a full disk, say); those before it stay.
     """
-    depth = backend.config.num_hidden_layers
-    if list(taps) != sorted(set(taps)) or not all(0 < tap < depth for tap in taps):
-        raise ConfigError(f"taps are {list(taps)}; they must be rising layers from 1 to {depth - 1}")
+    if list(taps) != sorted(set(taps)) or not all(0 < tap <= depth for tap in taps):
+        raise ConfigError(f"taps are {list(taps)}; they must be rising layers from 1 to {depth}")
     folder.mkdir(parents=True, exist_ok=True)
+    wanted = list(taps)
     for path in sorted(folder.glob("shard-*.safetensors"))[:1]:
-        collected = json.loads(shard_metadata(path)["taps"])[:-1]
-        taps = collected if set(taps) <= set(collected) else taps
-    metadata = {"fingerprint": fingerprint, "taps": json.dumps([*taps, depth])}
-    longest = max(map(len, prompts)) + max_new_tokens
-    states = _States([*taps, depth], max_num_seqs, longest, backend.config.hidden_size)
-    engine = Engine(
-        backend, SpeculativeConfig(draft="none"), states, eos_token_ids=eos_token_ids, max_num_seqs=max_num_seqs
-    )
-    params = SamplingParams(max_new_tokens=max_new_tokens)
+        collected = json.loads(shard_metadata(path)["taps"])
+        wanted = collected if wanted and set(wanted) <= set(collected) else wanted
+    metadata = {"fingerprint": fingerprint, "taps": json.dumps(wanted)}
+    rank, world = process
+    make: Converse[T] | None = None
     num_tokens = 0
-    for first in range(0, len(prompts), SHARD_PROMPTS):
-        path = folder / f"shard-{first // SHARD_PROMPTS:05}.safetensors"
-        batch = prompts[first : first + SHARD_PROMPTS]
+    for first in range(rank * SHARD_CHATS, len(chats), world * SHARD_CHATS):
+        path = folder / f"shard-{first // SHARD_CHATS:05}.safetensors"
+        batch = chats[first : first + SHARD_CHATS]
         if path.exists():
             if (found := shard_metadata(path)) != metadata:
                 raise ConfigError(f"{path} was collected with {found}, not {metadata}; use another folder")
             continue
-        waiting = [engine.add(Request(prompt, params)) for prompt in batch]
-        done: dict[int, Conversation] = {}
-        while waiting:
-            engine.step()
-            for sequence in [s for s in waiting if s.is_finished]:
-                waiting.remove(sequence)
-                prompt, answer = (
-                    sequence.token_ids[: sequence.num_prompt_tokens],
-                    sequence.token_ids[sequence.num_prompt_tokens :],
-                )
-                done[sequence.number] = Conversation.of(prompt, answer, states.of(sequence))
-                num_tokens += len(sequence.token_ids)
-                doing((first + len(done)) / len(prompts))
-        # in the order of the prompts, whichever ended first
-        write_shard(path, [done[number] for number in sorted(done)], metadata)
+        make = make or converse(wanted)
+        turns = make(batch, partial(_tell, doing, first, len(chats)))
+        conversations = [conversation for each in turns for conversation in joined(each)]
+        write_shard(path, conversations, metadata)
+        num_tokens += sum(len(c.ids_T) for c in conversations)
         if progress:
             progress(first + len(batch), num_tokens)
+
+
+def _tell(doing: Callable[[float], None], first: int, num_chats: int, number: int) -> None:
+    doing((first + number) / num_chats)

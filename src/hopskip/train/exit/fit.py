@@ -94,7 +94,9 @@ class Stage:
             **(identity or {}),
             "batches per step": self._num_batches,
         }
-        self._model, self._optimizer = self._accelerator.prepare(trainer, _optimizer(trainer, config))
+        self._model, self._optimizer = self._accelerator.prepare(
+            trainer, _optimizer(trainer, config), device_placement=[False, False]
+        )
         self._progress = _Progress()
         self._log: list[dict[str, Any]] = []
         self._best: dict[str, Tensor] = {}

@@ -8,49 +8,77 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
-from hopskip.prompts import content_of, encode_content
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.text.tokenizer import Tokenizer
+from hopskip.train.chats import chat_of, tools_of
 from hopskip.train.checkpoint import replacing_file
 from hopskip.train.exit.recipe import PromptsRecipe
-from hopskip.train.read import DataConfig, read
+from hopskip.train.exit.turns import Chat
+from hopskip.train.read import DataConfig, read_split
 
 _MARK = "\N{SYMBOL FOR RECORD SEPARATOR}"
 _MIN_WORDS = 4
+_QUESTIONS = ("instruction", "question")
+
+
+def read_chats(settings: PromptsRecipe) -> list[Chat]:
+    """The chats of all files, `max_prompts` of them at most, chosen at random; without repetitions, and without those
+    that ask what must not be trained on.
+
+    Raises:
+        ConfigError: a file cannot be read, or has a row that is no chat and no prompt.
+    """
+    excluded = {text for chat in _rows(settings.exclude, settings) for text in chat.asked}
+    rng = random.Random(settings.seed)
+    kept: list[Chat] = []
+    seen: set[int] = set()
+    for chat in _rows(settings.files, settings):
+        identity = hash((chat.asked, len(chat.messages)))
+        if identity in seen or not any(chat.asked) or excluded.intersection(chat.asked):
+            continue
+        seen.add(identity)
+        if settings.max_prompts is None or len(kept) < settings.max_prompts:
+            kept.append(chat)
+        elif (place := rng.randrange(len(seen))) < settings.max_prompts:  # so that each has the same chance
+            kept[place] = chat
+    return kept
 
 
 def write_prompts(
     settings: PromptsRecipe,
+    chats: Seq[Chat],
     tokenizer: Tokenizer,
     make_engine: Callable[[], Engine],
     path: Path,
+    is_usable: Callable[[Chat], bool],
     report: Callable[[str], None],
     doing: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Bring together what the model is to be asked, in a random order: a JSON line with `prompt` each.
+    """Bring together what the model is to be asked, in a random order: a JSON line with `messages` each.
 
     Args:
+        chats: those of files.
         make_engine: one that decodes plainly; asked for if the model is to write prompts itself.
+        is_usable: whether a chat is to be kept.
         doing: told the share of these prompts that are written.
 
     Raises:
-        ConfigError: a file cannot be read or has a row without a prompt, or the model cannot write prompts itself.
+        ConfigError: the model cannot write prompts itself, or none is usable.
         TrainingError: `path` cannot be written.
     """
-    excluded = {text.strip() for source in settings.exclude for text in _read_texts(source, settings)}
-    texts = [text for source in settings.files for text in _read_texts(source, settings)]
-    rng = random.Random(settings.seed)
-    if settings.max_prompts is not None and len(texts) > settings.max_prompts:
-        texts = rng.sample(texts, settings.max_prompts)
+    found = list(chats)
     if settings.self_written:
+        known = {chat.asked for chat in chats}
+        excluded = {text for chat in _rows(settings.exclude, settings) for text in chat.asked}
         written = self_prompts(
             tokenizer,
             make_engine(),
@@ -60,27 +88,27 @@ def write_prompts(
             doing=doing,
         )
         for number, text in enumerate(written, start=1):
-            texts.append(text)
+            if text not in excluded and (text,) not in known:
+                found.append(Chat(({"role": "user", "content": text},)))
             if number % 100 == 0:
                 report(f"the model has written {number} prompts")
-    texts = [text for text in dict.fromkeys(texts) if text.strip() and text.strip() not in excluded]
-    rng.shuffle(texts)
-    with replacing_file(path) as partial:
-        partial.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
-
-
-def encode_prompts(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[list[int]]:
-    """Token ids of what `write_prompts` wrote, longer prompts left out.
-
-    Raises:
-        ConfigError: none is left.
-    """
-    texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
-    encoded = [encode_content(text, tokenizer) for text in texts]
-    kept = [ids for ids in encoded if len(ids) <= max_tokens]
+    kept = [chat for chat in found if is_usable(chat)]
     if not kept:
-        raise ConfigError(f"none of {len(encoded)} prompts has at most {max_tokens} tokens")
-    return kept
+        raise ConfigError(
+            f"none of {len(found)} chats can be used: their prompts have more than {settings.max_prompt_tokens} tokens "
+            "(prompts.max_prompt_tokens), or answers are to be given, and there are none (prompts.response_field)"
+        )
+    if len(kept) < len(found):
+        report(f"{len(found) - len(kept):,} of {len(found):,} chats are left out: too long, or without an answer")
+    random.Random(settings.seed).shuffle(kept)
+    with replacing_file(path) as partial:
+        partial.write_text("".join(json.dumps(vars(chat)) + "\n" for chat in kept), encoding="utf-8")
+
+
+def read_prompts(path: Path) -> list[Chat]:
+    """What `write_prompts` wrote."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [Chat(**{name: tuple(values) for name, values in row.items()}) for row in rows]
 
 
 def self_prompts(
@@ -130,15 +158,28 @@ def _finish(engine: Engine, requests: Seq[Request]) -> list[Sequence]:
     return sequences
 
 
-def _read_texts(source: str, settings: PromptsRecipe) -> Iterator[str]:
-    """What the user says first in every row of a file."""
-    for row in read(source, DataConfig(train=(source,))):
-        content = content_of(row, prompt_field=settings.prompt_field, messages_field=settings.messages_field)
-        if content is None:
-            raise ConfigError(
-                f"a row of {source} has none of {settings.prompt_field}, turns, {settings.messages_field}: {dict(row)}"
-            )
-        if isinstance(content, str):
-            yield content
-        else:
-            yield next((m["content"] for m in content if m["role"] == "user"), "")
+def _rows(sources: Seq[str], settings: PromptsRecipe) -> Iterator[Chat]:
+    """The chats of some files or data sets."""
+    messages, prompt, response = settings.messages_field, settings.prompt_field, settings.response_field
+    for source in sources:
+        data = DataConfig(train=(source,), split=settings.split, subset=settings.subset, where=settings.where)
+        for row in read_split(data, held_out=False):
+            found = chat_of(row, messages_field=messages, prompt_field=prompt, response_field=response)
+            found = found or _questions(row, settings)
+            if found is None:
+                raise ConfigError(
+                    f"a row of {source} has no chat and no prompt, but {', '.join(sorted(row))}; name its fields "
+                    "(prompts.messages_field, prompts.prompt_field), or choose rows (prompts.where)"
+                )
+            yield Chat(tuple(found), tuple(tools_of(row) or ()))
+
+
+def _questions(row: Mapping[str, Any], settings: PromptsRecipe) -> list[Mapping[str, Any]] | None:
+    """Of a row without answers: its prompt, or its `turns`, with what a system says before."""
+    turns = row.get(settings.prompt_field) or row.get("turns") or next((row[f] for f in _QUESTIONS if row.get(f)), None)
+    texts = [turns] if isinstance(turns, str) else turns
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    system = row.get("system") or row.get("system_prompt")
+    before = [{"role": "system", "content": system}] if isinstance(system, str) else []
+    return [*before, *({"role": "user", "content": text} for text in texts)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from hopskip.checkpoint.hub_cache import DEFAULT_MODEL
 from hopskip.checkpoint.trained_exit import ExitConfig
@@ -14,37 +15,94 @@ from hopskip.loading import LoadConfig, Quantize
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsRecipe:
-    """What the model is asked, so that it writes the text to train on."""
+    """What the model is asked, so that there is text to train on."""
 
     files: tuple[str, ...] = ()
-    """Files, folders or Hub data sets, as `data.train` of a LayerSkip recipe; their responses are not used."""
+    """Files, folders or Hub data sets, as `data.train` of a LayerSkip recipe: prompts, or chats of several turns."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    where: Mapping[str, Any] | None = None
+    """Only rows whose fields have these values."""
     prompt_field: str = "prompt"
+    response_field: str = "response"
     messages_field: str = "messages"
     max_prompts: int | None = None
-    """Take so many of the files' prompts, chosen at random."""
+    """Take so many of the files' chats, chosen at random."""
     self_written: int = 0
     """So many prompts that the model is to write itself; some are dropped as unfinished or repeated."""
     openings: tuple[str, ...] = ("",)
     """Beginnings of these prompts, in rotation."""
     exclude: tuple[str, ...] = ()
     """Files with prompts that must not be trained on: those that the exit will be measured with."""
-    max_prompt_tokens: int = 256
-    """Longer prompts are left out."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out, and turns of a chat whose history is longer."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.files and self.self_written < 1:
             raise ConfigError("prompts has neither files nor self_written; give one of them")
+        for name in ("max_prompts", "max_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"prompts.{name} is {value}; it must be at least 1")
+        if not self.files and (self.max_prompts is not None or self.subset is not None or self.where is not None):
+            raise ConfigError("prompts.max_prompts, subset and where choose among files, but prompts.files names none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerRecipe:
+    """An OpenAI-compatible server that answers in place of this engine. It must serve the exit's model."""
+
+    url: str
+    """Up to what `/chat/completions` follows: `http://localhost:8000/v1`."""
+    model: str | None = None
+    """As the server calls it; None: the first that it lists."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key, if it wants one."""
+    concurrency: int = 32
+    """Requests at once."""
+    max_retries: int = 6
+    """Of one request, with pauses of 1, 2, 4, .. seconds, or as the server says."""
+    timeout: float = 600.0
+    """Seconds for an answer."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"collect.server.url is {self.url!r}; give one such as http://localhost:8000/v1")
+        for name, least in (("concurrency", 1), ("max_retries", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"collect.server.{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.timeout <= 0:
+            raise ConfigError(f"collect.server.timeout is {self.timeout}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectRecipe:
-    """How the model answers."""
+    """Who answers, and what is kept of it."""
 
+    answers: Literal["model", "given", "server"] = "model"
+    """`model`: this engine, greedily. `given`: the chats' own answers, of which an exit learns less, for it is to draft
+    what the model says. `server`: that of `server`."""
+    server: ServerRecipe | None = None
+    states: Literal["stored", "on-the-fly"] = "stored"
+    """The model's hidden states: on disk, or made anew by a pass over each batch. That takes longer, and no disk."""
     precision: str = "bfloat16"
     """As `dtype` of `LLM`; on the native backend also q8 or q4."""
     max_new_tokens: int = 256
     max_num_seqs: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("answers", "states"):
+            value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
+            if value not in choices:
+                raise ConfigError(f"collect.{name} is {value!r}; choose one of {', '.join(choices)}")
+        if (self.server is not None) != (self.answers == "server"):
+            raise ConfigError("collect.server and collect.answers: server belong together; give both or neither")
+        for name in ("max_new_tokens", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"collect.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +236,8 @@ class ExitRecipe:
     search: SearchRecipe = field(default_factory=SearchRecipe)
     num_workers: int = 0
     """Processes that put batches together while the step before runs: for a GPU. On a CPU the step needs its cores."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that accelerate knows, such as tensorboard and wandb."""
     device: str = "auto"
     """Where to collect, train and measure; `auto` takes a CUDA device where there is one, else the CPU."""
     threads: int | None = None
@@ -188,6 +248,8 @@ class ExitRecipe:
             raise ConfigError("a recipe needs at least one entry in `branches`, such as {start: 0, num_layers: 1}")
         if not self.stages and any(exit.num_layers for exit in self.branches):
             raise ConfigError("a recipe needs at least one entry in `stages`, such as {num_tokens: 1000000}")
+        if self.collect.answers == "given" and (self.prompts.self_written or not self.prompts.files):
+            raise ConfigError("collect.answers: given takes answers of prompts.files; leave prompts.self_written out")
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision is {self.precision}; it must be float32 or bfloat16")
         if self.held_out_every < 2:

@@ -5,35 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
-from hopskip.backends.base import Backend
 from hopskip.backends.torch.weights import load_tensor
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.trained_exit import DEFAULT_EXIT, ExitConfig, TrainedExit
-from hopskip.engine.engine import Engine, make_engine
 from hopskip.errors import ConfigError, TrainingError
-from hopskip.loading import Progress, known_device, load_backend
-from hopskip.speculative import SpeculativeConfig
+from hopskip.loading import Progress, load_backend
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.checkpoint import replacing, replacing_file
 from hopskip.train.exit.choose import Candidate, draft_vocabulary, measure
-from hopskip.train.exit.collect import collect
-from hopskip.train.exit.conversations import Conversation, read_conversations
+from hopskip.train.exit.conversations import Conversation
 from hopskip.train.exit.distill import ExitTrainer
 from hopskip.train.exit.estimate import Work, check_disk, check_start, duration, flops_per_second
 from hopskip.train.exit.feed import Feed
 from hopskip.train.exit.fit import Evaluation, Stage
-from hopskip.train.exit.prompts import encode_prompts, write_prompts
-from hopskip.train.exit.recipe import ExitRecipe
-from hopskip.train.exit.stored import check_stored
+from hopskip.train.exit.processes import check_trackers, device_of, make_accelerator
+from hopskip.train.exit.recipe import ExitRecipe, FitConfig
+from hopskip.train.exit.stored import check_stored, settings_of
+from hopskip.train.exit.text import Text, TextMaker
 from hopskip.train.plot import plot_acceptance
 from hopskip.version import stamp
 
@@ -41,7 +41,8 @@ Report = Callable[[str], None]
 
 
 def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda what, share: None) -> Path:
-    """Run a recipe; the folder of the finished exit.
+    """Run a recipe; the folder of the finished exit. Of several processes (`torchrun`) each does a part, and the first
+    one reports and times the exits.
 
     Args:
         report: told what has been reached.
@@ -52,7 +53,6 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
         CheckpointError: the model cannot be read.
         TrainingError: something cannot be written (a full disk, say); what is complete stays.
     """
-    folder = recipe.folder
     checkpoint = open_checkpoint(find_model(recipe.load.model))
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     depth = checkpoint.config.num_hidden_layers
@@ -63,45 +63,126 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
             "give shares of the depth, such as features: [50%, 90%, 100%]"
         )
     check_start(recipe, tokenizer)
-    device = known_device(recipe.device)
+    check_trackers(recipe.report_to)
     initial = _initial(recipe, checkpoint)
-    check_stored(recipe, checkpoint, tokenizer)
-    work = Work.of(recipe, checkpoint.config)
-    check_disk(work, folder)
-    report(work.described(flops_per_second(recipe.threads)))
-    if recipe.threads is not None:
+    accelerator = make_accelerator(recipe.device, recipe.report_to, recipe.folder, settings_of(recipe))
+    if not accelerator.is_main_process:
+        report, progress = _silent, _silent
+    elif recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    if accelerator.is_main_process:
+        check_stored(recipe, checkpoint, tokenizer)
+        work = Work.of(recipe, checkpoint.config)
+        check_disk(work, recipe.folder)
+        report(work.described(flops_per_second(recipe.threads)))
+    accelerator.wait_for_everyone()
+    device = str(device_of(accelerator, recipe.device))
+    own = _Run(replace(recipe, device=device), checkpoint, tokenizer, initial, accelerator, report, progress)
+    found = own.candidates()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return found
 
-    _collect(recipe, checkpoint, tokenizer, report, progress)
-    collected_taps, training, held_out = _read(recipe, checkpoint)
-    vocabularies = [draft_vocabulary(training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)]
-    notes = {"base_model": checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages], **stamp()}
-    found: list[Candidate] = []
-    for exit_config in recipe.exits(depth):
-        trainer = ExitTrainer(checkpoint, exit_config, vocabularies[0], getattr(torch, recipe.precision))
-        if initial is not None and initial.config == exit_config:
-            trainer.start_from(initial)
+
+def _silent(*told: object) -> None:
+    return
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One process's part of a run."""
+
+    recipe: ExitRecipe
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    initial: TrainedExit | None
+    accelerator: Accelerator
+    report: Report
+    progress: Progress
+
+    def candidates(self) -> Path:
+        """Collect, train, measure; the folder of the best exit."""
+        recipe, checkpoint = self.recipe, self.checkpoint
+        text = TextMaker(recipe, checkpoint, self.tokenizer, self.accelerator, self.report, self.progress).make()
+        vocabularies = [
+            draft_vocabulary(text.training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)
+        ]
+        exits = recipe.exits(checkpoint.config.num_hidden_layers)
+        trained = [self._trained(exit_config, text, vocabularies[0]) for exit_config in exits]
+        held_out = text.held_out
+        del text  # it may hold the model
+        if self.accelerator.is_main_process:
+            found = [c for exit in trained for size in vocabularies for c in self._measured(exit, size, held_out)]
+            _write_best(found, recipe, self.report)
+        self.accelerator.wait_for_everyone()
+        return recipe.folder / "exit"
+
+    def _trained(self, exit_config: ExitConfig, text: Text, vocabulary: Tensor) -> ExitTrainer:
+        """A candidate, on the CPU."""
+        recipe = self.recipe
+        trainer = ExitTrainer(self.checkpoint, exit_config, vocabulary, getattr(torch, recipe.precision))
+        if self.initial is not None and self.initial.config == exit_config:
+            trainer.start_from(self.initial)
         elif recipe.stages:
             torch.manual_seed(recipe.stages[0].seed)
-            trainer.scale_to(torch.cat([c.states_TAD for c in held_out[:20] if c.states_TAD is not None]))
+            some = text.held_out[:20]
+            with_states = some if text.with_states is None else text.with_states(some)
+            trainer.scale_to(torch.cat([c.states_TAD for c in with_states if c.states_TAD is not None]))
         if exit_config.num_layers:  # a plain exit has nothing to train
-            trainer.to(device)
-            _train(recipe, checkpoint, trainer, training, held_out, collected_taps, report, progress)
-        trainer.cpu()
-        for vocabulary in vocabularies:
-            trained = trainer.trained_exit(checkpoint.fingerprint, 1, vocabulary=vocabulary)
-            # loaded anew for each, as a backend takes one exit; and not kept, as two may not fit into memory
-            measured = measure(
-                load_backend(checkpoint, recipe.load), trained, held_out, recipe.search, tokenizer.eos_token_ids, notes
+            trainer.to(torch.device(recipe.device))
+            self._train(trainer, text)
+        return trainer.cpu()
+
+    def _measured(self, trainer: ExitTrainer, vocabulary: Tensor, held_out: Seq[Conversation]) -> Iterator[Candidate]:
+        """The shapes of draft of a candidate, each with its speed."""
+        recipe, name = self.recipe, name_of(trainer.exit_config)
+        notes = {"base_model": self.checkpoint.path.name, "stages": [vars(stage) for stage in recipe.stages], **stamp()}
+        trained = trainer.trained_exit(self.checkpoint.fingerprint, 1, vocabulary=vocabulary)
+        # loaded anew for each, as a backend takes one exit; and not kept, as two may not fit into memory
+        backend = load_backend(self.checkpoint, recipe.load)
+        self.progress(f"timing drafts of {name}", None)
+        for candidate in measure(backend, trained, held_out, recipe.search, self.tokenizer.eos_token_ids, notes):
+            self.report(
+                f"{name}, {candidate.shape}: {candidate.described} plain decoding, "
+                f"{candidate.tokens_per_pass:.2f} tokens a pass"
             )
-            progress(f"timing drafts of {name_of(exit_config)}", None)
-            for candidate in measured:
-                report(
-                    f"{name_of(exit_config)}, {candidate.shape}: {candidate.described} plain decoding, "
-                    f"{candidate.tokens_per_pass:.2f} tokens a pass"
-                )
-                found.append(candidate)
-    return _write_best(found, recipe, report)
+            yield candidate
+
+    def _train(self, trainer: ExitTrainer, text: Text) -> None:
+        """All stages of one candidate."""
+        recipe, name = self.recipe, name_of(trainer.exit_config)
+        feed = Feed(
+            exit_config=trainer.exit_config,
+            taps=text.taps,
+            index_V=Feed.index_of(trainer.vocabulary, self.checkpoint.config.vocab_size),
+            embedding=load_tensor(self.checkpoint, "model.embed_tokens.weight"),
+            with_states=text.with_states,
+            num_workers=recipe.num_workers,
+        )
+        digest = hashlib.sha256(trainer.vocabulary.numpy(force=True).tobytes()).hexdigest()[:16]
+        for number, stage in enumerate(recipe.stages):
+            later = sum(each.num_tokens for each in recipe.stages[number + 1 :])
+            Stage(
+                trainer,
+                feed,
+                stage,
+                recipe.folder / name / f"stage-{number}",
+                identity={"draft vocabulary": digest, "precision": recipe.precision, "initial": recipe.initial},
+                accelerator=self.accelerator,
+                report=partial(self._tell, name, stage, later),
+                doing=partial(self.progress, f"training {name}, stage {number + 1} of {len(recipe.stages)}"),
+            ).run(text.training, text.held_out)
+        if self.accelerator.is_main_process:
+            plot_acceptance(recipe.folder / name, recipe.folder / name / "acceptance.png")
+
+    def _tell(self, name: str, stage: FitConfig, later: int, found: Evaluation) -> None:
+        shares = ", ".join(f"{share:.1%}" for share in found.acceptance_at_starts)
+        rest = max(0, stage.num_tokens - found.num_tokens) + later
+        self.report(
+            f"{name}: {found.num_tokens:,} tokens, loss {found.loss:.3f}, accepted {shares} "
+            f"({found.tokens_per_pass:.2f} tokens a pass), {found.tokens_per_second:.0f} tokens/s, about "
+            f"{duration(rest / found.tokens_per_second)} left for it"
+        )
 
 
 def name_of(exit_config: ExitConfig) -> str:
@@ -122,98 +203,7 @@ def _initial(recipe: ExitRecipe, checkpoint: Checkpoint) -> TrainedExit | None:
     return initial
 
 
-def _collect(
-    recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenizer, report: Report, progress: Progress
-) -> None:
-    """Prompts and the model's answers to them, as far as they are not there yet."""
-    folder, settings = recipe.folder, recipe.collect
-    eos_token_ids, depth = sorted(tokenizer.eos_token_ids), checkpoint.config.num_hidden_layers
-
-    @cache
-    def backend() -> Backend:
-        """Loaded once, and not before it is known that the files of prompts can be read."""
-        return load_backend(checkpoint, recipe.load, progress)
-
-    def plain_engine() -> Engine:
-        plain = SpeculativeConfig(draft="none")
-        return make_engine(backend(), plain, eos_token_ids=eos_token_ids, max_num_seqs=settings.max_num_seqs)
-
-    path = folder / "prompts.jsonl"
-    if not path.exists():
-        write_prompts(recipe.prompts, tokenizer, plain_engine, path, report, partial(progress, "writing prompts"))
-    prompts = encode_prompts(path, tokenizer, recipe.prompts.max_prompt_tokens)
-    collect(
-        backend(),
-        prompts,
-        folder / "data",
-        fingerprint=checkpoint.fingerprint,
-        taps=[tap for tap in recipe.taps(depth) if tap < depth],
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        max_num_seqs=settings.max_num_seqs,
-        progress=lambda done, tokens: report(f"collected {tokens:,} tokens from {done} of {len(prompts)} prompts"),
-        doing=partial(progress, "answering prompts"),
-    )
-
-
-def _read(recipe: ExitRecipe, checkpoint: Checkpoint) -> tuple[list[int], list[Conversation], list[Conversation]]:
-    """What was collected: the layers whose outputs it holds, and the conversations to train on and to hold out."""
-    folder = recipe.folder / "data"
-    metadata, conversations = read_conversations(folder)
-    if metadata["fingerprint"] != checkpoint.fingerprint:
-        raise ConfigError(f"{folder} was collected from another model; use another output folder")
-    answered = [c for c in conversations if c.num_answer_tokens > 1]
-    training = [c for i, c in enumerate(answered) if i % recipe.held_out_every]
-    return json.loads(metadata["taps"]), training, answered[:: recipe.held_out_every]
-
-
-def _train(
-    recipe: ExitRecipe,
-    checkpoint: Checkpoint,
-    trainer: ExitTrainer,
-    training: Seq[Conversation],
-    held_out: Seq[Conversation],
-    taps: Seq[int],
-    report: Report,
-    progress: Progress,
-) -> None:
-    """All stages of one candidate."""
-    folder = recipe.folder / name_of(trainer.exit_config)
-    feed = Feed(
-        exit_config=trainer.exit_config,
-        taps=taps,
-        index_V=Feed.index_of(trainer.vocabulary, checkpoint.config.vocab_size),
-        embedding=load_tensor(checkpoint, "model.embed_tokens.weight"),
-        num_workers=recipe.num_workers,
-    )
-
-    digest = hashlib.sha256(trainer.vocabulary.numpy(force=True).tobytes()).hexdigest()[:16]
-
-    def tell(found: Evaluation) -> None:
-        shares = ", ".join(f"{share:.1%}" for share in found.acceptance_at_starts)
-        rest = max(0, stage.num_tokens - found.num_tokens) + later
-        report(
-            f"{folder.name}: {found.num_tokens:,} tokens, loss {found.loss:.3f}, accepted {shares} "
-            f"({found.tokens_per_pass:.2f} tokens a pass), "
-            f"{found.tokens_per_second:.0f} tokens/s, about {duration(rest / found.tokens_per_second)} left for it"
-        )
-
-    for number, stage in enumerate(recipe.stages):
-        later = sum(each.num_tokens for each in recipe.stages[number + 1 :])
-        doing = partial(progress, f"training {folder.name}, stage {number + 1} of {len(recipe.stages)}")
-        Stage(
-            trainer,
-            feed,
-            stage,
-            folder / f"stage-{number}",
-            identity={"draft vocabulary": digest, "precision": recipe.precision, "initial": recipe.initial},
-            report=tell,
-            doing=doing,
-        ).run(training, held_out)
-    plot_acceptance(folder, folder / "acceptance.png")
-
-
-def _write_best(found: Seq[Candidate], recipe: ExitRecipe, report: Report) -> Path:
+def _write_best(found: Seq[Candidate], recipe: ExitRecipe, report: Report) -> None:
     """`search.json` with every candidate, and the folder of the fastest."""
     folder, least = recipe.folder, recipe.search.least_speedup
     best = max(found, key=lambda candidate: candidate.speedup)
@@ -231,4 +221,3 @@ def _write_best(found: Seq[Candidate], recipe: ExitRecipe, report: Report) -> Pa
     report(f"the fastest is {name}")
     model = "" if recipe.base == "default" else f"--model {shlex.quote(recipe.base)} "
     report(f"try it: hopskip generate {model}--exit-branch {shlex.quote(str(folder / 'exit'))} 'How do tides work?'")
-    return folder / "exit"

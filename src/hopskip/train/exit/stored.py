@@ -19,7 +19,8 @@ from hopskip.train.exit.recipe import ExitRecipe
 STORED = "recipe.json"
 MAY_CHANGE = (
     *("output", "base", "device", "threads", "branches", "stages", "search", "report_to", "num_workers"),
-    *("collect.max_num_seqs", "collect.states"),
+    *("collect.max_num_seqs", "collect.server.url", "collect.server.api_key_env", "collect.server.concurrency"),
+    *("collect.server.max_retries", "collect.server.timeout"),
 )
 """Keys of a recipe that a folder may go on with other values of, sections with all that is in them. The weights that
 `base` names count, whatever it calls them; of `branches` those with layers that were not collected are refused, and of
@@ -34,7 +35,7 @@ def check_stored(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenize
         TrainingError: the note cannot be written.
     """
     folder, path = recipe.folder, recipe.folder / STORED
-    settings = {"recipe": _flat(asdict(recipe)), "content": _content(recipe, checkpoint, tokenizer)}
+    settings = {"recipe": settings_of(recipe), "content": _content(recipe, checkpoint, tokenizer)}
     if path.exists():
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -58,6 +59,11 @@ def check_stored(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenize
         partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
+def settings_of(recipe: ExitRecipe) -> dict[str, Any]:
+    """All keys of a recipe by their whole names: `prompts.seed`."""
+    return _flat(asdict(recipe))
+
+
 def _said(value: object) -> str:
     return "nothing" if value is None else shown(value)
 
@@ -67,7 +73,7 @@ def _may_change(name: str) -> bool:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections' keys by their whole names: `prompts.seed`. As JSON has them."""
+    """As JSON has them."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
