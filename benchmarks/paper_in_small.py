@@ -29,7 +29,7 @@ from benchmarks.in_turn import decode_in_turn
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.machine import num_usable_cores
 from hopskip.train.checkpoint import replacing
-from hopskip.train.curriculum import LayerSkipConfig
+from hopskip.train.curriculum import LayerSkipRecipe
 from hopskip.train.read import DataConfig, read_split
 from hopskip.train.recipe import ModelRecipe, Recipe
 from hopskip.train.report import measured_exits, read_log
@@ -52,16 +52,16 @@ END = "<|endoftext|>"
 RECIPES = {
     # Two exits in every step, distilled from the last layer: accepted more often than with all exits in rotation, at
     # the same price for the last layer.
-    "recipe": LayerSkipConfig(
+    "recipe": LayerSkipRecipe(
         p_max=0.05,
         dropout_schedule="exponential",
         e_scale=0.04,
         curriculum="all",
-        exits=(4, 6),
+        exits=[4, 6],
         ce_weight=0,
         kl_weight=1,
     ),
-    "baseline": LayerSkipConfig(p_max=0.0, e_scale=0.0),
+    "baseline": LayerSkipRecipe(p_max=0.0, e_scale=0.0),
 }
 HOLDOUT_EVERY = 50
 

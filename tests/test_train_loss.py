@@ -163,7 +163,8 @@ def test_dropped_samples_cost_nothing_and_weights_get_a_gradient() -> None:
         layer.mlp.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     taps = LayerTaps(model.model.layers)
     taps.drop(KEPT, 4, torch.device("cpu"))
-    model.model(input_ids=torch.zeros(4, 5, dtype=torch.long)).last_hidden_state.sum().backward()
+    with taps.attached():
+        model.model(input_ids=torch.zeros(4, 5, dtype=torch.long)).last_hidden_state.sum().backward()
     assert seen == [4, 2]
     grads = [parameter.grad for parameter in model.model.layers[2].parameters()]
     assert all(grad is not None and not grad.any() for grad in grads)

@@ -326,12 +326,55 @@ def test_the_recommendation_follows_cost_and_agreement() -> None:
         (["data.max_length=8"], "a document has .* tokens"),
         (["model.base=missing"], "'missing' does not exist"),
         (["lora.target_modules=[nothing]"], "lora: .*nothing"),
+        (["lora.target_modules=[q_proj, lm_head]"], "lora.target_modules name lm_head: head and embedding are one"),
+        (["lora.target_modules=[model.embed_tokens]"], "lora.target_modules name model.embed_tokens: head and emb"),
         (["model.attn_implementation=flex_attention"], "masks that cannot be selected"),
     ],
 )
 def test_mistakes_cost_no_training(overrides: list[str], message: str, base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(HopskipError, match=message):
         run(recipe(tmp_path / "run", base, data, *overrides))
+
+
+def test_the_best_checkpoint_is_exported(base: Path, data: Path, tmp_path: Path) -> None:
+    """Though the last one is worse, and older ones are deleted; also when the run was interrupted after it."""
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 2,
+    }
+    settings["lr_scheduler_type"] = "constant"
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "exit2_agreement", "learning_rate": 5e-2}
+    output = tmp_path / "run"
+    run(recipe(output, base, data, **settings, **best))
+    log = read_log(output / "log.jsonl")
+    shares = {line["step"]: line["eval_exit2_agreement"] for line in log[:-1] if "eval_loss" in line}
+    step = max(shares, key=lambda step: shares[step])
+    assert step < 6
+    assert {path.name for path in output.glob("checkpoint-*")} == {f"checkpoint-{step}", "checkpoint-6"}
+    expected = load_file(output / f"checkpoint-{step}" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())
+    state = json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(output / f"checkpoint-{step}")
+    shutil.rmtree(output / "model")
+    run(recipe(output, base, data, **settings, **best))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())
+
+
+def test_a_stream_is_resumed_where_it_was(base: Path, data: Path, tmp_path: Path) -> None:
+    """With workers and a buffer, in a later pass over the data."""
+    overrides = ["data.streaming=true", "data.shuffle_buffer=4"]
+    settings = {"dataloader_num_workers": 2, "max_steps": 8}
+    outputs = [tmp_path / "whole", tmp_path / "resumed"]
+    for output in outputs:
+        run(recipe(output, base, data, *overrides, **settings))
+    assert_same_run(outputs[0], outputs[1])
+    shutil.rmtree(outputs[1] / "model")
+    shutil.rmtree(outputs[1] / "checkpoint-8")
+    run(recipe(outputs[1], base, data, *overrides, **settings))
+    assert_same_run(outputs[0], outputs[1])
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
@@ -357,7 +400,7 @@ def test_make_model_is_trainable_in_every_family(tmp_path: Path) -> None:
     """A step of every family, with and without recomputed activations, gives the same loss."""
     from transformers import TrainingArguments
 
-    from hopskip.train.curriculum import LayerSkipConfig
+    from hopskip.train.curriculum import LayerSkipRecipe
     from hopskip.train.data import collate
 
     generator = torch.Generator().manual_seed(0)
@@ -381,7 +424,7 @@ def test_make_model_is_trainable_in_every_family(tmp_path: Path) -> None:
                 disable_tqdm=True,
                 gradient_checkpointing=recomputes,
             )
-            config = LayerSkipConfig(p_max=0.6, e_scale=1.0, curriculum="all")
+            config = LayerSkipRecipe(p_max=0.6, e_scale=1.0, curriculum="all")
             trainer = LayerSkipTrainer(model, arguments, layerskip=config, train_dataset=rows, data_collator=collate)
             trainer.train()
             losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])

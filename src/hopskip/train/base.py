@@ -17,6 +17,7 @@ from hopskip.checkpoint.rope import RopeConfig
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.recipe import LoraRecipe, ModelRecipe
+from hopskip.train.supported import TIED
 
 _LLAMA3_FACTORS = (8.0, 32.0)
 """Of Llama 3.1 and 3.2: their GGUF files hold the frequencies' divisors in place of these settings."""
@@ -159,6 +160,18 @@ def load_transformers_tokenizer(path: Path) -> Any:
     if not tokenizer.is_fast:
         raise CheckpointError(f"{path} has no fast tokenizer; put a tokenizer.json there")
     return tokenizer
+
+
+def check_lora(base: ModelRecipe, lora: LoraRecipe) -> None:
+    """Refuse, before weights are read, an adapter on a matrix that is both head and embedding.
+
+    Raises:
+        CheckpointError: the base cannot be found.
+        ConfigError: there is such an adapter.
+    """
+    tied = {name for name in lora.target_modules if name.split(".")[-1] in ("lm_head", "embed_tokens")}
+    if tied and base.base is not None and open_checkpoint(_find(base.base)).config.tie_word_embeddings:
+        raise ConfigError(f"lora.target_modules name {', '.join(sorted(tied))}: {TIED}")
 
 
 def add_lora(model: Any, lora: LoraRecipe) -> Any:

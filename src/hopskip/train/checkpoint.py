@@ -72,12 +72,31 @@ def clean(output: Path) -> None:
 
 def last_checkpoint(output: Path) -> Path | None:
     """The complete checkpoint with the highest step."""
-    steps = {
+    steps = _checkpoints(output)
+    return steps[max(steps)] if steps else None
+
+
+def _checkpoints(output: Path) -> dict[int, Path]:
+    """The complete checkpoints, by step."""
+    return {
         int(path.name.removeprefix("checkpoint-")): path
         for path in output.glob("checkpoint-*")
         if path.name.removeprefix("checkpoint-").isdecimal() and (path / "trainer_state.json").exists()
     }
-    return steps[max(steps)] if steps else None
+
+
+def rotate(output: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints but for `limit` of them, the last and the best one always kept."""
+    if not limit or limit < 0:
+        return
+    steps = _checkpoints(output)
+    folders = [steps[step] for step in sorted(steps)]
+    kept = folders[-1:]
+    if best is not None and Path(best) in folders[:-1]:
+        kept.insert(0, Path(best))
+    others = [folder for folder in folders if folder not in kept]
+    for folder in others[: max(0, len(folders) - max(limit, len(kept)))]:
+        shutil.rmtree(folder)
 
 
 def _cannot_write(place: Path, error: Exception, start: Path | str) -> TrainingError:

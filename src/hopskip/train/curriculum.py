@@ -14,10 +14,12 @@ from hopskip.errors import ConfigError
 
 Curriculum = Literal["rotational", "gradual", "all"]
 DropoutSchedule = Literal["constant", "exponential"]
+ExitWeighting = Literal["paper", "uniform", "linear", "sqrt"]
+DEFAULT_E_SCALE = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSkipConfig:
+@dataclass(kw_only=True)
+class LayerSkipRecipe:
     """The recipe. The defaults are the paper's for continual training of Llama 3.
 
     Raises:
@@ -28,14 +30,20 @@ class LayerSkipConfig:
     """Dropout rate of the last layer, per sample; 0 turns layer dropout off."""
     dropout_schedule: DropoutSchedule = "constant"
     """`constant` for continual training and fine-tuning; `exponential` from scratch: it grows from 0 to `p_max`."""
-    e_scale: float = 0.1
+    e_scale: float = DEFAULT_E_SCALE
     """Weight of the early exits' losses; 0 turns them off, and the loss is the ordinary one."""
+    exit_weighting: ExitWeighting = "paper"
+    """How much each exit counts before `e_scale`, see `raw_weights`. `paper` makes light of early exits; `uniform`,
+    `linear` and `sqrt` are torchtune's."""
+    exit_weights: list[float] | None = None
+    """The weight of each of `exits`, in their order, where the last layer's is 1; in place of `exit_weighting` and
+    `e_scale`."""
     curriculum: Curriculum = "rotational"
     """Which exits are on: `rotational` (every `rotation`-th layer, shifted by one each step), `gradual` (from the last
     layer down, all of them by half the run), `all`. The last layer is always on."""
     rotation: int | None = None
     """R of the rotational curriculum; None is 8, or all layers where there are fewer."""
-    exits: tuple[int, ...] | None = None
+    exits: list[int] | None = None
     """Exits (numbers of layers run) that may be on, where the draft will leave; None is every layer."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy of the early exits. The last layer's is always 1."""
@@ -47,7 +55,11 @@ class LayerSkipConfig:
     """Rows of logits at once (tokens times exits); None is as many as fit, by the vocabulary and the free memory."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("curriculum", Curriculum), ("dropout_schedule", DropoutSchedule)):
+        for name, choices in (
+            ("curriculum", Curriculum),
+            ("dropout_schedule", DropoutSchedule),
+            ("exit_weighting", ExitWeighting),
+        ):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(choices))}")
         if not 0 <= self.p_max < 1:
@@ -63,22 +75,51 @@ class LayerSkipConfig:
             raise ConfigError(
                 f"rotation={self.rotation} has no effect with curriculum {self.curriculum!r}; leave it out"
             )
-        if self.exits is not None and (not self.exits or min(self.exits) < 2):
-            raise ConfigError(
-                f"exits are {list(self.exits)}; name at least one, each 2 or more (the first layer's output weighs "
-                "nothing), or leave it out"
-            )
-        if self.e_scale > 0 and self.ce_weight == self.kl_weight == 0:
+        self._check_exits()
+        if self.has_exits and self.ce_weight == self.kl_weight == 0:
             raise ConfigError("ce_weight and kl_weight are both 0, so the exits would learn nothing; use e_scale=0")
+
+    def _check_exits(self) -> None:
+        if self.exit_weights is not None:
+            if self.exits is None or len(self.exits) != len(self.exit_weights):
+                raise ConfigError(
+                    f"exit_weights are {self.exit_weights}, but exits are {self.exits}; give a weight for each of them"
+                )
+            if not all(0 < weight < math.inf for weight in self.exit_weights):
+                raise ConfigError(f"exit_weights are {self.exit_weights}; each must be above 0")
+            for name, default in (("e_scale", DEFAULT_E_SCALE), ("exit_weighting", "paper")):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} has no effect beside exit_weights; leave one of them out"
+                    )
+        if self.exits is None:
+            return
+        if not self.exits or min(self.exits) < 1 or len(set(self.exits)) < len(self.exits):
+            raise ConfigError(f"exits are {self.exits}; name at least one, each once and 1 or more, or leave it out")
+        if 1 in self.exits and self.exit_weights is None and self.exit_weighting == "paper":
+            raise ConfigError(
+                f"exits are {self.exits}, but the paper's e(l) gives exit 1 no weight; leave 1 out, or set "
+                "exit_weighting or exit_weights"
+            )
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether any exit is trained."""
+        return self.e_scale > 0
 
     def dropout_rates(self, step: int, num_steps: int, num_layers: int) -> list[float]:
         """p(l, t) = S(t) D(l) p_max of each layer."""
         time = time_scale(step, num_steps) if self.dropout_schedule == "exponential" else 1.0
         return [time * depth_scale(layer, num_layers) * self.p_max for layer in range(num_layers)]
 
-    def exit_weights(self, step: int, num_steps: int, num_layers: int) -> list[float]:
+    def loss_weights(self, step: int, num_steps: int, num_layers: int) -> list[float]:
         """ẽ(l, t) of each layer: 0 where the exit is off; they add up to 1."""
-        return normalized_weights(self.exits_on(step, num_steps, num_layers), self.e_scale)
+        if self.exit_weights is None or self.exits is None:
+            weights = raw_weights(num_layers, self.e_scale, self.exit_weighting)
+        else:
+            given = dict(zip(self.exits, self.exit_weights, strict=True))
+            weights = [*(given.get(layer + 1, 0.0) for layer in range(num_layers - 1)), 1.0]
+        return normalized_weights(self.exits_on(step, num_steps, num_layers), weights)
 
     def exits_on(self, step: int, num_steps: int, num_layers: int) -> list[bool]:
         """C(t, l) of each layer.
@@ -129,16 +170,27 @@ def gradual(step: int, num_steps: int, num_layers: int) -> list[bool]:
     return [num_layers - layer <= num_on for layer in range(num_layers)]
 
 
-def raw_weights(num_layers: int, e_scale: float) -> list[float]:
-    """e(l) = e_scale (0 + 1 + .. + l) for the exits, e(L-1) = L-1 + e_scale (0 + 1 + .. + L-2) for the last layer."""
+def raw_weights(num_layers: int, e_scale: float, weighting: ExitWeighting = "paper") -> list[float]:
+    """e(l) of each layer.
+
+    `paper`: e_scale (0 + 1 + .. + l) for the exits, L-1 + e_scale (0 + 1 + .. + L-2) for the last layer. The others
+    are e_scale f(l) for the exits and f(L-1) for the last: f(l) = 1 (`uniform`), l + 1 (`linear`) or its root (`sqrt`).
+
+    >>> raw_weights(4, 0.5, "linear")
+    [0.5, 1.0, 1.5, 4.0]
+    """
     last = num_layers - 1
-    early = [e_scale * layer * (layer + 1) / 2 for layer in range(last)]
-    return [*early, last + e_scale * (last - 1) * last / 2]
+    if weighting == "paper":
+        return [*(e_scale * layer * (layer + 1) / 2 for layer in range(last)), last + e_scale * (last - 1) * last / 2]
+    power = {"uniform": 0.0, "linear": 1.0, "sqrt": 0.5}[weighting]
+    return [*(e_scale * (layer + 1) ** power for layer in range(last)), num_layers**power]
 
 
-def normalized_weights(exits_on: list[bool], e_scale: float) -> list[float]:
-    """ẽ(l) = C(l) e(l) / sum of C(i) e(i)."""
-    weights = [
-        weight if is_on else 0.0 for weight, is_on in zip(raw_weights(len(exits_on), e_scale), exits_on, strict=True)
-    ]
-    return [weight / sum(weights) for weight in weights]
+def normalized_weights(exits_on: list[bool], weights: list[float]) -> list[float]:
+    """ẽ(l) = C(l) e(l) / sum of C(i) e(i).
+
+    >>> normalized_weights([True, False, True], [1.0, 2.0, 3.0])
+    [0.25, 0.0, 0.75]
+    """
+    on = [weight if is_on else 0.0 for weight, is_on in zip(weights, exits_on, strict=True)]
+    return [weight / sum(on) for weight in on]

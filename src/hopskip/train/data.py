@@ -6,16 +6,19 @@ epoch and skips what a resumed run has seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from hopskip.errors import ConfigError
 from hopskip.train.encode import Document, encode
-from hopskip.train.read import DataConfig, read_split
+from hopskip.train.read import DataConfig, is_held_out, read_split
 
 IGNORED = -100
 """The label of a token that is not learned."""
@@ -25,13 +28,51 @@ Row = dict[str, Tensor]
 
 
 class StreamedRows(IterableDataset[Row]):
-    """Rows that are made anew, in the same order, each time they are asked for."""
+    """Rows that are made anew each time they are asked for: once over the source, in its order. The workers of a
+    DataLoader share its documents among them."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
         self._data, self._tokenizer = data, tokenizer
+        self._rank, self._num_ranks = 0, 1
+        self._seed: int | None = None
+
+    def endless(self, *, rank: int, num_ranks: int, seed: int) -> StreamedRows:
+        """One rank's share, over and over, so that no rank ends before another: each of its documents comes once in
+        every pass. With `shuffle_buffer`, every pass and share has an order of its own, from the seed."""
+        rows = StreamedRows(self._data, self._tokenizer)
+        rows._rank, rows._num_ranks, rows._seed = rank, num_ranks, seed
+        return rows
 
     def __iter__(self) -> Iterator[Row]:
-        return make_rows(self._data, self._tokenizer, held_out=False)
+        worker = get_worker_info()
+        index, number = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        share = (self._rank * number + index, self._num_ranks * number)
+        if self._seed is None:
+            yield from make_rows(self._data, self._tokenizer, held_out=False, share=share)
+            return
+        for turn in itertools.count():
+            rows = make_rows(self._data, self._tokenizer, held_out=False, share=share)
+            if self._data.shuffle_buffer is not None:
+                rows = _shuffled(rows, self._data.shuffle_buffer, random.Random(f"{self._seed} {turn} {share}"))
+            first = next(rows, None)
+            if first is None:
+                raise ConfigError(
+                    f"{share[1]} readers (ranks x training.dataloader_num_workers) share the data, and nothing is left "
+                    "for one of them; use fewer, or more documents"
+                )
+            yield first
+            yield from rows
+
+
+def _shuffled(rows: Iterator[Row], size: int, generator: random.Random) -> Iterator[Row]:
+    """Each row drawn from a buffer of the next `size`."""
+    buffer = list(itertools.islice(rows, size))
+    for row in rows:
+        index = generator.randrange(len(buffer))
+        yield buffer[index]
+        buffer[index] = row
+    generator.shuffle(buffer)
+    yield from buffer
 
 
 def load_rows(data: DataConfig, tokenizer: Any, context: int, *, held_out: bool = False) -> list[Row] | StreamedRows:
@@ -44,7 +85,7 @@ def load_rows(data: DataConfig, tokenizer: Any, context: int, *, held_out: bool 
         raise ConfigError(f"data.max_length is {data.max_length}, but the model's context is {context}; lower it")
     if data.streaming and not held_out:
         if next(make_rows(data, tokenizer, held_out=False), None) is None:
-            raise _empty(data)
+            raise _empty(data, held_out=False)
         return StreamedRows(data, tokenizer)
     rows: list[Row] = []
     for row in make_rows(data, tokenizer, held_out=held_out):
@@ -52,21 +93,48 @@ def load_rows(data: DataConfig, tokenizer: Any, context: int, *, held_out: bool 
         if held_out and len(rows) == data.max_eval_rows:
             break
     if not rows:
-        raise _empty(data)
+        raise _empty(data, held_out=held_out)
     return rows
 
 
-def _empty(data: DataConfig) -> ConfigError:
+def _empty(data: DataConfig, *, held_out: bool) -> ConfigError:
     limits = f" where {dict(data.where)}" if data.where else ""
+    use = "evaluate" if held_out else "train"
+    holdout = "; data.holdout_every may leave too few" if data.holdout_every else ""
+    sources = data.eval if held_out and data.eval else data.train
     return ConfigError(
-        f"no rows to train or evaluate on in {', '.join(data.train + data.eval)}{limits} (those without anything to "
-        "learn are left out): check the path, `where`, and what `too_long` drops"
+        f"no rows to {use} on in {', '.join(sources)}{limits} (those without anything to learn are left out): check "
+        f"the path, `where`, and what `too_long` drops{holdout}"
     )
 
 
-def make_rows(data: DataConfig, tokenizer: Any, *, held_out: bool) -> Iterator[Row]:
-    """Read, tokenize, pack; rows without anything to learn are left out."""
-    documents = _fit((encode(row, data, tokenizer) for row in read_split(data, held_out=held_out)), data)
+def make_rows(data: DataConfig, tokenizer: Any, *, held_out: bool, share: tuple[int, int] = (0, 1)) -> Iterator[Row]:
+    """Read, tokenize, pack; rows without anything to learn are left out.
+
+    Of a source with a single entry, a book say, and `holdout_every`, it is rows that are held out.
+
+    Args:
+        share: (index, number): of every `number` entries of the source only the one with that index.
+    """
+    every = data.holdout_every
+    if every is None:
+        entries = read_split(data, held_out=held_out)
+    else:
+        source = read_split(replace(data, holdout_every=None), held_out=False)
+        first = list(itertools.islice(source, 2))
+        if len(first) == 1:
+            rows = (
+                row for index, row in enumerate(_pack(first, data, tokenizer)) if is_held_out(index, every) == held_out
+            )
+            yield from itertools.islice(rows, share[0], None, share[1])
+            return
+        numbered = enumerate(itertools.chain(first, source))
+        entries = (entry for index, entry in numbered if is_held_out(index, every) == held_out)
+    yield from _pack(itertools.islice(entries, share[0], None, share[1]), data, tokenizer)
+
+
+def _pack(entries: Iterable[Mapping[str, Any]], data: DataConfig, tokenizer: Any) -> Iterator[Row]:
+    documents = _fit((document for entry in entries for document in encode(entry, data, tokenizer)), data)
     if data.packing == "none":
         rows: Iterator[Row] = (_row([document]) for document in documents)
     elif data.packing == "blocks":

@@ -8,7 +8,7 @@ B = samples, T = positions, D = hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,21 +26,45 @@ def draw_kept(rates: Sequence[float], num_samples: int, *key: int) -> list[list[
 
 
 class LayerTaps:
-    """Wraps the forward pass of decoder layers: it skips dropped samples and hands out each layer's output."""
+    """Stands in for the forward pass of decoder layers while it is attached: it skips dropped samples and hands out
+    each layer's output. Afterwards the layers are what they were."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.outputs: dict[int, Tensor] = {}
         """x_{l+1} [B, T, D] of each wanted layer l, of the pass under way."""
+        self._layers = list(layers)
+        self._is_attached = False
         self._wanted: frozenset[int] = frozenset()
-        self._kept: list[Tensor | None] = [None] * len(layers)
+        self._kept: list[Tensor | None] = [None] * len(self._layers)
         self._num_samples = 0
-        for index, layer in enumerate(layers):
-            # `forward` rather than hooks, which cannot keep a layer from being called
-            layer.forward = partial(self._forward, index, layer)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Take the layers' place until the block ends; within such a block, another one changes nothing.
+
+        A backward pass that computes layers again (gradient checkpointing) belongs into the block: it has to drop the
+        same samples.
+        """
+        if self._is_attached:
+            yield
+            return
+        before = [vars(layer).get("forward") for layer in self._layers]
+        for index, (layer, own) in enumerate(zip(self._layers, before, strict=True)):
+            # `forward` rather than hooks, which cannot keep a layer from being called. The class's own is looked up
+            # now, because FSDP changes the class of a layer that it shards.
+            layer.forward = partial(self._forward, index, layer, own or partial(type(layer).forward, layer))
+        self._is_attached = True
+        try:
+            yield
+        finally:
+            for layer, own in zip(self._layers, before, strict=True):
+                del layer.forward
+                if own is not None:
+                    layer.forward = own
+            self._is_attached = False
 
     def drop(self, kept: Sequence[Sequence[int]] | None, num_samples: int, device: torch.device) -> None:
-        """Set the samples that each layer keeps (None: all). It holds until the next call, so that gradient
-        checkpointing drops the same ones in the backward pass."""
+        """Set the samples that each layer keeps (None: all). It holds until the next call."""
         for index in range(len(self._kept)):
             samples = None if kept is None or len(kept[index]) == num_samples else kept[index]
             self._kept[index] = None if samples is None else torch.tensor(samples, dtype=torch.long, device=device)
@@ -48,24 +72,29 @@ class LayerTaps:
 
     @contextmanager
     def collect(self, layers: Sequence[int]) -> Iterator[None]:
-        """Keep the outputs of these layers for the time of a forward pass, and not a moment longer."""
+        """Keep the outputs of these layers for the time of a forward pass, and not a moment longer; attached so long
+        at least."""
         self._wanted = frozenset(layers)
         try:
-            yield
+            with self.attached():
+                yield
         finally:
             self._wanted = frozenset()
             self.outputs.clear()
 
-    def _forward(self, index: int, layer: nn.Module, h_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(
+        self, index: int, layer: nn.Module, own: Callable[..., Any], h_BTD: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         kept = self._kept[index]
         if kept is None:
-            h_BTD = _call(layer, h_BTD, *args, **kwargs)
+            h_BTD = _hidden(own(h_BTD, *args, **kwargs))
         elif len(kept):
-            some = _call(
-                layer,
-                h_BTD.index_select(0, kept),
-                *_rows(args, kept, self._num_samples),
-                **_rows(kwargs, kept, self._num_samples),
+            some = _hidden(
+                own(
+                    h_BTD.index_select(0, kept),
+                    *_rows(args, kept, self._num_samples),
+                    **_rows(kwargs, kept, self._num_samples),
+                )
             )
             h_BTD = h_BTD.to(some.dtype).index_copy(0, kept, some)
         else:
@@ -76,9 +105,8 @@ class LayerTaps:
         return h_BTD
 
 
-def _call(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The layer's own forward pass. Looked up now, because FSDP changes the class of a layer that it shards."""
-    output = type(layer).forward(layer, *args, **kwargs)
+def _hidden(output: Any) -> Tensor:
+    """The hidden states of what a layer returns."""
     h_BTD: Tensor = output[0] if isinstance(output, tuple) else output
     return h_BTD
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hopskip.errors import ConfigError
-from hopskip.prompts import content_of
+from hopskip.errors import ConfigError, shown
+from hopskip.train.chats import Message, chat_of, tools_of
 from hopskip.train.read import DataConfig, LossOn
 
 
@@ -23,27 +24,23 @@ class Document:
         return Document(self.ids[part], self.learned[part])
 
 
-def encode(row: Mapping[str, Any], data: DataConfig, tokenizer: Any) -> Document:
-    """The tokens of one row.
+def encode(row: Mapping[str, Any], data: DataConfig, tokenizer: Any) -> list[Document]:
+    """The tokens of one row: one document, or several for a chat whose template writes earlier turns otherwise.
 
     Raises:
         ConfigError: it has none of the fields, they are of the wrong type, or the chat template cannot mark the
             assistant's words.
     """
-    content = content_of(row, prompt_field=data.prompt_field, messages_field=data.messages_field)
-    response = row.get(data.response_field)
-    if isinstance(content, tuple):
-        is_whole = bool(row.get(data.messages_field)) or not isinstance(response, str)
-        answer = [] if is_whole else [{"role": "assistant", "content": response}]
-        return _encode_chat([*content, *answer], data, tokenizer)
-    if isinstance(row.get(data.messages_field), list):
-        raise ConfigError(f"a chat is a list of objects with role and content, not {row[data.messages_field]!r}")
-    if isinstance(response, str):
-        prompt = content or str(row.get(data.prompt_field) or "")
-        if not tokenizer.chat_template:
-            return _encode_spans(tokenizer, [(f"{prompt}\n", False), (response, True)], data.loss_on)
-        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return _encode_chat(chat, data, tokenizer)
+    chat = chat_of(
+        row, messages_field=data.messages_field, prompt_field=data.prompt_field, response_field=data.response_field
+    )
+    if chat is not None:
+        if tokenizer.chat_template:
+            return _encode_chat(chat, tools_of(row), data, tokenizer)
+        if [message["role"] for message in chat] != ["user", "assistant"]:
+            raise ConfigError("the model's tokenizer has no chat template; give prompts with responses, or text")
+        question, answer = (str(message["content"]) for message in chat)
+        return [_encode_spans(tokenizer, [(f"{question}\n", False), (answer, True)], data.loss_on)]
     text = row.get(data.text_field)
     if not isinstance(text, str):
         raise ConfigError(
@@ -52,7 +49,7 @@ def encode(row: Mapping[str, Any], data: DataConfig, tokenizer: Any) -> Document
         )
     if data.loss_on == "assistant":
         raise ConfigError("loss_on 'assistant' needs chats or prompts with responses, but a row is plain text")
-    return _encode_spans(tokenizer, [(text, True)], data.loss_on)
+    return [_encode_spans(tokenizer, [(text, True)], data.loss_on)]
 
 
 def _encode_spans(
@@ -77,34 +74,79 @@ def _encode_spans(
     return Document(ids, learned)
 
 
-def _encode_chat(messages: Sequence[Mapping[str, Any]], data: DataConfig, tokenizer: Any) -> Document:
-    """A chat through its template; what the assistant says is found by `{% generation %}` marks where the template has
-    them, else as what each of its messages adds to the text so far."""
-    template = tokenizer.chat_template
-    if not template:
-        raise ConfigError("the model's tokenizer has no chat template; give prompts with responses, or text")
+def _encode_chat(
+    messages: Sequence[Message], tools: list[Any] | None, data: DataConfig, tokenizer: Any
+) -> list[Document]:
+    """A chat through its template. What the assistant says is found by `{% generation %}` marks where the template has
+    them, else by comparing renderings."""
+
+    def render(number: int, **options: Any) -> str:
+        text: str = tokenizer.apply_chat_template(list(messages[:number]), tools=tools, tokenize=False, **options)
+        return text
+
     try:
-        if data.loss_on == "assistant" and "{% generation" in template.replace("{%-", "{%"):
+        if data.loss_on == "all":
+            return [_encode_spans(tokenizer, [(render(len(messages)), True)], data.loss_on, is_chat=True)]
+        if _GENERATION.search(tokenizer.chat_template):
             marked = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
-            return Document(list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]])
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans, done = [], 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or data.loss_on == "all":
-                continue
-            start = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-            stop = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-            if not (whole.startswith(start) and whole.startswith(stop) and done <= len(start) <= len(stop)):
-                raise ConfigError(
-                    "the chat template writes earlier messages otherwise once later ones follow, so the assistant's "
-                    "words cannot be found; mark them in the template with {% generation %}, or use loss_on: all"
-                )
-            spans += [(whole[done : len(start)], False), (whole[len(start) : len(stop)], True)]
-            done = len(stop)
+            return [Document(list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]])]
+        return [_encode_spans(tokenizer, spans, data.loss_on, is_chat=True) for spans in _chat_spans(messages, render)]
     except ConfigError:
         raise
     except Exception as error:  # whatever a template raises
-        raise ConfigError(f"the chat template refuses a chat ({error}): {messages!r}") from None
-    return _encode_spans(tokenizer, [*spans, (whole[done:], False)], data.loss_on, is_chat=True)
+        raise ConfigError(f"the chat template refuses a chat ({error}): {shown(list(messages))}") from None
+
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+
+
+def _chat_spans(messages: Sequence[Message], render: Callable[..., str]) -> Iterator[list[tuple[str, bool]]]:
+    """The texts of a chat in pieces, learned or not: the whole chat, and for assistant turns that it writes otherwise
+    than the model once wrote them (templates that drop earlier thoughts, say) the chat up to such a turn again."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    starts = {turn: _rendered_start(render, turn) for turn in turns}
+    stops = {turn: render(turn + 1) for turn in turns}
+    texts = [render(len(messages)), *(stops[turn] for turn in reversed(turns))]
+    for text in texts:
+        spans, done = [], 0
+        for turn in list(turns):
+            start = _begin(starts[turn], stops[turn], render(turn) if turn else "")
+            if text.startswith(stops[turn]) and done <= start:
+                spans += [(text[done:start], False), (stops[turn][start:], True)]
+                done = len(stops[turn])
+                turns.remove(turn)
+        if spans:
+            yield [*spans, (text[done:], False)]
+    if not stops:
+        yield [(texts[0], False)]
+
+
+def _rendered_start(render: Callable[..., str], turn: int) -> str:
+    """The text that asks for a turn. For a first one, which nobody asked for, its own text up to what asks for others:
+    transformers renders no empty chat."""
+    if turn:
+        return render(turn, add_generation_prompt=True)
+    own = render(1)
+    asks = render(1, add_generation_prompt=True).removeprefix(own)
+    before, asked, _ = own.partition(asks) if asks else ("", "", "")
+    return before + asks if asked else ""
+
+
+def _begin(start: str, stop: str, before: str) -> int:
+    """Where in `stop` the assistant's own words begin: after `start`, which asks for them; or where the two part, if
+    what was asked and what is kept differ (an opening of thoughts that are not kept).
+
+    Raises:
+        ConfigError: not even what was said before is written alike.
+    """
+    if stop.startswith(start):
+        return len(start)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(start, stop, strict=False)))
+    if common < len(before):
+        raise ConfigError(
+            "the chat template writes what was said before otherwise once the assistant answers, so its words cannot "
+            "be found; mark them in the template with {% generation %}, or use loss_on: all"
+        )
+    return common

@@ -15,22 +15,27 @@ from hopskip.errors import ConfigError
 Packing = Literal["none", "blocks", "documents"]
 TooLong = Literal["error", "truncate", "drop", "split"]
 LossOn = Literal["all", "assistant"]
-_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
+_OURS = (".jsonl", ".json", ".txt")
+"""Kinds that are read here: `datasets` wants all rows of a file to have the same fields of the same types."""
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+"""Kinds that `datasets` reads, by its names for them."""
+_SUFFIXES = (*_OURS, *(f"{kind}.gz" for kind in _OURS), *_TABLES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train on.
 
-    A row is a chat (`messages`: a list of role and content), a question (`prompt`, `response`), or text (`text`). Chats
-    and questions go through the model's chat template, where it has one.
+    A row is a chat or a question with its answer, in one of the spellings of `chats`, or text (`text`). Chats and
+    questions go through the model's chat template, where it has one.
 
     Raises:
         ConfigError: a value is unknown, or would have no effect.
     """
 
     train: tuple[str, ...]
-    """Files (.jsonl, .json, .txt, also as .gz; .parquet), folders or patterns of them, or Hub data sets by name."""
+    """Files (.jsonl, .json, .txt, also as .gz; .parquet, .csv, .arrow), folders or patterns of them, folders of
+    `Dataset.save_to_disk`, or Hub data sets by name."""
     eval: tuple[str, ...] = ()
     subset: str | None = None
     """Configuration of a Hub data set."""
@@ -39,7 +44,8 @@ class DataConfig:
     where: Mapping[str, Any] | None = None
     """Only rows whose fields have these values."""
     holdout_every: int | None = None
-    """Row 0 and every `holdout_every`-th after it (counted after `where`) are not trained on, but evaluated."""
+    """Row 0 and every `holdout_every`-th after it (counted after `where`) are not trained on, but evaluated. Where a
+    source has one entry only, a book say, rows of tokens are counted."""
     max_eval_rows: int | None = None
     """Evaluate on the first so many packed rows."""
     messages_field: str = "messages"
@@ -57,7 +63,9 @@ class DataConfig:
     whole documents as a row holds, none of which sees another."""
     streaming: bool = False
     """Read while training, in the order of the source, instead of before, shuffled. For what does not fit into memory;
-    needs `training.max_steps`."""
+    needs `training.max_steps`. Ranks and `training.dataloader_num_workers` share the source's entries."""
+    shuffle_buffer: int | None = None
+    """Draw each streamed row from a buffer of so many; None keeps the source's order."""
 
     def __post_init__(self) -> None:
         for name, choices in (("packing", Packing), ("too_long", TooLong), ("loss_on", LossOn)):
@@ -65,7 +73,7 @@ class DataConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(choices))}")
         if not self.train:
             raise ConfigError("data.train names nothing; give files or a Hub data set")
-        for name in ("holdout_every", "max_eval_rows", "max_length"):
+        for name in ("holdout_every", "max_eval_rows", "max_length", "shuffle_buffer"):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ConfigError(f"{name} is {value}; it must be at least 2")
@@ -73,6 +81,8 @@ class DataConfig:
             raise ConfigError("data.eval and data.holdout_every both say what to evaluate on; leave one out")
         if self.packing == "blocks" and self.too_long not in ("error", "split"):
             raise ConfigError(f"too_long={self.too_long} has no effect with packing 'blocks', which cuts anywhere")
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ConfigError("shuffle_buffer has no effect without streaming: rows are shuffled anew each epoch")
 
     @property
     def has_eval(self) -> bool:
@@ -100,36 +110,54 @@ def _wanted(data: DataConfig, sources: Sequence[str]) -> Iterator[Mapping[str, A
                 yield row
 
 
+def check_sources(data: DataConfig) -> None:
+    """Refuse sources that are not there, without reading them.
+
+    Raises:
+        ConfigError: there is no such file, folder or data set.
+    """
+    for source in (*data.train, *data.eval):
+        if _files(source) is None:
+            next(_read_hub(source, data), None)
+
+
 def read(source: str, data: DataConfig) -> Iterator[Mapping[str, Any]]:
     """The rows of a file, of all files of a folder or pattern in order of their names, or of a Hub data set.
 
     Raises:
         ConfigError: there is no such thing, or it cannot be read.
     """
+    files = _files(source)
+    if files is None:
+        yield from _read_hub(source, data)
+        return
+    for file in files:
+        yield from _read_file(file, data.text_field)
+
+
+def _files(source: str) -> list[Path] | None:
+    """The files that a source names; None for a Hub data set."""
     path = Path(source)
     if path.is_file():
-        yield from _read_file(path, data.text_field)
-        return
+        return [path]
+    if all((path / name).exists() for name in ("state.json", "dataset_info.json")):  # of `Dataset.save_to_disk`
+        return sorted(path.glob("*.arrow"))
     pattern = str(path / "**" / "*") if path.is_dir() else source
     files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if name.endswith(_SUFFIXES)]
-    if files:
-        for file in files:
-            yield from _read_file(file, data.text_field)
-        return
-    if path.is_dir() or path.suffix or source.startswith((".", "/")) or source.count("/") > 1:
+    if not files and (path.is_dir() or path.suffix or source.startswith((".", "/")) or source.count("/") > 1):
         raise ConfigError(f"data {source!r}: no such file, or a folder without {', '.join(_SUFFIXES)}; check the path")
-    yield from _read_hub(source, data)
+    return files or None
 
 
 def _read_file(path: Path, text_field: str) -> Iterator[Mapping[str, Any]]:
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        yield from _load_dataset(str(path), "parquet", data_files=str(path), split="train")
+    if path.suffix in _TABLES:
+        yield from _load_dataset(str(path), _TABLES[path.suffix], data_files=str(path), split="train")
         return
-    if not name.endswith((".jsonl", ".json", ".txt")):
+    name = path.name.removesuffix(".gz")
+    if not name.endswith(_OURS):
         raise ConfigError(f"data {str(path)!r} is of no known kind; give {', '.join(_SUFFIXES)}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             if name.endswith(".txt"):
                 yield {text_field: file.read()}
             elif name.endswith(".json"):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hopskip.errors import ConfigError
-from hopskip.train.curriculum import LayerSkipConfig
+from hopskip.train.curriculum import LayerSkipRecipe
+from hopskip.train.effects import OWN_ARGUMENTS, check_recipe
 from hopskip.train.read import DataConfig
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class Recipe:
     """Folder of the run: checkpoints, log, plot, and in the end the finished model."""
     model: ModelRecipe
     data: DataConfig
-    layerskip: LayerSkipConfig = field(default_factory=LayerSkipConfig)
+    layerskip: LayerSkipRecipe = field(default_factory=LayerSkipRecipe)
     lora: LoraRecipe | None = None
     draft: DraftRecipe = field(default_factory=DraftRecipe)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -83,24 +84,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.save_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"save_dtype is {self.save_dtype!r}; choose one of float32, bfloat16, float16")
+        if self.model.dtype == "bfloat16" and self.lora is None:
+            raise ConfigError(
+                "model.dtype is bfloat16 without lora: most updates are smaller than half a step of that precision and "
+                "would be lost; use float32 (with training.bf16: true only arithmetic is bfloat16), or lora"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML."""
         values = _plain(self)
         assert isinstance(values, dict)
         return values
-
-
-OWN_ARGUMENTS = {
-    "output_dir": "set `output`",
-    "resume_from_checkpoint": "running the same command again resumes",
-    "remove_unused_columns": "hopskip sets it",
-    "prediction_loss_only": "hopskip sets it",
-    "disable_tqdm": "hopskip has a progress bar of its own",
-    "load_best_model_at_end": "choose among the checkpoints yourself",
-    "push_to_hub": "upload the finished folder: hf upload",
-}
-"""Fields of `TrainingArguments` that a recipe cannot set, and why."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -211,9 +205,9 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     if is_dataclass(hint):
         if isinstance(value, Mapping):
             return make(hint, value, f"{place}.")
-    elif origin is tuple:
+    elif origin in (tuple, list):
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(item, arguments[0], place) for item in items)
+        return origin(_convert(item, arguments[0], place) for item in items)
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         if isinstance(value, Mapping):
             return dict(value)
@@ -253,8 +247,7 @@ def _check_training(recipe: Recipe) -> None:
             raise ConfigError(f"training.{name} cannot be set: {OWN_ARGUMENTS[name]}")
         if name not in known:
             raise ConfigError(f"unknown key 'training.{name}'{nearest(name, known)}")
-    if recipe.data.streaming and recipe.training.get("max_steps", -1) < 1:
-        raise ConfigError("data.streaming has no length, so a recipe must say training.max_steps")
+    check_recipe(recipe)
 
 
 def _plain(value: Any) -> Any:

@@ -15,13 +15,15 @@ from transformers.utils import logging as transformers_logging
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import ConfigError, TrainingError
-from hopskip.train.base import add_lora, load_base
+from hopskip.train.base import add_lora, check_lora, load_base
 from hopskip.train.checkpoint import clean, last_checkpoint, replacing
 from hopskip.train.data import collate, load_rows
 from hopskip.train.plot import plot_exits
+from hopskip.train.read import check_sources
 from hopskip.train.recipe import ModelRecipe, Recipe, parse_yaml
 from hopskip.train.report import RunLog, measured_exits, model_card, read_log, recommend
-from hopskip.train.trainer import LayerSkipTrainer, causal_lm
+from hopskip.train.supported import causal_lm, check_arguments
+from hopskip.train.trainer import LayerSkipTrainer
 
 _MAY_CHANGE = (
     "draft",
@@ -45,6 +47,9 @@ def run(recipe: Recipe) -> Path:
     """
     output = Path(recipe.output)
     arguments = training_arguments(recipe)
+    check_sources(recipe.data)
+    if recipe.lora is not None:
+        check_lora(recipe.model, recipe.lora)
     _quieten()
     if arguments.process_index == 0:
         _prepare(output, recipe)
@@ -83,16 +88,19 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's `training` with our defaults.
 
     Raises:
-        ConfigError: transformers refuses a value.
+        ConfigError: transformers refuses a value, or LayerSkip training does not work with it.
     """
-    settings = {"report_to": "none", "logging_steps": 10, "save_steps": 500, "save_total_limit": 2, **recipe.training}
-    if recipe.data.streaming:
-        # every process reads the whole stream and takes its share: batches of different lengths cannot be sent around
-        settings.setdefault("accelerator_config", {"dispatch_batches": False})
+    settings = {
+        **{"report_to": "none", "logging_steps": 10, "save_steps": 500, "save_total_limit": 2},
+        "ddp_find_unused_parameters": False,  # a layer without samples still takes part, see LayerTaps
+        **recipe.training,
+    }
     try:
-        return TrainingArguments(output_dir=recipe.output, disable_tqdm=True, **settings)
+        arguments = TrainingArguments(output_dir=recipe.output, disable_tqdm=True, **settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
+    check_arguments(arguments)
+    return arguments
 
 
 def finish(trainer: LayerSkipTrainer, tokenizer: Any, recipe: Recipe, output: Path) -> None:

@@ -1,73 +1,111 @@
-"""`LayerSkipTrainer`: transformers' Trainer with layer dropout and early-exit losses.
+"""`LayerSkipMixin`: layer dropout and early-exit losses for any of transformers' Trainers; `LayerSkipTrainer` with the
+plain one.
 
 Everything else is the Trainer's own: gradient accumulation, mixed precision, gradient checkpointing, DDP and FSDP2
-through accelerate, PEFT, loggers, resuming. The loss is computed inside the model's forward pass, through its
-`loss_function`, because there, and only there, DDP and FSDP have the weights of norm and head in place.
+through accelerate, PEFT, loggers, resuming. The exits' loss is computed inside the model's forward pass, behind its
+decoder, because there, and only there, DDP and FSDP have the weights of norm and head in place. Nothing stays on the
+model: outside of a training step, and of the loss of an evaluation, it is the model that it was.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
-from hopskip.checkpoint.families import SUPPORTED_MODEL_TYPES
 from hopskip.errors import ConfigError, TrainingError
-from hopskip.train.checkpoint import PARTIAL, last_checkpoint, replacing
-from hopskip.train.curriculum import LayerSkipConfig
+from hopskip.train.checkpoint import PARTIAL, last_checkpoint, replacing, rotate
+from hopskip.train.curriculum import LayerSkipRecipe
+from hopskip.train.data import StreamedRows
 from hopskip.train.dropout import LayerTaps, draw_kept
 from hopskip.train.loss import ExitLosses, ExitTerm, exit_loss
+from hopskip.train.supported import causal_lm, check_arguments, check_batch, check_model
 from hopskip.train.unembed import sparse_embedding
 
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
-"""Implementations whose masks are tensors with a row for each sample."""
+_Base: Any = Trainer if TYPE_CHECKING else object
 
 
-class LayerSkipTrainer(Trainer):  # type: ignore[misc]
-    """Trains a causal language model of the Llama family so that its early layers can draft.
+@dataclass
+class LayerSkipConfig(LayerSkipRecipe, TrainingArguments):  # type: ignore[misc]
+    """transformers' `TrainingArguments` with the recipe's settings beside them: for `HfArgumentParser`, TRL's
+    `TrlParser`, and sweeps. For another trainer's arguments:
+
+        @dataclass
+        class MyConfig(SFTConfig, LayerSkipConfig):
+            pass
+    """
+
+    def __post_init__(self) -> None:
+        LayerSkipRecipe.__post_init__(self)
+        super(LayerSkipRecipe, self).__post_init__()
+
+
+class LayerSkipMixin(_Base):  # type: ignore[misc]
+    """Makes a Trainer train a causal language model of the Llama family so that its early layers can draft.
+
+    `class MySFT(LayerSkipMixin, SFTTrainer)`: the mixin comes first. The loss of the other Trainer is taken as that of
+    the last layer, whatever it is, and the exits' losses on `labels` are added to it.
 
     Args:
-        model: a transformers model (Llama, Mistral, Qwen2, Qwen3), or a PEFT model around one.
-        args: the Trainer's own. `remove_unused_columns` and `prediction_loss_only` are set as this class needs them.
-        layerskip: the recipe.
-        **kwargs: passed on to `Trainer` (data sets, collator, callbacks, ...).
+        *arguments, **options: the other Trainer's. Its arguments are not changed.
+        layerskip: the recipe, unless the training arguments are a `LayerSkipConfig`, which then is the recipe.
 
     Logs carry, for every exit E that was on, `exit<E>_loss` (cross-entropy) and `exit<E>_agreement` (share of positions
     where its best token is the last layer's: an estimate of the acceptance rate when drafting from there). Evaluation
-    measures every exit, without dropout; `eval_loss` is the last layer's cross-entropy.
+    measures every exit, without dropout.
 
     Raises:
         ConfigError: the model cannot be trained so, or an argument contradicts the recipe.
         TrainingError: from `train`: the loss is not a number, or a checkpoint cannot be written.
     """
 
-    def __init__(
-        self, model: nn.Module, args: TrainingArguments, *, layerskip: LayerSkipConfig | None = None, **kwargs: Any
-    ) -> None:
-        self.layerskip = layerskip or LayerSkipConfig()
-        self.causal_lm = causal_lm(model)
-        _check(self.causal_lm, args)
-        args.remove_unused_columns = False
-        args.prediction_loss_only = True
-        args.logging_nan_inf_filter = False  # a loss that is not a number ends the run; it is not averaged away
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # a layer without samples still takes part, see LayerTaps
-        super().__init__(model=model, args=args, **kwargs)
-        self.num_layers: int = self.causal_lm.config.num_hidden_layers
+    def __init__(self, *arguments: Any, layerskip: LayerSkipRecipe | None = None, **options: Any) -> None:
+        args = options["args"] if "args" in options else (*arguments, None, None)[1]
+        if isinstance(args, LayerSkipRecipe) and layerskip is not None:
+            raise ConfigError("the recipe is given twice, as layerskip and within args; leave one of them out")
+        if args is not None:
+            check_arguments(args)
+        super().__init__(*arguments, **options)
+        self.layerskip = self.args if isinstance(self.args, LayerSkipRecipe) else layerskip or LayerSkipRecipe()
+        check_model(self)
+        self.num_layers: int = self._causal_lm().config.num_hidden_layers
         self.layerskip.exits_on(0, 1, self.num_layers)  # refuses exits that this model lacks
-        self._taps = LayerTaps(self.causal_lm.model.layers)
-        self.causal_lm.loss_function = self._loss_function
-        self._terms: list[ExitTerm] = []
+        # with nothing between this class and the plain Trainer, the last layer's loss is ours to compute as well
+        self._is_plain = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        if self._is_plain and self.compute_loss_func is not None:
+            raise ConfigError("compute_loss_func would leave the exits without a loss; override compute_loss instead")
+        self._taps: LayerTaps | None = None  # of the training step under way
         self._losses = ExitLosses(self.num_layers)
         self._eval_losses: ExitLosses | None = None
+        self._wants_logits = False
         self._micro_step = (-1, 0)  # the step, and passes made in it
         self._is_saving = False
+
+    def _causal_lm(self) -> Any:
+        return causal_lm(self.accelerator.unwrap_model(self.model))
+
+    # The loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._taps = LayerTaps(self._causal_lm().model.layers)
+        try:
+            with self._taps.attached():  # for the backward pass too
+                loss: Tensor = super().training_step(*args, **kwargs)
+        finally:
+            self._taps = None
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"the loss is {loss.item()} in step {self.state.global_step}: lower the learning rate, or look at the "
+                f"data there; {self._way_back()}"
+            )
+        return loss
 
     def compute_loss(
         self,
@@ -76,90 +114,138 @@ class LayerSkipTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one (micro-)batch: choose samples and exits, then let the Trainer call the model."""
-        step, num_samples = self.state.global_step, len(inputs["input_ids"])
-        kept = None
-        if model.training:
-            self._terms = self._training_terms(step)
-            rates = self.layerskip.dropout_rates(step, self.state.max_steps, self.num_layers)
-            micro_step = self._micro_step[1] + 1 if self._micro_step[0] == step else 0
-            self._micro_step = (step, micro_step)
-            if any(rates):
-                rank = 0 if self.layerskip.same_dropout_on_every_rank else self.args.process_index
-                kept = draw_kept(rates, num_samples, self.args.seed, step, micro_step, rank)
-        else:
-            last = self.num_layers - 1
-            self._terms = [ExitTerm(layer=layer, weight=float(layer == last)) for layer in range(last, -1, -1)]
-        self._taps.drop(kept, num_samples, inputs["input_ids"].device)
-        # no logits from the model itself: it is asked for those of no position
-        inputs = {**inputs, "logits_to_keep": inputs["input_ids"].new_empty(0)}
-        with self._taps.collect([term.layer for term in self._terms]), sparse_embedding(self.causal_lm):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _training_terms(self, step: int) -> list[ExitTerm]:
-        """The last layer first, then every exit that is on and counts."""
-        weights = self.layerskip.exit_weights(step, self.state.max_steps, self.num_layers)
+        """The loss of one (micro-)batch: choose samples and exits, then let the other Trainer call the model."""
+        check_batch(inputs, self._causal_lm().config)
         last = self.num_layers - 1
+        if model.training:
+            weights = self.layerskip.loss_weights(self.state.global_step, self.state.max_steps, self.num_layers)
+            losses: ExitLosses | None = self._losses
+            layers = [layer for layer in reversed(range(last)) if weights[layer] > 0]
+        else:
+            weights, losses = [0.0] * last + [1.0], self._eval_losses
+            layers = [] if losses is None else list(reversed(range(last)))
         ce, kl = self.layerskip.ce_weight, self.layerskip.kl_weight
-        exits = [
-            ExitTerm(layer=layer, weight=weights[layer], ce_weight=ce, kl_weight=kl)
-            for layer in reversed(range(last))
-            if weights[layer] > 0
+        terms = [
+            ExitTerm(layer=last, weight=weights[last] if self._is_plain else 0.0),
+            *(ExitTerm(layer=layer, weight=weights[layer], ce_weight=ce, kl_weight=kl) for layer in layers),
         ]
-        return [ExitTerm(layer=last, weight=weights[last]), *exits]
-
-    def _loss_function(
-        self,
-        *,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Called by the model at the end of its forward pass, in place of its own cross-entropy."""
-        if num_items_in_batch is None:
-            num_items_in_batch = labels[:, 1:].ne(-100).sum().clamp(min=1)
-        losses = self._losses if self.causal_lm.training else self._eval_losses
-        return exit_loss(
-            self._taps.outputs,
-            labels,
-            self._terms,
-            self.causal_lm.model.norm,
-            self.causal_lm.lm_head,
-            num_items=num_items_in_batch,
-            chunk_tokens=self.layerskip.chunk_tokens,
-            losses=losses,
-        )
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"the loss is {loss.item()} in step {self.state.global_step}: lower the learning rate, or look at the "
-                f"data there; {self._way_back()}"
+        taps = self._taps or LayerTaps(self._causal_lm().model.layers)
+        taps.drop(self._draw(model, inputs), len(inputs["input_ids"]), inputs["input_ids"].device)
+        inputs = dict(inputs)
+        if self._is_plain and not self._wants_logits:
+            # no logits from the model itself: it is asked for those of no position
+            inputs["logits_to_keep"] = inputs["input_ids"].new_empty(0)
+        with self._measuring(taps, terms, inputs["labels"], num_items_in_batch, losses) as measured:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        own = result[0] if return_outputs else result
+        if measured.loss is None or (self._is_plain and not measured.is_asked_for):
+            raise ConfigError(
+                "the model's forward pass was replaced by one that does not run its decoder or ask for its loss; train "
+                "it without what replaces it"
             )
-        return loss
+        if self._is_plain:
+            return result
+        loss = own * weights[last]
+        if model.training:
+            scales = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            loss = loss + measured.loss * (self.accelerator.num_processes if scales else 1)
+        return (loss, result[1]) if return_outputs else loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def _draw(self, model: nn.Module, inputs: dict[str, Any]) -> list[list[int]] | None:
+        """The samples that each layer keeps; None where nothing is dropped."""
+        if not model.training:
+            return None
+        step = self.state.global_step
+        micro_step = self._micro_step[1] + 1 if self._micro_step[0] == step else 0
+        self._micro_step = (step, micro_step)
+        rates = self.layerskip.dropout_rates(step, self.state.max_steps, self.num_layers)
+        if not any(rates):
+            return None
+        rank = 0 if self.layerskip.same_dropout_on_every_rank else self.args.process_index
+        return draw_kept(rates, len(inputs["input_ids"]), self.args.seed, step, micro_step, rank)
+
+    @contextmanager
+    def _measuring(
+        self,
+        taps: LayerTaps,
+        terms: list[ExitTerm],
+        labels_BT: Tensor,
+        num_items: Tensor | int | None,
+        losses: ExitLosses | None,
+    ) -> Iterator[_Measured]:
+        """Within the block, the model's first pass computes the exits' loss behind its decoder; a plain Trainer gets
+        it from the model in place of its own cross-entropy."""
+        lm = self._causal_lm()
+        measured = _Measured()
+        if num_items is None:
+            num_items = labels_BT[:, 1:].ne(-100).sum().clamp(min=1)
+
+        def after_decoder(*_: Any) -> None:
+            if measured.loss is None:
+                measured.loss = exit_loss(
+                    taps.outputs,
+                    labels_BT,
+                    terms,
+                    lm.model.norm,
+                    lm.lm_head,
+                    num_items=num_items,
+                    chunk_tokens=self.layerskip.chunk_tokens,
+                    losses=losses,
+                )
+
+        before = vars(lm).get("_loss_function")
+        hook = lm.model.register_forward_hook(after_decoder)
+        if self._is_plain:
+            lm.loss_function = measured.loss_function
+        try:
+            with taps.collect([term.layer for term in terms]), sparse_embedding(lm):
+                yield measured
+        finally:
+            hook.remove()
+            if self._is_plain:
+                del lm._loss_function
+                if before is not None:
+                    lm.loss_function = before
+
+    # Evaluation and logs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        self._wants_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        finally:
+            self._wants_logits = False
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         self._eval_losses = ExitLosses(self.num_layers)
         try:
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            measured = self._exit_logs(self._eval_losses)
         finally:
             self._eval_losses = None
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= self._exit_logs(self._losses)
-            self._losses = ExitLosses(self.num_layers)
-        elif "eval_loss" in logs and self._eval_losses is not None:
-            measured = self._exit_logs(self._eval_losses)
-            logs |= {f"eval_{name}": value for name, value in measured.items()}
+        if self._is_plain and measured:
             # the Trainer's mean of batch means counts a short batch as much as a long one
-            logs["eval_loss"] = logs.pop(f"eval_exit{self.num_layers}_loss")
-            del logs[f"eval_exit{self.num_layers}_agreement"]
-        super().log(logs, start_time)
+            output.metrics[f"{metric_key_prefix}_loss"] = measured.pop(f"exit{self.num_layers}_loss")
+            del measured[f"exit{self.num_layers}_agreement"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self._exit_logs(self._losses))
+            self._losses = ExitLosses(self.num_layers)
+        super().log(logs, *args, **kwargs)
 
     def _exit_logs(self, losses: ExitLosses) -> dict[str, float]:
         """Means over all ranks, by exit: E = layer + 1 layers are run."""
@@ -172,11 +258,30 @@ class LayerSkipTrainer(Trainer):  # type: ignore[misc]
                 logs[f"exit{layer + 1}_agreement"] = agreeing / tokens
         return logs
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    # Data
+
+    def get_train_dataloader(self) -> Any:
+        """A stream is shared out here: accelerate would have every rank read all of it."""
+        rows = self.train_dataset
+        if not isinstance(rows, StreamedRows):
+            return super().get_train_dataloader()
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return DataLoader(
+            rows.endless(rank=args.process_index, num_ranks=args.world_size, seed=seed),
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:  # a finished run, resumed: the Trainer would make one step
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     # Checkpoints: the Trainer's own, but written beside their place and renamed when complete.
 
@@ -191,13 +296,15 @@ class LayerSkipTrainer(Trainer):  # type: ignore[misc]
                 f"weights are not numbers after step {self.state.global_step}, so no checkpoint is written: lower the "
                 f"learning rate, or set max_grad_norm; {self._way_back()}"
             )
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        output = Path(self._get_output_dir(trial))
+        folder = output / f"checkpoint-{self.state.global_step}"
         self._is_saving = True
         try:
             if self.args.should_save:
-                with replacing(folder):
+                with replacing(folder) as partial:
                     self.accelerator.wait_for_everyone()
                     super()._save_checkpoint(model, trial)
+                    self._name_the_best(partial, folder)
                     self.accelerator.wait_for_everyone()
             else:
                 self.accelerator.wait_for_everyone()  # not before the folder is empty
@@ -206,44 +313,46 @@ class LayerSkipTrainer(Trainer):  # type: ignore[misc]
         finally:
             self._is_saving = False
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=False
-            )
+            rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _name_the_best(self, partial: Path, folder: Path) -> None:
+        """The best checkpoint by the place where it will lie, in the state that is saved too."""
+        best = self.state.best_global_step
+        place = folder.with_name(f"checkpoint-{best}")
+        if best and (place == folder or place.exists()):
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(partial / "trainer_state.json"))
 
     def _way_back(self) -> str:
         checkpoint = last_checkpoint(Path(self.args.output_dir))
         return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
 
 
-def causal_lm(model: nn.Module) -> Any:
-    """The transformers model itself, out of its PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+class _Measured:
+    """What one forward pass left."""
+
+    def __init__(self) -> None:
+        self.loss: Tensor | None = None
+        self.is_asked_for = False
+
+    def loss_function(self, **_: Any) -> Tensor | None:
+        self.is_asked_for = True
+        return self.loss
+
+
+class LayerSkipTrainer(LayerSkipMixin, Trainer):  # type: ignore[misc]
+    """transformers' Trainer with the recipe, see `LayerSkipMixin`. Here `eval_loss` is the last layer's cross-entropy,
+    as a mean over tokens, and no logits are made that nobody asked for.
+
+    Args:
+        model: a transformers model (Llama, Mistral, Qwen2, Qwen3), or a PEFT model around one.
+        args: `TrainingArguments`, or a `LayerSkipConfig`.
+        layerskip: the recipe, where `args` are not a `LayerSkipConfig`.
+        **kwargs: passed on to `Trainer` (data sets, collator, callbacks, metrics, ...).
+    """
 
 
 def _is_finite(parameter: Tensor) -> bool:
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # a shard, under FSDP
     return bool(local.isfinite().all())
-
-
-def _check(model: Any, args: TrainingArguments) -> None:
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", type(model).__name__)
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(
-            f"model_type {model_type!r} cannot be trained; hopskip trains and runs: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    assert config is not None
-    if config.num_hidden_layers < 2:
-        raise ConfigError(f"the model has {config.num_hidden_layers} layer, so no early exit; use one with more")
-    if config._attn_implementation not in _ATTENTION:
-        raise ConfigError(
-            f"attn_implementation {config._attn_implementation!r} has masks that cannot be selected by sample; use one "
-            f"of {', '.join(_ATTENTION)}"
-        )
-    if args.load_best_model_at_end or args.push_to_hub:
-        raise ConfigError("load_best_model_at_end and push_to_hub do not work here; leave them out")
-    if (getattr(args, "gradient_checkpointing_kwargs", None) or {}).get("use_reentrant"):
-        raise ConfigError("use_reentrant=True loses the gradient of the exits; leave it out")
-    if config._attn_implementation.startswith("flash") and config.torch_dtype == torch.float32 and not args.bf16:
-        warnings.warn("flash attention needs bf16 or fp16; set bf16: true", stacklevel=3)
