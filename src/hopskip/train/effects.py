@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hopskip.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hopskip.train.recipe import Recipe
 
 OWN_ARGUMENTS = {
     "output_dir": "set `output`",
@@ -38,8 +35,8 @@ _EVALUATION = (
 )
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse a recipe before anything is loaded.
+def check_recipe(recipe: Any) -> None:
+    """Refuse a `Recipe` before anything is loaded.
 
     Raises:
         ConfigError: a setting has no effect beside the others, or a package is missing.
@@ -57,7 +54,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError(f"this recipe needs the package {package}: pip install 'hopskip[train]'")
 
 
-def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _without_effect(recipe: Any) -> Iterator[tuple[str, str]]:
     """Keys of `training`, and beside what each has no effect."""
     given: Mapping[str, Any] = recipe.training
 
@@ -97,7 +94,7 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield name, "without training.push_to_hub"
 
 
-def _check_attention(recipe: Recipe) -> None:
+def _check_attention(recipe: Any) -> None:
     from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
     from hopskip.train.supported import check_attention
