@@ -299,7 +299,7 @@ def test_settings_have_effect(chat: Chat) -> None:
     assert "[seed 7] Same seed" in shown
     assert "error: top_p is 3.0" in chat.run("/set top_p 3")
     assert "error: no setting 'sed'; did you mean seed?" in chat.run("/set sed")
-    assert "\nrepetition_penalty  1.0   Above 1" in chat.run("/set")
+    assert "\nrepetition_penalty   1.0   Above 1" in chat.run("/set")
 
 
 def test_retry_of_a_greedy_answer(chat: Chat) -> None:

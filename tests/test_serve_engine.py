@@ -22,6 +22,7 @@ from hopskip.sequence import Mask, Request, Sequence
 from hopskip.serve.batch import Generation, Job, Piece
 from hopskip.serve.engine_thread import EngineThread
 from hopskip.text.grammar import GrammarCompiler
+from hopskip.text.requests import text_stream
 from hopskip.text.tokenizer import Detokenizer, TextStream
 from tests.models import table_model, tiny_model
 from tests.serving import tiny_llm
@@ -477,7 +478,7 @@ def test_what_nobody_streams_comes_in_one_piece(llm: LLM) -> None:
 
     async def generate() -> list[list[list[Piece]]]:
         engine = make_engine(llm.backend, PLAIN)
-        thread = EngineThread(engine, partial(Detokenizer, llm.tokenizer), max_queue=4, observer=observer)
+        thread = EngineThread(engine, partial(text_stream, llm.tokenizer), max_queue=4, observer=observer)
         thread.start()
         params = SamplingParams(max_new_tokens=9, ignore_eos=True)
         jobs = [Job(request=Request(PROMPTS[1], params), is_streamed=streamed) for streamed in (True, False)]

@@ -17,14 +17,15 @@ from hopskip.engine.engine import Engine, make_engine
 from hopskip.engine.turns import Turns, closed
 from hopskip.errors import ConfigError, check_choice, check_count, check_names, shown
 from hopskip.loading import LoadConfig, LoadOptions, OpenModel, Progress, open_model
-from hopskip.sampling_params import SamplingOptions, SamplingParams, params_for
+from hopskip.sampling_params import SamplingOptions, SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.bar import bar_of_texts
 from hopskip.text.grammar import GrammarCompiler, GrammarConstraint
-from hopskip.text.inputs import Message, Prompt, chat_list, checked_prompt, prompt_list, template_variables
+from hopskip.text.inputs import Message, Prompt, chat_list, checked_prompt, params_for, prompt_list, template_variables
+from hopskip.text.requests import RequestMaker, text_stream
 from hopskip.text.results import GenerationResult, StreamPiece, joined, news_of, result_of
-from hopskip.text.tokenizer import Detokenizer, TextStream, Tokenizer
+from hopskip.text.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -99,6 +100,8 @@ class LLM:
         self._opened: tuple[OpenModel, Engine] | None = opened, engine
         self._turns = Turns(engine)
         self._grammars = GrammarCompiler(opened.tokenizer, opened.backend.config.vocab_size)
+        self.request_maker = RequestMaker(opened.tokenizer, opened.backend.config.vocab_size)
+        """Turns what parameters say in texts into token ids."""
 
     def __repr__(self) -> str:
         name = shown(str(self._load.model)) if self._load.model is not None else ""
@@ -304,7 +307,7 @@ class LLM:
             is_plain = params.n == 1 and params.structure is None
             found.append(
                 [
-                    Request(
+                    self.request_maker.request(
                         prompt_ids,
                         params if is_plain else params.of_one_text(index),
                         constraint=self._constraint(params),
@@ -344,7 +347,7 @@ class LLM:
     def _add(self, requests: Seq[Request]) -> list[tuple[Sequence, TextStream]]:
         """Queue requests, all or none."""
         engine, tokenizer = self.engine, self.tokenizer
-        texts = [TextStream(Detokenizer(tokenizer, r.prompt_ids), r.params.stop) for r in requests]
+        texts = [text_stream(tokenizer, request) for request in requests]
 
         def add() -> list[tuple[Sequence, TextStream]]:
             added: list[Sequence] = []

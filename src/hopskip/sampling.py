@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from array_api_compat import device
+from numpy.typing import NDArray
 
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Place
@@ -167,6 +168,22 @@ def is_number(largest: Array) -> Array:
     """Whether the largest of some logits can be chosen. It is NaN if any of them is, and minus infinity if none is
     allowed."""
     return (largest > -math.inf) & (largest < math.inf)
+
+
+def logprobs_of(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probabilities of all tokens."""
+    shifted_V = logits_V - logits_V.max()
+    logprobs_V: NDArray[np.float32] = shifted_V - np.log(np.exp(shifted_V, dtype=np.float64).sum()).astype(np.float32)
+    return logprobs_V
+
+
+def best_of(logprobs_V: NDArray[np.float32], number: int) -> dict[int, float]:
+    """The most probable tokens, best first; of equals the lower id."""
+    if not number:
+        return {}
+    best = np.argpartition(-logprobs_V, number - 1)[:number]
+    best = best[np.lexsort((best, -logprobs_V[best]))]
+    return dict(zip(best.tolist(), logprobs_V[best].tolist(), strict=True))
 
 
 def _column(values: Seq[float], like: Array, xp: Any) -> Array:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from hopskip.errors import ConfigError, check_count, check_names, check_number, shown
@@ -69,7 +68,11 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Seq[str] | None
     stop_token_ids: Seq[int] | None
     ignore_eos: bool
+    min_tokens: int
+    bad_words: str | Seq[str] | None
+    skip_special_tokens: bool
     logprobs: int | None
+    prompt_logprobs: int | None
     json_schema: Mapping[str, Any] | str | None
     regex: str | None
     grammar: str | None
@@ -89,6 +92,8 @@ class SamplingParams:
         logit_bias: numbers to add to the logits, by token id.
         stop_token_ids: tokens that end the text, beside the model's own.
         logprobs: report each token's log-probability and those of the n best; 0 for the token's own only.
+        prompt_logprobs: the same of the prompt's tokens but the first, which nothing comes before. The prompt is then
+            read anew, whatever the cache has of it; and `max_new_tokens` may be 0, to read it only.
         choice: the text is one of these.
 
     Of `json_schema`, `regex`, `grammar` and `choice` one may be given; the text then has that form, unless
@@ -121,9 +126,15 @@ class SamplingParams:
     """The text returned ends before them."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = option(False, "Go on when the model ends its text.")
+    min_tokens: int = option(0, "Let nothing end the text before so many tokens.", "N")
+    """Neither the model's own end, nor `stop` and `stop_token_ids`. A grammar may still end it."""
+    bad_words: tuple[str, ...] = option((), "Keep this text away; may be given several times.", "TEXT")
+    """No token comes that would complete one of them in the output, inside a longer word neither. Case matters."""
+    skip_special_tokens: bool = option(True, "Leave special tokens out of the text, or show them.")
     logprobs: int | None = None
     """Report each token's log-probability and those of the n best; 0 for the token's own only. None reports none.
     Log-probabilities are the model's own: before penalties, bias and temperature."""
+    prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = option(
         None, "The text is JSON of this schema: a JSON object, or a file of it.", "JSON|FILE", parse=schema_option
     )
@@ -151,11 +162,17 @@ class SamplingParams:
         for name, item in items.items():
             value = values[name] if name in values else default_of(item)
             object.__setattr__(self, name, _checked(name, value))
-        self._check_together()
+        self._check_together("max_tokens" if "max_tokens" in given else "max_new_tokens")
 
     __repr__ = short_repr
 
-    def _check_together(self) -> None:
+    def _check_together(self, max_name: str) -> None:
+        if not self.max_new_tokens and self.prompt_logprobs is None:
+            raise ConfigError(f"{max_name} is 0; it must be at least 1, or ask for prompt_logprobs")
+        if self.min_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"min_tokens is {self.min_tokens}, above {max_name}, which is {self.max_new_tokens}; lower it"
+            )
         structures = [name for name in STRUCTURES if getattr(self, name) is not None]
         if len(structures) > 1:
             raise ConfigError(f"{structures[0]} and {structures[1]} each say what the text looks like; leave one out")
@@ -231,33 +248,6 @@ def with_defaults(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> S
     return SamplingParams(**(given if is_greedy else {**recommended, **given}))
 
 
-def params_for(
-    num_prompts: int,
-    given: SamplingParams | Iterable[SamplingParams] | None,
-    options: SamplingOptions,
-    recommended: Mapping[str, Any] = MappingProxyType({}),
-) -> list[SamplingParams]:
-    """Those of each prompt, from what a program gives for one or for all: a `SamplingParams` is taken as it is, and
-    `options` alone go `with_defaults`.
-
-    Raises:
-        ConfigError: what is given is nothing of the kind, or not as many as there are prompts.
-    """
-    if given is None:
-        return [with_defaults(options, recommended)] * num_prompts
-    if isinstance(given, SamplingParams):
-        return [given.updated(**options)] * num_prompts
-    listed: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
-    for params in listed:
-        if not isinstance(params, SamplingParams):
-            raise ConfigError(
-                f"sampling_params is {shown(params)}; give a SamplingParams, or its fields by name: max_tokens=20"
-            )
-    if len(listed) != num_prompts:
-        raise ConfigError(f"{len(listed)} sampling_params for {num_prompts} prompts; give one for each, or one for all")
-    return [params.updated(**options) for params in listed]
-
-
 def _signature() -> inspect.Signature:
     """For `help()` and completion: every field by name."""
     items = fields(SamplingParams)
@@ -275,11 +265,13 @@ SamplingParams.__signature__ = _signature()  # type: ignore[attr-defined]
 # -- what each field may be --------------------------------------------------------------------------------------------
 
 _COUNTS = {
-    "max_new_tokens": (1, "a whole number of at least 1"),
+    "max_new_tokens": (0, "a whole number of at least 1"),
+    "min_tokens": (0, "0 (end anywhere) or a whole number above"),
     "n": (1, "a whole number of at least 1"),
     "top_k": (0, "0 (keep all) or a whole number above"),
     "seed": (-(2**63), "a whole number of 64 bits"),
     "logprobs": (0, "None, 0 or a whole number above"),
+    "prompt_logprobs": (0, "None, 0 or a whole number above"),
 }
 _NUMBERS: dict[str, tuple[Any, str]] = {
     "temperature": (lambda x: x >= 0, "a number: 0 (greedy) or above"),
@@ -289,7 +281,7 @@ _NUMBERS: dict[str, tuple[Any, str]] = {
     "presence_penalty": (lambda x: True, "a finite number"),
     "frequency_penalty": (lambda x: True, "a finite number"),
 }
-_MAY_BE_NONE = ("seed", "logprobs", "json_schema", "regex", "grammar", "choice")
+_MAY_BE_NONE = ("seed", "logprobs", "prompt_logprobs", "json_schema", "regex", "grammar", "choice")
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -383,6 +375,8 @@ _OTHERS: dict[str, Any] = {
     "logit_bias": _biases,
     "stop": _texts,
     "stop_token_ids": _token_ids,
+    "bad_words": _texts,
+    "skip_special_tokens": _switch,
     "ignore_eos": _switch,
     "strict_schema": _switch,
     "json_schema": _schema,

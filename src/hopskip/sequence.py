@@ -6,7 +6,7 @@ Shape letters: W words of 32 bits, M draft tokens.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -21,6 +21,39 @@ from hopskip.speculative import DraftKind
 
 Mask = NDArray[np.uint32]
 """Which tokens are allowed, a bit for each: [W], or [N, W]; token 0 is the lowest bit of the first word."""
+
+
+def all_allowed(vocab_size: int) -> Mask:
+    """[W]: nothing is forbidden."""
+    return np.full(-(-vocab_size // 32), 2**32 - 1, dtype=np.uint32)
+
+
+def without(mask_W: Mask, token_ids: Iterable[int] | NDArray[np.int64]) -> Mask:
+    """A mask that forbids these tokens, too.
+
+    >>> [f"{word:x}" for word in without(all_allowed(40), [0, 33])]
+    ['fffffffe', 'fffffffd']
+    """
+    ids = token_ids if isinstance(token_ids, np.ndarray) else np.array([*token_ids], dtype=np.int64)
+    ids = ids[ids < 32 * len(mask_W)]
+    left_W = mask_W.copy()
+    np.bitwise_and.at(left_W, ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+    return left_W
+
+
+def paths_of(draft_ids: Seq[int], parents: Seq[int] | None) -> list[tuple[int, ...]]:
+    """Of each row of a verify pass the draft tokens that lead to it: before any, and after each.
+
+    Args:
+        parents: of a tree, see `Draft.parents`; None is a chain.
+
+    >>> paths_of([5, 9, 7], [-1, 0, 0])
+    [(), (5,), (5, 9), (5, 7)]
+    """
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(draft_ids, range(-1, len(draft_ids) - 1) if parents is None else parents, strict=True):
+        paths.append((*paths[parent + 1], token))
+    return paths
 
 
 class TokenCounts:
@@ -141,6 +174,16 @@ class Token:
     __repr__ = short_repr
 
 
+class Score(NamedTuple):
+    """How probable the model finds a token of a prompt, after those before it."""
+
+    logprob: float
+    rank: int
+    """1 for the most probable."""
+    top_logprobs: dict[int, float]
+    """Of the most probable tokens, as many as were asked for."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked of the engine: one prompt, one text."""
@@ -152,6 +195,8 @@ class Request:
     """Called with every committed token in order; returning True makes that token the last."""
     constraint: Constraint | None = None
     """Which tokens may come; its own state, not shared with other requests."""
+    banned: Constraint | None = None
+    """Keeps texts away (`SamplingParams.bad_words`); its own state, too."""
     max_draft_tokens: int | None = None
     """At most this many tokens are drafted in a round, 0 for none; None: as many as the engine's configuration says."""
     exit_layer: int | None = None
@@ -249,12 +294,15 @@ class Sequence:
         self.request = request
         self.params = params
         self.constraint = request.constraint
+        """The engine puts whatever else restricts its tokens here too."""
         self.number = number
         """Counts the requests of an engine, from 0."""
         self.token_ids = list(request.prompt_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         self.tokens: list[Token] = []
+        self.prompt_scores: list[Score] = []
+        """Of the prompt's tokens but the first, if `SamplingParams.prompt_logprobs` asks for them."""
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.stats = SpeculativeStats(num_prompt_tokens=self.num_prompt_tokens)

@@ -183,7 +183,11 @@ def _parameters(group: Any, place: Group) -> Iterator[inspect.Parameter]:
         if item.name in place.without:
             continue
         declared, choices = item.metadata, _choices(hints[item.name])
-        names = [f"--{item.name.replace('_', '-')}", *([declared["short"]] if declared["short"] else [])]
+        name = item.name.replace("_", "-")
+        names = [
+            f"--{name}/--no-{name}" if item.default is True else f"--{name}",
+            *([declared["short"]] if declared["short"] else []),
+        ]
         option = typer.Option(
             *names,
             metavar=_in_lines(choices) or declared["metavar"],

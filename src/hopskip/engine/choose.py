@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from hopskip.backends.base import Backend
 from hopskip.backends.rows import Array
 from hopskip.draft.base import Draft
-from hopskip.sequence import NoTokenError, Origin, Place, Sequence, Token
+from hopskip.sampling import best_of, logprobs_of
+from hopskip.sequence import NoTokenError, Origin, Place, Sequence, Token, paths_of
 
 
 class Verdict(NamedTuple):
@@ -108,9 +109,6 @@ def choose(backend: Backend, sequences: Seq[Sequence], drafts: Seq[Draft], hidde
 
 def _places(sequence: Sequence, draft: Draft) -> list[Place]:
     """Of the tokens after the sequence's last one, and after each of its draft."""
-    paths: list[tuple[int, ...]] = [()]
-    for token, parent in zip(draft.token_ids, draft.parents or range(-1, len(draft.token_ids) - 1), strict=True):
-        paths.append((*paths[parent + 1], token))
     masks_NW = None
     if sequence.constraint is not None:
         try:
@@ -120,7 +118,7 @@ def _places(sequence: Sequence, draft: Draft) -> list[Place]:
     length = len(sequence.token_ids)
     return [
         Place(sequence.rule, length + len(path), path, None if masks_NW is None else masks_NW[row])
-        for row, path in enumerate(paths)
+        for row, path in enumerate(paths_of(draft.token_ids, draft.parents))
     ]
 
 
@@ -135,12 +133,6 @@ def _tokens(sequence: Sequence, draft: Draft, verdict: Verdict, logits_NV: NDArr
         return [Token(i, origin) for i, origin in zip(ids, origins, strict=True)]
     tokens = []
     for i, origin, row in zip(ids, origins, verdict.rows, strict=True):
-        shifted_V = logits_NV[row] - logits_NV[row].max()
-        logprobs_V = shifted_V - np.log(np.exp(shifted_V, dtype=np.float64).sum()).astype(np.float32)
-        best = (
-            np.argpartition(-logprobs_V, num_logprobs - 1)[:num_logprobs] if num_logprobs else np.array([], dtype=int)
-        )
-        best = best[np.lexsort((best, -logprobs_V[best]))]
-        top_logprobs = dict(zip(best.tolist(), logprobs_V[best].tolist(), strict=True))
-        tokens.append(Token(i, origin, float(logprobs_V[i]), top_logprobs))
+        logprobs_V = logprobs_of(logits_NV[row])
+        tokens.append(Token(i, origin, float(logprobs_V[i]), best_of(logprobs_V, num_logprobs)))
     return tokens

@@ -16,6 +16,7 @@ from hopskip.draft.base import Drafter, Round
 from hopskip.draft.gain import GainEstimate
 from hopskip.draft.make import DraftersByExit, Identity, prepare
 from hopskip.engine.prefill import Prefill
+from hopskip.engine.restrictions import restrict
 from hopskip.engine.round import Rounds
 from hopskip.engine.slots import PrefixStats, Slots
 from hopskip.errors import ConfigError, PromptError
@@ -102,6 +103,7 @@ class Engine:
         self._check_drafting(request)
         self._check_text(request)
         sequence = Sequence(request, self._eos_token_ids, number=self._num_requests)
+        restrict(sequence, self.backend.config.vocab_size)
         self._num_requests += 1
         self._waiting.append(sequence)
         return sequence
@@ -119,8 +121,9 @@ class Engine:
             unknown = next((i for i in ids if not 0 <= i < vocab_size), None)
             if unknown is not None:
                 raise PromptError(f"{name} has token id {unknown}; the model's ids are 0 to {vocab_size - 1}")
-        if params.logprobs is not None and params.logprobs > vocab_size:
-            raise ConfigError(f"logprobs is {params.logprobs}; the vocabulary has only {vocab_size} tokens")
+        for name, number in ("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs):
+            if number is not None and number > vocab_size:
+                raise ConfigError(f"{name} is {number}; the vocabulary has only {vocab_size} tokens")
         room = self.max_model_len - num_prompt_tokens
         if params.max_new_tokens > room:
             remedy = f"use max_new_tokens <= {room} or a shorter prompt" if room > 0 else "shorten the prompt"

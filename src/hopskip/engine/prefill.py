@@ -20,6 +20,7 @@ from hopskip.backends.rows import Array, Rows, Segment
 from hopskip.draft.base import Draft
 from hopskip.engine.choose import choose
 from hopskip.engine.round import Rounds
+from hopskip.engine.scores import ROWS_WITH_SCORES, score_prompts
 from hopskip.engine.slots import Slots
 from hopskip.sequence import Sequence
 
@@ -157,6 +158,8 @@ class Prefill:
         most = self._backend.num_prefill_rows
         if beside_decoding:
             most = min(most, _ROWS_BESIDE_DECODING)
+        if any(s.params.prompt_logprobs is not None for s in ready):
+            most = min(most, ROWS_WITH_SCORES)
         row_seconds = self.pace.row_seconds(self._slots.next_stop(chosen))
         at_once = most
         if row_seconds:
@@ -217,13 +220,18 @@ class Prefill:
             if segment.start + segment.count == sequence.num_prompt_tokens:
                 completed.append(sequence)
                 last_rows.append(last)
+        scores = score_prompts(self._backend, done.parts, found.hidden_ND)
         choices = choose(self._backend, completed, [Draft()] * len(completed), found.hidden_ND[last_rows])
         for sequence, segment in done.parts:
             sequence.num_cached += segment.count
+            sequence.prompt_scores += scores.get(sequence, [])
         for sequence, (_, tokens) in zip(completed, choices, strict=True):
             if not tokens:
                 continue  # it has failed
-            sequence.append(tokens[0])
+            if sequence.params.max_new_tokens:
+                sequence.append(tokens[0])
+            else:
+                sequence.finish_reason = "length"  # its prompt was all that was to be read
             sequence.first_token_at = time.perf_counter()
             sequence.stats.prefill_seconds = sequence.first_token_at - sequence.prefill_started
-            sequence.stats.num_tokens = 1
+            sequence.stats.num_tokens = len(sequence.tokens)

@@ -188,7 +188,7 @@ class Slots:
 
     def _longest(self, sequence: Sequence, running: Seq[Sequence]) -> _Found | None:
         """The slot that shares most with a sequence's prompt; of equals a running one, else the one last used."""
-        if not self._shares_prefixes:
+        if not self._may_share(sequence):
             return None
         # the last prompt token always runs: its hidden state yields the first new token
         prompt, salt = sequence.token_ids[: sequence.num_prompt_tokens - 1], sequence.request.cache_salt
@@ -200,6 +200,10 @@ class Slots:
         found = [_Found(slot, common_prefix(held, prompt)) for slot, held in candidates]
         best = max(found, key=lambda found: found.length, default=None)
         return best if best is not None and self._start(best) > 0 else None
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        """Positions that are not computed have no scores."""
+        return self._shares_prefixes and sequence.params.prompt_logprobs is None
 
     def _share(self, found: _Found, sequence: Sequence) -> None:
         """Start a sequence from what a slot has, its own or another."""
@@ -223,7 +227,7 @@ class Slots:
     def _await_leader(self, sequence: Sequence, running: Seq[Sequence]) -> None:
         """If another's prompt, not read to its end, has more in common with this one than there is in the cache, wait
         for it. It came before, so that no two wait for each other."""
-        if not self._shares_prefixes:
+        if not self._may_share(sequence):
             return
         prompt = sequence.token_ids[: sequence.num_prompt_tokens - 1]
         leaders = [

@@ -28,7 +28,7 @@ from hopskip.serve.jobs import Planner
 from hopskip.serve.metrics import Metrics
 from hopskip.serve.policy import ParameterError, describe, refuse_unknown, unknown_params
 from hopskip.serve.settings import ServeSettings
-from hopskip.text.tokenizer import Detokenizer
+from hopskip.text.requests import text_stream
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -61,7 +61,7 @@ class Server:
         engine.max_seqs_per_client = settings.seqs_per_key(engine.max_num_seqs)
         self.engine = EngineThread(
             engine,
-            partial(Detokenizer, llm.tokenizer),
+            partial(text_stream, llm.tokenizer),
             max_queue=settings.max_queue,
             room_of_client=settings.room_per_key(engine.max_num_seqs, engine.max_model_len),
             observer=self.metrics,

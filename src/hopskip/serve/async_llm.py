@@ -21,8 +21,9 @@ from hopskip.serve.batch import Batch, Job
 from hopskip.serve.engine_thread import EngineThread
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.inputs import Message, Prompt, chat_list
+from hopskip.text.requests import text_stream
 from hopskip.text.results import GenerationResult, StreamPiece, joined, result_of
-from hopskip.text.tokenizer import Detokenizer, Tokenizer
+from hopskip.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -199,8 +200,8 @@ class AsyncLLM:
             self._thread.end()
             self._thread = None
         if self._thread is None:
-            decoder = partial(Detokenizer, self._llm.tokenizer)
-            self._thread, self._loop = EngineThread(self._llm.engine, decoder, max_queue=sys.maxsize), loop
+            make_text = partial(text_stream, self._llm.tokenizer)
+            self._thread, self._loop = EngineThread(self._llm.engine, make_text, max_queue=sys.maxsize), loop
             self._thread.start()
         return self._thread
 

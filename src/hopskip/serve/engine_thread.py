@@ -20,10 +20,11 @@ from hopskip.engine.engine import Engine
 from hopskip.engine.slots import PrefixStats
 from hopskip.errors import BusyError as BusyError
 from hopskip.errors import ConfigError, HopskipError
+from hopskip.sequence import Request
 from hopskip.serve.batch import Batch, Generation, Job, Piece
 from hopskip.serve.queue import Queue, Room
 from hopskip.serve.race import Race
-from hopskip.text.tokenizer import IncrementalDecoder, TextStream
+from hopskip.text.tokenizer import TextStream
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class EngineThread:
     """Runs an engine for many clients at once.
 
     Args:
-        make_decoder: a new incremental decoder for the text that follows a prompt, given by its token ids.
+        make_text: the text of a request as it grows.
         max_queue: sequences that may wait beyond those that are stepped together.
         room_of_client: what of one client may run or wait; None: as much as of all.
         observer: told of every step.
@@ -74,14 +75,14 @@ class EngineThread:
     def __init__(
         self,
         engine: Engine,
-        make_decoder: Callable[[Seq[int]], IncrementalDecoder],
+        make_text: Callable[[Request], TextStream],
         *,
         max_queue: int,
         room_of_client: Room | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._engine = engine
-        self._make_decoder = make_decoder
+        self._make_text = make_text
         room = Room(num_sequences=engine.max_num_seqs + max_queue)
         self._queue = Queue(room, room_of_client or room)
         """Submitted and not ended. The event loop alone uses it."""
@@ -224,7 +225,7 @@ class EngineThread:
         batch = Batch(self._cancel)
         try:
             for job in jobs:
-                text = TextStream(self._make_decoder(job.request.prompt_ids), job.request.params.stop)
+                text = self._make_text(job.request)
                 sequence = self._engine.add(replace(job.request, is_stop=text.push))
                 batch.generations.append(Generation(job, sequence, text, batch))
         except Exception as error:

@@ -6,9 +6,11 @@ import numbers
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any, cast
 
 from hopskip.errors import ConfigError, PromptError, shown
+from hopskip.sampling_params import SamplingOptions, SamplingParams, with_defaults
 from hopskip.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -97,6 +99,33 @@ def template_variables(
             raise ConfigError(f"chat_template_kwargs has {shown(name)}, but this model's chat template takes {takes}")
         variables[name] = value
     return variables
+
+
+def params_for(
+    num_prompts: int,
+    given: SamplingParams | Iterable[SamplingParams] | None,
+    options: SamplingOptions,
+    recommended: Mapping[str, Any] = MappingProxyType({}),
+) -> list[SamplingParams]:
+    """Those of each prompt, from what a program gives for one or for all: a `SamplingParams` is taken as it is, and
+    `options` alone go `with_defaults`.
+
+    Raises:
+        ConfigError: what is given is nothing of the kind, or not as many as there are prompts.
+    """
+    if given is None:
+        return [with_defaults(options, recommended)] * num_prompts
+    if isinstance(given, SamplingParams):
+        return [given.updated(**options)] * num_prompts
+    listed: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
+    for params in listed:
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(
+                f"sampling_params is {shown(params)}; give a SamplingParams, or its fields by name: max_tokens=20"
+            )
+    if len(listed) != num_prompts:
+        raise ConfigError(f"{len(listed)} sampling_params for {num_prompts} prompts; give one for each, or one for all")
+    return [params.updated(**options) for params in listed]
 
 
 def _parts(value: Any, name: str) -> list[Any]:

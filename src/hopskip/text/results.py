@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from hopskip.errors import shown
-from hopskip.sequence import FinishReason, Sequence, SpeculativeStats, Token
+from hopskip.sequence import FinishReason, Score, Sequence, SpeculativeStats, Token
 from hopskip.text.tokenizer import TextStream
 
 
@@ -19,6 +19,7 @@ class GenerationResult:
         finish_reason: `stop` (the text was complete) or `length` (it was cut at `max_new_tokens`).
         prompt_token_ids: what the model was given.
         stats: what it cost and what drafting gave.
+        prompt_logprobs: of the prompt's tokens, if they were asked for; None of the first, which nothing comes before.
         seed: of a drawn text, given or fresh: with it, `generate` gives this text again. None of a greedy one.
         others: the further texts of the same prompt, with `n` above 1; `outputs` has all of them.
     """
@@ -28,6 +29,7 @@ class GenerationResult:
     finish_reason: FinishReason
     prompt_token_ids: list[int]
     stats: SpeculativeStats
+    prompt_logprobs: list[Score | None] | None = None
     seed: int | None = None
     others: list[GenerationResult] = field(default_factory=list)
 
@@ -96,6 +98,7 @@ def result_of(sequence: Sequence, text: TextStream) -> GenerationResult:
         finish_reason=sequence.finish_reason,
         prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
         stats=sequence.stats,
+        prompt_logprobs=None if sequence.params.prompt_logprobs is None else [None, *sequence.prompt_scores],
         seed=sequence.seed,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
@@ -102,36 +103,40 @@ class Tokenizer:
         ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, token_ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
-        """The text of token ids, special tokens left out. Bytes that form no character become U+FFFD.
+    def decode(self, token_ids: Sequence[int], *, after: Sequence[int] = (), skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Bytes that form no character become U+FFFD.
 
         Args:
             after: token ids that come before, whose text is not part of the result: SentencePiece tokenizers take the
                 space from the first word of a text, but not from the first of a continuation.
         """
         if not after:
-            text = self.decode_raw(token_ids)
+            text = self.decode_raw(token_ids, skip_special_tokens=skip_special_tokens)
             if REPLACEMENT not in text:
                 return text
         # a byte-fallback decoder can spoil the whole run of bytes around a bad one: agree with what a stream shows
-        detokenizer = Detokenizer(self, after)
+        detokenizer = Detokenizer(self, after, skip_special_tokens=skip_special_tokens)
         return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
 
-    def decode_raw(self, token_ids: Iterable[int]) -> str:
+    def decode_raw(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """As `decode`, with incomplete characters as the library shows them."""
-        decode = self._inner.decode
+        decode = partial(self._inner.decode, skip_special_tokens=skip_special_tokens)
         if not self._spoilt_ids:
-            return str(decode(list(token_ids), skip_special_tokens=True))
+            return str(decode(list(token_ids)))
         runs = groupby(token_ids, key=self._spoilt_ids.__contains__)
         return "".join(
-            "".join(self._added_texts[i] for i in run) if is_spoilt else decode(list(run), skip_special_tokens=True)
-            for is_spoilt, run in runs
+            "".join(self._added_texts[i] for i in run) if is_spoilt else decode(list(run)) for is_spoilt, run in runs
         )
 
-    def is_silent(self, token_id: int) -> bool:
+    def special_id(self, text: str) -> int | None:
+        """The special token that a text spells."""
+        token_id: int | None = self._inner.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
+    def is_silent(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
         """True for a token without text: a special one, or an id that no token has (vocabularies may be padded)."""
         try:
-            return token_id in self._special_ids or self._inner.id_to_token(token_id) is None
+            return (skip_special_tokens and token_id in self._special_ids) or self._inner.id_to_token(token_id) is None
         except OverflowError:  # no id at all: negative, or of more than 32 bits
             return True
 
@@ -226,6 +231,7 @@ class Detokenizer:
     prompt_ids: InitVar[Sequence[int]] = ()
     """Tokens that come before the stream's. Their text is not given out, except a character that they leave
     incomplete."""
+    skip_special_tokens: bool = True
     _window: list[int] = field(default_factory=list)
     _num_read: int = 0
     """Tokens at the start of the window whose text has been given out."""
@@ -233,7 +239,7 @@ class Detokenizer:
     def __post_init__(self, prompt_ids: Sequence[int]) -> None:
         token_bytes = self.tokenizer.token_bytes
         for token_id in reversed(prompt_ids):
-            if self.tokenizer.is_silent(token_id):
+            if self.tokenizer.is_silent(token_id, skip_special_tokens=self.skip_special_tokens):
                 continue
             self._window.insert(0, token_id)
             begins_inside = token_bytes(token_id)[:1] in _CONTINUATION_BYTES
@@ -247,7 +253,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain, possibly empty."""
-        if self.tokenizer.is_silent(token_id):
+        if self.tokenizer.is_silent(token_id, skip_special_tokens=self.skip_special_tokens):
             return ""
         self._window.append(token_id)
         piece = self._pending()
@@ -265,8 +271,9 @@ class Detokenizer:
         return piece
 
     def _pending(self) -> str:
-        before = self.tokenizer.decode_raw(self._window[: self._num_read])
-        return self.tokenizer.decode_raw(self._window)[len(before) :]
+        decode = partial(self.tokenizer.decode_raw, skip_special_tokens=self.skip_special_tokens)
+        before = decode(self._window[: self._num_read])
+        return decode(self._window)[len(before) :]
 
 
 _CONTINUATION_BYTES = frozenset(bytes([value]) for value in range(0x80, 0xC0))
@@ -304,11 +311,15 @@ class TextStream:
     Text that could be the beginning of a stop string is held back until it is certain, so nothing shown is ever taken
     back; the pieces joined are the text before the stop string. A stop string is found wherever it lies: inside a
     token, across tokens, inside an accepted draft.
+
+    Args:
+        min_tokens: among so many tokens no stop string ends.
     """
 
-    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
         self._decoder = decoder
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._held = ""
         self._rest = ""
         self._is_stopped = False
@@ -353,7 +364,8 @@ class TextStream:
     def _show(self, piece: str) -> str:
         """Add decoded text; return what of it, and of the text held back, is certain."""
         text = self._held + piece
-        found = min((i for i in (text.find(stop) for stop in self._stop) if i >= 0), default=None)
+        looked_for = self._stop if len(self._pieces) >= self._min_tokens else ()
+        found = min((i for i in (text.find(stop) for stop in looked_for) if i >= 0), default=None)
         if found is not None:
             self._is_stopped = True
             self._held = ""
