@@ -20,7 +20,7 @@ from hopskip.sequence import Sequence
 from hopskip.serve.app import Server, create_app
 from hopskip.serve.run import Runner, bind
 from hopskip.serve.settings import ServeSettings
-from tests.tiny import write_checkpoint, write_tokenizer
+from tests.tiny import CHAT_TEMPLATE, byte_level_tokenizer, write_checkpoint, write_tokenizer
 
 TOOLS_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + ' Answer with <tool_call>' + '<|im_end|>\n' }}"
@@ -43,6 +43,20 @@ def tiny_llm(folder: Path, draft: str = "both", **options: Any) -> LLM:
         else SpeculativeConfig(draft=draft, exit_layer=exit_layer, num_draft_tokens=4)  # type: ignore[arg-type]
     )
     return LLM(folder, speculative=speculative, backend="native", **options)
+
+
+def tool_llm(folder: Path, **options: Any) -> LLM:
+    """The same, with a token for each mark of the formats of tool calls, as their own models have them."""
+    if not (folder / "config.json").exists():
+        write_checkpoint(folder, "smollm2")
+        tokenizer = byte_level_tokenizer(
+            marks=("<tool_call>", "</tool_call>", "<think>", "</think>"),
+            special_marks=("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"),
+        )
+        # it knows of tools, but saying what they are would not fit the tiny context
+        template = CHAT_TEMPLATE + "{% if tools %}{% endif %}"
+        write_tokenizer(folder, tokenizer, chat_template=template, eos_token="<|im_end|>")
+    return tiny_llm(folder, draft="ngram", **options)
 
 
 class Brake:

@@ -17,7 +17,7 @@ from hopskip.cli import app
 from hopskip.sampling_params import with_defaults
 from hopskip.serve.jobs import Planner
 from hopskip.serve.schema import CompletionRequest
-from hopskip.serve.settings import Limits
+from hopskip.serve.settings import ServeSettings
 from tests.tiny import make_model, write_checkpoint, write_gguf
 
 QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": 1}
@@ -169,7 +169,7 @@ def test_defaults_of_a_server(model: Path) -> None:
 
     def params(llm: LLM, **fields: Any) -> SamplingParams:
         request = CompletionRequest(prompt="hello", max_tokens=3, **fields)
-        plan = asyncio.run(Planner(llm, Limits()).completion(request))
+        plan = asyncio.run(Planner(llm, ServeSettings(model_name="tiny")).completion(request))
         return plan.jobs[0].request.params
 
     def kept(found: SamplingParams) -> dict[str, Any]:

@@ -19,12 +19,15 @@ from hopskip.serve.answers import Answer, event
 from hopskip.serve.batch import Batch, Generation, Job, Piece
 from hopskip.serve.engine_thread import GenerationError
 from hopskip.serve.jobs import Plan
-from hopskip.serve.tools import CallSplitter, Notation
+from hopskip.text.answer_reader import AnswerFormat
+from hopskip.text.reasoning import REASONING
 from hopskip.text.tokenizer import TextStream
+from hopskip.text.tools.base import Tool
+from hopskip.text.tools.formats import FORMATS
 
 USER = schema.Message(role="user", content="?")
-TOOL = schema.Tool(type="function", function=schema.Function(name="f"))
-CALLS = Notation.of_template("<tool_call>")
+CALLS = AnswerFormat(tool_format=FORMATS["hermes"], tools=[Tool(name="f")])
+THOUGHTS = AnswerFormat(reasoning=REASONING["deepseek"])
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -128,7 +131,11 @@ def test_a_whole_completion() -> None:
             "completion_tokens": 12,
             "total_tokens": 18,
             "prompt_tokens_details": {"cached_tokens": 4},
-            "completion_tokens_details": {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "accepted_prediction_tokens": 3,
+                "rejected_prediction_tokens": 2,
+            },
             "speedup_over_plain": None,
         },
     }
@@ -199,25 +206,88 @@ def test_calls(before: str, num_calls: int) -> None:
     text = before + call * num_calls if num_calls else f"{before}<tool_"
     expected = [{"name": "f", "arguments": '{"a": 1}'}] * num_calls
     told = "tool_calls" if num_calls else "stop"
-    plan: dict[str, Any] = {"tools": [TOOL], "notation": CALLS}
     for size in (3, 1000):
+        steps = [[piece(text[i : i + size])] for i in range(0, len(text), size)]
         batch = batch_of(1)
-        tell(batch.generations[0], *([piece(text[i : i + size])] for i in range(0, len(text), size)))
-        choice = whole(chat(), batch, **plan)["choices"][0]
-        shown = before if num_calls else text
+        tell(batch.generations[0], *steps)
+        choice = whole(chat(), batch, answer=CALLS)["choices"][0]
+        shown = before.strip() if num_calls else text
         assert choice["message"]["content"] == (shown or None)
         assert [c["function"] for c in choice["message"].get("tool_calls", [])] == expected
+        assert all(set(c) == {"id", "type", "function"} for c in choice["message"].get("tool_calls", []))
         assert choice["finish_reason"] == told
 
         batch = batch_of(1)
-        tell(batch.generations[0], *([piece(text[i : i + size])] for i in range(0, len(text), size)))
-        parts = [c["choices"][0] for c in chunks(chat(stream=True), batch, **plan)]
+        tell(batch.generations[0], *steps)
+        parts = [c["choices"][0] for c in chunks(chat(stream=True), batch, answer=CALLS)]
         assert "".join(p["delta"].get("content", "") for p in parts) == shown
-        calls = [c for p in parts for c in p["delta"].get("tool_calls", [])]
-        assert [c["index"] for c in calls] == list(range(num_calls))
-        assert [c["function"] for c in calls] == expected
+        assert together(parts) == expected
         assert [p["finish_reason"] for p in parts] == [None] * (len(parts) - 1) + [told]
-        assert ("tool_calls" in parts[-1]["delta"]) == bool(num_calls)
+
+
+def together(parts: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The functions that a stream calls: its first delta of each has id and name, the others fragments."""
+    functions: list[dict[str, str]] = []
+    for call in [call for part in parts for call in part["delta"].get("tool_calls", [])]:
+        if "id" in call:
+            assert (call["index"], call["type"], set(call)) == (
+                len(functions),
+                "function",
+                {"index", "id", "type", "function"},
+            )
+            functions.append({**call["function"]})
+        else:
+            assert (call["index"], set(call)) == (len(functions) - 1, {"index", "function"})
+            assert set(call["function"]) == {"arguments"}
+            functions[-1]["arguments"] += call["function"]["arguments"]
+    return functions
+
+
+def test_arguments_come_as_they_are_generated() -> None:
+    batch = batch_of(1)
+    texts = ['<tool_call>{"name": "f", ', '"arguments": {"a": ', '"x', "y", '"}}', "</tool_call>"]
+    tell(batch.generations[0], *([piece(text)] for text in texts))
+    parts = [c["choices"][0]["delta"] for c in chunks(chat(stream=True), batch, answer=CALLS)]
+    [first, *others] = [call for part in parts for call in part.get("tool_calls", [])]
+    assert first["function"] == {"name": "f", "arguments": '{"a": '}
+    assert [call["function"]["arguments"] for call in others] == ['"x', "y", '"}']
+
+
+def test_a_call_that_is_cut_is_a_part_of_one() -> None:
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece('<tool_call>{"name": "f", "arguments": {"a": "x')], finish_reason="length")
+    choice = whole(chat(), batch, answer=CALLS)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": "x'}
+
+
+def test_thoughts() -> None:
+    texts = ["<think>", "hm", ", so", "</think>", "\n\n", "yes"]
+    for stream in (False, True):
+        batch = batch_of(1)
+        tell(batch.generations[0], *([piece(text)] for text in texts))
+        request = chat(stream=stream, stream_options={"include_usage": True} if stream else None)
+        if not stream:
+            answer = whole(request, batch, answer=THOUGHTS)
+            message = answer["choices"][0]["message"]
+            assert (message["reasoning_content"], message["reasoning"], message["content"]) == (
+                "hm, so",
+                "hm, so",
+                "yes",
+            )
+            usage = answer["usage"]
+        else:
+            *got, last = chunks(request, batch, answer=THOUGHTS)
+            deltas = [chunk["choices"][0]["delta"] for chunk in got]
+            thoughts = [delta for delta in deltas if "reasoning" in delta]
+            assert thoughts == [{"reasoning_content": text, "reasoning": text} for text in ("hm", ", so")]
+            assert [delta["content"] for delta in deltas if delta.get("content")] == ["yes"]
+            usage = last["usage"]
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == 4
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("yes")])
+    assert "reasoning" not in whole(chat(), batch, answer=THOUGHTS)["choices"][0]["message"]
 
 
 def test_a_failure_is_raised_at_once() -> None:
@@ -345,11 +415,11 @@ def num_characters(thing: object) -> int:
 def test_a_stream_costs_the_same_at_its_end_as_at_its_start(with_tools: bool) -> None:
     """No piece is looked at again: nobody has it any more, and no text is kept that grows."""
     number = 500
-    plan: dict[str, Any] = {"tools": [TOOL], "notation": CALLS} if with_tools else {}
     batch = batch_of(1)
-    answer = make(completion(logprobs=1, return_tokens=True, stream=True), batch, **plan)
+    request = completion(logprobs=1, return_tokens=True, stream=True)
+    answer = make(request, batch, **({"answer": CALLS} if with_tools else {}))
     choice = answer._choices[0]
-    keepers: list[object] = [answer, choice, *([choice._splitter] if choice._splitter else [])]
+    keepers: list[object] = [answer, choice, choice._reader, *([choice._reader._calls] if with_tools else [])]
     kept = [num_characters(thing) for thing in keepers]
     alive: list[weakref.ref[Piece]] = []
     Counted.num_asked = 0
@@ -370,29 +440,7 @@ def test_a_stream_costs_the_same_at_its_end_as_at_its_start(with_tools: bool) ->
         await cast("Any", parts).aclose()
 
     asyncio.run(read(answer.chunks()))
-    assert Counted.num_asked <= 2 * number
-
-
-@pytest.mark.parametrize("template", ["<tool_call>", '"parameters"'])
-@pytest.mark.parametrize("start", ["", " ", "text ", "<tool_call> {", "{"])
-def test_held_text_is_not_copied(template: str, start: str) -> None:
-    """Of a text that may be a call the parts are kept as they came, and joined at the end."""
-    splitter = CallSplitter(Notation.of_template(template), [TOOL])
-    shown = [splitter.push(start)]
-    pieces = [f" {i} " if template == "<tool_call>" or start.strip() else " " * (i + 1) for i in range(200)]
-    for new in pieces:
-        before = list(splitter._held)
-        shown.append(splitter.push(new))
-        after = splitter._held
-        grows = len(after) > len(before)
-        assert all(old is kept for old, kept in zip(before, after, strict=False)) if grows else num_held(after) < 11
-    rest, calls = splitter.finish()
-    assert "".join(shown) + rest == start + "".join(pieces)
-    assert calls == []
-
-
-def num_held(parts: list[str]) -> int:
-    return sum(map(len, parts))
+    assert Counted.num_asked <= 3 * number
 
 
 class Handed(list[Any]):

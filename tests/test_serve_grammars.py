@@ -313,7 +313,7 @@ def _quietly(work: Callable[[], Any]) -> None:
 def test_the_walk_finds_slow_masks(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
     compiler = GrammarCompiler(llm.tokenizer, llm.backend.config.vocab_size)
     vocabulary = grammar_build.read_vocabulary(**compiler.vocabulary_source())
-    job = {"kind": "regex", "text": "[a-z]{20}", "strict": False}
+    job = {"kind": "regex", "text": "[a-z]{20}", "strict": False, "before": ""}
     answer = grammar_worker._try(vocabulary, job)
     assert answer["dropped"] == []
     assert compiler.adopt(answer["grammar"], ["x"], keep=True).dropped == ("x",)

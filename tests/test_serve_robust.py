@@ -27,9 +27,7 @@ from hopskip import LLM, ConfigError
 from hopskip.serve import app
 from hopskip.serve.guard import JSONLines
 from hopskip.serve.memory import free_memory, parse_size
-from hopskip.serve.schema import Function, Tool
 from hopskip.serve.settings import Limits, ServeSettings
-from hopskip.serve.tools import CallSplitter, Notation
 from hopskip.text.grammar import GrammarConstraint
 from tests.serving import MODEL, Brake, Live, live_server, tiny_llm
 
@@ -438,44 +436,6 @@ def test_sizes() -> None:
         with pytest.raises(ConfigError, match="kv-memory is"):
             parse_size(wrong)
     assert 2**20 < free_memory() < 2**50
-
-
-TOOLS = [Tool(type="function", function=Function(name="f"))]
-
-
-@pytest.mark.parametrize(
-    ("template", "text", "shown", "arguments"),
-    [
-        ("<tool_call>", "no call", "no call", []),
-        ("<tool_call>", 'so: <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "so: ", ['{"a": 1}']),
-        (
-            "<tool_call>",
-            '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n'
-            '<tool_call>{"name": "f", "arguments": {"b": 2}}</tool_call>',
-            "",
-            ["{}", '{"b": 2}'],
-        ),
-        (
-            "<tool_call>",
-            '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
-            '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
-            [],
-        ),
-        ("<tool_call>", "a <tool_c", "a <tool_c", []),
-        ('"parameters"', '{"name": "f", "parameters": {"a": 1}}', "", ['{"a": 1}']),
-        ('"parameters"', '{"name": "f"', '{"name": "f"', []),
-        ('"parameters"', "Hello {", "Hello {", []),
-    ],
-)
-def test_tool_calls_are_found_however_the_text_arrives(
-    template: str, text: str, shown: str, arguments: list[str]
-) -> None:
-    notation = Notation.of_template(template)
-    for size in (1, 3, 1000):
-        splitter = CallSplitter(notation, TOOLS)
-        got = "".join(splitter.push(text[i : i + size]) for i in range(0, len(text), size))
-        rest, calls = splitter.finish()
-        assert (got + rest, [c["function"]["arguments"] for c in calls]) == (shown, arguments)
 
 
 def test_the_model_is_called_by_its_own_name(shared: Live) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,8 +168,13 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
 
-def byte_level_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens, the special ones first."""
+def byte_level_tokenizer(*, marks: Sequence[str] = (), special_marks: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens, the special ones first.
+
+    Args:
+        marks: added tokens that texts show, as `<tool_call>` is with Qwen.
+        special_marks: those that they do not, as `[TOOL_CALLS]` is with Mistral.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -177,13 +182,18 @@ def byte_level_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
+        special_tokens=[
+            AddedToken(token, normalized=False, special=True) for token in (*SPECIAL_TOKENS, *special_marks, *marks)
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    return tokenizer
+    settings = json.loads(tokenizer.to_str())
+    for token in settings["added_tokens"]:
+        token["special"] = token["content"] not in marks
+    return Tokenizer.from_str(json.dumps(settings))
 
 
 def byte_fallback_tokenizer() -> Tokenizer:

@@ -21,6 +21,7 @@ from hopskip.sampling_params import SamplingOptions, SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.bar import bar_of_texts
+from hopskip.text.chat import encode_chat
 from hopskip.text.grammar import GrammarCompiler, GrammarConstraint
 from hopskip.text.inputs import Message, Prompt, chat_list, checked_prompt, params_for, prompt_list, template_variables
 from hopskip.text.requests import RequestMaker, text_stream
@@ -51,6 +52,7 @@ class LLM:
         max_model_len, max_num_seqs, prefix_caching: see `Engine`.
         generation_config: `auto` chooses tokens as the model's makers recommend, where nothing else is asked for
             (`generation_config.json`, or a GGUF file's `general.sampling`), else greedily; `none` greedily.
+        chat_template: in place of the model's own: a file, or the text of a template.
         progress: told what takes its time until the model is ready (loading, packing, measuring), and the share of it
             that is done. Without it nothing is shown, in a terminal neither.
         options: `dtype`, `quantize`, `device`, `backend`, `threads`, `kv_dtype`, see `LoadConfig`.
@@ -69,6 +71,7 @@ class LLM:
         max_num_seqs: int = 16,
         prefix_caching: bool | None = None,
         generation_config: Literal["auto", "none"] = "auto",
+        chat_template: str | Path | None = None,
         progress: Progress | None = None,
         **options: Unpack[LoadOptions],
     ) -> None:
@@ -80,7 +83,7 @@ class LLM:
             check_count("max_model_len", max_model_len, "a whole number of at least 2", least=2)
         check_choice("generation_config", generation_config, Literal["auto", "none"])
         load = LoadConfig(model=model, **options)  # type: ignore[arg-type]  # it takes other names of a dtype
-        opened = open_model(load, speculative, progress)
+        opened = open_model(load, speculative, progress, chat_template)
         checkpoint, is_auto = opened.checkpoint, generation_config == "auto"
         self.recommended_sampling = recommended_sampling(checkpoint.generation, checkpoint.path) if is_auto else {}
         """Of `SamplingParams`, what the model's makers recommend: the defaults of `generate`, `chat` and `stream`."""
@@ -262,7 +265,7 @@ class LLM:
         variables = template_variables(self.tokenizer, enable_thinking, chat_template_kwargs)
         prompt = checked_prompt(prompt)
         if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-            return self.tokenizer.apply_chat_template(prompt, **variables)  # type: ignore[arg-type]
+            return encode_chat(self.tokenizer, prompt, **variables)  # type: ignore[arg-type]
         if variables:
             raise ConfigError(f"{next(iter(variables))} has no effect on a prompt that is no chat; leave it out")
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
@@ -370,6 +373,7 @@ _NAMES_OF_OPTIONS = (
         "max_num_seqs",
         "prefix_caching",
         "generation_config",
+        "chat_template",
         "progress",
     ),
     *(item.name for item in fields(LoadConfig) if item.name != "model"),

@@ -195,12 +195,16 @@ class OpenModel:
 
 
 def open_model(
-    load: LoadConfig, speculative: SpeculativeConfig | None = None, progress: Progress | None = None
+    load: LoadConfig,
+    speculative: SpeculativeConfig | None = None,
+    progress: Progress | None = None,
+    chat_template: str | Path | None = None,
 ) -> OpenModel:
     """Find, check and load a model, with what it drafts with beside it.
 
     Args:
         speculative: None leaves everything to the model's recommendation.
+        chat_template: a file, or a template's text, in place of the model's own.
 
     Raises:
         CheckpointError: the model or the exit cannot be found or read.
@@ -209,11 +213,13 @@ def open_model(
     from hopskip.checkpoint.checkpoint import open_checkpoint
     from hopskip.checkpoint.hub import find_model
     from hopskip.draft.make import resolve
+    from hopskip.text.chat_template import read_template
     from hopskip.text.tokenizer_files import load_tokenizer
 
+    template = None if chat_template is None else read_template(chat_template)
     speculative = speculative or SpeculativeConfig()
     checkpoint = open_checkpoint(find_model(load.model))
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config, checkpoint.metadata)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config, checkpoint.metadata, template)
     # a wrong option must not cost the time of loading the weights
     trained_exit = find_exit(checkpoint, speculative)
     resolve(speculative, checkpoint.config, trained_exit)

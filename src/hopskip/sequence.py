@@ -197,6 +197,8 @@ class Request:
     """Which tokens may come; its own state, not shared with other requests."""
     banned: Constraint | None = None
     """Keeps texts away (`SamplingParams.bad_words`); its own state, too."""
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens whose text is given out, though others' is not: marks that are to be read."""
     max_draft_tokens: int | None = None
     """At most this many tokens are drafted in a round, 0 for none; None: as many as the engine's configuration says."""
     exit_layer: int | None = None

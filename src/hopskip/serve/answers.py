@@ -13,7 +13,8 @@ from hopskip.sequence import SpeculativeStats, Token
 from hopskip.serve import schema
 from hopskip.serve.batch import Batch, Generation, Piece
 from hopskip.serve.jobs import Plan
-from hopskip.serve.tools import CallSplitter
+from hopskip.text.answer_reader import AnswerFormat, AnswerReader
+from hopskip.text.tools.base import CallDelta, Delta, joined
 
 
 class Answer:
@@ -104,6 +105,7 @@ class Answer:
             "total_tokens": num_prompt + num_new,
             "prompt_tokens_details": {"cached_tokens": sum(s.num_cached_prompt_tokens for s in firsts)},
             "completion_tokens_details": {
+                "reasoning_tokens": sum(choice.num_reasoning_tokens for choice in self._choices),
                 "accepted_prediction_tokens": num_accepted,
                 "rejected_prediction_tokens": num_drafted - num_accepted,
             },
@@ -124,24 +126,30 @@ class _Choice:
         self._llm = llm
         self._race = answer.race
         self._echo = plan.echoes[index // plan.num_choices] if plan.echoes else ""
-        self._splitter = CallSplitter(plan.notation, plan.tools) if plan.notation else None
+        self._reader = AnswerReader(plan.answer or AnswerFormat())
         self._offset = len(self._echo)
         """Where the text of the next piece begins, for completions with log-probabilities."""
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return self._reader.num_reasoning_pieces
+
     def whole(self, pieces: list[Piece]) -> dict[str, Any]:
         """The choice, from all of its pieces."""
-        shown = self._shown(pieces)
-        rest, calls = self._end()
-        text = shown + rest
+        delta = joined([*map(self._read, pieces), self._end()])
+        text, calls = delta.content, delta.calls
         choice: dict[str, Any] = {"index": self._index}
         if self._answer.is_chat:
             choice["message"] = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+            choice["message"] |= _reasoning(delta.reasoning)
             if calls:
-                choice["message"]["tool_calls"] = calls
+                choice["message"]["tool_calls"] = [
+                    {key: value for key, value in _call(call).items() if key != "index"} for call in calls
+                ]
         else:
             choice["text"] = self._echo + text
         choice["logprobs"] = self._logprobs(pieces)
-        choice["finish_reason"] = _finish_reason(self._generation, calls)
+        choice["finish_reason"] = self._finish_reason()
         choice |= self._seed()
         if self._answer.wants_tokens:
             choice["hopskip"] = self._details(pieces)
@@ -155,10 +163,10 @@ class _Choice:
 
     def part(self, pieces: list[Piece]) -> dict[str, Any] | None:
         """A chunk's choice, from a step's pieces; None if it would say nothing."""
-        shown = self._shown(pieces)
-        if not shown and not self._answer.wants_logprobs and not self._answer.wants_tokens:
+        delta = joined(map(self._read, pieces))
+        if not delta and not self._answer.wants_logprobs and not self._answer.wants_tokens:
             return None
-        part = self._delta({"content": shown} if self._answer.is_chat else shown)
+        part = self._part(delta, with_content=True)
         part["logprobs"] = self._logprobs(pieces)
         if self._answer.wants_tokens:
             part["hopskip"] = self._details(pieces)
@@ -166,15 +174,8 @@ class _Choice:
 
     def last_part(self) -> dict[str, Any]:
         """The choice of the chunk that ends the stream: what has been held back, calls, and why it ends."""
-        rest, calls = self._end()
-        if self._answer.is_chat:
-            delta: dict[str, Any] = {"content": rest} if rest else {}
-            if calls:
-                delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-            part = self._delta(delta)
-        else:
-            part = self._delta(rest)
-        part["finish_reason"] = _finish_reason(self._generation, calls)
+        part = self._part(self._end(), with_content=False)
+        part["finish_reason"] = self._finish_reason()
         part |= self._seed()
         if self._answer.wants_tokens:
             part["hopskip"] = self._details([])
@@ -185,14 +186,32 @@ class _Choice:
         seed = self._generation.sequence.seed
         return {} if seed is None else {"seed": seed}
 
-    def _shown(self, pieces: list[Piece]) -> str:
-        """What may be shown with these pieces."""
-        text = "".join(piece.text for piece in pieces)
-        return text if self._splitter is None else self._splitter.push(text)
+    def _read(self, piece: Piece) -> Delta:
+        return self._reader.push(piece.text)
 
-    def _end(self) -> tuple[str, list[dict[str, Any]]]:
-        """The text that has not been shown and is no call, and the calls."""
-        return ("", []) if self._splitter is None else self._splitter.finish()
+    def _end(self) -> Delta:
+        """What has been held back."""
+        return self._reader.finish(is_cut=self._generation.finish_reason != "stop")
+
+    def _finish_reason(self) -> str:
+        if self._generation.finish_reason != "stop":
+            return "length"  # also if cut short by a shutdown; OpenAI has no word for it
+        return "tool_calls" if self._reader.has_calls else "stop"
+
+    def _part(self, delta: Delta, *, with_content: bool) -> dict[str, Any]:
+        """A chunk's choice.
+
+        Args:
+            with_content: though it be empty, if there is nothing else.
+        """
+        if not self._answer.is_chat:
+            return self._delta(delta.content)
+        told: dict[str, Any] = _reasoning(delta.reasoning)
+        if delta.calls:
+            told["tool_calls"] = [_call(call) for call in delta.calls]
+        if delta.content or (with_content and not told):
+            told["content"] = delta.content
+        return self._delta(told)
 
     def _delta(self, content: Any) -> dict[str, Any]:
         key = "delta" if self._answer.is_chat else "text"
@@ -278,11 +297,17 @@ def _speedup(stats: list[SpeculativeStats]) -> float | None:
     return round(sum(each * speedup for each, speedup in known) / seconds, 3) if seconds else None
 
 
-def _finish_reason(generation: Generation, calls: list[dict[str, Any]]) -> str:
-    reason = generation.finish_reason
-    if reason == "abort":
-        return "length"  # cut short by a shutdown; OpenAI has no word for it
-    return "tool_calls" if calls else str(reason)
+def _reasoning(thoughts: str) -> dict[str, str]:
+    """Under both names that clients know."""
+    return {"reasoning_content": thoughts, "reasoning": thoughts} if thoughts else {}
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    """A delta of a call: its first one has id and name."""
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _finite(logprob: float | None) -> float | None:

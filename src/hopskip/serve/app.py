@@ -55,7 +55,7 @@ class Server:
     def __init__(self, llm: LLM, settings: ServeSettings) -> None:
         self.llm = llm
         self.settings = settings
-        self.planner = Planner(llm, settings.limits)
+        self.planner = Planner(llm, settings)
         self.metrics = Metrics(settings.model_name)
         engine = llm.engine
         engine.max_seqs_per_client = settings.seqs_per_key(engine.max_num_seqs)
@@ -146,7 +146,7 @@ class Server:
                 "num_hidden_layers": config.num_hidden_layers,
                 "max_num_seqs": engine.max_num_seqs,
                 "has_chat_template": self.llm.tokenizer.has_chat_template,
-                "has_tools": self.llm.tokenizer.has_tools_template,
+                "has_tools": self.llm.tokenizer.has_chat_template,
                 "draft": speculative.draft,
                 "exit_layer": speculative.exit_layer,
                 "num_draft_tokens": speculative.num_draft_tokens,

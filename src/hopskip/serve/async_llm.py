@@ -52,6 +52,7 @@ class AsyncLLM:
         prefix_caching: bool | None = None,
         progress: Progress | None = None,
         generation_config: Literal["auto", "none"] = "auto",
+        chat_template: str | Path | None = None,
         **options: Unpack[LoadOptions],
     ) -> None:
         self._llm = LLM(
@@ -62,6 +63,7 @@ class AsyncLLM:
             prefix_caching=prefix_caching,
             progress=progress,
             generation_config=generation_config,
+            chat_template=chat_template,
             **options,
         )
         self._thread: EngineThread | None = None

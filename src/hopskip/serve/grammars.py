@@ -27,6 +27,8 @@ from hopskip.text.grammar_worker import write_frame
 
 T = TypeVar("T")
 
+_Question = tuple[Kind, str, str]
+"""A grammar's kind and text, and what may come before."""
 _START_SECONDS = 60.0
 _END_SECONDS = 5.0
 _PATIENCE = 5
@@ -53,19 +55,22 @@ class Grammars:
         self._idle: list[_Worker] = []
         self._turns: asyncio.Semaphore | None = None
         self._num_waiting = 0
-        self._answers: OrderedDict[tuple[Kind, str], dict[str, Any]] = OrderedDict()
+        self._answers: OrderedDict[_Question, dict[str, Any]] = OrderedDict()
 
-    async def compile(self, kind: Kind, source: Source) -> GrammarConstraint:
+    async def compile(self, kind: Kind, source: Source, *, before: str = "") -> GrammarConstraint:
         """A fresh constraint.
+
+        Args:
+            before: see `grammar_build.build`.
 
         Raises:
             ConfigError: the grammar is not valid, or takes too much time or memory.
             BusyError: too many others wait.
         """
-        text = self._compiler.text_of(source)
-        answer = self._answers.get((kind, text)) or await self._ask_in_turn(kind, text)
-        self._answers[kind, text] = answer
-        self._answers.move_to_end((kind, text))
+        question = (kind, self._compiler.text_of(source), before)
+        answer = self._answers.get(question) or await self._ask_in_turn(question)
+        self._answers[question] = answer
+        self._answers.move_to_end(question)
         while len(self._answers) > _NUM_KEPT:
             self._answers.popitem(last=False)
         if "error" in answer:
@@ -82,7 +87,7 @@ class Grammars:
         self._idle, self._turns = [], None
         await asyncio.gather(*(worker.kill() for worker in self._workers))
 
-    async def _ask_in_turn(self, kind: Kind, text: str) -> dict[str, Any]:
+    async def _ask_in_turn(self, question: _Question) -> dict[str, Any]:
         if self._num_waiting >= self._limits.num_grammars:
             raise BusyError(f"{self._num_waiting} grammars wait to be compiled", _RETRY_SECONDS)
         if self._turns is None:
@@ -91,16 +96,17 @@ class Grammars:
         try:
             async with self._turns:
                 # the same one may have been answered while this one waited
-                return self._answers.get((kind, text)) or await self._ask(kind, text)
+                return self._answers.get(question) or await self._ask(question)
         finally:
             self._num_waiting -= 1
 
-    async def _ask(self, kind: Kind, text: str) -> dict[str, Any]:
+    async def _ask(self, question: _Question) -> dict[str, Any]:
         worker = self._idle.pop() if self._idle else self._new_worker()
         is_good = False
         try:
             await worker.started()
-            asking = worker.ask({"kind": kind, "text": text, "strict": False})
+            kind, text, before = question
+            asking = worker.ask({"kind": kind, "text": text, "strict": False, "before": before})
             answer = await asyncio.wait_for(asking, self._limits.grammar_seconds * _PATIENCE)
             is_good = not answer.pop("is_spent")
         except asyncio.TimeoutError:

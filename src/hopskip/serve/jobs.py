@@ -13,11 +13,13 @@ from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request
 from hopskip.serve import params, schema
 from hopskip.serve.batch import Job
+from hopskip.serve.chats import ChatFormat, thoughts_of
 from hopskip.serve.grammars import Grammars
 from hopskip.serve.params import at_most
 from hopskip.serve.policy import ParameterError
-from hopskip.serve.settings import Limits
-from hopskip.serve.tools import Notation
+from hopskip.serve.settings import ServeSettings
+from hopskip.text.answer_reader import AnswerFormat
+from hopskip.text.chat import encode_chat
 from hopskip.text.grammar import GrammarCompiler, GrammarConstraint, Source
 from hopskip.text.grammar_build import Kind
 
@@ -30,17 +32,18 @@ class Plan:
     num_choices: int
     echoes: list[str] | None = None
     """Text of each prompt, to be put before its answers."""
-    tools: list[schema.Tool] = field(default_factory=list)
     is_race: bool = False
     """The two choices are a race of drafted against plain decoding."""
-    notation: Notation | None = None
-    """How tool calls are written; None if the answer cannot have any."""
+    answer: AnswerFormat | None = None
+    """How the answer is to be read; None if it is plain text."""
+    unenforced: list[str] = field(default_factory=list)
+    """Parts of tools' schemas that the grammar of calls leaves out."""
 
     @property
     def dropped(self) -> tuple[str, ...]:
         """Parts of the request's JSON schemas that are not enforced."""
         constraints = (job.request.constraint for job in self.jobs)
-        return next((c.dropped for c in constraints if isinstance(c, GrammarConstraint)), ())
+        return (*self.unenforced, *next((c.dropped for c in constraints if isinstance(c, GrammarConstraint)), ()))
 
 
 class Planner:
@@ -49,10 +52,12 @@ class Planner:
     Every method raises ConfigError or PromptError where a request cannot be served; the message is for the client.
     """
 
-    def __init__(self, llm: LLM, limits: Limits) -> None:
+    def __init__(self, llm: LLM, settings: ServeSettings) -> None:
+        limits = settings.limits
         self._llm = llm
         self._limits = limits
         self._tokenizer = llm.tokenizer
+        self._format = ChatFormat(llm.tokenizer, settings.tool_format, settings.reasoning_format)
         compiler = GrammarCompiler(
             llm.tokenizer,
             llm.backend.config.vocab_size,
@@ -86,20 +91,21 @@ class Planner:
         if request.top_logprobs and not request.logprobs:
             raise ParameterError("top_logprobs has no effect without logprobs=true; leave it out", param="top_logprobs")
         at_most("top_logprobs", request.top_logprobs, self._limits.num_logprobs)
-        tools, notation = self._tools(request)
-        prompt_ids = await self.encode_chat(request.messages, tools)
+        tools = self._tools(request)
+        prompt_ids = await self.encode_chat(request.messages, tools, **self._format.variables(request))
+        answer = self._format.answer_format(request, tools, prompt_ids)
         grammar = params.structure(request)
-        if notation is not None and request.tool_choice not in (None, "auto"):
+        unenforced: list[str] = []
+        if answer is not None and answer.must_call:
             if grammar is not None:
                 raise ParameterError(
                     "a form of the text contradicts a tool_choice that asks for a call; leave one out",
                     param="tool_choice",
                 )
-            parallel = request.parallel_tool_calls is not False and request.tool_choice == "required"
-            grammar = ("lark", notation.grammar(_chosen(tools, request.tool_choice), parallel=parallel))
+            grammar, unenforced = self._format.calls_grammar(request, answer)
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        jobs = await self._jobs(request, [prompt_ids], num_logprobs, grammar)
-        return self._plan(request, jobs, tools=tools, notation=notation)
+        jobs = await self._jobs(request, [prompt_ids], num_logprobs, grammar, answer)
+        return self._plan(request, jobs, answer=answer, unenforced=unenforced)
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text. In a thread: a long one would keep everybody else waiting."""
@@ -111,33 +117,28 @@ class Planner:
         self,
         messages: list[schema.Message],
         tools: list[schema.Tool] | None = None,
-        *,
-        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> list[int]:
-        """Token ids of a chat, through the model's template."""
+        """Token ids of a chat, through the model's template, which takes `variables`."""
         at_most("the number of messages", len(messages), self._limits.num_messages, "messages")
-        variables = {"tools": [t.model_dump(exclude_none=True) for t in tools]} if tools else {}
         return await asyncio.to_thread(
-            self._tokenizer.apply_chat_template,
+            encode_chat,
+            self._tokenizer,
             [_plain_message(m) for m in messages],
-            add_generation_prompt=add_generation_prompt,
+            tools=[t.model_dump(exclude_none=True) for t in tools or ()],
+            tool_format=self._format.tool_format,
             **variables,
         )
 
-    def _tools(self, request: schema.ChatRequest) -> tuple[list[schema.Tool], Notation | None]:
-        """The tools that the model is told of, and how it writes calls."""
+    def _tools(self, request: schema.ChatRequest) -> list[schema.Tool]:
+        """The tools that the model is told of."""
         tools = request.tools or []
         if not tools:
             if request.tool_choice not in (None, "none", "auto"):
                 raise ParameterError("tool_choice asks for a call, but there are no tools", param="tool_choice")
-            return [], None
+            return []
         at_most("the number of tools", len(tools), self._limits.num_tools, "tools")
-        source = self._tokenizer.chat_template or ""
-        if not self._tokenizer.has_tools_template:
-            raise ParameterError("this model's chat template has no place for tools; leave tools out", param="tools")
-        if request.tool_choice == "none":
-            return [], None
-        return tools, Notation.of_template(source)
+        return [] if request.tool_choice == "none" else tools
 
     async def _jobs(
         self,
@@ -145,6 +146,7 @@ class Planner:
         prompts: list[list[int]],
         num_logprobs: int | None,
         grammar: tuple[Kind, Source] | None,
+        answer: AnswerFormat | None = None,
     ) -> list[Job]:
         num_choices = params.num_choices(request)
         self._check_race(request, len(prompts))
@@ -152,7 +154,8 @@ class Planner:
         at_most("prompts x n", len(prompts) * num_choices, self._limits.num_sequences, "n")
         asked = [self._params(request, prompt_ids, num_logprobs) for prompt_ids in prompts]
         max_draft_tokens, exit_layer = params.drafting(request.speculative)
-        constraint = await self._grammars.compile(*grammar) if grammar else None
+        before = self._format.before_answer(answer)
+        constraint = await self._grammars.compile(*grammar, before=before) if grammar else None
         return [
             Job(
                 request=Request(
@@ -161,6 +164,7 @@ class Planner:
                     constraint=constraint.copy() if constraint else None,
                     max_draft_tokens=0 if choice and params.is_race(request) else max_draft_tokens,
                     exit_layer=exit_layer,
+                    shown_ids=frozenset() if answer is None else answer.shown_ids,
                 ),
                 is_streamed=bool(request.stream),
             )
@@ -204,16 +208,6 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str 
     return list(cast("list[str | list[int]]", prompt))
 
 
-def _chosen(tools: list[schema.Tool], choice: Any) -> list[schema.Tool]:
-    if not isinstance(choice, schema.NamedTool):
-        return tools
-    chosen = [tool for tool in tools if tool.function.name == choice.function.name]
-    if not chosen:
-        message = f"tool_choice names {choice.function.name!r}, which is not among the tools"
-        raise ParameterError(message, param="tool_choice")
-    return chosen[:1]
-
-
 def _plain_message(message: schema.Message) -> dict[str, Any]:
     """A message as chat templates expect it."""
     plain: dict[str, Any] = {
@@ -226,7 +220,7 @@ def _plain_message(message: schema.Message) -> dict[str, Any]:
         plain["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
-    return plain
+    return plain | thoughts_of(message)
 
 
 def _plain_call(call: schema.ToolCall) -> dict[str, Any]:

@@ -64,6 +64,9 @@ class Message(Body):
     tool_call_id: str | None = None
     refusal: str | None = None
     """Stands for the content where there is none."""
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """Another name for it."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:

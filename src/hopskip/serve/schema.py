@@ -199,6 +199,12 @@ class ChatRequest(Generation):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What the chat template is told beside the messages, by the names that it has for it."""
+    enable_thinking: bool | None = None
+    """Let the model think first or not, where its template has a switch for that."""
+    reasoning_effort: str | None = None
+    """`none` and `minimal` turn thinking off, others on, where the template has a switch; it may read the word too."""
 
     @field_validator("modalities")
     @classmethod

@@ -10,6 +10,8 @@ from typing import Literal
 
 from hopskip.errors import ConfigError, check_choice
 from hopskip.serve.queue import Room
+from hopskip.text.reasoning import ReasoningFormat
+from hopskip.text.tools.formats import ToolFormatName
 
 UnknownParams = Literal["reject", "ignore", "warn"]
 
@@ -79,11 +81,18 @@ class ServeSettings:
     unknown_params: UnknownParams = "reject"
     """What becomes of a request with parameters that this API does not have: it gets a 400 that names what may have
     been meant; or they are ignored, and with `warn` the log says so."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes tool calls; `auto` is as its chat template does."""
+    reasoning_format: ReasoningFormat = "auto"
+    """Between which marks the model thinks: `auto` are those of its chat template; `none` leaves thoughts in the
+    text."""
     exit_when_dead: bool = False
     """End the process when the engine has died, so that a supervisor starts it again."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        check_choice("tool_format", self.tool_format, ToolFormatName)
+        check_choice("reasoning_format", self.reasoning_format, ReasoningFormat)
         if self.max_queue < 0:
             raise ConfigError(f"max_queue is {self.max_queue}; it must be 0 (nothing waits) or above")
         check_choice("unknown_params", self.unknown_params, UnknownParams)

@@ -51,8 +51,13 @@ _CONTROL_TEXTS = frozenset(
 """Tokens that llama.cpp takes for control tokens whatever the file says: files of many converters say otherwise."""
 
 
-def tokenizer_of_gguf(path: Path, metadata: Mapping[str, Any], config: ModelConfig) -> Tokenizer:
+def tokenizer_of_gguf(
+    path: Path, metadata: Mapping[str, Any], config: ModelConfig, chat_template: str | None = None
+) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describes.
+
+    Args:
+        chat_template: in place of the file's own.
 
     Raises:
         CheckpointError: there is none, it is of a kind that cannot be read, or its tables are damaged.
@@ -77,11 +82,12 @@ def tokenizer_of_gguf(path: Path, metadata: Mapping[str, Any], config: ModelConf
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     found = {name: _token_id(metadata, key) for name, key in named.items()}
     special_tokens = {f"{name}_token": tokens[index] for name, index in found.items() if index is not None}
-    template: Any = metadata.get("tokenizer.chat_template")
+    keys = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
+    templates: Any = {name: metadata[key] for name, key in keys.items() if key in metadata}
     return Tokenizer(
         inner,
         special_tokens=special_tokens,
-        chat_template=template,
+        chat_template=chat_template or templates,
         eos_token_ids=config.eos_token_ids,
         encode=encode,
     )

@@ -48,24 +48,26 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         """Of the vocabulary and of what is kept; nothing is compiled under it."""
         self._backend: Any = None
-        self._compiled: OrderedDict[tuple[str, str, bool], tuple[Any, list[str]]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, str, bool], tuple[Any, list[str]]] = OrderedDict()
 
-    def compile(self, kind: Kind, source: Source, *, strict: bool = False) -> GrammarConstraint:
+    def compile(self, kind: Kind, source: Source, *, strict: bool = False, before: str = "") -> GrammarConstraint:
         """A fresh constraint. The first call of all takes up to a second more, to read the vocabulary.
 
         Args:
             strict: refuse a JSON schema of which a part cannot be enforced; otherwise such parts are dropped, and
                 `GrammarConstraint.dropped` tells which.
+            before: see `grammar_build.build`.
 
         Raises:
             ConfigError: the grammar is not valid, too large, or too complex; this tokenizer cannot be constrained; or
                 llguidance is not installed.
         """
         text = self.text_of(source)
-        kept = self._kept((kind, text, strict))
+        key = (kind, text, before, strict)
+        kept = self._kept(key)
         if kept is None:
-            built = build(self._vocabulary(), kind, text, strict=strict)
-            kept = self._keep((kind, text, strict), (built.matcher, built.dropped))
+            built = build(self._vocabulary(), kind, text, strict=strict, before=before)
+            kept = self._keep(key, (built.matcher, built.dropped))
         return self._fresh(kept)
 
     def adopt(self, grammar: str, dropped: list[str], *, keep: bool) -> GrammarConstraint:
@@ -77,14 +79,14 @@ class GrammarCompiler:
             grammar: `Built.text`.
             keep: it is small enough to be kept for the next request with the same one.
         """
-        kept = self._kept(("", grammar, False))
+        kept = self._kept(("", grammar, "", False))
         if kept is None:
             matcher, error = match(self._vocabulary(), grammar)
             if error:
                 raise ConfigError(f"the grammar cannot be used: {' '.join(error.split())[:300]}")
             kept = (matcher, dropped)
             if keep:
-                self._keep(("", grammar, False), kept)
+                self._keep(("", grammar, "", False), kept)
         return self._fresh((kept[0], dropped), SLOWEST_MASK)
 
     def text_of(self, source: Source) -> str:
@@ -124,13 +126,13 @@ class GrammarCompiler:
                 self._backend = read_vocabulary(**self.vocabulary_source())
             return self._backend
 
-    def _kept(self, key: tuple[str, str, bool]) -> tuple[Any, list[str]] | None:
+    def _kept(self, key: tuple[str, str, str, bool]) -> tuple[Any, list[str]] | None:
         with self._lock:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
             return self._compiled.get(key)
 
-    def _keep(self, key: tuple[str, str, bool], found: tuple[Any, list[str]]) -> tuple[Any, list[str]]:
+    def _keep(self, key: tuple[str, str, str, bool], found: tuple[Any, list[str]]) -> tuple[Any, list[str]]:
         with self._lock:
             self._compiled[key] = found
             while len(self._compiled) > _NUM_KEPT:

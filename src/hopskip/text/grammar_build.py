@@ -36,6 +36,8 @@ _RELAXATIONS = (
     ("checking relevance", ("pattern", "multipleOf")),
 )
 """By what llguidance complains of: keywords to do without."""
+_LOOKS_SPECIAL = re.compile("<.*>", flags=re.DOTALL)
+"""Tokens that llguidance takes for special ones, whatever the tokenizer says."""
 _LARK_TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*|(?P<json>%json\s*)(?=\{)', flags=re.DOTALL)
 
 
@@ -50,6 +52,16 @@ class Built:
     """Parts of JSON schemas that are not enforced."""
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What matchers are made for."""
+
+    tokens: Any
+    """An `LLTokenizer`."""
+    marks: tuple[str, ...]
+    """Texts of tokens that stand for no text in a grammar."""
+
+
 def require_llguidance() -> None:
     """Raises ConfigError: llguidance is not installed."""
     try:
@@ -60,8 +72,8 @@ def require_llguidance() -> None:
         ) from None
 
 
-def read_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> Any:
-    """What matchers are made for. Takes up to a second.
+def read_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> Vocabulary:
+    """The vocabulary of a tokenizer. Takes up to a second.
 
     Raises:
         ConfigError: this tokenizer cannot be constrained.
@@ -69,16 +81,18 @@ def read_vocabulary(tokenizer_json: str, vocab_size: int, eos_token_ids: list[in
     from llguidance import LLTokenizer
 
     try:
-        return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids)
+        tokens = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids)
     except BaseException as panic:
         raise ConfigError(f"grammars do not work with this model's tokenizer: {reason(panic)[:300]}") from None
+    added = [(token["content"], token["special"]) for token in json.loads(tokenizer_json).get("added_tokens") or ()]
+    return Vocabulary(tokens, tuple(text for text, special in added if special or _LOOKS_SPECIAL.fullmatch(text)))
 
 
-def build(vocabulary: Any, kind: Kind, text: str, *, strict: bool = False) -> Built:
+def build(vocabulary: Vocabulary, kind: Kind, text: str, *, strict: bool = False, before: str = "") -> Built:
     """Build a grammar.
 
     Args:
-        vocabulary: of `read_vocabulary`.
+        before: another one, in Lark's notation, which refers to this one as `@answer`: what may come before.
         strict: refuse JSON schemas of which a part cannot be enforced.
 
     Raises:
@@ -87,6 +101,7 @@ def build(vocabulary: Any, kind: Kind, text: str, *, strict: bool = False) -> Bu
     relaxed: frozenset[str] = frozenset()
     while True:
         grammar, dropped = _grammar(kind, text, strict, relaxed)
+        grammar = _whole(grammar, before, spells_marks=any(mark in text for mark in vocabulary.marks))
         matcher, error = match(vocabulary, grammar)
         if not error:
             return Built(matcher, grammar, dropped)
@@ -96,13 +111,28 @@ def build(vocabulary: Any, kind: Kind, text: str, *, strict: bool = False) -> Bu
         relaxed |= helps
 
 
-def match(vocabulary: Any, grammar: str) -> tuple[Any, str]:
+def _whole(grammar: str, before: str, *, spells_marks: bool) -> str:
+    """In llguidance's notation of several grammars, if need be.
+
+    Args:
+        spells_marks: it has text that a token stands for. Where nothing else may come, llguidance takes this token, and
+            then finds that it is not the text; so it must not look ahead.
+    """
+    if not before and not spells_marks:
+        return grammar
+    parts = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    parts[0]["name"] = "answer"
+    options = '%llguidance {"no_forcing": true}\n' if spells_marks else ""
+    return json.dumps({"grammars": [{"lark_grammar": options + (before or "start: @answer\n")}, *parts]})
+
+
+def match(vocabulary: Vocabulary, grammar: str) -> tuple[Any, str]:
     """A matcher, and why it cannot be used (empty if it can)."""
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
     try:
-        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+        matcher = LLMatcher(vocabulary.tokens, grammar, log_level=0, limits=limits)
         if not matcher.is_error():
             # a grammar that no text satisfies fails only here; and the first mask is the slowest, copies have it then
             matcher.compute_bitmask()

@@ -62,7 +62,7 @@ def main() -> None:
 
 def _try(vocabulary: Any, job: dict[str, Any]) -> dict[str, Any]:
     before = _memory()[1]
-    built = build(vocabulary, job["kind"], job["text"], strict=job["strict"])
+    built = build(vocabulary, job["kind"], job["text"], strict=job["strict"], before=job["before"])
     slowest = _walk(built.matcher)
     if slowest > SLOWEST_MASK:
         raise ConfigError(

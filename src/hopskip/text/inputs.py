@@ -20,7 +20,7 @@ Prompt = str | Seq[int] | Seq[Message]
 """A text, token ids, or a chat, which the checkpoint's own template turns into text."""
 
 _FORMS = "a text, a list of token ids, or a chat such as [{'role': 'user', 'content': '...'}]"
-_THINKING_SWITCHES = ("enable_thinking", "thinking")
+THINKING_SWITCHES = ("enable_thinking", "thinking")
 """As chat templates call it."""
 
 
@@ -85,7 +85,7 @@ def template_variables(
     if enable_thinking is not None:
         if not isinstance(enable_thinking, bool):
             raise ConfigError(f"enable_thinking is {shown(enable_thinking)}; it must be True, False or None")
-        switch = next((name for name in _THINKING_SWITCHES if name in known), None)
+        switch = next((name for name in THINKING_SWITCHES if name in known), None)
         if switch is None:
             raise ConfigError(
                 "thinking cannot be turned on or off: this model's chat template has no switch for it; leave it out"
@@ -94,8 +94,8 @@ def template_variables(
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
         raise ConfigError(f"chat_template_kwargs is {shown(chat_template_kwargs)}; give values by name")
     for name, value in (chat_template_kwargs or {}).items():
-        if name == "messages" or name not in known | {"add_generation_prompt"}:
-            takes = ", ".join(sorted(known - {"messages", *tokenizer.special_tokens})) or "nothing"
+        if name == "messages" or name not in known | {"add_generation_prompt", "tools"}:
+            takes = ", ".join(sorted((known | {"tools"}) - {"messages", *tokenizer.special_tokens}))
             raise ConfigError(f"chat_template_kwargs has {shown(name)}, but this model's chat template takes {takes}")
         variables[name] = value
     return variables

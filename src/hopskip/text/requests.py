@@ -37,5 +37,7 @@ def text_stream(tokenizer: Tokenizer, request: Request) -> TextStream:
     """The text of a request as it grows."""
     params = request.params
     before = request.prompt_ids if params.max_new_tokens else ()  # whose last character may be incomplete
-    decoder = Detokenizer(tokenizer, before, skip_special_tokens=params.skip_special_tokens)
+    decoder = Detokenizer(
+        tokenizer, before, skip_special_tokens=params.skip_special_tokens, shown_ids=request.shown_ids
+    )
     return TextStream(decoder, params.stop, min_tokens=params.min_tokens)

@@ -6,7 +6,7 @@ Everything here is used while text is made; how a checkpoint's tokenizer is read
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from itertools import groupby
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import tokenizers
 
 from hopskip.errors import PromptError
-from hopskip.text.chat_template import ChatTemplate
+from hopskip.text.chat_template import ChatTemplates
 
 T = TypeVar("T")
 
@@ -50,12 +50,13 @@ class Tokenizer:
         inner: tokenizers.Tokenizer,
         *,
         special_tokens: Mapping[str, str],
-        chat_template: str | None,
+        chat_template: str | Mapping[str, str] | None,
         eos_token_ids: Iterable[int],
         encode: Encode | None = None,
     ) -> None:
         """
         Args:
+            chat_template: the source, or several by name (`default`, `tool_use`).
             eos_token_ids: of the config and the generation config; of a GGUF file: its eos, eot and eom ids.
             encode: encodes in place of `inner`, which then only decodes: for vocabularies whose rules of merging the
                 library does not have.
@@ -74,10 +75,10 @@ class Tokenizer:
             if index not in self._special_ids and not text.isascii() and _BYTE_OF_CHAR.keys() >= set(text)
         )
         self._special_tokens = dict(special_tokens)
-        self.chat_template = chat_template
-        """Source of the chat template; None if the model has none."""
-        self._template = ChatTemplate(chat_template) if chat_template is not None else None
-        turns = [token for token in _END_OF_TURN if token in str(chat_template)]
+        sources = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+        self.chat = ChatTemplates(sources) if sources else None
+        """The chat templates; None if the model has none."""
+        turns = [token for token in _END_OF_TURN if token in str(sources)]
         named = [inner.token_to_id(token) for token in (special_tokens.get("eos_token"), *turns) if token]
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *(index for index in named if index is not None)]))
         """Every token that ends a text. What anybody names counts, for checkpoints often name only a part: the ids
@@ -155,14 +156,19 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
     @property
-    def has_tools_template(self) -> bool:
-        """True if the chat template knows what to do with `tools`."""
-        return self._template is not None and "tools" in self._template.variables
+    def added_ids(self) -> dict[str, int]:
+        """Ids of the tokens that are found in a text before it is cut into words, special ones among them."""
+        return {token.content: index for index, token in self._inner.get_added_tokens_decoder().items()}
+
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the chat template; None if the model has none."""
+        return None if self.chat is None else self.chat.default.source
 
     @property
     def template_variables(self) -> frozenset[str]:
         """What the chat template takes from outside (`messages`, `tools`, `enable_thinking`, ...)."""
-        return frozenset() if self._template is None else self._template.variables
+        return frozenset() if self.chat is None else self.chat.variables
 
     @property
     def inner(self) -> tokenizers.Tokenizer:
@@ -176,7 +182,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self.chat is not None
 
     def apply_chat_template(
         self,
@@ -207,9 +213,9 @@ class Tokenizer:
         Raises:
             PromptError: as `apply_chat_template`.
         """
-        if self._template is None:
+        if self.chat is None:
             raise PromptError("this model has no chat template; give a plain prompt, or use an instruct model")
-        return self._template.render(
+        return self.chat.render(
             messages, add_generation_prompt=add_generation_prompt, **{**self._special_tokens, **variables}
         )
 
@@ -232,6 +238,8 @@ class Detokenizer:
     """Tokens that come before the stream's. Their text is not given out, except a character that they leave
     incomplete."""
     skip_special_tokens: bool = True
+    shown_ids: Collection[int] = ()
+    """Special tokens whose text is given out: marks that are to be read."""
     _window: list[int] = field(default_factory=list)
     _num_read: int = 0
     """Tokens at the start of the window whose text has been given out."""
@@ -254,7 +262,7 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain, possibly empty."""
         if self.tokenizer.is_silent(token_id, skip_special_tokens=self.skip_special_tokens):
-            return ""
+            return self.flush() + self.tokenizer.token_bytes(token_id).decode() if token_id in self.shown_ids else ""
         self._window.append(token_id)
         piece = self._pending()
         num_held = len(self._window) - self._num_read

@@ -28,23 +28,27 @@ _OLD_FILES = ("vocab.json", "merges.txt")
 _SPECIAL_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(path: Path, config: ModelConfig, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: Path, config: ModelConfig, metadata: Mapping[str, Any] | None = None, chat_template: str | None = None
+) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or a GGUF file; of an adapter its own, or its base's.
 
     Args:
         metadata: of a GGUF file, where it has been read already (`Checkpoint.metadata`).
+        chat_template: in place of the model's own.
 
     Raises:
         CheckpointError: there is none, or it is of a kind that cannot be read.
     """
     if path.is_file():
-        return tokenizer_of_gguf(path, GGUFFile(path).metadata if metadata is None else metadata, config)
+        metadata = GGUFFile(path).metadata if metadata is None else metadata
+        return tokenizer_of_gguf(path, metadata, config, chat_template)
     if is_adapter(path) and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        return load_tokenizer(find_base(read_adapter(path).base_name, path), config)
-    return _from_folder(path, config)
+        return load_tokenizer(find_base(read_adapter(path).base_name, path), config, chat_template=chat_template)
+    return _from_folder(path, config, chat_template)
 
 
-def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
+def _from_folder(folder: Path, config: ModelConfig, chat_template: str | None) -> Tokenizer:
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file, "") if settings_file.exists() else {}
     file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
@@ -64,7 +68,7 @@ def _from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
     return Tokenizer(
         inner,
         special_tokens=special_tokens,
-        chat_template=_chat_template(folder, settings),
+        chat_template=chat_template or _chat_templates(folder, settings),
         eos_token_ids=config.eos_token_ids,
         encode=encode,
     )
@@ -102,12 +106,13 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
     return tokens
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja` where there is one, as in transformers; else of tokenizer_config.json, the one for chat."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """By name, from the places that transformers knows: `tokenizer_config.json`, where there may be a list of them,
+    `additional_chat_templates/NAME.jinja`, and before both `chat_template.jinja`, the one for chats."""
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = {entry["name"]: entry["template"] for entry in given}
+    found = given if isinstance(given, dict) else {} if given is None else {"default": given}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    return found | {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.exists()}
