@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import typer
@@ -177,7 +178,8 @@ def split_examples(text: str | None) -> tuple[str | None, list[str]]:
 def _hide_type(param: Any) -> None:
     """Show no `<bool>` behind a switch and no `<str>` behind an argument: typer's types are Python's."""
     if param.param_type_name == "argument":
-        vars(param)["display_type_rich"] = lambda ctx: ""
+        param.type = copy(param.type)  # others have the same one
+        param.type.get_metavar = lambda param, ctx: ""
     elif param.is_flag:
         param.metavar = ""
 
