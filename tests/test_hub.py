@@ -309,7 +309,8 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "org/folder": {
         "config.json": _PLAIN, "model-00001-of-00001.safetensors": b"x", "model.safetensors.index.json":
         b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}', "tokenizer.json": b"{}", "tokenizer.model": b"x",
-        "chat_template.jinja": b"x", "pytorch_model.bin": b"x", "consolidated.safetensors": b"x",
+        "chat_template.jinja": b"x", "additional_chat_templates/tool_use.jinja": b"x",
+        "pytorch_model.bin": b"x", "consolidated.safetensors": b"x",
         "original/params.json": b"{}", "onnx/model.onnx": b"x", "README.md": b"x", "m-Q4_0.gguf": _GGUF,
     },
     "org/one": {"README.md": b"x", "config.json": _PLAIN, "one [1].gguf": _GGUF, "mmproj-F16.gguf": _GGUF},
@@ -410,7 +411,8 @@ def test_only_what_is_needed_is_loaded_and_only_once(answers: tuple[dict[str, st
         file for name in ASKED.values() if name for file in part_names(name)
     )
     folder = [r.rpartition("/")[2] for r in requests if r.startswith(f"GET /org/folder/resolve/{COMMIT}/")]
-    assert sorted(folder) == sorted(["m-Q4_0.gguf", *list(REPOSITORIES["org/folder"])[:6]])
+    wanted = [name.rpartition("/")[2] for name in list(REPOSITORIES["org/folder"])[:7]]
+    assert sorted(folder) == sorted(["m-Q4_0.gguf", *wanted])
     # what is refused is refused before its weights come
     assert not [name for name in loaded if name == "model.safetensors"]
 

@@ -413,5 +413,7 @@ def test_settings_of_a_start() -> None:
     from hopskip.cli.serve import ServerOptions
     from hopskip.serve.ray_app import RayOptions
 
-    assert ServerOptions().unknown_params == "reject"
-    assert RayOptions(unknown_params="warn").settings().unknown_params == "warn"
+    options = ServerOptions()
+    assert (options.unknown_params, options.tool_format, options.reasoning_format) == ("reject", "auto", "auto")
+    given = RayOptions(unknown_params="warn", tool_format="json", reasoning_format="none").settings()
+    assert (given.unknown_params, given.tool_format, given.reasoning_format) == ("warn", "json", "none")

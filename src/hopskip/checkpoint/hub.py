@@ -26,6 +26,7 @@ _T = TypeVar("_T")
 _SETTINGS = ["config.json", "generation_config.json", "hf_quant_config.json"]
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 # subfolders and consolidated files repeat the weights in other formats
+_TEMPLATES = "additional_chat_templates/"
 _UNWANTED = ["*/*", "consolidated*", "*.index.fp*"]
 
 
@@ -102,6 +103,8 @@ def _download(name: HubName) -> Path:
         if reason := kinds.obstacle(files, has_weights=True):
             raise CheckpointError(f"model {str(name)!r} {reason}")
         read_config(load(_SETTINGS))
+        if any(file.startswith(_TEMPLATES) for file in files):
+            load([f"{_TEMPLATES}*.jinja"])
         return load(_WANTED, _UNWANTED)
     if name.file is None and name.tag is None and set(ADAPTER_FILES) <= set(files):
         return load(_WANTED, _UNWANTED)

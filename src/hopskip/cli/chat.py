@@ -11,6 +11,7 @@ import typer
 
 from hopskip.cli.console import load_llm
 from hopskip.cli.options import (
+    ChatTemplateOption,
     ContextOption,
     DefaultsGroup,
     DraftGroup,
@@ -34,6 +35,7 @@ def chat(
     ] = None,
     *,
     think: ThinkOption = None,
+    chat_template: ChatTemplateOption = None,
     max_model_len: ContextOption = None,
     load: LoadGroup,
     draft: DraftGroup,
@@ -62,6 +64,7 @@ def chat(
             max_model_len=max_model_len,
             prefix_caching=True,
             generation_config=defaults.generation_config,
+            chat_template=chat_template,
         )
         if not llm.tokenizer.has_chat_template:
             raise PromptError("this model has no chat template; use an instruct model, or hopskip generate")

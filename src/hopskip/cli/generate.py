@@ -12,6 +12,7 @@ import typer
 from hopskip.cli.answer import Answer
 from hopskip.cli.console import PieceWriter, load_llm, print_json, print_statistics
 from hopskip.cli.options import (
+    ChatTemplateOption,
     ContextOption,
     DefaultsGroup,
     DraftGroup,
@@ -51,6 +52,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")] = None,
     think: ThinkOption = None,
+    chat_template: ChatTemplateOption = None,
     as_json: JsonOption = False,
     max_model_len: ContextOption = None,
     trace: Annotated[
@@ -78,8 +80,16 @@ def generate(
         raise ConfigError("--raw and --system contradict each other: a plain prompt has no system message")
     if raw and think is not None:
         raise ConfigError("--raw and --think contradict each other: the switch is in the chat template")
+    if raw and chat_template is not None:
+        raise ConfigError("--raw and --chat-template contradict each other: a plain prompt goes through no template")
     given = checked_sampling(sampling, defaults)
-    llm = load_llm(load, draft, max_model_len=max_model_len, generation_config=defaults.generation_config)
+    llm = load_llm(
+        load,
+        draft,
+        max_model_len=max_model_len,
+        generation_config=defaults.generation_config,
+        chat_template=chat_template,
+    )
     params = with_defaults(given, llm.recommended_sampling)
     wrapped = llm.encode(_with_template(llm, text, raw, system), enable_thinking=think)
     writer = None if as_json else PieceWriter()

@@ -97,6 +97,16 @@ ContextOption = Annotated[
 ]
 """The context to make room for, `max_model_len`."""
 
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE|TEXT",
+        help="A Jinja template in place of the model's own.",
+        show_default=False,
+    ),
+]
+
 ThinkOption = Annotated[
     bool | None,
     typer.Option("--think/--no-think", help="Let the model think first, or not, where its chat template has a switch."),

@@ -40,6 +40,14 @@ class ServerOptions:
     unknown_params: Literal["reject", "ignore", "warn"] = option(
         "reject", "What becomes of parameters that the API does not have."
     )
+    chat_template: str | None = option(None, "A Jinja template in place of the model's own.", "FILE|TEXT")
+    tool_format: Literal["auto", "hermes", "llama3", "json", "mistral", "mistral-args", "qwen3-coder"] = option(
+        "auto", "How the model writes tool calls; auto is as its chat template does."
+    )
+    reasoning_format: Literal["auto", "none", "deepseek", "mistral"] = option(
+        "auto",
+        "Marks of a model's thoughts: those of its chat template, none (they stay in the text), <think> or [THINK].",
+    )
     shutdown_timeout: float = option(30.0, "After SIGTERM, running requests have so long to end.", "SECONDS")
     restart: bool = option(False, "Start the server again when it dies.")
 
@@ -95,8 +103,11 @@ def serve(
     from hopskip.serve.memory import free_memory, parse_size
     from hopskip.serve.run import bind, die_with_parent
     from hopskip.serve.settings import LOOPBACK, ServeSettings, model_name, read_api_keys
+    from hopskip.text.chat_template import read_template
 
     budget = parse_size(capacity.kv_memory) if capacity.kv_memory is not None else None
+    if server.chat_template is not None:
+        read_template(server.chat_template)  # a wrong one is told of at once
     settings = ServeSettings(
         model_name=server.served_model_name or model_name(None if load.model is None else str(load.model)),
         api_keys=read_api_keys(server.api_key_file),
@@ -107,6 +118,8 @@ def serve(
         allowed_hosts=server.allowed_host or (LOOPBACK if server.host in LOOPBACK else None),
         cors_origins=server.cors_origin,
         unknown_params=server.unknown_params,
+        tool_format=server.tool_format,
+        reasoning_format=server.reasoning_format,
         exit_when_dead=inherit_socket is not None,
     )
     if draft.draft is None and draft.verify != "reuse":
@@ -128,6 +141,7 @@ def serve(
         max_model_len=capacity.max_model_len,
         max_num_seqs=capacity.max_num_seqs,
         generation_config=defaults.generation_config,
+        chat_template=server.chat_template,
     )
     budget = budget or free_memory(llm.backend.traits.device) * 7 // 10
     llm.engine.reserve(budget, shrink=capacity.max_model_len is None)

@@ -25,6 +25,8 @@ from hopskip.machine import num_usable_cores
 from hopskip.serve.memory import free_memory, parse_size
 from hopskip.serve.settings import LOOPBACK, ServeSettings, UnknownParams, model_name, read_api_keys
 from hopskip.speculative import SpeculativeConfig
+from hopskip.text.reasoning import ReasoningFormat
+from hopskip.text.tools.formats import ToolFormatName
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -74,6 +76,10 @@ class RayOptions(_Declared):  # type: ignore[misc]  # mypy cannot see through a 
     cors_origins: str = ""
     """With commas between."""
     unknown_params: UnknownParams = "reject"
+    chat_template: str | None = None
+    """A file on every machine that has a replica, or the text of a template, in place of the model's own."""
+    tool_format: ToolFormatName = "auto"
+    reasoning_format: ReasoningFormat = "auto"
     shutdown_timeout: Annotated[float, Field(ge=0)] = 30.0
     """A replica that is no longer needed has so many seconds for its requests."""
 
@@ -109,6 +115,8 @@ class RayOptions(_Declared):  # type: ignore[misc]  # mypy cannot see through a 
             allowed_hosts=None if self.allowed_hosts == "*" else _names(self.allowed_hosts),
             cors_origins=_names(self.cors_origins),
             unknown_params=self.unknown_params,
+            tool_format=self.tool_format,
+            reasoning_format=self.reasoning_format,
         )
 
     def _values_of(self, config: Any) -> dict[str, Any]:
@@ -186,6 +194,7 @@ def make_replica(options: RayOptions) -> FastAPI:
         speculative=options.speculative(),
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
+        chat_template=options.chat_template,
     )
     budget = (
         parse_size(options.kv_memory)
