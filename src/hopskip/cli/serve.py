@@ -77,6 +77,9 @@ class CapacityOptions:
         "if there are several keys).",
         "N",
     )
+    max_stored_responses: int = option(
+        256, "Responses of one API key that are kept in memory, for previous_response_id; 0 keeps none.", "N"
+    )
     kv_memory: str | None = option(
         None, "Memory for keys and values: 800MiB, 4GiB (default: 70 % of what is free, on a GPU the card's).", "SIZE"
     )
@@ -115,6 +118,7 @@ def serve(
         max_seqs_per_key=capacity.max_seqs_per_key,
         max_queue_per_key=capacity.max_queue_per_key,
         max_tokens_per_key=capacity.max_tokens_per_key,
+        max_stored_responses=capacity.max_stored_responses,
         allowed_hosts=server.allowed_host or (LOOPBACK if server.host in LOOPBACK else None),
         cors_origins=server.cors_origin,
         unknown_params=server.unknown_params,

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from hopskip.llm import LLM
+from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import SpeculativeStats, Token
 from hopskip.serve import schema
 from hopskip.serve.batch import Batch, Generation, Piece
@@ -43,6 +44,21 @@ class Answer:
     def dropped(self) -> tuple[str, ...]:
         """Parts of the request's JSON schemas that are not enforced."""
         return self._plan.dropped
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(len(job.request.prompt_ids) for job in self._plan.jobs[:: self._plan.num_choices])
+
+    @property
+    def params(self) -> SamplingParams:
+        """How tokens are chosen."""
+        return self._plan.jobs[0].request.params
+
+    @property
+    def stop_text(self) -> str | None:
+        """Which of the request's stop texts has ended the first choice."""
+        return self._batch.generations[0].text.stopped_by
 
     def cancel(self) -> None:
         """End it, if it has not ended; its rows are free for the next step."""

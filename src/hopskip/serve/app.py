@@ -22,11 +22,15 @@ from hopskip.errors import HopskipError
 from hopskip.llm import LLM
 from hopskip.serve import schema
 from hopskip.serve.answers import Answer, event
+from hopskip.serve.anthropic import routes as anthropic
+from hopskip.serve.anthropic.errors import AnthropicErrors
+from hopskip.serve.door import ChatAnswer, dropped_header
 from hopskip.serve.engine_thread import BusyError, EngineThread, GenerationError, UnavailableError
 from hopskip.serve.guard import Guard, error_body
 from hopskip.serve.jobs import Planner
 from hopskip.serve.metrics import Metrics
 from hopskip.serve.policy import ParameterError, describe, refuse_unknown, unknown_params
+from hopskip.serve.responses import routes as responses
 from hopskip.serve.settings import ServeSettings
 from hopskip.text.requests import text_stream
 
@@ -87,14 +91,23 @@ class Server:
         """Generate, as a whole or as a stream; the client's leaving ends it."""
         answer = await self.begin(http, request)
         if request.stream:
-            return self.stream(http, answer, _openai_events(answer))
+            return self.stream(http, answer, _openai_events(answer), answer.dropped)
+        return JSONResponse(await self.whole(http, answer), headers=dropped_header(answer.dropped))
+
+    async def whole(self, http: Request, answer: ChatAnswer) -> dict[str, Any]:
+        """All of an answer; the client's leaving ends it.
+
+        Raises:
+            ConnectionResetError: the client has left.
+        """
         try:
-            content = await unless_disconnected(http, answer.whole())
-            return JSONResponse(content, headers=dropped_header(answer.dropped))
+            return await unless_disconnected(http, answer.whole())
         finally:
             answer.cancel()
 
-    def stream(self, http: Request, answer: Answer, events: AsyncIterator[bytes]) -> StreamingResponse:
+    def stream(
+        self, http: Request, answer: ChatAnswer, events: AsyncIterator[bytes], dropped: Seq[str]
+    ) -> StreamingResponse:
         """A stream of server-sent events; the client's leaving ends the answer, and so does the stream's end."""
 
         async def watched() -> AsyncIterator[bytes]:
@@ -108,8 +121,12 @@ class Server:
                 gone.cancel()
                 answer.cancel()
 
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **dropped_header(answer.dropped)}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **dropped_header(dropped)}
         return StreamingResponse(watched(), media_type="text/event-stream", headers=headers)
+
+    async def count_tokens(self, request: schema.ChatRequest) -> int:
+        """Tokens of the prompt that a chat would have."""
+        return len(await self.planner.chat_prompt(request))
 
     def check(self, http: Request, request: schema.Parameters) -> None:
         """Whether a request is for this model, and its parameters are known.
@@ -176,8 +193,11 @@ def create_app(llm: LLM, settings: ServeSettings) -> FastAPI:
     )
     app.state.server = server
     _add_routes(app, server)
+    app.include_router(responses.routes(server))
+    app.include_router(anthropic.routes(server))
     _add_error_handlers(app)
     app.add_middleware(Guard, settings=settings, on_response=server.metrics.on_response)
+    app.add_middleware(AnthropicErrors, path=anthropic.PATH)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -288,12 +308,6 @@ async def _openai_events(answer: Answer) -> AsyncIterator[bytes]:
         yield event("[DONE]")
     except HopskipError as error:
         yield event(error_body(str(error), kind="server_error"))
-
-
-def dropped_header(dropped: Seq[str]) -> dict[str, str]:
-    """Tells of the parts of a JSON schema that are not enforced; the answer's `hopskip.dropped` has them whole."""
-    text = "; ".join(dropped).encode("ascii", "backslashreplace").decode()
-    return {"x-hopskip-dropped": "".join(c if c.isprintable() else " " for c in text)[:1000]} if dropped else {}
 
 
 async def unless_disconnected(http: Request, work: Awaitable[T]) -> T:

@@ -121,7 +121,10 @@ class Guard:
             if host not in hosts:
                 raise Refusal(421, f"this server does not answer for that Host; it answers for: {', '.join(hosts)}")
         if self._keys and request.url.path not in _OPEN_PATHS:
-            given = _digest(_credentials(request.headers.get("authorization", "")))
+            named = (
+                _credentials(request.headers.get("authorization", "")) or request.headers.get("x-api-key", "").strip()
+            )
+            given = _digest(named)
             # all of them, however early one fits: how long it takes must tell nothing
             if sum(hmac.compare_digest(given, key) for key in self._keys) == 0:
                 raise Refusal(

@@ -92,7 +92,7 @@ class Planner:
             raise ParameterError("top_logprobs has no effect without logprobs=true; leave it out", param="top_logprobs")
         at_most("top_logprobs", request.top_logprobs, self._limits.num_logprobs)
         tools = self._tools(request)
-        prompt_ids = await self.encode_chat(request.messages, tools, **self._format.variables(request))
+        prompt_ids = await self.chat_prompt(request)
         answer = self._format.answer_format(request, tools, prompt_ids)
         grammar = params.structure(request)
         unenforced: list[str] = []
@@ -106,6 +106,10 @@ class Planner:
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         jobs = await self._jobs(request, [prompt_ids], num_logprobs, grammar, answer)
         return self._plan(request, jobs, answer=answer, unenforced=unenforced)
+
+    async def chat_prompt(self, request: schema.ChatRequest) -> list[int]:
+        """Token ids of a chat's prompt."""
+        return await self.encode_chat(request.messages, self._tools(request), **self._format.variables(request))
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text. In a thread: a long one would keep everybody else waiting."""

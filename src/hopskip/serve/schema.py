@@ -139,14 +139,10 @@ class Accepted(Parameters):
     spaces_between_special_tokens: Any = None
 
 
-class Generation(Accepted):
-    """What completions and chats have in common. Defaults are OpenAI's, but for what the model's makers recommend."""
+class Sampling(Accepted):
+    """How tokens are chosen, in every API. Defaults are OpenAI's, but for what the model's makers recommend."""
 
     model: str | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    max_tokens: MaxTokens | None = None
-    """More than there is room for is as much as there is room for, and so is -1."""
     temperature: Annotated[Real, Field(ge=0, le=2)] | None = 1.0
     """0 is greedy; the truncations below and the seed then make no difference, and are accepted."""
     top_p: Annotated[Real, Field(gt=0, le=1)] | None = 1.0
@@ -154,7 +150,6 @@ class Generation(Accepted):
     """Sample from the k most probable tokens; 0 and -1 are all."""
     min_p: Annotated[Real, Field(ge=0, le=1)] | None = None
     """Sample from tokens at least this fraction as probable as the best."""
-    n: Annotated[Whole, Field(ge=1)] | None = 1
     stop: str | list[str] | None = None
     """Empty texts stop nothing."""
     stop_token_ids: list[TokenId] | None = None
@@ -164,14 +159,24 @@ class Generation(Accepted):
     repetition_penalty: Annotated[Real, Field(gt=0, le=10)] | None = 1.0
     logit_bias: dict[str, Annotated[Real, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool = False
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     speculative: Speculative | None = None
+    cache_salt: Text | None = None
+    """The prompt starts only from what requests with the same one, and the same API key, have left in the cache."""
+
+
+class Generation(Sampling):
+    """What completions and chats have in common."""
+
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: MaxTokens | None = None
+    """More than there is room for is as much as there is room for, and so is -1."""
+    n: Annotated[Whole, Field(ge=1)] | None = 1
+    response_format: ResponseFormat | None = None
     return_tokens: bool | Literal["origins"] = False
     """Add to each choice its tokens with id, text, origin and log-probability, and what drafting has given so far.
     `origins` leaves out log-probabilities, which cost speed."""
-    cache_salt: Text | None = None
-    """The prompt starts only from what requests with the same one, and the same API key, have left in the cache."""
 
     @field_validator("stream_options")
     @classmethod

@@ -51,6 +51,8 @@ class Limits:
     """Grammars that may wait to be compiled."""
     num_grammar_workers: int = 2
     """Processes that compile them."""
+    stored_bytes: int = 64 * 2**20
+    """Responses that are kept for one API key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,8 @@ class ServeSettings:
     max_tokens_per_key: int | None = None
     """Tokens that what runs or waits of one API key may have, prompts and texts at their longest. None: four times what
     the cache holds, if there are several keys."""
+    max_stored_responses: int = 256
+    """Responses of one API key that are kept in memory, to be gone on from; 0 keeps none."""
     allowed_hosts: tuple[str, ...] | None = None
     """Values of the Host header that are answered, so that no web page can reach a server on this machine through a
     name of its own (DNS rebinding). None answers all."""
@@ -96,6 +100,8 @@ class ServeSettings:
         if self.max_queue < 0:
             raise ConfigError(f"max_queue is {self.max_queue}; it must be 0 (nothing waits) or above")
         check_choice("unknown_params", self.unknown_params, UnknownParams)
+        if self.max_stored_responses < 0:
+            raise ConfigError(f"max_stored_responses is {self.max_stored_responses}; it must be 0 (none) or above")
         for name, least in ("max_seqs_per_key", 1), ("max_queue_per_key", 0), ("max_tokens_per_key", 1):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -331,6 +331,8 @@ class TextStream:
         self._held = ""
         self._rest = ""
         self._is_stopped = False
+        self.stopped_by: str | None = None
+        """The stop string that has ended the text."""
         self._pieces: list[str] = []
         """Text that became certain with each token pushed; often empty."""
         self._num_taken = 0
@@ -373,8 +375,9 @@ class TextStream:
         """Add decoded text; return what of it, and of the text held back, is certain."""
         text = self._held + piece
         looked_for = self._stop if len(self._pieces) >= self._min_tokens else ()
-        found = min((i for i in (text.find(stop) for stop in looked_for) if i >= 0), default=None)
-        if found is not None:
+        first = min(((i, stop) for stop in looked_for if (i := text.find(stop)) >= 0), default=None)
+        if first is not None:
+            found, self.stopped_by = first
             self._is_stopped = True
             self._held = ""
             return text[:found]
