@@ -43,6 +43,9 @@ class Letters:
     def token_bytes(self, token_id: int) -> bytes:
         return LETTERS[token_id].encode()
 
+    def is_silent(self, token_id: int) -> bool:
+        return False
+
 
 def llm(**speculative: Any) -> Any:
     """What answers look at: 30 layers, an exit after the third, a trained one after the fifth."""

@@ -145,6 +145,8 @@ class _Choice:
         self._reader = AnswerReader(plan.answer or AnswerFormat())
         self._offset = len(self._echo)
         """Where the text of the next piece begins, for completions with log-probabilities."""
+        self._begins_text = True
+        """No token with a text has been told of."""
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -238,28 +240,46 @@ class _Choice:
         if not self._answer.wants_logprobs:
             return None
         tokens = [piece.token for piece in pieces]
+        texts = [self._texts_of(token) for token in tokens]
         if self._answer.is_chat:
             content = []
-            for token in tokens:
-                best = [self._scored(i, value) for i, value in (token.top_logprobs or {}).items()]
-                content.append({**self._scored(token.id, token.logprob), "top_logprobs": best})
+            for token, text in zip(tokens, texts, strict=True):
+                best = [self._scored(i, text[i], value) for i, value in (token.top_logprobs or {}).items()]
+                content.append({**self._scored(token.id, text[token.id], token.logprob), "top_logprobs": best})
             return {"content": content, "refusal": None}
         offsets = []
         for piece in pieces:
             offsets.append(self._offset)
             self._offset += len(piece.text)
         return {
-            "tokens": [self._token_text(t.id) for t in tokens],
+            "tokens": [text[token.id] for token, text in zip(tokens, texts, strict=True)],
             "token_logprobs": [_finite(t.logprob) for t in tokens],
             "top_logprobs": [
-                {self._token_text(i): _finite(value) for i, value in (t.top_logprobs or {}).items()} for t in tokens
+                {text[i]: _finite(value) for i, value in (token.top_logprobs or {}).items()}
+                for token, text in zip(tokens, texts, strict=True)
             ],
             "text_offset": offsets,
         }
 
-    def _scored(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+    def _texts_of(self, token: Token) -> dict[int, str]:
+        """Of a token and what might have stood in its place. Those of all tokens, joined, are the choice's text, but
+        for special tokens, and for characters of several tokens: `bytes:\\xNN` stands for a part of one."""
+        tokenizer = self._llm.tokenizer
+        texts: dict[int, str] = {}
+        for token_id in (token.id, *(token.top_logprobs or ())):
+            data = tokenizer.token_bytes(token_id)
+            try:
+                texts[token_id] = data.decode()
+            except UnicodeDecodeError:
+                texts[token_id] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            if self._begins_text and data.startswith(b" "):  # which some tokenizers take from the first word
+                texts[token_id] = tokenizer.decode([token_id], after=self._generation.sequence.request.prompt_ids)
+        self._begins_text = self._begins_text and tokenizer.is_silent(token.id)
+        return texts
+
+    def _scored(self, token_id: int, text: str, logprob: float | None) -> dict[str, Any]:
         data = self._llm.tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
 
     def _token_text(self, token_id: int) -> str:
         return self._llm.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
