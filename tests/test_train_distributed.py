@@ -1,7 +1,8 @@
-"""Two processes train as one does: DDP and FSDP2, on CPUs, through gloo."""
+"""Two processes train as one does: DDP and FSDP2, on CPUs, through gloo; and share a stream between them."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ yaml = pytest.importorskip("yaml")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|accelerate|peft)")
 
 SCRIPT = """
-import sys, warnings
+import json, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 import torch
@@ -31,27 +32,40 @@ torch.set_num_threads(1)
 from accelerate.state import AcceleratorState
 from hopskip.train.recipe import load_recipe
 from hopskip.train.run import run
+from hopskip.train.trainer import LayerSkipTrainer
+original = LayerSkipTrainer.training_step
+def noting(self, model, inputs, *rest):
+    with open(f"{self.args.output_dir}/seen-{self.args.process_index}.jsonl", "a") as file:
+        file.writelines(json.dumps(ids) + "\\n" for ids in inputs["input_ids"].tolist())
+    return original(self, model, inputs, *rest)
+LayerSkipTrainer.training_step = noting
 for path in sys.argv[1:]:
     AcceleratorState._reset_state()  # DDP and FSDP2 in one launch
     run(load_recipe(Path(path)))
 torch.distributed.destroy_process_group()
 """
-FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+RECOMPUTED = {"fsdp": True, "fsdp_config": {**FSDP2["fsdp_config"], "activation_checkpointing": True}}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, without dropout; two with DDP and with FSDP2; two with dropout, twice."""
+    """One process, without dropout; two with DDP and with FSDP2; two with dropout, twice; two that share a stream."""
     folder = tmp_path_factory.mktemp("runs")
     write_checkpoint(folder / "base", "smollm2", tokenizer=True)
-    rows = [{"text": text[: 30 + n]} for n, text in enumerate(CORPUS * 4)]
+    rows = [{"text": f"{n} {text[: 30 + n]}"} for n, text in enumerate(CORPUS * 4)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(name: str, num_processes: int, p_max: float, **training: Any) -> str:
         settings = {
             "output": str(folder / name),
             "model": {"base": str(folder / "base")},
-            "data": {"train": str(folder / "rows.jsonl"), "holdout_every": 12, "max_length": 128},
+            "data": {
+                "train": str(folder / "rows.jsonl"),
+                "holdout_every": 12,
+                "max_length": 128,
+                "streaming": training.pop("streaming", False),
+            },
             "layerskip": {"p_max": p_max, "e_scale": 1.0, "rotation": 2},
             "training": {
                 "max_steps": 20 if p_max == 0 else 4,
@@ -71,6 +85,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(load_recipe(Path(write("one", 1, 0.0))))
     two = [write("ddp", 2, 0.0), write("ddp-dropout", 2, 0.6), write("ddp-again", 2, 0.6)]
     two += [write("fsdp", 2, 0.0, **FSDP2), write("fsdp-dropout", 2, 0.6, **FSDP2, save_steps=2, save_strategy="steps")]
+    two += [
+        write("fsdp-recomputed", 2, 0.6, **RECOMPUTED),
+        write("own-means", 2, 0.6, average_tokens_across_devices=False),
+    ]
+    two += [write("stream", 2, 0.0, streaming=True, dataloader_num_workers=1)]
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -112,6 +131,30 @@ def test_dropout_is_reproducible(runs: Path) -> None:
     assert first == again
     assert sharded == pytest.approx(first, abs=1e-4)  # the same decisions, however the weights are kept
     assert first != pytest.approx(losses(runs / "ddp")[:4], abs=1e-3)
+
+
+def test_recomputed_layers_drop_the_same_samples(runs: Path) -> None:
+    assert losses(runs / "fsdp-recomputed") == pytest.approx(losses(runs / "fsdp-dropout"), abs=1e-4)
+
+
+def test_ranks_may_have_means_of_their_own(runs: Path) -> None:
+    """Where every rank divides by its own tokens, a loss of nearly the same size."""
+    own, shared = losses(runs / "own-means"), losses(runs / "ddp-dropout")
+    assert own == pytest.approx(shared, rel=0.2)
+    assert own != pytest.approx(shared, abs=1e-6)
+
+
+def test_a_stream_is_read_once_by_two_processes(runs: Path) -> None:
+    """Every pass over the data has each row once, through ranks and workers."""
+    seen = []
+    for rank in range(2):
+        lines = (runs / "stream" / f"seen-{rank}.jsonl").read_text().splitlines()
+        share = [tuple(itertools.takewhile(bool, json.loads(line))) for line in lines]
+        assert len(share) == 20 * 2 * 2
+        assert share[:22] == share[22:44] == share[44:66]  # pass after pass, in the order of the source
+        assert len(set(share[:22])) == 22
+        seen += share[:22]
+    assert len(set(seen)) == 44  # of 48, four of which are held out
 
 
 def test_sharded_checkpoints_are_complete(runs: Path) -> None:
