@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from hopskip.errors import ConfigError, PromptError
+from hopskip.bench.perplexity import read_text
 from hopskip.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, spread
+from hopskip.sampling_params import text_or_file
 
 
 def test_prompt_sets_are_in_the_package() -> None:
@@ -29,6 +31,14 @@ def test_prompt_files(tmp_path: Path) -> None:
         Prompt("own", "q", "b"),
         Prompt("own", "5", tuple(chat)),
     ]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    """As Windows' editors write it: prompts, texts to measure, schemas."""
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}')
+    assert load_prompts(str(file)) == [Prompt("own", "1", "a")]
+    assert read_text(file) == text_or_file(f"@{file}") == '{"prompt": "a"}'
 
 
 @pytest.mark.parametrize(

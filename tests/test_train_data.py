@@ -109,6 +109,7 @@ def test_a_byte_order_mark_is_not_text(kind: str, tmp_path: Path) -> None:
     assert list(read(str(tmp_path / f"rows.{kind}"), DataConfig(train=("x",)))) == [{"text": "Köln"}]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # older `datasets` leave files open
 def test_tables_and_saved_data_sets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{"prompt": "2 + 2?", "response": "4, I think"}, {"prompt": "3, 4", "response": "seven"}]

@@ -129,7 +129,7 @@ def _shipped(name: str) -> str:
 
 def _read(source: str) -> str:
     try:
-        return Path(source).read_text(encoding="utf-8")
+        return Path(source).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
             f"prompts {source!r}: neither a set ({', '.join(PROMPT_SETS)}) nor a file; check the path"

@@ -32,7 +32,7 @@ def text_or_file(text: str) -> str:
     try:
         if not text.startswith("@") and not path.is_file():
             return text
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"the file {shown(str(path))} is not UTF-8 text; convert it") from None
     except (OSError, ValueError) as error:

@@ -74,7 +74,7 @@ def read_text(path: Path) -> str:
         PromptError: it is not UTF-8 text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise PromptError(f"{path} is not UTF-8 text; convert it") from None
     except OSError as error:
