@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hopskip.errors import ConfigError, PromptError
 from hopskip.bench.perplexity import read_text
+from hopskip.errors import ConfigError, PromptError
 from hopskip.prompts import PROMPT_SETS, Prompt, load_prompts, mixed_prompts, spread
 from hopskip.sampling_params import text_or_file
 
