@@ -79,7 +79,7 @@ async def run_load(
         ConfigError: the server cannot be reached, or lists no model.
     """
     async with target.client() as client:
-        model = target.model or await _first_model(client, target.url)
+        model = target.model or str((await first_model(client, target.url))["id"])
         bodies = [_body(target, model, prompt) for prompt in prompts]
         levels = []
         for concurrency in concurrencies:
@@ -182,11 +182,9 @@ def _has_text(choice: Mapping[str, Any]) -> bool:
 
 
 def _body(target: Target, model: str, prompt: Prompt) -> dict[str, Any]:
-    content = prompt.content
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
     return {
         "model": model,
-        "messages": messages,
+        "messages": messages_of(prompt),
         "max_tokens": target.max_tokens,
         "temperature": target.temperature,
         "stream": True,
@@ -195,17 +193,29 @@ def _body(target: Target, model: str, prompt: Prompt) -> dict[str, Any]:
     }
 
 
-async def _first_model(client: httpx.AsyncClient, url: str) -> str:
+def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
+    """As a chat."""
+    content = prompt.content
+    return [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
+
+
+async def first_model(client: httpx.AsyncClient, url: str) -> Mapping[str, Any]:
+    """The card of the first model that a server lists.
+
+    Raises:
+        ConfigError: it cannot be reached, or lists none.
+    """
     import httpx
 
     try:
         answer = await client.get("/v1/models")
         answer.raise_for_status()
-        model: str = answer.json()["data"][0]["id"]
+        card: Mapping[str, Any] = answer.json()["data"][0]
+        _ = card["id"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"url is {url!r}: no OpenAI server lists its models there ({reason})") from None
-    return model
+    return card
 
 
 def write_load_plot(report: Mapping[str, Any], path: Path) -> None:

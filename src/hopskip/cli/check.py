@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hopskip.cli.check_server import ServerGroup, check_server, refuse_model_options, refuse_server_options
 from hopskip.cli.console import print_json
 from hopskip.cli.options import JsonOption, LoadGroupOfMany, with_options
 from hopskip.cli.precisions import PrecisionList, choose_precisions, load_each
@@ -33,17 +34,21 @@ _STYLES = {"passed": "green", "failed": "bold red", "not claimed": "dim"}
 @with_options
 def check(
     *,
+    context: typer.Context,
     precision: PrecisionList = None,
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="transformers",
-            help="Compare greedy texts and tokenised prompts with transformers instead (80 prompts, 64 tokens).",
+            metavar="transformers|URL",
+            help="Compare greedy texts and tokenised prompts with transformers instead (80 prompts, 64 tokens); or an "
+            "OpenAI server's texts with and without its speculation (20 prompts, 64 tokens).",
         ),
     ] = None,
     num_prompts: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Prompts per proof (default: 20; with --against 80).", show_default=False),
+        typer.Option(
+            metavar="N", help="Prompts per proof (default: 20; with --against transformers 80).", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -56,6 +61,7 @@ def check(
     ] = None,
     as_json: JsonOption = False,
     load: LoadGroupOfMany,
+    server: ServerGroup,
 ) -> None:
     """Prove that speculation changes no token and no distribution; exit code 1 if a proof fails.
 
@@ -64,14 +70,22 @@ def check(
 
     $ hopskip check
     $ hopskip check model.gguf --precision q8 --num-prompts 4
+    $ hopskip check --against http://127.0.0.1:8000 --badge lossless.json
     """
     from hopskip.prove.proof import all_hold
 
-    precisions = choose_precisions(load, precision if against is None else precision or "float32")
-    if against not in (None, "transformers"):
-        raise ConfigError(f"against is {against!r}; only 'transformers' can be compared with")
     if max_new_tokens is not None and max_new_tokens < 2:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; a proof needs at least 2")
+    if against is not None and against.startswith(("http://", "https://")):
+        refuse_model_options(context)
+        check_server(against, server, num_prompts, max_new_tokens, as_json)
+        return
+    refuse_server_options(server)
+    precisions = choose_precisions(load, precision if against is None else precision or "float32")
+    if against not in (None, "transformers"):
+        raise ConfigError(
+            f"against is {against!r}; give 'transformers', or the URL of a server, with http:// before it"
+        )
     found: list[tuple[str, Proof]] = []
     table = None if as_json else _Table()
     for name, proof in _proofs(load, precisions, against, num_prompts, max_new_tokens):
