@@ -202,8 +202,8 @@ async def _ask(
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{target.url} gives no answer to a chat that can be read ({reason})") from None
-    error = found.get("error", found) if isinstance(found, dict) else found
-    reason = error.get("message", error) if isinstance(error, dict) else error
+    refusal = found.get("error", found) if isinstance(found, dict) else found
+    reason = refusal.get("message", refusal) if isinstance(refusal, dict) else refusal
     raise ConfigError(f"{target.url} refuses a request with status {answer.status_code}: {str(reason)[:300]}")
 
 
