@@ -13,11 +13,11 @@ from typing import Any, cast
 import pytest
 
 from hopskip import SamplingParams
-from hopskip.sequence import Request, Sequence, Token
+from hopskip.sequence import Request, Score, Sequence, Token
 from hopskip.serve import schema
 from hopskip.serve.answers import Answer, event
 from hopskip.serve.batch import Batch, Generation, Job, Piece
-from hopskip.serve.engine_thread import GenerationError
+from hopskip.serve.engine_thread import GenerationError, UnavailableError
 from hopskip.serve.jobs import Plan
 from hopskip.text.answer_reader import AnswerFormat
 from hopskip.text.reasoning import REASONING
@@ -43,8 +43,11 @@ class Letters:
     def token_bytes(self, token_id: int) -> bytes:
         return LETTERS[token_id].encode()
 
-    def is_silent(self, token_id: int) -> bool:
+    def is_silent(self, token_id: int, **_: Any) -> bool:
         return False
+
+    def decode_raw(self, token_ids: Seq[int], **_: Any) -> str:
+        return "".join(LETTERS[i] for i in token_ids)
 
 
 def llm(**speculative: Any) -> Any:
@@ -67,6 +70,7 @@ def batch_of(number: int, exit_layer: int | None = None, **job: Any) -> Batch:
         request = Request([1, 2, 3], params, exit_layer=exit_layer)
         sequence = Sequence(request, frozenset())
         sequence.stats.num_cached_prompt_tokens = 2
+        sequence.prompt_scores = [Score(-0.5, 1, {2: -0.5, 4: -2.0}), Score(-3.0, 7, {5: -1.0, 6: -1.5})]
         text = TextStream(Letters(), ())
         batch.generations.append(Generation(Job(request=request, **job), sequence, text, batch))
     return batch
@@ -144,8 +148,8 @@ def test_a_whole_completion() -> None:
     }
 
 
-@pytest.mark.parametrize(("reason", "told"), [("stop", "stop"), ("length", "length"), ("abort", "length")])
-def test_a_whole_chat(reason: str, told: str) -> None:
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_whole_chat(reason: str) -> None:
     batch = batch_of(1)
     tell(batch.generations[0], [piece("a")], [piece("b")], finish_reason=reason)
     answer = whole(chat(), batch)
@@ -155,7 +159,7 @@ def test_a_whole_chat(reason: str, told: str) -> None:
             "index": 0,
             "message": {"role": "assistant", "content": "ab", "refusal": None},
             "logprobs": None,
-            "finish_reason": told,
+            "finish_reason": reason,
         }
     ]
 
@@ -166,7 +170,7 @@ def test_a_streamed_completion() -> None:
     first, second = batch.generations
     first.deliver([piece("a")])
     tell(second, [piece("")], [piece("b"), piece("c")])
-    tell(first, [piece("d")], finish_reason="abort")
+    tell(first, [piece("d")], finish_reason="length")
     request = completion(stream=True, stream_options={"include_usage": True})
     got = chunks(request, batch, echoes=["x "])
     assert {(c["id"], c["object"], c["model"]) for c in got} == {("cmpl-1", "text_completion", "tiny")}
@@ -185,6 +189,23 @@ def test_a_streamed_completion() -> None:
     assert got[-1]["choices"] == []
     assert got[-1]["usage"]["prompt_tokens"] == 3
     assert got[-1]["usage"]["completion_tokens"] == 4
+
+
+def test_an_answer_that_the_server_cuts_is_no_whole_one() -> None:
+    batch = batch_of(2)
+    tell(batch.generations[0], [piece("a")], finish_reason="abort")
+    with pytest.raises(UnavailableError, match="shutting down and has cut this answer; try again elsewhere"):
+        whole(chat(), batch)
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("a")], finish_reason="abort")
+    stream = make(chat(stream=True), batch).chunks()
+
+    async def read() -> None:
+        assert [(await anext(stream))["choices"][0]["delta"].get("content") for _ in range(2)] == ["", "a"]
+        with pytest.raises(UnavailableError):
+            await anext(stream)
+
+    asyncio.run(read())
 
 
 def test_a_streamed_chat() -> None:
@@ -320,21 +341,91 @@ def scored(*texts: str) -> list[Piece]:
 def test_log_probabilities_of_a_completion() -> None:
     """Offsets count on from chunk to chunk, behind the echo; text that is held back moves them where it comes."""
     pieces = scored("ab", "", "cde", "f")
-    for stream, expected in ((False, [[2, 4, 4, 7]]), (True, [[2, 4], [4], [7]])):
+    for stream, expected in ((False, [[0, 2, 2, 5]]), (True, [[0, 2], [2], [5]])):
         batch = batch_of(1)
         tell(batch.generations[0], pieces[:2], pieces[2:3], pieces[3:])
         request = completion(logprobs=2, stream=stream)
         if stream:
-            parts = [c["choices"][0] for c in chunks(request, batch, echoes=["x "])]
-            assert parts[0]["logprobs"] is None
+            parts = [c["choices"][0] for c in chunks(request, batch)]
             assert parts[-1]["logprobs"] is None
-            got = [p["logprobs"] for p in parts[1:-1]]
+            got = [p["logprobs"] for p in parts[:-1]]
         else:
-            got = [whole(request, batch, echoes=["x "])["choices"][0]["logprobs"]]
+            got = [whole(request, batch)["choices"][0]["logprobs"]]
         assert [g["text_offset"] for g in got] == expected
         assert [t for g in got for t in g["tokens"]] == ["a", "b", "c", "d"]
         assert [p for g in got for p in g["token_logprobs"]] == [0, -1, -2, -3]
         assert [p for g in got for p in g["top_logprobs"]][2] == {"c": -2, "d": -9999}
+
+
+def echoed(number: int, batch: Batch, stream: bool) -> list[dict[str, Any]]:
+    """Texts and log-probabilities of the parts of an echoed prompt and its answer."""
+    request = completion(logprobs=number, echo=True, stream=stream)
+    if not stream:
+        return [whole(request, batch, echoes=["bcd"])["choices"][0]]
+    return [c["choices"][0] for c in chunks(request, batch, echoes=["bcd"])]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("number", "best"),
+    [(0, [None, {"c": -0.5}, {"d": -3}, {"a": 0}]), (1, [None, {"c": -0.5}, {"f": -1, "d": -3}, {"a": 0, "b": -9999}])],
+)
+def test_log_probabilities_of_an_echo(stream: bool, number: int, best: list[Any]) -> None:
+    """They come with the prompt, in a stream once it is read; the token itself is always among the best."""
+    batch = batch_of(1)
+    [token] = scored("x")
+    tell(batch.generations[0], [token if number else piece("x", logprob=0.0, top_logprobs={})])
+    parts = echoed(number, batch, stream)
+    assert [p["text"] for p in parts] == (["bcd", "x", ""] if stream else ["bcdx"])
+    told = [p["logprobs"] for p in parts if p["logprobs"] is not None]
+    assert [t for g in told for t in g["tokens"]] == ["b", "c", "d", "a"]
+    assert [p for g in told for p in g["token_logprobs"]] == [None, -0.5, -3, 0]
+    assert [p for g in told for p in g["top_logprobs"]] == best
+    assert [o for g in told for o in g["text_offset"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_alone(stream: bool) -> None:
+    batch = batch_of(1)
+    tell(batch.generations[0], finish_reason="length")
+    parts = echoed(0, batch, stream)
+    assert [(p["text"], p["finish_reason"]) for p in parts] == (
+        [("bcd", None), ("", "length")] if stream else [("bcd", "length")]
+    )
+    assert parts[0]["logprobs"]["token_logprobs"] == [None, -0.5, -3]
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_log_probabilities_of_a_prompt(is_chat: bool) -> None:
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("a")])
+    answer = whole((chat if is_chat else completion)(prompt_logprobs=1), batch)
+    assert (answer if is_chat else answer["choices"][0])["prompt_logprobs"] == [
+        None,
+        {"2": {"logprob": -0.5, "rank": 1, "decoded_token": "c"}},
+        {"3": {"logprob": -3, "rank": 7, "decoded_token": "d"}, "5": {"logprob": -1, "rank": 1, "decoded_token": "f"}},
+    ]
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("a")])
+    answer = whole((chat if is_chat else completion)(), batch)
+    assert "prompt_logprobs" not in (answer if is_chat else answer["choices"][0])
+
+
+def test_usage_goes_with_every_chunk_if_asked_for() -> None:
+    batch = batch_of(2)
+    first, second = batch.generations
+    first.deliver([piece("a"), piece("")])
+    tell(second, [piece("b")])
+    tell(first, [piece("c")])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    got = [c["usage"] for c in chunks(chat(stream=True, stream_options=options), batch, num_choices=2)]
+    assert [u["completion_tokens"] for u in got] == [0, 0, 2, 3, 3, 4, 4, 2]
+    assert got[3] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    for option in options:
+        batch = batch_of(1)
+        tell(batch.generations[0], [piece("a")])
+        first_chunk = chunks(chat(stream=True, stream_options={option: True}), batch)[0]
+        assert first_chunk.get("usage") is None
 
 
 def test_log_probabilities_of_a_chat() -> None:
@@ -343,7 +434,15 @@ def test_log_probabilities_of_a_chat() -> None:
     expected = {"content": [{**first, "top_logprobs": [first, second]}], "refusal": None}
     batch = batch_of(1)
     tell(batch.generations[0], scored("a"))
-    assert whole(chat(logprobs=True), batch)["choices"][0]["logprobs"] == expected
+    assert whole(chat(logprobs=True, top_logprobs=2), batch)["choices"][0]["logprobs"] == expected
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("c", 2, logprob=-3.0, top_logprobs={0: -1.0, 1: -2.0})])
+    [told] = whole(chat(logprobs=True, top_logprobs=2), batch)["choices"][0]["logprobs"]["content"]
+    assert [t["token"] for t in told["top_logprobs"]] == ["a", "b", "c"], "the token itself is always there"
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("c", 2, logprob=-3.0, top_logprobs={})])
+    [told] = whole(chat(logprobs=True), batch)["choices"][0]["logprobs"]["content"]
+    assert (told["token"], told["top_logprobs"]) == ("c", []), "unless no best ones are asked for"
     batch = batch_of(1)
     tell(batch.generations[0], scored(""))
     parts = [c["choices"][0] for c in chunks(chat(logprobs=True, stream=True), batch)]

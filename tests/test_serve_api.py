@@ -128,7 +128,7 @@ def test_logprobs(openai: OpenAI, llms: dict[str, LLM]) -> None:
     for entry in logprobs.content:
         assert len(entry.top_logprobs) == 3
         assert entry.logprob == entry.top_logprobs[0].logprob < 0
-        assert bytes(entry.bytes or ()).decode("utf-8", "replace") == entry.token
+        assert entry.token.startswith("bytes:") or bytes(entry.bytes or ()).decode() == entry.token
     completion = openai.completions.create(model=MODEL, prompt="abc", temperature=0, max_tokens=6, logprobs=2)
     legacy = completion.choices[0].logprobs
     assert legacy is not None
@@ -364,6 +364,16 @@ COMMON: list[tuple[dict[str, Any], bool]] = [
     ({"user": "me"}, True),
     ({"max_tokens": 0}, False),
     ({"max_tokens": 5000, "stop_token_ids": [*range(300)]}, True),
+    ({"min_tokens": 3, "stop": "e"}, True),
+    ({"min_tokens": 4}, False),
+    ({"bad_words": ["e", "th"]}, True),
+    ({"bad_words": [""]}, False),
+    ({"skip_special_tokens": False}, True),
+    ({"prompt_logprobs": 2}, True),
+    ({"prompt_logprobs": 2, "max_tokens": 0}, True),
+    ({"prompt_logprobs": 0, "stream": True}, False),
+    ({"prompt_logprobs": 21}, False),
+    ({"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}, True),
     ({"mirostat": 1}, False),
 ]
 COMPLETION: list[tuple[dict[str, Any], bool]] = [
@@ -371,7 +381,11 @@ COMPLETION: list[tuple[dict[str, Any], bool]] = [
     ({"logprobs": 0}, True),
     ({"logprobs": 5}, True),
     ({"logprobs": 21}, False),
-    ({"logprobs": 1, "echo": True}, False),
+    ({"logprobs": 1, "echo": True}, True),
+    ({"logprobs": 1, "echo": True, "stream": True, "n": 2}, True),
+    ({"max_tokens": 0, "echo": True}, True),
+    ({"max_tokens": 0, "echo": True, "logprobs": 2, "prompt": ["a", "bcd"]}, True),
+    ({"add_special_tokens": False}, True),
     ({"suffix": "x"}, False),
     ({"best_of": 2}, False),
     ({"prompt": [5, 6, 7]}, True),
@@ -400,6 +414,9 @@ CHAT: list[tuple[dict[str, Any], bool]] = [
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, True),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, False),
     ({"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "b", "name": "c"}]}, True),
+    ({"add_generation_prompt": False}, True),
+    ({"messages": [*MESSAGES, {"role": "assistant", "content": "I"}], "continue_final_message": True}, True),
+    ({"continue_final_message": True, "add_generation_prompt": True}, False),
     ({"messages": [{"role": "user"}]}, False),
     ({"messages": []}, False),
 ]
@@ -472,9 +489,9 @@ def test_no_request_that_the_document_allows_breaks_the_server(live: Live) -> No
 
 
 def test_log_probabilities_are_valid_json() -> None:
-    from hopskip.serve.answers import _finite
+    from hopskip.serve.logprobs import finite
 
-    assert _finite(-math.inf) == -9999
-    assert _finite(math.nan) == -9999
-    assert _finite(-1.5) == -1.5
-    assert _finite(None) is None
+    assert finite(-math.inf) == -9999
+    assert finite(math.nan) == -9999
+    assert finite(-1.5) == -1.5
+    assert finite(None) is None

@@ -195,7 +195,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer", "max_tokens"),
     ({"max_tokens": "1e3"}, "max_tokens: Input should be a valid integer", "max_tokens"),
     ({"max_tokens": -2}, "max_tokens: Input should be greater than or equal to -1", "max_tokens"),
-    ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1", "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1, or ask for echo or prompt_logprobs", "max_tokens"),
     ({"temperature": "inf"}, "temperature: Input should be a valid number", "temperature"),
     ({"top_k": -2}, "top_k: Input should be greater than or equal to -1", "top_k"),
     ({"stop": 5}, "stop: Input should be a valid string; or Input should be a valid list", "stop"),
@@ -281,7 +281,7 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ),
     (
         {"max_tokens": None, "max_completion_tokens": 0},
-        "max_completion_tokens is 0; it must be at least 1",
+        "max_completion_tokens is 0; it must be at least 1, or ask for echo or prompt_logprobs",
         "max_completion_tokens",
     ),
 ]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from hopskip.llm import LLM
 from hopskip.sampling_params import SamplingParams
-from hopskip.sequence import SpeculativeStats, Token
-from hopskip.serve import schema
+from hopskip.sequence import Sequence, SpeculativeStats, Token
+from hopskip.serve import logprobs, schema
 from hopskip.serve.batch import Batch, Generation, Piece
+from hopskip.serve.engine_thread import UnavailableError
 from hopskip.serve.jobs import Plan
 from hopskip.text.answer_reader import AnswerFormat, AnswerReader
+from hopskip.text.tokenizer import Detokenizer
 from hopskip.text.tools.base import CallDelta, Delta, joined
 
 
@@ -67,9 +68,21 @@ class Answer:
     @property
     def wants_logprobs(self) -> bool:
         request = self._request
-        if isinstance(request, schema.ChatRequest):
-            return bool(request.logprobs)
-        return isinstance(request, schema.CompletionRequest) and request.logprobs is not None
+        return bool(request.logprobs) if isinstance(request, schema.ChatRequest) else self.num_logprobs is not None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Of a completion."""
+        return self._request.logprobs if isinstance(self._request, schema.CompletionRequest) else None
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Of a completion that begins with its prompt."""
+        return self._plan.echoes is not None and self.num_logprobs is not None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self._request.prompt_logprobs
 
     @property
     def wants_tokens(self) -> bool:
@@ -79,27 +92,36 @@ class Answer:
         """The answer, once all of it is there."""
         pieces: list[list[Piece]] = [[] for _ in self._choices]
         async for index, new in self._batch:
+            if new is None:
+                self._refuse_cut(self._choices[index])
             pieces[index] += new or []
         kind = "chat.completion" if self.is_chat else "text_completion"
         choices = [choice.whole(all_of_it) for choice, all_of_it in zip(self._choices, pieces, strict=True)]
-        return {**self._head(kind), "choices": choices, "usage": self._usage(), **self._dropped()}
+        answer = {**self._head(kind), "choices": choices, "usage": self._usage(), **self._dropped()}
+        if self.is_chat and self._request.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self._choices[0].prompt_logprobs()
+        return answer
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream: one per choice and step, in the order in which the engine makes them."""
         options = self._request.stream_options
         with_usage = bool(options and options.include_usage)
+        is_continuous = bool(options and with_usage and options.continuous_usage_stats)
         head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
         if with_usage:
             head["usage"] = None
         for choice in self._choices:
             opening = choice.opening()
             if opening is not None:
-                yield {**head, "choices": [opening]}
+                yield {**head, "choices": [opening], **(self._usage_so_far() if is_continuous else {})}
         async for index, pieces in self._batch:
             choice = self._choices[index]
-            part = choice.last_part() if pieces is None else choice.part(pieces)
-            if part is not None:
-                yield {**head, "choices": [part], **(self._dropped() if pieces is None else {})}
+            if pieces is None:
+                self._refuse_cut(choice)
+            parts = [choice.echo_part(), choice.last_part() if pieces is None else choice.part(pieces)]
+            for part in filter(None, parts):
+                more = self._usage_so_far() if is_continuous else {}
+                yield {**head, "choices": [part], **more, **(self._dropped() if pieces is None else {})}
         if with_usage:
             yield {**head, "choices": [], "usage": self._usage()}
 
@@ -109,6 +131,19 @@ class Answer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model_name}
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        """Of what has been told. The engine is ahead of it."""
+        sequences = [generation.sequence for generation in self._batch.generations]
+        num_prompt = sum(sequence.num_prompt_tokens for sequence in sequences[:: self._plan.num_choices])
+        num_new = sum(choice.num_told for choice in self._choices)
+        usage = {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        return {"usage": usage}
+
+    def _refuse_cut(self, choice: _Choice) -> None:
+        """Raises UnavailableError: the server has ended an answer before its time. Nobody must take it for whole."""
+        if choice.is_cut:
+            raise UnavailableError("the server is shutting down and has cut this answer; try again elsewhere")
 
     def _usage(self) -> dict[str, Any]:
         stats = [g.sequence.stats for g in self._batch.generations]
@@ -141,12 +176,15 @@ class _Choice:
         self._generation = generation
         self._llm = llm
         self._race = answer.race
-        self._echo = plan.echoes[index // plan.num_choices] if plan.echoes else ""
+        self._echo = plan.echoes[index // plan.num_choices] if plan.echoes else None
         self._reader = AnswerReader(plan.answer or AnswerFormat())
-        self._offset = len(self._echo)
+        prompt_ids = generation.sequence.request.prompt_ids
+        self._texts = logprobs.TokenTexts(llm.tokenizer, () if answer.echoes_logprobs else prompt_ids)
+        self._offset = 0 if answer.echoes_logprobs else len(self._echo or "")
         """Where the text of the next piece begins, for completions with log-probabilities."""
-        self._begins_text = True
-        """No token with a text has been told of."""
+        self._has_echoed = self._echo is None
+        self.num_told = 0
+        """Tokens that have been told of."""
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -165,22 +203,46 @@ class _Choice:
                     {key: value for key, value in _call(call).items() if key != "index"} for call in calls
                 ]
         else:
-            choice["text"] = self._echo + text
-        choice["logprobs"] = self._logprobs(pieces)
+            choice["text"] = (self._echo or "") + text
+        choice["logprobs"] = _joined(self._echoed_logprobs(), self._logprobs(pieces))
         choice["finish_reason"] = self._finish_reason()
         choice |= self._seed()
+        if not self._answer.is_chat and (scores := self.prompt_logprobs()) is not None:
+            choice["prompt_logprobs"] = scores
         if self._answer.wants_tokens:
             choice["hopskip"] = self._details(pieces)
         return choice
+
+    @property
+    def is_cut(self) -> bool:
+        return self._generation.finish_reason == "abort"
+
+    def prompt_logprobs(self) -> list[Any] | None:
+        """Of the prompt, if the request asks for them by this name."""
+        number = self._answer.num_prompt_logprobs
+        if number is None:
+            return None
+        sequence = self._generation.sequence
+        return logprobs.of_prompt(self._llm.tokenizer, _prompt_ids(sequence), sequence.prompt_scores, number)
 
     def opening(self) -> dict[str, Any] | None:
         """What a stream begins with, before any token."""
         if self._answer.is_chat:
             return self._delta({"role": "assistant", "content": ""})
-        return self._delta(self._echo) if self._echo else None
+        return None if self._answer.echoes_logprobs else self.echo_part()
+
+    def echo_part(self) -> dict[str, Any] | None:
+        """The prompt, the first time that it is called; with log-probabilities, which are there once it is read."""
+        if self._has_echoed:
+            return None
+        self._has_echoed = True
+        part = self._delta(self._echo)
+        part["logprobs"] = self._echoed_logprobs()
+        return part
 
     def part(self, pieces: list[Piece]) -> dict[str, Any] | None:
         """A chunk's choice, from a step's pieces; None if it would say nothing."""
+        self.num_told += len(pieces)
         delta = joined(map(self._read, pieces))
         if not delta and not self._answer.wants_logprobs and not self._answer.wants_tokens:
             return None
@@ -213,7 +275,7 @@ class _Choice:
 
     def _finish_reason(self) -> str:
         if self._generation.finish_reason != "stop":
-            return "length"  # also if cut short by a shutdown; OpenAI has no word for it
+            return "length"
         return "tool_calls" if self._reader.has_calls else "stop"
 
     def _part(self, delta: Delta, *, with_content: bool) -> dict[str, Any]:
@@ -236,53 +298,31 @@ class _Choice:
         return {"index": self._index, key: content, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
-        """Of the next pieces, in the API's shape: it moves the offset on."""
+        """Of the next pieces, in the API's shape."""
         if not self._answer.wants_logprobs:
             return None
         tokens = [piece.token for piece in pieces]
-        texts = [self._texts_of(token) for token in tokens]
         if self._answer.is_chat:
-            content = []
-            for token, text in zip(tokens, texts, strict=True):
-                best = [self._scored(i, text[i], value) for i, value in (token.top_logprobs or {}).items()]
-                content.append({**self._scored(token.id, text[token.id], token.logprob), "top_logprobs": best})
-            return {"content": content, "refusal": None}
+            return logprobs.of_chat(self._texts, tokens)
+        return self._told(logprobs.of_completion(self._texts, tokens), [piece.text for piece in pieces])
+
+    def _echoed_logprobs(self) -> dict[str, Any] | None:
+        """Of the prompt, if it is echoed with them."""
+        number = self._answer.num_logprobs
+        if not self._answer.echoes_logprobs or number is None:
+            return None
+        sequence = self._generation.sequence
+        detokenizer = Detokenizer(self._llm.tokenizer)
+        texts = [detokenizer.push(token_id) for token_id in _prompt_ids(sequence)]
+        return self._told(logprobs.of_echo(self._texts, _prompt_ids(sequence), sequence.prompt_scores, number), texts)
+
+    def _told(self, told: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+        """With where these texts begin."""
         offsets = []
-        for piece in pieces:
+        for text in texts:
             offsets.append(self._offset)
-            self._offset += len(piece.text)
-        return {
-            "tokens": [text[token.id] for token, text in zip(tokens, texts, strict=True)],
-            "token_logprobs": [_finite(t.logprob) for t in tokens],
-            "top_logprobs": [
-                {text[i]: _finite(value) for i, value in (token.top_logprobs or {}).items()}
-                for token, text in zip(tokens, texts, strict=True)
-            ],
-            "text_offset": offsets,
-        }
-
-    def _texts_of(self, token: Token) -> dict[int, str]:
-        """Of a token and what might have stood in its place. Those of all tokens, joined, are the choice's text, but
-        for special tokens, and for characters of several tokens: `bytes:\\xNN` stands for a part of one."""
-        tokenizer = self._llm.tokenizer
-        texts: dict[int, str] = {}
-        for token_id in (token.id, *(token.top_logprobs or ())):
-            data = tokenizer.token_bytes(token_id)
-            try:
-                texts[token_id] = data.decode()
-            except UnicodeDecodeError:
-                texts[token_id] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-            if self._begins_text and data.startswith(b" "):  # which some tokenizers take from the first word
-                texts[token_id] = tokenizer.decode([token_id], after=self._generation.sequence.request.prompt_ids)
-        self._begins_text = self._begins_text and tokenizer.is_silent(token.id)
-        return texts
-
-    def _scored(self, token_id: int, text: str, logprob: float | None) -> dict[str, Any]:
-        data = self._llm.tokenizer.token_bytes(token_id)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
-
-    def _token_text(self, token_id: int) -> str:
-        return self._llm.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+            self._offset += len(text)
+        return {**told, "text_offset": offsets}
 
     def _details(self, pieces: list[Piece]) -> dict[str, Any]:
         """Everything about these tokens, and the figures of the request so far, for those who ask (the page does)."""
@@ -290,12 +330,12 @@ class _Choice:
             {
                 "id": piece.token.id,
                 "text": piece.text,
-                "token": self._token_text(piece.token.id),
+                "token": logprobs.token_text(self._llm.tokenizer, piece.token.id),
                 "origin": piece.token.origin,
                 "layer": self._layer(piece.token),
-                "logprob": _finite(piece.token.logprob),
+                "logprob": logprobs.finite(piece.token.logprob),
                 "top": [
-                    {"token": self._token_text(i), "logprob": _finite(value)}
+                    {"token": logprobs.token_text(self._llm.tokenizer, i), "logprob": logprobs.finite(value)}
                     for i, value in (piece.token.top_logprobs or {}).items()
                 ],
             }
@@ -346,6 +386,10 @@ def _call(call: CallDelta) -> dict[str, Any]:
     return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
-def _finite(logprob: float | None) -> float | None:
-    """JSON has no minus infinity; OpenAI writes -9999 for it."""
-    return None if logprob is None else max(logprob, -9999.0) if not math.isnan(logprob) else -9999.0
+def _joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Two parts of a completion's log-probabilities, one after the other."""
+    return second if first is None or second is None else {key: first[key] + second[key] for key in first}
+
+
+def _prompt_ids(sequence: Sequence) -> list[int]:
+    return sequence.token_ids[: sequence.num_prompt_tokens]

@@ -28,6 +28,7 @@ from hopskip.serve.door import ChatAnswer, dropped_header
 from hopskip.serve.engine_thread import BusyError, EngineThread, GenerationError, UnavailableError
 from hopskip.serve.guard import Guard, error_body
 from hopskip.serve.jobs import Planner
+from hopskip.serve.logprobs import token_text
 from hopskip.serve.metrics import Metrics
 from hopskip.serve.policy import ParameterError, describe, refuse_unknown, unknown_params
 from hopskip.serve.responses import routes as responses
@@ -231,17 +232,16 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize")
     async def tokenize(http: Request, request: schema.TokenizeRequest) -> dict[str, Any]:
         server.check(http, request)
-        if request.messages is not None:
-            add = request.add_generation_prompt
-            tokens = await planner.encode_chat(request.messages, add_generation_prompt=add)
-        else:
-            tokens = await planner.encode(request.prompt or "")
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": server.llm.engine.max_model_len}
+        tokens = await planner.tokenize(request)
+        strings = [token_text(server.llm.tokenizer, token) for token in tokens] if request.return_token_strs else None
+        max_model_len = server.llm.engine.max_model_len
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": max_model_len, "token_strs": strings}
 
     @app.post("/detokenize")
     async def detokenize(http: Request, request: schema.DetokenizeRequest) -> dict[str, Any]:
         server.check(http, request)
-        return {"prompt": await asyncio.to_thread(server.llm.tokenizer.decode, request.tokens)}
+        decode = partial(server.llm.tokenizer.decode, skip_special_tokens=False)
+        return {"prompt": await asyncio.to_thread(decode, request.tokens)}
 
     @app.get("/health")
     async def health() -> Response:
@@ -306,6 +306,8 @@ async def _openai_events(answer: Answer) -> AsyncIterator[bytes]:
         async for chunk in answer.chunks():
             yield event(chunk)
         yield event("[DONE]")
+    except UnavailableError as error:
+        yield event(error_body(str(error), kind="server_error", code="unavailable"))
     except HopskipError as error:
         yield event(error_body(str(error), kind="server_error"))
 

@@ -36,7 +36,7 @@ class ChatFormat:
         if tokenizer.chat is not None:
             self._reasoning = reasoning_of_template(tokenizer.chat.source, reasoning_format)
 
-    def variables(self, request: schema.ChatRequest) -> dict[str, Any]:
+    def variables(self, request: schema.ChatPrompt) -> dict[str, Any]:
         """What the chat template is told of a request.
 
         Raises:

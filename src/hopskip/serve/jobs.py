@@ -7,10 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from hopskip.errors import ConfigError, PromptError
+from hopskip.errors import PromptError
 from hopskip.llm import LLM
 from hopskip.sampling_params import SamplingParams
-from hopskip.sequence import Request
 from hopskip.serve import params, schema
 from hopskip.serve.batch import Job
 from hopskip.serve.chats import ChatFormat, thoughts_of
@@ -77,12 +76,11 @@ class Planner:
         if request.best_of not in (None, request.n or 1):
             message = f"best_of={request.best_of} is not supported; leave it out, or make it equal to n"
             raise ParameterError(message, param="best_of")
-        if request.echo and request.logprobs is not None:
-            raise ConfigError("echo with logprobs is not supported: prompts have no log-probabilities here")
         at_most("logprobs", request.logprobs, self._limits.num_logprobs)
         prompts = _prompts(request.prompt)
         at_most("the number of prompts", len(prompts), self._limits.num_prompts, "prompt")
-        encoded = [p if isinstance(p, list) else await self.encode(p) for p in prompts]
+        with_bos = request.add_special_tokens is not False
+        encoded = [p if isinstance(p, list) else await self.encode(p, with_bos) for p in prompts]
         jobs = await self._jobs(request, encoded, request.logprobs, params.structure(request))
         echoes = [self._tokenizer.decode(p) if isinstance(p, list) else p for p in prompts] if request.echo else None
         return self._plan(request, jobs, echoes=echoes)
@@ -109,21 +107,41 @@ class Planner:
 
     async def chat_prompt(self, request: schema.ChatRequest) -> list[int]:
         """Token ids of a chat's prompt."""
-        return await self.encode_chat(request.messages, self._tools(request), **self._format.variables(request))
+        return await self.encode_chat(
+            request.messages,
+            self._tools(request),
+            add_generation_prompt=params.add_generation_prompt(request),
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=bool(request.add_special_tokens),
+            **self._format.variables(request),
+        )
 
-    async def encode(self, text: str) -> list[int]:
+    async def tokenize(self, request: schema.TokenizeRequest) -> list[int]:
+        """Token ids of a text, or of a chat, as a request for an answer would have them."""
+        if request.messages is None:
+            return await self.encode(request.prompt or "", request.add_special_tokens is not False)
+        return await self.encode_chat(
+            request.messages,
+            request.tools,
+            add_generation_prompt=params.add_generation_prompt(request),
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=bool(request.add_special_tokens),
+            **self._format.variables(request),
+        )
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. In a thread: a long one would keep everybody else waiting."""
         if not text:
             raise PromptError("the prompt is empty; give some text")
-        return await asyncio.to_thread(self._tokenizer.encode, text)
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
     async def encode_chat(
         self,
         messages: list[schema.Message],
         tools: list[schema.Tool] | None = None,
-        **variables: Any,
+        **arguments: Any,
     ) -> list[int]:
-        """Token ids of a chat, through the model's template, which takes `variables`."""
+        """Token ids of a chat, through the model's template. `arguments`: as `text.chat.encode_chat` takes them."""
         at_most("the number of messages", len(messages), self._limits.num_messages, "messages")
         return await asyncio.to_thread(
             encode_chat,
@@ -131,7 +149,7 @@ class Planner:
             [_plain_message(m) for m in messages],
             tools=[t.model_dump(exclude_none=True) for t in tools or ()],
             tool_format=self._format.tool_format,
-            **variables,
+            **arguments,
         )
 
     def _tools(self, request: schema.ChatRequest) -> list[schema.Tool]:
@@ -160,21 +178,26 @@ class Planner:
         max_draft_tokens, exit_layer = params.drafting(request.speculative)
         before = self._format.before_answer(answer)
         constraint = await self._grammars.compile(*grammar, before=before) if grammar else None
-        return [
-            Job(
-                request=Request(
-                    prompt_ids,
-                    params.with_seed(own, choice),
-                    constraint=constraint.copy() if constraint else None,
-                    max_draft_tokens=0 if choice and params.is_race(request) else max_draft_tokens,
-                    exit_layer=exit_layer,
-                    shown_ids=frozenset() if answer is None else answer.shown_ids,
-                ),
-                is_streamed=bool(request.stream),
-            )
-            for prompt_ids, own in zip(prompts, asked, strict=True)
-            for choice in range(num_choices)
-        ]
+
+        def make_jobs() -> list[Job]:
+            return [
+                Job(
+                    request=self._llm.request_maker.request(
+                        prompt_ids,
+                        params.with_seed(own, choice),
+                        constraint=constraint.copy() if constraint else None,
+                        max_draft_tokens=0 if choice and params.is_race(request) else max_draft_tokens,
+                        exit_layer=exit_layer,
+                        shown_ids=frozenset() if answer is None else answer.shown_ids,
+                    ),
+                    is_streamed=bool(request.stream),
+                )
+                for prompt_ids, own in zip(prompts, asked, strict=True)
+                for choice in range(num_choices)
+            ]
+
+        # to look texts up in a vocabulary takes its time
+        return await asyncio.to_thread(make_jobs) if request.bad_words else make_jobs()
 
     def _plan(self, request: schema.Generation, jobs: list[Job], **more: Any) -> Plan:
         return Plan(jobs=jobs, num_choices=params.num_choices(request), is_race=params.is_race(request), **more)

@@ -34,6 +34,8 @@ def room_for(request: schema.Generation, num_prompt_tokens: int, max_model_len: 
     """
     asked = num_tokens_asked(request)
     room = max_model_len - num_prompt_tokens
+    if asked == 0 and room >= 0:
+        return 0
     if room > 0:
         return room if asked is None or asked < 0 else min(asked, room)
     is_chat = isinstance(request, schema.ChatRequest)
@@ -63,9 +65,34 @@ def num_tokens_asked(request: schema.Generation) -> int | None:
             asked, name = other, "max_completion_tokens"
     elif asked is None:
         asked = 16  # as OpenAI has it for completions
-    if asked == 0:
-        raise ParameterError(f"{name} is 0; it must be at least 1", param=name)
+    if asked == 0 and num_prompt_logprobs(request) is None:
+        raise ParameterError(f"{name} is 0; it must be at least 1, or ask for echo or prompt_logprobs", param=name)
     return asked
+
+
+def num_prompt_logprobs(request: schema.Generation) -> int | None:
+    """How many best tokens are told of at each token of the prompt; None: the prompt has no log-probabilities."""
+    asked = [request.prompt_logprobs]
+    if isinstance(request, schema.CompletionRequest) and request.echo:
+        # an echo without an answer is all of it
+        asked.append(0 if request.logprobs is None and request.max_tokens == 0 else request.logprobs)
+    return max((number for number in asked if number is not None), default=None)
+
+
+def add_generation_prompt(request: schema.ChatPrompt) -> bool:
+    """Whether a chat's prompt ends where the assistant begins to speak: unless the last message is to go on.
+
+    Raises:
+        ParameterError: both are asked for.
+    """
+    if not request.continue_final_message:
+        return request.add_generation_prompt
+    if request.add_generation_prompt and "add_generation_prompt" in request.model_fields_set:
+        raise ParameterError(
+            "continue_final_message and add_generation_prompt contradict each other; set one of them to false",
+            param="continue_final_message",
+        )
+    return False
 
 
 def num_choices(request: schema.Generation) -> int:
@@ -99,6 +126,18 @@ def sampling_params(
         "the number of stop_token_ids", len(request.stop_token_ids or ()), limits.num_biases, param="stop_token_ids"
     )
     at_most("the number of logit_bias entries", len(request.logit_bias or ()), limits.num_biases, param="logit_bias")
+    at_most("the number of bad_words", len(request.bad_words or ()), limits.num_stops, param="bad_words")
+    at_most(
+        "the length of a bad word", max(map(len, request.bad_words or ()), default=0), limits.stop_chars, "bad_words"
+    )
+    at_most("prompt_logprobs", request.prompt_logprobs, limits.num_logprobs)
+    if request.prompt_logprobs is not None and request.stream:
+        raise ParameterError("prompt_logprobs come with whole answers only; leave stream out", param="prompt_logprobs")
+    if (request.min_tokens or 0) > max_tokens:
+        raise ParameterError(
+            f"min_tokens is {request.min_tokens}, but the answer may have at most {max_tokens} tokens; lower it",
+            param="min_tokens",
+        )
     if request.return_tokens is True and num_logprobs is None:
         num_logprobs = _NUM_LOGPROBS_OF_TOKENS
     # what the client leaves out is as the model's makers recommend it, else as OpenAI has it
@@ -121,6 +160,10 @@ def sampling_params(
             "stop": tuple(stop),
             "stop_token_ids": tuple(request.stop_token_ids or ()),
             "ignore_eos": request.ignore_eos,
+            "min_tokens": request.min_tokens or 0,
+            "bad_words": tuple(request.bad_words or ()),
+            "skip_special_tokens": request.skip_special_tokens,
+            "prompt_logprobs": num_prompt_logprobs(request),
             "logprobs": num_logprobs,
         },
         recommended,

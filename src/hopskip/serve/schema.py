@@ -159,6 +159,11 @@ class Sampling(Accepted):
     repetition_penalty: Annotated[Real, Field(gt=0, le=10)] | None = 1.0
     logit_bias: dict[str, Annotated[Real, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool = False
+    min_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    """Nothing ends the text before so many tokens."""
+    bad_words: list[Text] | None = None
+    """Texts that are kept away."""
+    skip_special_tokens: bool = True
     structured_outputs: StructuredOutputs | None = None
     speculative: Speculative | None = None
     cache_salt: Text | None = None
@@ -174,6 +179,10 @@ class Generation(Sampling):
     """More than there is room for is as much as there is room for, and so is -1."""
     n: Annotated[Whole, Field(ge=1)] | None = 1
     response_format: ResponseFormat | None = None
+    add_special_tokens: bool | None = None
+    """Put the tokenizer's BOS before the prompt; a chat's template does that itself. Default: true for completions."""
+    prompt_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    """Log-probabilities of the prompt's tokens, with those of so many best ones, in whole answers."""
     return_tokens: bool | Literal["origins"] = False
     """Add to each choice its tokens with id, text, origin and log-probability, and what drafting has given so far.
     `origins` leaves out log-probabilities, which cost speed."""
@@ -194,22 +203,31 @@ class CompletionRequest(Generation):
     best_of: Annotated[Whole, Field(ge=1)] | None = None
 
 
-class ChatRequest(Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: MaxTokens | None = None
-    modalities: list[str] | None = None
-    """Text is all there is."""
-    logprobs: bool | None = False
-    top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+class ChatPrompt(Parameters):
+    """What makes a prompt of messages."""
+
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool = True
+    """End the prompt where the assistant begins to speak."""
+    continue_final_message: bool = False
+    """Go on from the last message; with `add_generation_prompt` false."""
     chat_template_kwargs: dict[str, Any] | None = None
     """What the chat template is told beside the messages, by the names that it has for it."""
     enable_thinking: bool | None = None
     """Let the model think first or not, where its template has a switch for that."""
     reasoning_effort: str | None = None
     """`none` and `minimal` turn thinking off, others on, where the template has a switch; it may read the word too."""
+
+
+class ChatRequest(Generation, ChatPrompt):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: MaxTokens | None = None
+    modalities: list[str] | None = None
+    """Text is all there is."""
+    logprobs: bool | None = False
+    top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @field_validator("modalities")
     @classmethod
@@ -219,16 +237,21 @@ class ChatRequest(Generation):
         return modalities
 
 
-class TokenizeRequest(Parameters):
+class TokenizeRequest(ChatPrompt):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    """Default: true for a prompt, false for messages, whose template does that itself."""
+    return_token_strs: bool = False
+    """Return each token's text, too."""
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools go with messages, not with a prompt; leave them out")
         return self
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from hopskip.errors import PromptError
-from hopskip.text.chat_template import check_messages
+from hopskip.text.chat_template import check_messages, cut_after
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tools.base import ToolFormat
 from hopskip.text.tools.formats import FORMATS, ToolFormatName, format_of_template
@@ -56,6 +56,22 @@ def render_chat(
         return tokenizer.render_chat(plain, **variables)
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Seq[Mapping[str, Any]], **arguments: Any) -> list[int]:
-    """Token ids of what `render_chat` makes of a chat."""
-    return tokenizer.encode(render_chat(tokenizer, messages, **arguments), add_special_tokens=False)
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Seq[Mapping[str, Any]],
+    *,
+    continue_final_message: bool = False,
+    add_special_tokens: bool = False,
+    **arguments: Any,
+) -> list[int]:
+    """Token ids of what `render_chat` makes of a chat.
+
+    Args:
+        continue_final_message: end behind the last message, for the model to go on with it; with
+            `add_generation_prompt` false.
+        add_special_tokens: put BOS first, which most templates do themselves.
+    """
+    text = render_chat(tokenizer, messages, **arguments)
+    if continue_final_message:
+        text = cut_after(text, str(messages[-1].get("content") or ""))
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)

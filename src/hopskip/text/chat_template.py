@@ -130,6 +130,20 @@ def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
     return template, frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
 
 
+def cut_after(text: str, content: str) -> str:
+    """The text of a chat up to the end of its last message, for the model to go on with it. What a template trims off
+    the message does not come back.
+
+    Raises:
+        PromptError: the message is empty, or the template does not write it.
+    """
+    start = text.rfind(content.strip()) if content.strip() else -1
+    if start < 0:
+        raise PromptError("the last message cannot be continued: it is empty, or the chat template does not write it")
+    whole = content.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else content.strip())]
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
