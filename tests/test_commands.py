@@ -383,7 +383,7 @@ def test_which_file(asked: Asked, tmp_path: Path) -> None:
         ("[genrate]\nthreads = 1", ("unknown table [genrate]", "'generate'")),
         ("[bench.serv]\nurl = 1", ("unknown table [bench.serv]", "'serve'")),
         ("[generate.threads]\nx = 1", ("unknown table [generate.threads]",)),
-        ("[train.exit]\nx = 1", ("unknown key 'x' in [train.exit]", "there is model, quiet")),
+        ("[train.exit]\nx = 1", ("unknown key 'x' in [train.exit]", "there is hours, model, quiet, yes")),
         ("[train.layerskip]\nquiet = true", ("unknown key 'quiet' in [train.layerskip]", "has no options that a file")),
         ("[generate]\nzzz = 1", ("unknown key 'zzz'", "there is", "temperature")),
         ("[generate]\nprompt = 'Hi'", ("unknown key 'prompt'",)),

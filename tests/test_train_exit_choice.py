@@ -17,7 +17,6 @@ from hopskip.train.exit import estimate
 from hopskip.train.exit.choose import race, spread
 from hopskip.train.exit.estimate import Work, check_disk, check_start, exit_parameters, flops_per_second
 from hopskip.train.exit.recipe import Branch, ExitRecipe, FitConfig, PromptsRecipe, SearchRecipe
-from hopskip.train.recipe import RECIPES, read_recipe
 from tests.models import tiny_config
 
 SHARES = Branch(start=0, num_layers=1, features=("50%", "90%", "100%"))
@@ -43,15 +42,6 @@ def test_layers_by_number_stay(tmp_path: Path) -> None:
         Branch(start=0, num_layers=1, features=(3, 2))
     with pytest.raises(ConfigError, match="is none"):
         Branch(start=0, num_layers=0)
-
-
-@pytest.mark.parametrize("depth", [12, 16, 30, 80])
-def test_the_recipe_for_any_model_fits_any_depth(depth: int) -> None:
-    recipe = read_recipe(ExitRecipe, RECIPES / "any-model-exit.yaml")
-    (exit,) = recipe.exits(depth)
-    assert exit.features[-1] == depth
-    assert recipe.taps(depth) == exit.features
-    assert recipe.folder == Path("runs/SmolLM2-135M-Instruct-exit")
 
 
 @pytest.mark.parametrize(

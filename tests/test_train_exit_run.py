@@ -81,7 +81,7 @@ threads: 1
     )
     result = CliRunner().invoke(app, ["train", "exit", str(recipe)])
     assert result.exit_code == 0, result.output
-    assert "GB on disk" in result.output
+    assert f"GB in {tmp_path / 'run'}" in result.output
     assert (
         f"try it: hopskip generate --model {checkpoint.path} --exit-branch {tmp_path / 'run' / 'exit'}" in result.output
     )

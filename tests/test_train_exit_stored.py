@@ -127,6 +127,6 @@ def test_data_of_unknown_settings_is_refused(recipe: ExitRecipe, checkpoint: Che
     (recipe.folder / "recipe.json").write_text("{")
     with pytest.raises(ConfigError, match=r"recipe\.json is damaged"):
         check_stored(recipe, checkpoint, tokenizer_of(checkpoint))
-    (recipe.folder / "recipe.json").write_text(json.dumps({"recipe": {"prompts.seed": 0}, "content": {}}))
+    (recipe.folder / "recipe.json").write_text(json.dumps({"recipe": {"prompts": {"seed": 0}}, "content": {}}))
     with pytest.raises(ConfigError, match=r"made with collect\.answers = nothing, not 'model'"):
         check_stored(recipe, checkpoint, tokenizer_of(checkpoint))

@@ -239,7 +239,7 @@ def test_recipes_that_come_with_hopskip_have_names(name: str, tmp_path: Path, mo
     ("name", "message"),
     [
         ("smollm2-135m-exits", r"does not exist; .*; did you mean 'smollm2-135m-exit'\?"),
-        ("zzz", "one that comes with hopskip; there are: any-model-exit, from-scratch-tiny, .*smollm2-135m-lora"),
+        ("zzz", "one that comes with hopskip; there are: from-scratch-tiny, .*smollm2-135m-lora"),
         ("elsewhere/smollm2-135m-exit", "does not exist"),
         ("folder", "is a folder; give a .yaml file"),
     ],

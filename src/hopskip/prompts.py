@@ -123,8 +123,13 @@ def spread(items: Seq[T], limit: int | None) -> list[T]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
+def shipped_path(name: str) -> Path:
+    """The file of a set that comes with the package."""
+    return Path(str(files("hopskip") / "data" / "prompts" / f"{name}.jsonl"))
+
+
 def _shipped(name: str) -> str:
-    return (files("hopskip") / "data" / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return shipped_path(name).read_text(encoding="utf-8")
 
 
 def _read(source: str) -> str:

@@ -60,8 +60,7 @@ class ExpectedGains:
         console.print(table)
         if not self.has_trained_exit:
             console.print(
-                "To train an exit (hopskip train exit any-model-exit --model MODEL): "
-                f"{self.work.described(self.flops_per_second)}.",
+                f"To train an exit (hopskip train exit --model MODEL): {self.work.described(self.flops_per_second)}.",
                 markup=False,
             )
 
@@ -103,11 +102,13 @@ def expected_gains(
         measured: costs, if they were.
     """
     from hopskip.bench.gains import gains, modelled_costs, with_measured
-    from hopskip.train.exit.estimate import USUAL_RECIPE, Work, exit_parameters, flops_per_second
+    from hopskip.train.exit.estimate import Work, exit_parameters, flops_per_second
+    from hopskip.train.exit.rule import usual_recipe
 
+    flops = flops_per_second()
+    recipe = usual_recipe(config, flops)
     if trained_exit is None:
-        (shape,) = USUAL_RECIPE.exits(config.num_hidden_layers)
-        num_weights = exit_parameters(shape, config, min(USUAL_RECIPE.vocabulary, config.vocab_size))
+        num_weights = exit_parameters(recipe.exits(config.num_hidden_layers)[0], config, recipe.vocabulary)
     else:
         num_weights = exit_parameters(trained_exit.config, config, len(trained_exit.vocabulary))
     exit_bytes = num_weights * 34 // 32 if is_native else num_weights * 2
@@ -116,8 +117,8 @@ def expected_gains(
         gains=gains(modelled if measured is None else with_measured(modelled, measured), config, trained_exit),
         by_measurement=measured is not None,
         has_trained_exit=trained_exit is not None,
-        work=Work.of(USUAL_RECIPE, config),
-        flops_per_second=flops_per_second(),
+        work=Work.of(recipe, config),
+        flops_per_second=flops,
     )
 
 

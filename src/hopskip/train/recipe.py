@@ -122,7 +122,7 @@ def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {str(path)!r} is not a mapping of sections (model, data, ...); see {RECIPES}")
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     recipe = make(kind, values, "")
     assert isinstance(recipe, kind)
     return recipe
@@ -223,7 +223,12 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     raise ConfigError(f"{place} is {value!r}; it must be {'a section of keys' if is_dataclass(hint) else name}")
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in nested sections.
+
+    Raises:
+        ConfigError: it is not of that form, or a section is a value.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")

@@ -11,7 +11,6 @@ from statistics import fmean, stdev
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from hopskip.backends.base import Backend
 from hopskip.checkpoint.trained_exit import TrainedExit
@@ -22,6 +21,7 @@ from hopskip.sequence import Request, Sequence, SpeculativeStats
 from hopskip.speculative import SpeculativeConfig
 from hopskip.train.exit.conversations import Conversation
 from hopskip.train.exit.recipe import SearchRecipe
+from hopskip.train.exit.vocabulary import answers_of
 
 _SURE = 0.06
 """The width, over the gain itself, within which a gain is called known."""
@@ -70,12 +70,6 @@ class Candidate:
         }
 
 
-def draft_vocabulary(conversations: Seq[Conversation], size: int) -> Tensor:
-    """The tokens that the model's own answers use most, rising: int64 [at most size]."""
-    counts = _answers(conversations).bincount()
-    return counts.argsort(descending=True, stable=True)[: min(size, int((counts > 0).sum()))].sort().values
-
-
 def measure(
     backend: Backend,
     trained: TrainedExit,
@@ -92,7 +86,7 @@ def measure(
     """
     backend.attach_exit(trained)
     prompts = [c.prompt for c in held_out[: search.num_prompts]]
-    coverage = float(torch.isin(_answers(held_out), torch.tensor(trained.vocabulary_list)).float().mean())
+    coverage = float(torch.isin(answers_of(held_out), torch.tensor(trained.vocabulary_list)).float().mean())
     plain = make_engine(backend, SpeculativeConfig(draft="none"), eos_token_ids=eos_token_ids)
     racers = []
     for length, num_runner_ups in product(search.num_draft_tokens, search.num_runner_ups):
@@ -230,7 +224,3 @@ class _Acceptance:
     @property
     def shares(self) -> list[float]:
         return [number / max(1, self._num_drafts) for number in self._num_accepted]
-
-
-def _answers(conversations: Seq[Conversation]) -> Tensor:
-    return torch.cat([c.ids_T[c.is_answer_T] for c in conversations])

@@ -10,7 +10,7 @@ n draft vocabulary, P positions that are predicted, J unroll steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from hopskip.backends.torch.layer import LayerWeights, decoder_layer, rms_norm
 from hopskip.backends.torch.weights import load_tensor
-from hopskip.checkpoint.checkpoint import Checkpoint
+from hopskip.checkpoint.checkpoint import Checkpoint, expected_tensors
+from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import ExitConfig, Mixing, TrainedExit
 from hopskip.train.exit.batch import Batch
 from hopskip.train.exit.recipe import FitConfig
@@ -33,6 +34,7 @@ class ExitTrainer(nn.Module):
     """The trainable half of an exit, with the frozen norm and head rows that it shares with the model.
 
     Args:
+        checkpoint: of the model; its config alone gives weights without values, to count memory by.
         dtype: of the matrix products and attention; weights, norms and losses are float32 in any case.
     """
 
@@ -42,10 +44,19 @@ class ExitTrainer(nn.Module):
     sin: Tensor
 
     def __init__(
-        self, checkpoint: Checkpoint, exit_config: ExitConfig, vocabulary: Tensor, dtype: torch.dtype = torch.float32
+        self,
+        checkpoint: Checkpoint | ModelConfig,
+        exit_config: ExitConfig,
+        vocabulary: Tensor,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        config = self.config = checkpoint.config
+        load: Callable[..., Tensor]
+        if isinstance(checkpoint, ModelConfig):
+            config, load = checkpoint, partial(_empty, checkpoint)
+        else:
+            config, load = checkpoint.config, partial(load_tensor, checkpoint)
+        self.config = config
         self.exit_config = exit_config
         self.vocabulary = vocabulary
         self._dtype = dtype
@@ -55,18 +66,18 @@ class ExitTrainer(nn.Module):
         first = depth - exit_config.num_layers
         for index in range(exit_config.num_layers):
             for name in config.layer_tensors():
-                weights = load_tensor(checkpoint, f"model.layers.{first + index}.{name}", torch.float32)
+                weights = load(f"model.layers.{first + index}.{name}", torch.float32)
                 self.register_parameter(_registered(index, name), nn.Parameter(weights))
         if exit_config.features:
             self.fuse = nn.Parameter(torch.zeros(size, len(exit_config.features) * size))
             self.mix = nn.Parameter(torch.zeros(size, 2 * size))
             self.token_norm = nn.Parameter(torch.ones(size))
             self.feature_norm = nn.Parameter(torch.ones(size))
-        head = load_tensor(checkpoint, "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+        head = load("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
         cos, sin = config.rope.tables(config.context_length)
         for name, values in {
             "head": head[vocabulary].to(dtype),
-            "norm": load_tensor(checkpoint, "model.norm.weight", torch.float32),
+            "norm": load("model.norm.weight", torch.float32),
             "cos": torch.from_numpy(cos)[:, None, :],
             "sin": torch.from_numpy(sin)[:, None, :],
         }.items():
@@ -193,6 +204,10 @@ class ExitTrainer(nn.Module):
         return decoder_layer(h_BTD, layer, self.config, rotation, attend, _linear)
 
 
+def _empty(config: ModelConfig, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(expected_tensors(config)[name], dtype=dtype or torch.bfloat16)
+
+
 def _registered(index: int, name: str) -> str:
     """A layer's tensor as a parameter of the module, whose names have no dots."""
     return f"layers_{index}_{name.replace('.', '_')}"
@@ -257,3 +272,13 @@ def distillation_loss(
     targets_Pn = targets_Pn * (keep_P * (soft / num_kept.clamp(min=1)))[:, None]
     targets_Pn.scatter_add_(1, next_P.clamp(min=0)[:, None], (known_P * hard)[:, None])
     return F.cross_entropy(logits_Pn, targets_Pn, reduction="sum")
+
+
+def make_optimizer(trainer: ExitTrainer, config: FitConfig) -> torch.optim.AdamW:
+    matrices = [p for p in trainer.parameters() if p.ndim > 1]
+    vectors = [p for p in trainer.parameters() if p.ndim == 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+    )

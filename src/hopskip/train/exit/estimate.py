@@ -6,7 +6,7 @@ import importlib.util
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +16,16 @@ from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError
 from hopskip.machine import num_usable_cores
 from hopskip.text.tokenizer import Tokenizer
-from hopskip.train.exit.recipe import Branch, CollectRecipe, ExitRecipe, FitConfig, PromptsRecipe
+from hopskip.train.exit.recipe import CollectRecipe, ExitRecipe
 
 _USUAL_PROMPTS = 4000
 """Of files that nobody has counted."""
-_USUAL_SHARE = 0.7
+USUAL_SHARE = 0.7
 """Of the most tokens of an answer, that answers have."""
-_USUAL_PROMPT_TOKENS = 64
-_EFFICIENCY = 0.3
+USUAL_PROMPT_TOKENS = 64
+EFFICIENCY = 0.3
 """Share of a machine's matrix products that training and collecting reach: on two cores 0.2 for a model of 135 million
 parameters, 0.45 for one of 1.2 billion."""
-
-
-USUAL_RECIPE = ExitRecipe(
-    output="",
-    prompts=PromptsRecipe(self_written=4000),
-    branches=(Branch(start=0, num_layers=1, features=("50%", "90%", "100%")),),
-    stages=(FitConfig(num_tokens=1_500_000, unroll_steps=1), FitConfig(num_tokens=1_000_000, unroll_steps=3)),
-)
-"""As much work as `recipes/any-model-exit.yaml`: for who asks before there is a recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,42 +40,65 @@ class Work:
     train_flops: float
     disk_bytes: int
     """For the states behind the collected tokens."""
+    decoding_passes: float = 0.0
+    """That answering takes: one for a token of each of the texts that are decoded together. None where it is given."""
 
     @classmethod
     def of(cls, recipe: ExitRecipe, model: ModelConfig) -> Work:
         """For a recipe."""
         prompts = recipe.prompts
         num_prompts = prompts.self_written + ((prompts.max_prompts or _USUAL_PROMPTS) if prompts.files else 0)
+        is_stored = recipe.collect.states == "stored"
         depth = model.num_hidden_layers
         exits = [exit for exit in recipe.exits(depth) if exit.num_layers]
         work = cls._collecting(num_prompts, recipe.collect, len({*recipe.taps(depth), depth}), model)
         tokens = sum(stage.num_tokens for stage in recipe.stages)
         steps = sum(stage.num_tokens * stage.unroll_steps for stage in recipe.stages)
-        train_flops = sum(6 * (exit_parameters(exit, model, recipe.vocabulary)) * steps for exit in exits)
-        return cls(**{**vars(work), "trained_tokens": tokens * len(exits), "train_flops": float(train_flops)})
+        train_flops = sum(6.0 * (exit_parameters(exit, model, recipe.vocabulary)) * steps for exit in exits)
+        if not is_stored:  # a pass over each batch
+            train_flops += 2.0 * model.num_parameters * tokens * len(exits)
+        return replace(
+            work,
+            trained_tokens=tokens * len(exits),
+            train_flops=train_flops,
+            disk_bytes=work.disk_bytes if is_stored else 4 * work.collected_tokens,
+        )
 
     @classmethod
     def _collecting(cls, num_prompts: int, collect: CollectRecipe, num_taps: int, model: ModelConfig) -> Work:
-        tokens = int(num_prompts * (_USUAL_PROMPT_TOKENS + _USUAL_SHARE * collect.max_new_tokens))
+        tokens = int(num_prompts * (USUAL_PROMPT_TOKENS + USUAL_SHARE * collect.max_new_tokens))
+        answered = num_prompts * USUAL_SHARE * collect.max_new_tokens if collect.answers == "model" else 0.0
+        has_pass = collect.answers == "model" or collect.states == "stored"
         return cls(
             collected_tokens=tokens,
             trained_tokens=0,
-            collect_flops=2.0 * model.num_parameters * tokens,
+            collect_flops=2.0 * model.num_parameters * tokens if has_pass else 0.0,
             train_flops=0.0,
             disk_bytes=tokens * num_taps * model.hidden_size * 2,
+            decoding_passes=answered / collect.max_num_seqs,
         )
 
-    def seconds(self, flops_per_second: float) -> float:
-        """Of collecting and training."""
-        return (self.collect_flops + self.train_flops) / (_EFFICIENCY * flops_per_second)
+    def seconds(self, flops_per_second: float, pass_seconds: float = 0.0) -> float:
+        """Of collecting and training.
 
-    def described(self, flops_per_second: float) -> str:
+        Args:
+            pass_seconds: that a pass takes however few tokens it has: on a GPU, which reads all weights and is told of
+                every layer. A CPU that decodes many texts together is busy with multiplying.
+        """
+        return self._collecting_seconds(flops_per_second, pass_seconds) + self.train_flops / (
+            EFFICIENCY * flops_per_second
+        )
+
+    def _collecting_seconds(self, flops_per_second: float, pass_seconds: float) -> float:
+        return self.collect_flops / (EFFICIENCY * flops_per_second) + self.decoding_passes * pass_seconds
+
+    def described(self, flops_per_second: float, pass_seconds: float = 0.0) -> str:
         """In one line."""
-        collecting = self.collect_flops / (_EFFICIENCY * flops_per_second)
+        collecting = duration(self._collecting_seconds(flops_per_second, pass_seconds))
         return (
-            f"about {duration(self.seconds(flops_per_second))} here, by estimate: {duration(collecting)} to collect "
-            f"{self.collected_tokens / 1e6:.1f}M tokens ({self.disk_bytes / 1e9:.1f} GB on disk), the rest to train on "
-            f"{self.trained_tokens / 1e6:.1f}M; the same command goes on after an interruption"
+            f"about {duration(self.seconds(flops_per_second, pass_seconds))} here, by estimate: {collecting} to "
+            f"collect {self.collected_tokens / 1e6:.1f}M tokens ({self.disk_bytes / 1e9:.1f} GB on disk), the rest to "
+            f"train on {self.trained_tokens / 1e6:.1f}M; the same command goes on after an interruption"
         )
 
 
@@ -126,12 +140,18 @@ def check_start(recipe: ExitRecipe, tokenizer: Tokenizer) -> None:
 def check_disk(work: Work, folder: Path) -> None:
     """Raises ConfigError if the states will hardly fit the disk, those that are there already counted in."""
     there = sum(path.stat().st_size for path in (folder / "data").glob("shard-*"))
-    free = shutil.disk_usage(folder).free
+    free = free_disk(folder)
     if work.disk_bytes - there > free:
         raise ConfigError(
             f"the states of about {work.collected_tokens / 1e6:.1f}M tokens take {work.disk_bytes / 1e9:.1f} GB, and "
             f"{folder} has {free / 1e9:.1f} GB free; give another output, or fewer prompts"
         )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(place).free
 
 
 def duration(seconds: float) -> str:

@@ -25,7 +25,7 @@ from hopskip.train.checkpoint import replacing_file
 from hopskip.train.exit.acceptance import Acceptance
 from hopskip.train.exit.batch import Batch
 from hopskip.train.exit.conversations import Conversation
-from hopskip.train.exit.distill import ExitTrainer, num_positions
+from hopskip.train.exit.distill import ExitTrainer, make_optimizer, num_positions
 from hopskip.train.exit.feed import Feed
 from hopskip.train.exit.recipe import FitConfig
 
@@ -95,7 +95,7 @@ class Stage:
             "batches per step": self._num_batches,
         }
         self._model, self._optimizer = self._accelerator.prepare(
-            trainer, _optimizer(trainer, config), device_placement=[False, False]
+            trainer, make_optimizer(trainer, config), device_placement=[False, False]
         )
         self._progress = _Progress()
         self._log: list[dict[str, Any]] = []
@@ -262,16 +262,6 @@ class Stage:
         self._best = state["best"] or self._weights()
         if self._accelerator.is_main_process:
             self._write_log()  # it may have ended between the two
-
-
-def _optimizer(trainer: ExitTrainer, config: FitConfig) -> torch.optim.AdamW:
-    matrices = [p for p in trainer.parameters() if p.ndim > 1]
-    vectors = [p for p in trainer.parameters() if p.ndim == 1]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-    )
 
 
 def numbered_batches(conversations: Seq[Conversation], config: FitConfig, skip: int) -> Iterator[tuple[int, list[int]]]:

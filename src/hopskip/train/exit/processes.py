@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from datetime import timedelta
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from hopskip.errors import ConfigError
 from hopskip.loading import known_device
+from hopskip.train.exit.recipe import ExitRecipe
 
 _LONGEST_WAIT = timedelta(days=7)
 """That processes wait for one of them, which times the exits, or asks a server."""
@@ -61,3 +63,17 @@ def make_accelerator(device: str, report_to: Seq[str], folder: Path, settings: M
 def device_of(accelerator: Accelerator, device: str) -> torch.device:
     """Where this process computes."""
     return torch.device(accelerator.device if accelerator.num_processes > 1 else known_device(device))
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks to people."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def agreed(recipe: ExitRecipe) -> ExitRecipe:
+    """That of the first process: each may have measured another speed of the machine."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return recipe
+    make_accelerator(recipe.device, (), recipe.folder, {})
+    found: list[ExitRecipe] = broadcast_object_list([recipe])
+    return found[0]

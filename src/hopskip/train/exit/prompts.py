@@ -16,6 +16,7 @@ from typing import Any
 
 from hopskip.engine.engine import Engine
 from hopskip.errors import ConfigError
+from hopskip.prompts import PROMPT_SETS, shipped_path
 from hopskip.sampling_params import SamplingParams
 from hopskip.sequence import Request, Sequence
 from hopskip.text.tokenizer import Tokenizer
@@ -161,7 +162,8 @@ def _finish(engine: Engine, requests: Seq[Request]) -> list[Sequence]:
 def _rows(sources: Seq[str], settings: PromptsRecipe) -> Iterator[Chat]:
     """The chats of some files or data sets."""
     messages, prompt, response = settings.messages_field, settings.prompt_field, settings.response_field
-    for source in sources:
+    for name in sources:
+        source = str(shipped_path(name)) if name in PROMPT_SETS else name
         data = DataConfig(train=(source,), split=settings.split, subset=settings.subset, where=settings.where)
         for row in read_split(data, held_out=False):
             found = chat_of(row, messages_field=messages, prompt_field=prompt, response_field=response)

@@ -223,6 +223,8 @@ class ExitRecipe:
     """The shapes of exit to try: the candidates."""
     vocabulary: int = 8192
     """Size of the draft vocabulary: so many of the tokens that the model uses most."""
+    fill_vocabulary: bool = False
+    """Where the answers have fewer kinds of tokens, take those as well that the tokenizer's makers merged first."""
     initial: str | None = None
     """The folder of an exit whose weights the candidates of its shape start from, such as one that was trained for the
     model that this one was fine-tuned from; `default` is the one that ships for the default model."""
@@ -272,8 +274,7 @@ class ExitRecipe:
     @property
     def folder(self) -> Path:
         """Of the run."""
-        name = DEFAULT_MODEL if self.base == "default" else self.base.rstrip("/")
-        return Path(self.output.replace("{model}", Path(name).name.removesuffix(".gguf").replace(":", "-")))
+        return folder_of(self.output, self.base)
 
     @property
     def load(self) -> LoadConfig:
@@ -286,3 +287,9 @@ class ExitRecipe:
             device=self.device,
             threads=self.threads,
         )
+
+
+def folder_of(output: str, base: str) -> Path:
+    """Of a run: `{model}` stands for the model's own name."""
+    name = DEFAULT_MODEL if base == "default" else base.rstrip("/")
+    return Path(output.replace("{model}", Path(name).name.removesuffix(".gguf").replace(":", "-")))

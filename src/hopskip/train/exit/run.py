@@ -24,16 +24,17 @@ from hopskip.loading import Progress, load_backend
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.checkpoint import replacing, replacing_file
-from hopskip.train.exit.choose import Candidate, draft_vocabulary, measure
+from hopskip.train.exit.choose import Candidate, measure
 from hopskip.train.exit.conversations import Conversation
 from hopskip.train.exit.distill import ExitTrainer
-from hopskip.train.exit.estimate import Work, check_disk, check_start, duration, flops_per_second
+from hopskip.train.exit.estimate import Work, check_disk, check_start, duration
 from hopskip.train.exit.feed import Feed
 from hopskip.train.exit.fit import Evaluation, Stage
 from hopskip.train.exit.processes import check_trackers, device_of, make_accelerator
 from hopskip.train.exit.recipe import ExitRecipe, FitConfig
 from hopskip.train.exit.stored import check_stored, settings_of
 from hopskip.train.exit.text import Text, TextMaker
+from hopskip.train.exit.vocabulary import by_merge_rank, draft_vocabulary
 from hopskip.train.plot import plot_acceptance
 from hopskip.version import stamp
 
@@ -72,9 +73,7 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
         torch.set_num_threads(recipe.threads)
     if accelerator.is_main_process:
         check_stored(recipe, checkpoint, tokenizer)
-        work = Work.of(recipe, checkpoint.config)
-        check_disk(work, recipe.folder)
-        report(work.described(flops_per_second(recipe.threads)))
+        check_disk(Work.of(recipe, checkpoint.config), recipe.folder)
     accelerator.wait_for_everyone()
     device = str(device_of(accelerator, recipe.device))
     own = _Run(replace(recipe, device=device), checkpoint, tokenizer, initial, accelerator, report, progress)
@@ -104,9 +103,9 @@ class _Run:
         """Collect, train, measure; the folder of the best exit."""
         recipe, checkpoint = self.recipe, self.checkpoint
         text = TextMaker(recipe, checkpoint, self.tokenizer, self.accelerator, self.report, self.progress).make()
-        vocabularies = [
-            draft_vocabulary(text.training, size) for size in (recipe.vocabulary, *recipe.search.vocabulary)
-        ]
+        more = by_merge_rank(self.tokenizer, checkpoint.config.vocab_size) if recipe.fill_vocabulary else ()
+        sizes = (recipe.vocabulary, *recipe.search.vocabulary)
+        vocabularies = [draft_vocabulary(text.training, size, more) for size in sizes]
         exits = recipe.exits(checkpoint.config.num_hidden_layers)
         trained = [self._trained(exit_config, text, vocabularies[0]) for exit_config in exits]
         held_out = text.held_out

@@ -35,15 +35,13 @@ def check_stored(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenize
         TrainingError: the note cannot be written.
     """
     folder, path = recipe.folder, recipe.folder / STORED
-    settings = {"recipe": settings_of(recipe), "content": _content(recipe, checkpoint, tokenizer)}
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            before, content = stored["recipe"], stored["content"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is damaged ({error!r}); use another output") from None
-        for name in sorted({*before, *settings["recipe"]}):
-            was, now = before.get(name), settings["recipe"].get(name)
+    settings = {"recipe": asdict(recipe), "content": _content(recipe, checkpoint, tokenizer)}
+    stored = read_stored(folder)
+    if stored is not None:
+        before, after = _flat(stored["recipe"]), settings_of(recipe)
+        content = stored["content"]
+        for name in sorted({*before, *after}):
+            was, now = before.get(name), after.get(name)
             if was != now and not _may_change(name):
                 raise ConfigError(
                     f"{folder} was made with {name} = {_said(was)}, not {_said(now)}: set it back, or use another "
@@ -56,7 +54,25 @@ def check_stored(recipe: ExitRecipe, checkpoint: Checkpoint, tokenizer: Tokenize
         raise ConfigError(f"{folder} holds data, but no {STORED} that says of what run; use another output")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as partial:
-        partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(settings, indent=1, default=_plain) + "\n", encoding="utf-8")
+
+
+def read_stored(folder: Path) -> dict[str, Any] | None:
+    """The `recipe` and the `content` of a run's folder; None if it has none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = folder / STORED
+    if not path.exists():
+        return None
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored["recipe"], dict) or not isinstance(stored["content"], dict):
+            raise ValueError("no recipe or no content")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}); use another output") from None
+    return stored
 
 
 def settings_of(recipe: ExitRecipe) -> dict[str, Any]:
