@@ -42,6 +42,12 @@ def test_spellings(row: dict[str, Any]) -> None:
     assert chat_of(row) == [ASKED, SAID]
 
 
+def test_speakers_take_turns() -> None:
+    chat = chat_of({"conversations": ["a", "b", "c"]})
+    assert chat is not None
+    assert [message["role"] for message in chat] == ["user", "assistant", "user"]
+
+
 @pytest.mark.parametrize("field", ["system", "system_prompt"])
 def test_who_the_assistant_is(field: str) -> None:
     assert chat_of({field: "Be brief.", "question": "Who jumps?", "response": "The fox."}) == [SYSTEM, ASKED, SAID]

@@ -70,6 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "training": {
                 "max_steps": 20 if p_max == 0 else 4,
                 "per_device_train_batch_size": 4 // num_processes,
+                "per_device_eval_batch_size": 3,  # of four rows: accelerate fills the last batch with rows seen before
                 "gradient_accumulation_steps": 2,
                 "learning_rate": 1e-3,
                 "logging_steps": 1,

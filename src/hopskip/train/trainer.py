@@ -135,7 +135,8 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
         if self._is_plain and not self._wants_logits:
             # no logits from the model itself: it is asked for those of no position
             inputs["logits_to_keep"] = inputs["input_ids"].new_empty(0)
-        with self._measuring(taps, terms, inputs["labels"], num_items_in_batch, losses) as measured:
+        labels_BT = inputs["labels"] if model.training else self._not_seen_before(inputs["labels"])
+        with self._measuring(taps, terms, labels_BT, num_items_in_batch, losses) as measured:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own = result[0] if return_outputs else result
         if measured.loss is None or (self._is_plain and not measured.is_asked_for):
@@ -163,6 +164,17 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
             return None
         rank = 0 if self.layerskip.same_dropout_on_every_rank else self.args.process_index
         return draw_kept(rates, len(inputs["input_ids"]), self.args.seed, step, micro_step, rank)
+
+    def _not_seen_before(self, labels_BT: Tensor) -> Tensor:
+        """The labels of an evaluation without those of rows that accelerate repeats, so that the last batches of all
+        ranks are alike."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels_BT
+        number = max(0, state.remainder - self.args.process_index * self.args.eval_batch_size)
+        labels_BT = labels_BT.clone()
+        labels_BT[number:] = -100
+        return labels_BT
 
     @contextmanager
     def _measuring(
