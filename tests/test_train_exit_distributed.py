@@ -28,6 +28,8 @@ warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 import hopskip.train.exit.collect as collect
+from dataclasses import replace
+from hopskip.train.exit.processes import agreed
 from hopskip.train.exit.recipe import ExitRecipe
 from hopskip.train.exit.run import run
 from hopskip.train.recipe import make
@@ -36,6 +38,7 @@ recipes = [make(ExitRecipe, json.loads(recipe), "") for recipe in sys.argv[1:]]
 """
 TOGETHER = """
 for recipe in recipes:
+    recipe = agreed(replace(recipe, vocabulary=recipe.vocabulary + int(os.environ["RANK"])))
     run(recipe, report=lambda line: print(line, flush=True))
 torch.distributed.destroy_process_group()
 """

@@ -19,13 +19,16 @@ from hopskip.cli import app
 from hopskip.errors import ConfigError
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.exit import plan as plan_module
+from hopskip.train.exit.batch import Batch
 from hopskip.train.exit.conversations import Conversation
+from hopskip.train.exit.distill import ExitTrainer, make_optimizer, num_positions
 from hopskip.train.exit.estimate import EFFICIENCY, Work
-from hopskip.train.exit.memory import collecting_bytes, training_bytes, weight_bytes
+from hopskip.train.exit.memory import _step_bytes, collecting_bytes, training_bytes, weight_bytes
 from hopskip.train.exit.plan import plan_by_rule
-from hopskip.train.exit.recipe import ExitRecipe
+from hopskip.train.exit.recipe import ExitRecipe, FitConfig
 from hopskip.train.exit.rule import Machine, recipe_values, vocabulary_size
 from hopskip.train.exit.vocabulary import by_merge_rank, draft_vocabulary
+from hopskip.train.memory import CountedMemory
 from hopskip.train.recipe import RECIPES, make, read_recipe
 from tests.models import tiny_config
 from tests.serving import live_server
@@ -111,7 +114,8 @@ def test_what_the_machine_has_decides() -> None:
     work = Work.of(fast, LLAMA_8B)
     assert fast.collect.states == "on-the-fly"
     assert fast.collect.precision == "bfloat16"
-    assert fast.num_workers == 2
+    assert fast.num_workers == 0, "nothing is read"
+    assert by_rule(SMOLLM2, GPU).num_workers == 2
     assert fast.stages[0].batch_tokens == 4096
     assert 3600 < work.seconds(GPU.flops_per_second, GPU.pass_seconds) < 10 * 3600
     assert work.seconds(GPU.flops_per_second, 2 * GPU.pass_seconds) > work.seconds(GPU.flops_per_second)
@@ -208,9 +212,31 @@ def test_memory_of_training_is_what_a_step_has() -> None:
     assert training_bytes(by_rule(trained_model), trained_model) == 0
 
 
-def _trainer(model: ModelConfig) -> torch.nn.Module:
-    from hopskip.train.exit.distill import ExitTrainer
+def test_memory_is_counted_as_it_is(tmp_path: Path) -> None:
+    """A step on tensors with data has what the one on tensors without was said to have."""
+    write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    stage, exit = (
+        FitConfig(num_tokens=9, batch_tokens=160, unroll_steps=3),
+        ExitConfig(start=0, num_layers=1, features=(1, 3)),
+    )
+    said = _step_bytes(checkpoint.config, exit, 100, torch.float32, stage, 40)
+    with CountedMemory() as counted:
+        trainer = ExitTrainer(checkpoint, exit, torch.arange(100))
+        optimizer = make_optimizer(trainer, stage)
+        for _ in range(2):
+            places = torch.arange(160)
+            x, features, final = torch.randn(4, 40, 64), torch.randn(4, 40, 2, 64), torch.randn(160, 64)
+            batch = Batch(x, features, final, places % 100, places, places % 40)
+            optimizer.zero_grad()
+            loss = trainer(batch, stage, num_positions(batch, 3))
+            torch.autograd.backward(loss)
+            del loss
+            optimizer.step()
+    assert counted.peak == pytest.approx(said, rel=0.1)
 
+
+def _trainer(model: ModelConfig) -> torch.nn.Module:
     with torch.device("meta"):
         return ExitTrainer(
             model, ExitConfig(start=0, num_layers=1, features=(15, 27, 30)), torch.arange(8, device="cpu")

@@ -13,14 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from typer.testing import CliRunner
 
 from hopskip import LLM, SamplingParams, SpeculativeConfig
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.trained_exit import ExitConfig, TrainedExit
 from hopskip.cli import app, progress
+from hopskip.errors import ConfigError
 from hopskip.train.exit.distill import ExitTrainer
+from hopskip.train.exit.processes import check_trackers, make_accelerator
 from hopskip.train.exit.prompts import self_prompts
+from hopskip.train.exit.recipe import ExitRecipe
+from hopskip.train.exit.run import run
+from hopskip.train.recipe import make
 from hopskip.version import stamp
 from tests.tiny import write_checkpoint
 
@@ -163,3 +171,86 @@ threads: 1
     wrong = CliRunner().invoke(app, ["train", "exit", str(recipe), "branches=[{start: 1, num_layers: 1}]"])
     assert wrong.exit_code == 2
     assert "add it to branches" in wrong.output
+
+
+# -- processes and trackers -------------------------------------------------------------------------------------------
+
+
+def test_trackers_are_known_at_the_start() -> None:
+    check_trackers([])
+    with pytest.raises(ConfigError, match=r"report_to has 'nobody'; choose of aim, .*wandb"):
+        check_trackers(["nobody"])
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    missing = next(name for name in ("clearml", "comet_ml", "aim") if name not in available)
+    with pytest.raises(ConfigError, match=rf"report_to has '{missing}', which is not installed: pip install"):
+        check_trackers(["tensorboard", missing] if "tensorboard" in available else [missing])
+
+
+class Tracker(GeneralTracker):  # type: ignore[misc]
+    """Keeps what it is told."""
+
+    name = "mine"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, dict[str, float]]] = []
+        self.config: dict[str, object] = {}
+        self.is_finished = False
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, object]) -> None:
+        self.config = values
+
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs: object) -> None:
+        assert step is not None
+        self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_a_tracker_is_told_of_settings_and_evaluations(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(9)))
+    tracker = Tracker()
+    monkeypatch.setattr("hopskip.train.exit.run.check_trackers", lambda names: None)
+    monkeypatch.setattr(
+        "hopskip.train.exit.processes.Accelerator", lambda **options: Accelerator(**{**options, "log_with": tracker})
+    )
+    values = {
+        "output": str(tmp_path / "run"),
+        "base": str(checkpoint.path),
+        "prompts": {"files": [str(tmp_path / "prompts.jsonl")]},
+        "collect": {"precision": "float32", "max_new_tokens": 12},
+        "branches": [{"start": 0, "num_layers": 1}],
+        "stages": [{"num_tokens": 60, "eval_every": 30, "unroll_steps": 1, "batch_tokens": 20}],
+        "held_out_every": 3,
+        "search": {"num_prompts": 1, "max_new_tokens": 4, "num_draft_tokens": [1], "num_runner_ups": [0], "repeats": 1,
+                   "max_repeats": 1, "least_speedup": 0},
+        "device": "cpu",
+    }  # fmt: skip
+
+    recipe = make(ExitRecipe, values, "")
+    made = make_accelerator("cpu", ["mine"], tmp_path, {"prompts.seed": 3, "prompts.files": ["x"]})
+    assert tracker.config == {"prompts.seed": 3}
+    monkeypatch.setattr("hopskip.train.exit.run.make_accelerator", lambda *arguments: made)
+    run(recipe, report=lambda line: None)
+    assert tracker.is_finished
+    steps = [step for step, _ in tracker.told]
+    assert steps == sorted(steps)
+    assert steps[-1] >= 60
+    assert set(tracker.told[0][1]) == {f"s0-b1/stage-0/{name}" for name in ("loss", "tokens_per_pass", "acceptance_1")}
+
+
+def test_another_training_leaves_no_precision_behind(tmp_path: Path) -> None:
+    AcceleratorState._reset_state()
+    assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+    assert make_accelerator("cpu", [], tmp_path, {}).mixed_precision == "no"
+    AcceleratorState._reset_state()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
@@ -43,8 +44,11 @@ def make_accelerator(device: str, report_to: Seq[str], folder: Path, settings: M
         ConfigError: a GPU is named, though each process has its own.
     """
     kind = known_device(device)
+    # whoever trained in this process before may have had another precision, which would hold for us too
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=kind == "cpu",
+        mixed_precision="no",  # an exit has its own, see `ExitTrainer`
         log_with=list(report_to) or None,
         project_dir=str(folder),
         kwargs_handlers=[

@@ -254,6 +254,10 @@ class ExitRecipe:
             raise ConfigError("collect.answers: given takes answers of prompts.files; leave prompts.self_written out")
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"precision is {self.precision}; it must be float32 or bfloat16")
+        if self.num_workers and self.collect.states == "on-the-fly":
+            raise ConfigError(f"num_workers is {self.num_workers}, but states on the fly are made by the first process")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers is {self.num_workers}; it must be at least 0")
         if self.held_out_every < 2:
             raise ConfigError(f"held_out_every is {self.held_out_every}; it must be at least 2")
         if self.vocabulary < 1:

@@ -103,6 +103,7 @@ def recipe_values(
     branch = {"start": 0, "num_layers": 1, "features": list(FEATURES)}
     if _state_bytes(model, tokens) > machine.disk_bytes / 2:
         values["collect"]["states"] = "on-the-fly"
+        values["num_workers"] = 0
     return {
         **values,
         "branches": [branch],
