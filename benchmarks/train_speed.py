@@ -19,11 +19,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hopskip.machine import cpu_name, num_usable_cores
-from hopskip.train.curriculum import LayerSkipConfig
+from hopskip.train.curriculum import LayerSkipRecipe
 from hopskip.train.data import Row, collate
 from hopskip.train.trainer import LayerSkipTrainer
 
-OFF = LayerSkipConfig(p_max=0.0, e_scale=0.0)
+OFF = LayerSkipRecipe(p_max=0.0, e_scale=0.0)
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
         0, arguments.vocabulary, (arguments.batch * arguments.steps, arguments.length), generator=generator
     )
     rows: list[Row] = [{"input_ids": row, "labels": row} for row in ids]
-    recipe = LayerSkipConfig(p_max=arguments.p_max, e_scale=0.2, rotation=min(arguments.rotation, arguments.layers))
-    settings: dict[str, LayerSkipConfig | None] = {"Trainer": None, "no dropout, no exits": OFF, "the recipe": recipe}
+    recipe = LayerSkipRecipe(p_max=arguments.p_max, e_scale=0.2, rotation=min(arguments.rotation, arguments.layers))
+    settings: dict[str, LayerSkipRecipe | None] = {"Trainer": None, "no dropout, no exits": OFF, "the recipe": recipe}
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     for _ in range(arguments.rounds):
         for name, layerskip in settings.items():
@@ -83,7 +83,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def step_seconds(
-    model: LlamaForCausalLM, rows: list[Row], layerskip: LayerSkipConfig | None, arguments: argparse.Namespace
+    model: LlamaForCausalLM, rows: list[Row], layerskip: LayerSkipRecipe | None, arguments: argparse.Namespace
 ) -> list[float]:
     """Of every step but the first, which fills caches and makes the optimizer's state."""
     clock = _Clock()

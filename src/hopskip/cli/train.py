@@ -28,6 +28,20 @@ Overrides = Annotated[
 def layerskip(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help=f"What to train, on what, and how: {_RECIPE}.")],
     overrides: Overrides = None,
+    *,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print parameters, tokens, memory and time, and whether it fits."),
+    ] = False,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--card",
+            metavar="[NUMBERx]GIB",
+            help="With --dry-run: plan for such GPUs, not for this machine.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train by the LayerSkip recipe: layer dropout and early-exit loss (arXiv 2404.16710).
 
@@ -36,11 +50,21 @@ def layerskip(
 
     $ hopskip train layerskip recipe.yaml
     $ hopskip train layerskip smollm2-135m-lora data.train=chats.jsonl
+    $ hopskip train layerskip llama3-8b-continual --dry-run --card 8x80
     """
     require("torch", "training", "train")
     from hopskip.train.recipe import load_recipe
 
+    if card is not None and not dry_run:
+        raise ConfigError(f"--card {card} has no effect without --dry-run; leave it out")
     settings = load_recipe(recipe, overrides or ())
+    if dry_run:
+        from hopskip.train.plan import Cards, plan
+
+        planned = plan(settings, None if card is None else Cards.parse(card))
+        print("\n".join(planned.lines()))
+        planned.check()
+        return
 
     from hopskip.train.run import run
 

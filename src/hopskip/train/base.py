@@ -37,16 +37,13 @@ def load_base(recipe: ModelRecipe) -> tuple[Any, Any]:
         CheckpointError: the base cannot be found, read, or expressed in transformers.
         ConfigError: a tokenizer or a config file is missing.
     """
+    dtype = getattr(torch, recipe.dtype)
     if recipe.base is not None:
-        checkpoint = open_checkpoint(_find(recipe.base))
-        model = to_transformers(checkpoint, getattr(torch, recipe.dtype))
-        tokenizer = load_transformers_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else checkpoint.path)
+        model = to_transformers(open_checkpoint(_find(recipe.base)), dtype)
     else:
         assert recipe.config is not None
-        place = Path(recipe.config)
-        model = from_scratch(place, getattr(torch, recipe.dtype))
-        folder = place if place.is_dir() else place.parent
-        tokenizer = load_transformers_tokenizer(_find(recipe.tokenizer) if recipe.tokenizer else folder)
+        model = from_scratch(Path(recipe.config), dtype)
+    tokenizer = base_tokenizer(recipe)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; give the model's own "
@@ -54,6 +51,46 @@ def load_base(recipe: ModelRecipe) -> tuple[Any, Any]:
         )
     model.set_attn_implementation(recipe.attn_implementation)
     return model, tokenizer
+
+
+def base_tokenizer(recipe: ModelRecipe) -> Any:
+    """The tokenizer of a recipe.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if recipe.tokenizer is not None:
+        return load_transformers_tokenizer(_find(recipe.tokenizer))
+    if recipe.base is not None:
+        return load_transformers_tokenizer(_find(recipe.base))
+    assert recipe.config is not None
+    place = Path(recipe.config)
+    return load_transformers_tokenizer(place if place.is_dir() else place.parent)
+
+
+def base_config(recipe: ModelRecipe) -> Any:
+    """transformers' description of a recipe's model. No weights are read, and none downloaded.
+
+    Raises:
+        CheckpointError: the base cannot be found, or hopskip cannot run it.
+        ConfigError: `config` is no model's config.
+    """
+    from transformers import AutoConfig
+
+    if recipe.config is not None:
+        return _read_config(Path(recipe.config))
+    assert recipe.base is not None
+    is_name = recipe.base != "default" and not Path(recipe.base).exists() and recipe.base.count("/") == 1
+    if is_name and not recipe.base.startswith((".", "/")):
+        try:
+            return AutoConfig.from_pretrained(recipe.base)
+        except Exception as error:  # of many kinds: no network, unknown, gated
+            raise CheckpointError(f"the config of {recipe.base} cannot be had ({_reason(error)})") from None
+    place = Path(recipe.base)
+    if place.is_dir() and (place / "config.json").exists():
+        return _read_config(place)
+    path = _find(recipe.base)
+    return _read_config(path) if path.is_dir() else AutoConfig.for_model(**hf_config(open_checkpoint(path).config))
 
 
 def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
@@ -91,16 +128,28 @@ def from_scratch(place: Path, dtype: torch.dtype = torch.float32) -> Any:
         ConfigError: there is no such file, or it is not a model's config.
         CheckpointError: hopskip cannot run that shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(_read_config(place), dtype=dtype)
+
+
+def _read_config(place: Path) -> Any:
+    from transformers import AutoConfig
 
     if not place.exists():
         raise ConfigError(f"model.config {str(place)!r} does not exist; give a config.json")
     try:
         config = AutoConfig.from_pretrained(place, local_files_only=True)
     except Exception as error:  # of many kinds
-        raise ConfigError(f"model.config {str(place)!r} cannot be read ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"model.config {str(place)!r} cannot be read ({_reason(error)})") from None
     ModelConfig.from_hf(config.to_dict())  # what we could not run is not worth training
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if hasattr(config, "quantization_config"):  # weights are dequantized when they are read
+        del config.quantization_config
+    return config
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -155,8 +204,7 @@ def load_transformers_tokenizer(path: Path) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except Exception as error:  # of many kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path} has no tokenizer that transformers can read ({reason})") from None
+            raise CheckpointError(f"{path} has no tokenizer that transformers can read ({_reason(error)})") from None
     if not tokenizer.is_fast:
         raise CheckpointError(f"{path} has no fast tokenizer; put a tokenizer.json there")
     return tokenizer

@@ -82,7 +82,7 @@ def load_rows(data: DataConfig, tokenizer: Any, context: int, *, held_out: bool 
         ConfigError: nothing to read, nothing left, or a document is too long.
     """
     if data.max_length > context:
-        raise ConfigError(f"data.max_length is {data.max_length}, but the model's context is {context}; lower it")
+        raise too_long(data.max_length, context)
     if data.streaming and not held_out:
         if next(make_rows(data, tokenizer, held_out=False), None) is None:
             raise _empty(data, held_out=False)
@@ -95,6 +95,11 @@ def load_rows(data: DataConfig, tokenizer: Any, context: int, *, held_out: bool 
     if not rows:
         raise _empty(data, held_out=held_out)
     return rows
+
+
+def too_long(max_length: int, context: int) -> ConfigError:
+    """Rows longer than the model's context."""
+    return ConfigError(f"data.max_length is {max_length}, but the model's context is {context}; lower it")
 
 
 def _empty(data: DataConfig, *, held_out: bool) -> ConfigError:

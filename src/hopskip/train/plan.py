@@ -1,223 +1,222 @@
-"""What a run will take, before it begins: weights, tokens, memory of a card, time.
-
-Memory is counted, not guessed: steps of the very model, loss and optimizer are traced on fake tensors, which have shapes
-and no values. Nothing is downloaded but a model's config.
-
-B = samples, T = positions.
-"""
+"""What a run will take, before it begins: weights, tokens, memory of each card, time. Nothing is trained or kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
+from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import ConfigError
-from hopskip.train.base import add_lora
-from hopskip.train.dropout import LayerTaps
-from hopskip.train.loss import ExitTerm, exit_loss
-from hopskip.train.memory import CountedMemory
+from hopskip.train.base import add_lora, base_config, base_tokenizer
+from hopskip.train.data import Row, StreamedRows, collate, load_rows, too_long
+from hopskip.train.exit.estimate import duration
+from hopskip.train.footprint import Memory, count_memory
+from hopskip.train.read import check_sources
 from hopskip.train.recipe import Recipe
-from hopskip.train.trainer import causal_lm
-from hopskip.train.unembed import rows_at_once, sparse_embedding
+from hopskip.train.run import training_arguments, unchecked_arguments
+from hopskip.train.trainer import LayerSkipTrainer
 
-CUDA_CONTEXT = 600 << 20
-"""Bytes that a process takes on a GPU for itself."""
+GIB = 1 << 30
+_MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Cards:
+    """What a run has to itself: how many devices, and how much memory each of them has."""
+
+    number: int
+    memory: int
+    """Bytes."""
+    is_gpu: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> Cards:
+        """`24`: one GPU of 24 GiB, `8x80`: eight of 80.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        found = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)", text.strip())
+        number, size = (int(found[1] or 1), float(found[2])) if found else (0, 0.0)
+        if number < 1 or size <= 0:
+            raise ConfigError(f"card is {text!r}; give its GiB, or with their number: 24, 8x80")
+        return cls(number, int(size * GIB))
+
+    @classmethod
+    def here(cls, arguments: TrainingArguments) -> Cards:
+        """Those that the processes of this run have."""
+        if arguments.device.type == "cuda":
+            return cls(arguments.world_size, torch.cuda.get_device_properties(arguments.device).total_memory)
+        own = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(arguments.world_size, own, is_gpu=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one card."""
+class Plan:
+    """What `--dry-run` prints."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    work: int
-    """Activations, logits, and what is gathered or cast for a while: what the peak has beside the others."""
-    context: int = 0
+    cards: Cards
+    parameters: int
+    trained_parameters: int
+    num_rows: int | None
+    """None for a stream."""
+    num_steps: int
+    tokens_per_step: int
+    """With padding; of a stream and of rows of one length the learned tokens too."""
+    memory: Memory
+    seconds_per_step: float | None
+    """Measured here; None where it was not."""
+    why_not_measured: str = ""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        memory, gib = self.memory, {name: value / GIB for name, value in vars(self.memory).items()}
+        parts = [f"weights {gib['weights']:.2f}", f"gradients {gib['gradients']:.2f}"]
+        parts += [f"optimizer {gib['optimizer']:.2f}", f"activations and logits {gib['work']:.2f}"]
+        if memory.context:
+            parts.append(f"CUDA {gib['context']:.2f}")
+        device = "GPU" if self.cards.is_gpu else "process"
+        rows = "streamed" if self.num_rows is None else f"{self.num_rows:,} rows"
+        if self.seconds_per_step is None:
+            time_text = f"not measured: {self.why_not_measured}"
+        else:
+            total = duration(self.seconds_per_step * self.num_steps)
+            time_text = f"about {total}: {self.seconds_per_step:.3g} s a step, measured here with random weights"
+        millions = [f"{n / 1e6:,.1f}M" for n in (self.parameters, self.trained_parameters, self.num_tokens)]
+        return [
+            f"model     {millions[0]} parameters, {millions[1]} of them trained",
+            f"data      {rows}",
+            f"training  {self.num_steps:,} steps of {self.tokens_per_step:,} tokens, {millions[2]} in all",
+            f"memory    {memory.total / GIB:.2f} of {self.cards.memory / GIB:.2f} GiB for each {device} "
+            f"({self.cards.number}): {', '.join(parts)}",
+            f"time      {time_text}",
+        ]
 
     @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.work + self.context
+    def num_tokens(self) -> int:
+        return self.num_steps * self.tokens_per_step
+
+    def check(self) -> None:
+        """Raises ConfigError if the memory is not enough."""
+        if self.memory.total > self.cards.memory:
+            raise ConfigError(
+                f"a training step takes {self.memory.total / GIB:.2f} GiB of memory, but there are "
+                f"{self.cards.memory / GIB:.2f}: lower training.per_device_train_batch_size or data.max_length, set "
+                "training.gradient_checkpointing, train adapters (lora), or divide the weights among GPUs (fsdp)"
+            )
 
 
-def count_memory(
-    recipe: Recipe, arguments: TrainingArguments, config: Any, *, num_cards: int, card: int, is_gpu: bool
-) -> Memory:
-    """The most memory that a training step takes on each card.
+def plan(recipe: Recipe, cards: Cards | None = None) -> Plan:
+    """Count and measure.
 
     Args:
-        config: transformers' description of the model.
-        num_cards: of all nodes together. With FSDP they divide the weights, else each has all of them.
-        card: bytes of one, by which the loss chooses its chunks.
+        cards: of the machine to plan for; None is this one, where a step is measured too.
 
     Raises:
-        ConfigError: the optimizer cannot be traced.
+        ConfigError: the recipe cannot work; not enough memory is told by `Plan.check`.
+        CheckpointError: the model's config or tokenizer cannot be read.
     """
-
-    def count(rows: int) -> Memory:
-        return _Trace(recipe, arguments, config, num_cards, rows).count(CUDA_CONTEXT if is_gpu else 0)
-
-    if recipe.layerskip.chunk_tokens is not None:
-        return count(recipe.layerskip.chunk_tokens)
-    device = torch.device("cuda" if is_gpu else "cpu")
-    least = rows_at_once(config.vocab_size, device, free=0)
-    return count(rows_at_once(config.vocab_size, device, free=max(0, card - count(least).total)))
-
-
-class _Trace:
-    """Two steps on fake tensors: the first makes the optimizer's state, the second is counted."""
-
-    def __init__(
-        self, recipe: Recipe, arguments: TrainingArguments, config: Any, num_cards: int, rows: int
-    ) -> None:
-        self.recipe, self.arguments, self.config, self.rows = recipe, arguments, config, rows
-        self.is_sharded = bool(arguments.fsdp) and num_cards > 1
-        self.is_replicated = num_cards > 1 and not self.is_sharded
-        kept = getattr(torch, recipe.model.dtype)
-        # FSDP computes in 16 bits, and keeps weights, gradients and state as they were, divided among the cards
-        self.dtype = torch.bfloat16 if self.is_sharded and arguments.bf16 else kept
-        self.share = kept.itemsize / self.dtype.itemsize / num_cards if self.is_sharded else 1.0
-        self.terms = _most_terms(recipe, arguments, config.num_hidden_layers)
-        self.memory = CountedMemory()
-
-    def count(self, context: int) -> Memory:
-        memory = self.memory
-        model = self._model()
-        with FakeTensorMode():
-            _to_fake(model)
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(self._shard_gradient)
-            taps = LayerTaps(causal_lm(model).model.layers)
-            with memory, _EverythingIsLearned(self.rows):
-                optimizer = self._optimizer(model, trained)
-                self._micro_step(model, taps)
-                optimizer.step()
-                for state in _states(optimizer):
-                    memory.weigh(state, self.share)
-                optimizer.zero_grad()
-                states = memory.peak = memory.now
-                for _ in range(min(2, self.arguments.gradient_accumulation_steps)):
-                    self._micro_step(model, taps)
-                gradients = memory.now - states
-                if not self.is_sharded:  # with FSDP the optimizer's work is divided too
-                    optimizer.step()
-            work = memory.peak - states - gradients + (gradients if self.is_replicated else 0)  # DDP's buckets
-            weights = sum(int(parameter.nbytes * self.share) for parameter in model.parameters())
-            return Memory(
-                weights=weights,
-                gradients=gradients,
-                optimizer=states,
-                work=work + self._gathered(causal_lm(model)),
-                context=context,
-            )
-
-    def _model(self) -> Any:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        # in memory, flash attention is what sdpa chooses by itself
-        model.set_attn_implementation("eager" if self.recipe.model.attn_implementation == "eager" else "sdpa")
-        recomputes = (self.arguments.fsdp_config or {}).get("activation_checkpointing", False)
-        if self.arguments.gradient_checkpointing or recomputes:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.recipe.lora is not None:
-            model = add_lora(model, self.recipe.lora)
-        return model.train()
+    check_sources(recipe.data)
+    if cards is None:
+        arguments = training_arguments(recipe)
+        own = Cards.here(arguments)
+    else:
+        own, is_here = cards, torch.cuda.is_available()
+        elsewhere = {} if is_here else {"use_cpu": True}
+        arguments = unchecked_arguments(replace(recipe, training={**recipe.training, **elsewhere}))
+    config = base_config(recipe.model)
+    context = ModelConfig.from_hf(config.to_dict()).context_length
+    rows = None if recipe.data.streaming else load_rows(recipe.data, base_tokenizer(recipe.model), context)
+    assert not isinstance(rows, StreamedRows)
+    if recipe.data.max_length > context:
+        raise too_long(recipe.data.max_length, context)
+    memory = count_memory(recipe, arguments, config, num_cards=own.number, card=own.memory, is_gpu=own.is_gpu)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if recipe.lora is not None:
+            model = add_lora(model, recipe.lora)
+    num_steps, tokens_per_step = _steps(arguments, rows, recipe.data.max_length, own.number)
+    why_not = _why_not_measured(cards, own, memory)
+    return Plan(
+        cards=own,
+        parameters=parameters,
+        trained_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        num_rows=None if rows is None else len(rows),
+        num_steps=num_steps,
+        tokens_per_step=tokens_per_step,
+        memory=memory,
+        seconds_per_step=None if why_not else measure(recipe, arguments, config, rows),
+        why_not_measured=why_not,
+    )
 
 
-    def _optimizer(self, model: Any, trained: Sequence[Tensor]) -> torch.optim.Optimizer:
-        try:
-            kind, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments, model)
-            optimizer: torch.optim.Optimizer = kind(trained, **options)
-        except Exception as error:  # of many kinds: a missing package, an optimizer for GPUs only
-            raise ConfigError(
-                f"the memory of training.optim {str(self.arguments.optim)!r} cannot be counted here "
-                f"({str(error).splitlines()[0]}); try adamw_torch_fused"
-            ) from None
-        return optimizer
-
-    def _micro_step(self, model: Any, taps: LayerTaps) -> None:
-        causal, arguments, data = causal_lm(model), self.arguments, self.recipe.data
-        shape = (arguments.per_device_train_batch_size, data.max_length)
-        ids_BT = torch.zeros(shape, dtype=torch.long)
-        inputs: dict[str, Tensor] = {"input_ids": ids_BT}
-        if data.packing == "documents" and "flash" not in self.recipe.model.attn_implementation:
-            inputs["attention_mask"] = torch.ones((shape[0], 1, shape[1], shape[1]), dtype=torch.bool)
-        dtype = torch.float16 if arguments.fp16 else torch.bfloat16
-        with (
-            torch.autocast("cpu", dtype, enabled=arguments.bf16 or arguments.fp16),
-            taps.collect([term.layer for term in self.terms]),
-            sparse_embedding(causal),
-        ):
-            causal.model(**inputs, use_cache=False)
-            loss = exit_loss(
-                taps.outputs,
-                ids_BT,
-                self.terms,
-                causal.model.norm,
-                causal.lm_head,
-                num_items=1.0,
-                chunk_tokens=self.rows,
-            )
-        torch.autograd.backward(loss)
-
-    def _shard_gradient(self, parameter: Tensor) -> None:
-        if self.is_sharded:
-            assert parameter.grad is not None
-            self.memory.weigh(parameter.grad, self.share)
-
-    def _gathered(self, model: Any) -> int:
-        """Weights that FSDP has whole for a while: those outside of the layers, a layer, and the next one."""
-        if not self.is_sharded:
-            return 0
-        layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
-        return sum(p.nbytes for p in model.parameters()) - sum(layers) + 2 * max(layers)
+def _steps(
+    arguments: TrainingArguments, rows: Sequence[Row] | None, max_length: int, num_cards: int
+) -> tuple[int, int]:
+    """Steps as the Trainer counts them, and tokens of one, padding included."""
+    batch, together = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    rows_per_step = batch * together * num_cards
+    if rows is None:
+        return arguments.max_steps, rows_per_step * max_length
+    mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    num_batches = math.ceil(len(rows) / (batch * num_cards))
+    per_epoch = max(1, math.ceil(num_batches / together))
+    num_steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    return num_steps, round(mean * min(rows_per_step, len(rows)))
 
 
-class _EverythingIsLearned(TorchFunctionMode):
-    """Fake tensors have no values, so which tokens are learned cannot be looked up: all of them are. Of the loss's
-    chunks two tell how much memory all of them take."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self._rows = rows
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.nonzero:
-            return torch.arange(min(args[0].numel(), 2 * self._rows))[:, None]
-        return func(*args, **(kwargs or {}))
+def _why_not_measured(asked: Cards | None, own: Cards, memory: Memory) -> str:
+    if asked is not None:
+        return "another machine was asked for (--card)"
+    if own.number > 1:
+        return "several processes"
+    return "a step does not fit" if memory.total > own.memory else ""
 
 
-def _to_fake(model: nn.Module) -> None:
-    """Every weight and buffer of a model on the meta device as one on a CPU that is not there; shared ones stay so."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    fake = made.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-                    if isinstance(tensor, nn.Parameter) and not isinstance(fake, nn.Parameter):
-                        fake = made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    own[name] = fake
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    on_step_end = on_step_begin
 
 
-def _most_terms(recipe: Recipe, arguments: TrainingArguments, num_layers: int) -> list[ExitTerm]:
-    """Of the step in which the most exits are on."""
-    layerskip, last = recipe.layerskip, num_layers - 1
-    num_steps = max(arguments.max_steps, 2 * num_layers)
-    steps = (*range(num_layers), num_steps - 1)
-    most = max((layerskip.exit_weights(step, num_steps, num_layers) for step in steps), key=lambda w: sum(map(bool, w)))
-    kl = layerskip.kl_weight
-    return [ExitTerm(layer=layer, weight=most[layer], kl_weight=kl) for layer in range(last, -1, -1) if most[layer]]
-
-
-def _states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+def measure(recipe: Recipe, arguments: TrainingArguments, config: Any, rows: Sequence[Row] | None) -> float:
+    """Seconds of a step on this machine: of the fastest of a few micro-steps, random weights on the first rows."""
+    batch = arguments.per_device_train_batch_size
+    if rows is None:
+        ids = torch.arange(recipe.data.max_length) % config.vocab_size
+        rows = [{"input_ids": ids, "labels": ids}]
+    some = [rows[index % len(rows)] for index in range(batch * _MEASURED_STEPS)]
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model.dtype))
+    model.set_attn_implementation(recipe.model.attn_implementation)
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora)
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            **recipe.training,
+            **{"max_steps": _MEASURED_STEPS, "gradient_accumulation_steps": 1, "eval_strategy": "no"},
+            **{"save_strategy": "no", "report_to": "none", "logging_strategy": "no", "load_best_model_at_end": False},
+        }
+        short = training_arguments(replace(recipe, output=folder, training=settings))
+        trainer = LayerSkipTrainer(
+            model, short, layerskip=recipe.layerskip, train_dataset=some, data_collator=collate, callbacks=[clock]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    best: float = min(end - start for start, end in zip(clock.times[::2], clock.times[1::2], strict=True))
+    return best * arguments.gradient_accumulation_steps

@@ -90,17 +90,22 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     Raises:
         ConfigError: transformers refuses a value, or LayerSkip training does not work with it.
     """
+    arguments = unchecked_arguments(recipe)
+    check_arguments(arguments)
+    return arguments
+
+
+def unchecked_arguments(recipe: Recipe) -> TrainingArguments:
+    """As `training_arguments`, for a machine that need not be this one."""
     settings = {
         **{"report_to": "none", "logging_steps": 10, "save_steps": 500, "save_total_limit": 2},
         "ddp_find_unused_parameters": False,  # a layer without samples still takes part, see LayerTaps
         **recipe.training,
     }
     try:
-        arguments = TrainingArguments(output_dir=recipe.output, disable_tqdm=True, **settings)
+        return TrainingArguments(output_dir=recipe.output, disable_tqdm=True, **settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
-    check_arguments(arguments)
-    return arguments
 
 
 def finish(trainer: LayerSkipTrainer, tokenizer: Any, recipe: Recipe, output: Path) -> None:
