@@ -78,7 +78,7 @@ class Kind:
         common: dict[str, Any] = {"p_max": self.p_max, "dropout_schedule": schedule, "e_scale": self.e_scale}
         if arm == "gradual":
             return LayerSkipRecipe(curriculum="gradual", **common)
-        losses = {"ce_weight": 0.0, "kl_weight": 1.0} if arm == "kl" else {}
+        losses: dict[str, Any] = {"ce_weight": 0.0, "kl_weight": 1.0} if arm == "kl" else {}
         return LayerSkipRecipe(rotation=self.rotation or num_layers - 1, **common, **losses)
 
     def data(self, file: str) -> DataConfig:
@@ -115,7 +115,7 @@ KINDS = {
         loss_on="assistant",
     ),
 }
-TINY = {"steps": 6, "batch": 2, "max_length": 64}
+TINY = {"steps": 6, "batch": 2, "max_length": 256}
 
 
 class OutOfTimeError(Exception):

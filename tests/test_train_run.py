@@ -93,7 +93,7 @@ def assert_same_run(output: Path, finished: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
     def lines(folder: Path) -> list[dict[str, Any]]:
-        timed = ("runtime", "per_second", "total_flos", "train_loss")
+        timed = ("runtime", "per_second", "total_flos", "train_loss", "mfu")
         return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in read_log(folder / "log.jsonl")]
 
     assert lines(output) == lines(finished)

@@ -175,7 +175,7 @@ class _Trace:
         """Weights that FSDP has whole for a while: those outside of the layers, a layer, and the next one."""
         if not self.is_sharded:
             return 0
-        layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+        layers: list[int] = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
         whole: int = sum(p.nbytes for p in model.parameters())
         return whole - sum(layers) + 2 * max(layers)
 

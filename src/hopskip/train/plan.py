@@ -219,4 +219,5 @@ def measure(recipe: Recipe, arguments: TrainingArguments, config: Any, rows: Seq
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     best: float = min(end - start for start, end in zip(clock.times[::2], clock.times[1::2], strict=True))
-    return best * arguments.gradient_accumulation_steps
+    num_micro_steps: int = arguments.gradient_accumulation_steps
+    return best * num_micro_steps

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 
 from hopskip.draft.costs import expected_speedup
 from hopskip.machine import replacing_file
+from hopskip.train.exit.estimate import duration
 from hopskip.train.loss import exit_metrics
 from hopskip.version import describe
 
@@ -32,10 +34,13 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         self.path = path
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._began = (0, 0.0)
+        """Step and time."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self._began = (state.global_step, time.perf_counter())
         # a resumed run repeats the steps after its checkpoint, and what comes after the last step
         steps = itertools.takewhile(lambda line: "train_runtime" not in line, read_log(self.path))
         kept = [line for line in steps if line["step"] <= state.global_step]
@@ -57,11 +62,18 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        text = summary(logs)
+        text = summary(logs) + self._remaining(state)
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
             print(f"step {state.global_step}/{state.max_steps}  {text}", file=sys.stderr, flush=True)
+
+    def _remaining(self, state: Any) -> str:
+        """How long the rest will take, at the pace of this process so far."""
+        done, rest = state.global_step - self._began[0], state.max_steps - state.global_step
+        if done <= 0 or rest <= 0:
+            return ""
+        return f", {duration((time.perf_counter() - self._began[1]) / done * rest)} left"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -84,6 +96,8 @@ def summary(logs: Mapping[str, float]) -> str:
 
     >>> summary({"loss": 2.5, "exit4_loss": 3.0, "exit4_agreement": 0.5, "exit8_loss": 2.4, "exit8_agreement": 1.0})
     'loss 2.500, exit 4: 3.000 50 %, exit 8: 2.400'
+    >>> summary({"loss": 2.5, "tokens_per_second": 1234.5, "mfu": 0.25})
+    'loss 2.500, 1,234 tokens/s (25 % MFU)'
     """
     prefix = "eval_" if "eval_loss" in logs else ""
     if f"{prefix}loss" not in logs:
@@ -98,6 +112,9 @@ def summary(logs: Mapping[str, float]) -> str:
         parts.append(
             f"exit {exit_layer}: {losses[exit_layer]:.3f}" + (f" {agrees:.0%}".replace("%", " %") if agrees < 1 else "")
         )
+    if "tokens_per_second" in logs:
+        share = f" ({logs['mfu']:.0%} MFU)".replace("%", " %") if "mfu" in logs else ""
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s{share}")
     return ", ".join(parts)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -26,6 +27,7 @@ from hopskip.train.curriculum import LayerSkipRecipe
 from hopskip.train.data import StreamedRows
 from hopskip.train.dropout import LayerTaps, draw_kept
 from hopskip.train.loss import ExitLosses, ExitTerm, exit_loss
+from hopskip.train.speed import Throughput, peak_flops, training_flops
 from hopskip.train.supported import causal_lm, check_arguments, check_batch, check_model
 from hopskip.train.unembed import sparse_embedding
 
@@ -87,6 +89,8 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
         self._wants_logits = False
         self._micro_step = (-1, 0)  # the step, and passes made in it
         self._is_saving = False
+        self._throughput = Throughput()
+        self._peak_flops: float | None = None
 
     def _causal_lm(self) -> Any:
         return causal_lm(self.accelerator.unwrap_model(self.model))
@@ -129,6 +133,10 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
             ExitTerm(layer=last, weight=weights[last] if self._is_plain else 0.0),
             *(ExitTerm(layer=layer, weight=weights[layer], ce_weight=ce, kl_weight=kl) for layer in layers),
         ]
+        if model.training:
+            num_samples, length = inputs["input_ids"].shape
+            flops = training_flops(self._causal_lm(), num_samples * length, length, len(terms))
+            self._throughput.begin(num_samples * length, flops)
         taps = self._taps or LayerTaps(self._causal_lm().model.layers)
         taps.drop(self._draw(model, inputs), len(inputs["input_ids"]), inputs["input_ids"].device)
         inputs = dict(inputs)
@@ -239,6 +247,7 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         self._eval_losses = ExitLosses(self.num_layers)
+        self._throughput.pause()
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -257,6 +266,7 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
         if "loss" in logs:
             logs.update(self._exit_logs(self._losses))
             self._losses = ExitLosses(self.num_layers)
+            logs.update(self._speed_logs())
         super().log(logs, *args, **kwargs)
 
     def _exit_logs(self, losses: ExitLosses) -> dict[str, float]:
@@ -269,6 +279,18 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
                 logs[f"exit{layer + 1}_loss"] = ce / tokens
                 logs[f"exit{layer + 1}_agreement"] = agreeing / tokens
         return logs
+
+    def _speed_logs(self) -> dict[str, float]:
+        """Tokens a second of all ranks, padding included, and how much of their arithmetic that is."""
+        taken = torch.tensor(self._throughput.take(), dtype=torch.float32, device=self.args.device)
+        tokens, flops, seconds = (self.accelerator.reduce(taken, "sum") / self.args.world_size).tolist()
+        if not seconds:
+            return {}
+        if self._peak_flops is None:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            self._peak_flops = peak_flops(self.args.device, dtype)
+        mfu = flops / seconds / self._peak_flops
+        return {"tokens_per_second": tokens / seconds * self.args.world_size, "mfu": mfu}
 
     # Data
 
@@ -311,6 +333,7 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
         output = Path(self._get_output_dir(trial))
         folder = output / f"checkpoint-{self.state.global_step}"
         self._is_saving = True
+        self._throughput.pause()
         try:
             if self.args.should_save:
                 with replacing(folder) as partial:
