@@ -18,7 +18,7 @@ from hopskip.errors import ConfigError
 from hopskip.train.curriculum import LayerSkipRecipe
 from hopskip.train.data import collate
 from hopskip.train.dropout import LayerTaps
-from hopskip.train.supported import check_model
+from hopskip.train.supported import check_arguments, check_model
 from hopskip.train.trainer import LayerSkipConfig, LayerSkipMixin, LayerSkipTrainer
 from tests.tiny import make_model
 
@@ -338,12 +338,21 @@ def test_another_trainers_arguments_keep_their_defaults() -> None:
         ({"report_to": "tensorboard"}, "report_to: .*tensorboard"),
         ({"report_to": "nobody"}, "report_to: nobody is not supported"),
         ({"fp16": True}, "fp16 needs a GPU"),
-        ({"optim": "paged_adamw_8bit"}, "optim 'paged_adamw_8bit': .*bitsandbytes"),
+        ({"optim": "grokadamw"}, "optim 'grokadamw': .*install grokadamw"),
+        ({"optim": "galore_adamw"}, "optim 'galore_adamw': .*install `galore_torch`"),
     ],
 )
 def test_arguments_that_would_train_something_else(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer_of(tmp_path, arguments=changes)
+
+
+def test_an_optimizer_that_needs_the_model_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks(*_: Any) -> None:
+        raise ValueError("You need to pass a model")
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", asks)
+    check_arguments(arguments(tmp_path))
 
 
 def test_several_gpus_in_one_process(tmp_path: Path) -> None:

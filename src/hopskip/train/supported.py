@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -44,10 +45,9 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ConfigError(f"report_to: {' '.join(str(error).split())}") from None
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"optim {args.optim.value!r}: {' '.join(str(error).split())}") from None
-    except ValueError:
-        pass  # needs the model to tell
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        if not re.search(r"\bmodel\b", str(error)):  # some need it to tell
+            raise ConfigError(f"optim {args.optim.value!r}: {' '.join(str(error).split())}") from None
 
 
 def _refusals(args: TrainingArguments) -> list[tuple[bool, str]]:

@@ -305,10 +305,18 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
             rows.endless(rank=args.process_index, num_ranks=args.world_size, seed=seed),
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            **{
+                name: getattr(args, f"dataloader_{name}")
+                for name in (
+                    "num_workers",
+                    "persistent_workers",
+                    "prefetch_factor",
+                    "multiprocessing_context",
+                    "in_order",
+                )
+                if hasattr(args, f"dataloader_{name}")  # the last two came late
+            },
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
