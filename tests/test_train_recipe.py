@@ -129,6 +129,7 @@ def test_settings_that_do_not_go_together(overrides: list[str], message: str, mi
 
 
 def test_settings_that_do(minimal: Path) -> None:
+    load_recipe(minimal, [STREAMED, "training.max_steps=1"])
     load_recipe(minimal, [STREAMED, "data.shuffle_buffer=100", "training.data_seed=3", "training.run_name=x"][:3])
     load_recipe(minimal, [EVALUATED, "training.eval_strategy=steps", "training.eval_steps=3", "training.eval_delay=1"])
     load_recipe(minimal, ["training.report_to=[wandb]", "training.run_name=x", "training.gradient_checkpointing=true"])

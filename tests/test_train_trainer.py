@@ -192,6 +192,17 @@ def test_metrics_are_computed(tmp_path: Path) -> None:
     assert predicted.metrics["test_exit1_loss"] > 0
 
 
+def test_a_model_made_by_the_trainer(tmp_path: Path) -> None:
+    """As a search for settings makes one for every trial."""
+    options: dict[str, Any] = {"train_dataset": rows(), "data_collator": collate, "layerskip": EVERYTHING}
+    trainer = LayerSkipTrainer(None, arguments(tmp_path), model_init=lambda: make_model("llama3-gqa"), **options)
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert len([line for line in trainer.state.log_history if "exit2_loss" in line]) == 3
+    assert_untouched(trainer.model)
+
+
 def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list(
