@@ -497,6 +497,7 @@ def test_padding() -> None:
         ({"packing": "blocks", "too_long": "drop"}, "no effect with packing 'blocks'"),
         ({"eval": ("y",), "holdout_every": 5}, "leave one out"),
         ({"max_length": 1}, "max_length is 1"),
+        ({"max_eval_rows": 5}, "max_eval_rows has no effect without anything to evaluate on"),
         ({"shuffle_buffer": 1, "streaming": True}, "shuffle_buffer is 1; it must be at least 2"),
         ({"shuffle_buffer": 100}, "shuffle_buffer has no effect without streaming"),
     ],

@@ -326,14 +326,32 @@ def test_the_recommendation_follows_cost_and_agreement() -> None:
         (["data.max_length=8"], "a document has .* tokens"),
         (["model.base=missing"], "'missing' does not exist"),
         (["lora.target_modules=[nothing]"], "lora: .*nothing"),
-        (["lora.target_modules=[q_proj, lm_head]"], "lora.target_modules name lm_head: head and embedding are one"),
-        (["lora.target_modules=[model.embed_tokens]"], "lora.target_modules name model.embed_tokens: head and emb"),
         (["model.attn_implementation=flex_attention"], "masks that cannot be selected"),
     ],
 )
 def test_mistakes_cost_no_training(overrides: list[str], message: str, base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(HopskipError, match=message):
         run(recipe(tmp_path / "run", base, data, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["layerskip.exits=[2, 3]"], "exits name 3; in a model of 3 layers they end at 2"),
+        (["draft.exit_layer=3"], "draft.exit_layer is 3; the model has 3 layers"),
+        (["draft.exit_layer=0"], "draft.exit_layer is 0; the model has 3 layers"),
+        (["lora.target_modules=[q_proj, lm_head]"], "lora.target_modules name lm_head: head and embedding are one"),
+        (["lora.target_modules=[model.embed_tokens]"], "lora.target_modules name model.embed_tokens: head and emb"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_weights_load(
+    overrides: list[str], message: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=message):
+        run(recipe(tmp_path / "run", tmp_path / "base", data, *overrides))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_checkpoint_is_exported(base: Path, data: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.rope import RopeConfig
 from hopskip.errors import CheckpointError, ConfigError
 from hopskip.text.tokenizer_files import load_tokenizer
-from hopskip.train.recipe import LoraRecipe, ModelRecipe
+from hopskip.train.recipe import LoraRecipe, ModelRecipe, Recipe
 from hopskip.train.supported import TIED
 
 _LLAMA3_FACTORS = (8.0, 32.0)
@@ -210,16 +210,22 @@ def load_transformers_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def check_lora(base: ModelRecipe, lora: LoraRecipe) -> None:
-    """Refuse, before weights are read, an adapter on a matrix that is both head and embedding.
+def check_base(recipe: Recipe) -> None:
+    """Refuse, before weights are read, what a recipe asks of a model that it cannot do.
 
     Raises:
-        CheckpointError: the base cannot be found.
-        ConfigError: there is such an adapter.
+        CheckpointError: the base cannot be found, or hopskip cannot run it.
+        ConfigError: the model lacks an exit, or ties the matrices of an adapter.
     """
-    tied = {name for name in lora.target_modules if name.split(".")[-1] in ("lm_head", "embed_tokens")}
-    if tied and base.base is not None and open_checkpoint(_find(base.base)).config.tie_word_embeddings:
-        raise ConfigError(f"lora.target_modules name {', '.join(sorted(tied))}: {TIED}")
+    config = base_config(recipe.model)
+    num_layers, draft = config.num_hidden_layers, recipe.draft.exit_layer
+    recipe.layerskip.exits_on(0, 1, num_layers)
+    if draft is not None and not 0 < draft < num_layers:
+        raise ConfigError(f"draft.exit_layer is {draft}; the model has {num_layers} layers")
+    targets = () if recipe.lora is None else recipe.lora.target_modules
+    tied = sorted(name for name in targets if name.split(".")[-1] in ("lm_head", "embed_tokens"))
+    if tied and config.tie_word_embeddings:
+        raise ConfigError(f"lora.target_modules name {', '.join(tied)}: {TIED}")
 
 
 def add_lora(model: Any, lora: LoraRecipe) -> Any:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback,
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import ConfigError
-from hopskip.train.base import add_lora, base_config, base_tokenizer
+from hopskip.train.base import add_lora, base_config, base_tokenizer, check_base
 from hopskip.train.data import Row, StreamedRows, collate, load_rows, too_long
 from hopskip.train.exit.estimate import duration
 from hopskip.train.footprint import Memory, count_memory
@@ -127,6 +127,7 @@ def plan(recipe: Recipe, cards: Cards | None = None) -> Plan:
         CheckpointError: the model's config or tokenizer cannot be read.
     """
     check_sources(recipe.data)
+    check_base(recipe)
     if cards is None:
         arguments = training_arguments(recipe)
         own = Cards.here(arguments)

@@ -81,6 +81,8 @@ class DataConfig:
             raise ConfigError("data.eval and data.holdout_every both say what to evaluate on; leave one out")
         if self.packing == "blocks" and self.too_long not in ("error", "split"):
             raise ConfigError(f"too_long={self.too_long} has no effect with packing 'blocks', which cuts anywhere")
+        if self.max_eval_rows is not None and not self.has_eval:
+            raise ConfigError("max_eval_rows has no effect without anything to evaluate on: eval or holdout_every")
         if self.shuffle_buffer is not None and not self.streaming:
             raise ConfigError("shuffle_buffer has no effect without streaming: rows are shuffled anew each epoch")
 

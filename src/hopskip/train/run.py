@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import ConfigError, TrainingError
-from hopskip.train.base import add_lora, check_lora, load_base
+from hopskip.train.base import add_lora, check_base, load_base
 from hopskip.train.checkpoint import clean, last_checkpoint, replacing
 from hopskip.train.data import collate, load_rows
 from hopskip.train.plot import plot_exits
@@ -48,8 +48,7 @@ def run(recipe: Recipe) -> Path:
     output = Path(recipe.output)
     arguments = training_arguments(recipe)
     check_sources(recipe.data)
-    if recipe.lora is not None:
-        check_lora(recipe.model, recipe.lora)
+    check_base(recipe)
     _quieten()
     if arguments.process_index == 0:
         _prepare(output, recipe)
@@ -188,15 +187,9 @@ def _yaml(recipe: Recipe) -> str:
 def _recommendation(
     recipe: Recipe, config: Mapping[str, Any], exits: Mapping[int, tuple[float, float]]
 ) -> dict[str, int]:
-    """`exit_layer` and `num_draft_tokens` for config.json, empty where nothing was said or measured.
-
-    Raises:
-        ConfigError: the recipe's exit layer does not fit the model.
-    """
+    """`exit_layer` and `num_draft_tokens` for config.json, empty where nothing was said or measured."""
     shape = ModelConfig.from_hf(config)
     chosen = recipe.draft
-    if chosen.exit_layer is not None and not 0 < chosen.exit_layer < shape.num_hidden_layers:
-        raise ConfigError(f"draft.exit_layer is {chosen.exit_layer}; the model has {shape.num_hidden_layers} layers")
     agreement = {e: share for e, (_, share) in exits.items() if chosen.exit_layer in (None, e)}
     best = recommend(agreement, shape.num_hidden_layers, shape.num_head_parameters / shape.num_layer_parameters)
     exit_layer = chosen.exit_layer or (best and best[0])
