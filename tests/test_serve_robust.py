@@ -178,20 +178,17 @@ def test_errors_tell_nothing_of_the_inside(llm: LLM, monkeypatch: pytest.MonkeyP
             raise RuntimeError("/secret/path")
 
         monkeypatch.setattr(live.server.planner, "completion", fail)
-        answer = client.post("/v1/completions", json=SHORT, headers={"x-request-id": "abc-1"})
+        answer = client.post("/v1/completions", json=SHORT)
         assert answer.status_code == 500
         assert "secret" not in answer.text
-        assert "abc-1" in answer.json()["error"]["message"]
-        assert answer.headers["x-request-id"] == "abc-1"
-        odd = client.get("/health", headers={"x-request-id": "a b\tc"})
-        assert re.fullmatch("[0-9a-f]{24}", odd.headers["x-request-id"])
+        assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
 
 
 def test_logs_are_json_lines(shared: Live, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="hopskip.serve"), shared.client() as client:
         client.post("/v1/completions", json=SHORT, headers={"x-request-id": "look-for-me"})
-        until(lambda: any(getattr(r, "fields", {}).get("request_id") == "look-for-me" for r in caplog.records))
-    record = next(r for r in caplog.records if getattr(r, "fields", {}).get("request_id") == "look-for-me")
+        until(lambda: any(getattr(r, "fields", {}).get("client_request_id") == "look-for-me" for r in caplog.records))
+    record = next(r for r in caplog.records if getattr(r, "fields", {}).get("client_request_id") == "look-for-me")
     line = json.loads(JSONLines().format(record))
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
     assert line["seconds"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import socket
 import sys
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ class ServerOptions:
 
     host: str = option("127.0.0.1", "Where to listen; 0.0.0.0 is everywhere.", "ADDRESS")
     port: int = option(8000, "0 takes a free one.", "N")
+    uds: Path | None = option(None, "Listen on a unix socket instead.", "PATH")
     served_model_name: str | None = option(None, "What clients call the model.", "NAME")
     api_key_file: Path | None = option(None, "API keys, one a line; or in the environment: HOPSKIP_API_KEY.", "FILE")
     allowed_host: tuple[str, ...] = option(
@@ -52,6 +54,8 @@ class ServerOptions:
     restart: bool = option(False, "Start the server again when it dies.")
 
     def __post_init__(self) -> None:
+        if self.uds is not None and (self.host, self.port) != (ServerOptions.host, ServerOptions.port):
+            raise ConfigError("--uds leaves nothing to --host and --port; leave them out")
         if self.shutdown_timeout < 0:
             raise ConfigError(f"shutdown-timeout is {self.shutdown_timeout}; it must be 0 or above")
 
@@ -65,6 +69,8 @@ class CapacityOptions:
     )
     max_num_seqs: int = option(16, "Sequences that are stepped together.", "N")
     max_queue: int = option(256, "Sequences that may wait; more get 429.", "N")
+    max_connections: int = option(1024, "Connections that may be open; more get 503.", "N")
+    max_connections_per_address: int = option(256, "Of them from one address, such as a proxy's.", "N")
     max_seqs_per_key: int | None = option(
         None, "Of them at most so many for one API key (default: three quarters, if there are several keys).", "N"
     )
@@ -104,7 +110,7 @@ def serve(
     """
     _require_extra()
     from hopskip.serve.memory import free_memory, parse_size
-    from hopskip.serve.run import bind, die_with_parent
+    from hopskip.serve.run import bind, bind_unix, die_with_parent
     from hopskip.serve.settings import LOOPBACK, ServeSettings, model_name, read_api_keys
     from hopskip.text.chat_template import read_template
 
@@ -115,11 +121,13 @@ def serve(
         model_name=server.served_model_name or model_name(None if load.model is None else str(load.model)),
         api_keys=read_api_keys(server.api_key_file),
         max_queue=capacity.max_queue,
+        max_connections=capacity.max_connections,
+        max_connections_per_address=capacity.max_connections_per_address,
         max_seqs_per_key=capacity.max_seqs_per_key,
         max_queue_per_key=capacity.max_queue_per_key,
         max_tokens_per_key=capacity.max_tokens_per_key,
         max_stored_responses=capacity.max_stored_responses,
-        allowed_hosts=server.allowed_host or (LOOPBACK if server.host in LOOPBACK else None),
+        allowed_hosts=server.allowed_host or (LOOPBACK if server.uds is None and server.host in LOOPBACK else None),
         cors_origins=server.cors_origin,
         unknown_params=server.unknown_params,
         tool_format=server.tool_format,
@@ -129,7 +137,9 @@ def serve(
     if draft.draft is None and draft.verify != "reuse":
         draft = replace(draft, draft="auto")  # what pays depends on how many requests there are
     if inherit_socket is None:
-        listener = bind(server.host, server.port)
+        listener = bind(server.host, server.port) if server.uds is None else bind_unix(server.uds)
+        if server.uds is not None:
+            atexit.register(server.uds.unlink, missing_ok=True)
         if server.restart:
             from hopskip.serve.supervisor import Supervisor
 
@@ -162,17 +172,21 @@ def _run(llm: LLM, settings: ServeSettings, listener: socket.socket, server: Ser
     from hopskip.serve.run import Runner
     from hopskip.serve.settings import LOOPBACK
 
-    host = server.host
+    host, port = server.host, 0
     log_to_stderr()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter, which nobody reads
-    port = listener.getsockname()[1]
+    if server.uds is None:
+        port = listener.getsockname()[1]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    else:
+        address = f"unix:{server.uds}"
     engine = llm.engine
     print(
-        f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{port} "
+        f"serving {settings.model_name} at {address} "
         f"({engine.max_num_seqs} sequences of {engine.max_model_len} tokens, draft {engine.speculative.draft})",
         flush=True,
     )
-    if host not in LOOPBACK and not settings.api_keys:
+    if server.uds is None and host not in LOOPBACK and not settings.api_keys:
         print("hopskip: warning: everybody who can connect is served; set HOPSKIP_API_KEY", file=sys.stderr)
     runner = Runner(create_app(llm, settings), host=host, port=port, shutdown_timeout=server.shutdown_timeout)
     asyncio.run(runner.serve([listener]))

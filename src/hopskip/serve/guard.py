@@ -27,7 +27,6 @@ from hopskip.serve.settings import ServeSettings
 
 _log = logging.getLogger("hopskip.serve.access")
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN_PATHS = ("/health", "/health/live")
 
 
@@ -66,9 +65,11 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn, which knows better, sends no body
         request = Request(scope)
-        given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+        request_id = secrets.token_hex(12)
         scope.setdefault("state", {}).update(request_id=request_id, client=None)
         started = time.perf_counter()
         status = 499  # the client has gone before there was an answer
@@ -98,14 +99,15 @@ class Guard:
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
-            self._on_response(request.method if len(request.method) < 8 else "other", path, status)
+            self._on_response(method if len(method) < 8 else "other", path, status)
             _log.info(
                 "request",
                 extra={
                     "fields": {
                         "request_id": request_id,
-                        "method": request.method[:16],
+                        "method": method[:16],
                         "path": scope["path"][:200],
+                        **_id_of_client(request),
                         "status": status,
                         "seconds": round(time.perf_counter() - started, 4),
                     }
@@ -115,6 +117,11 @@ class Guard:
     def _check(self, request: Request) -> str | None:
         """Returns a name for the client: that of its API key, which tells nothing of the key."""
         settings = self._settings
+        target = len(request.scope.get("raw_path") or b"") + len(request.scope["query_string"])
+        size = target + sum(len(name) + len(value) for name, value in request.scope["headers"])
+        if size > settings.limits.header_bytes:
+            message = f"address and headers are larger than {settings.limits.header_bytes} bytes"
+            raise Refusal(431, message, connection="close")
         hosts = settings.allowed_hosts
         if hosts is not None:
             host = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
@@ -170,6 +177,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _id_of_client(request: Request) -> dict[str, str]:
+    """What a client calls its request, for the log."""
+    given = request.headers.get("x-request-id", "")
+    return {"client_request_id": given[:128]} if given else {}
 
 
 def _credentials(authorization: str) -> str:

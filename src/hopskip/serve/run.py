@@ -5,37 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
+from pathlib import Path
 from types import FrameType
-from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hopskip.errors import ConfigError
 from hopskip.serve.engine_thread import EngineThread
+from hopskip.serve.protocol import Connections, protocol_of
 from hopskip.serve.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 
 _DEATH_CHECK_SECONDS = 0.5
-
-
-class PromptProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections which do not get to the point: no complete request head in time."""
-
-    header_seconds = 20.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.loop.call_later(self.header_seconds, self._close_if_silent)
-
-    def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+_OTHER_FILES = 256
+"""Open at one time, beside connections."""
 
 
 class Runner(uvicorn.Server):
@@ -51,13 +40,13 @@ class Runner(uvicorn.Server):
         self._engine: EngineThread = app.state.server.engine
         self._settings: ServeSettings = app.state.server.settings
         limits = self._settings.limits
-        protocol = type("Protocol", (PromptProtocol,), {"header_seconds": limits.header_seconds})
+        self.connections = Connections(self._settings.max_connections, self._settings.max_connections_per_address)
         super().__init__(
             uvicorn.Config(
                 app,
                 host=host,
                 port=port,
-                http=cast("Any", protocol),
+                http=protocol_of(self.connections, limits.header_seconds),
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
@@ -75,6 +64,7 @@ class Runner(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        _allow_open_files(self._settings.max_connections + _OTHER_FILES)
         watching = asyncio.create_task(self._watch())
         try:
             await super().serve(sockets)
@@ -137,6 +127,37 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port} ({reason}); use another --host or --port") from None
     listener.set_inheritable(True)
     return listener
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A listening unix socket; who connects waits until somebody serves. One that was left behind is replaced.
+
+    Raises:
+        ConfigError: the path cannot be used.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                try:
+                    other.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+        listener.bind(str(path))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {path} ({error.strerror or error}); use another --uds") from None
+    listener.set_inheritable(True)
+    return listener
+
+
+def _allow_open_files(number: int) -> None:
+    """Let this process have so many files open, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def die_with_parent(pipe: int) -> None:

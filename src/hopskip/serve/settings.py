@@ -25,7 +25,7 @@ class Limits:
     body_bytes: int = 4 * 2**20
     header_bytes: int = 16 * 2**10
     header_seconds: float = 20.0
-    """A new connection must have sent its first request's headers by then."""
+    """A request must have sent its headers by then: the first from when a connection is made."""
     body_seconds: float = 30.0
     """A request must have sent its body by then."""
     send_seconds: float = 60.0
@@ -82,6 +82,10 @@ class ServeSettings:
     name of its own (DNS rebinding). None answers all."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of other origins that may call the API."""
+    max_connections: int = 1024
+    """Open at one time; what comes then gets 503."""
+    max_connections_per_address: int = 256
+    """Of them from one address, such as a proxy's."""
     unknown_params: UnknownParams = "reject"
     """What becomes of a request with parameters that this API does not have: it gets a 400 that names what may have
     been meant; or they are ignored, and with `warn` the log says so."""
@@ -102,6 +106,9 @@ class ServeSettings:
         check_choice("unknown_params", self.unknown_params, UnknownParams)
         if self.max_stored_responses < 0:
             raise ConfigError(f"max_stored_responses is {self.max_stored_responses}; it must be 0 (none) or above")
+        for name in ("max_connections", "max_connections_per_address"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name, least in ("max_seqs_per_key", 1), ("max_queue_per_key", 0), ("max_tokens_per_key", 1):
             value = getattr(self, name)
             if value is not None and value < least:
