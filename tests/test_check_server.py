@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hopskip.bench.load_test import Target
+from hopskip.bench.same_texts import Comparison, Parting, common_length, compare, gap_at
 from hopskip.cli import app
 from hopskip.errors import ConfigError
 from hopskip.prompts import Prompt, mixed_prompts
-from hopskip.prove.servers import Comparison, Parting, common_length, compare, gap_at
 from tests.serving import MODEL, Live, live_server, tiny_llm
 
 PROMPTS = [Prompt("set", str(number), f"say {number}") for number in range(4)]

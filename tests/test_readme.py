@@ -51,6 +51,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield live.url
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # TRL's own default
 @pytest.mark.parametrize(
     ("page", "code"),
     [pytest.param(page, code, id=page.name) for page in PAGES for code in blocks("python", page)],

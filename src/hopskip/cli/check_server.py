@@ -19,8 +19,8 @@ from hopskip.machine import replacing_file, require
 from hopskip.options import option
 
 if TYPE_CHECKING:
+    from hopskip.bench.same_texts import Comparison, Parting
     from hopskip.prompts import Prompt
-    from hopskip.prove.servers import Comparison, Parting
 
 _NUM_PROMPTS, _MAX_NEW_TOKENS = 20, 64
 _MOST_SHOWN = 10
@@ -100,7 +100,7 @@ def check_server(
     import asyncio
 
     from hopskip.bench.load_test import Target
-    from hopskip.prove.servers import compare
+    from hopskip.bench.same_texts import compare
 
     target = Target(
         url=url,
