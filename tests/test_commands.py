@@ -384,7 +384,7 @@ def test_which_file(asked: Asked, tmp_path: Path) -> None:
         ("[bench.serv]\nurl = 1", ("unknown table [bench.serv]", "'serve'")),
         ("[generate.threads]\nx = 1", ("unknown table [generate.threads]",)),
         ("[train.exit]\nx = 1", ("unknown key 'x' in [train.exit]", "there is hours, model, quiet, yes")),
-        ("[cache.list]\nquiet = true", ("unknown key 'quiet' in [cache.list]", "has no options that a file")),
+        ("[train]\nx = 1", ("unknown key 'x' in [train]", "has no options that a file")),
         ("[generate]\nzzz = 1", ("unknown key 'zzz'", "there is", "temperature")),
         ("[generate]\nprompt = 'Hi'", ("unknown key 'prompt'",)),
         ("[generate]\nconfig = 'x'", ("unknown key 'config'",)),
