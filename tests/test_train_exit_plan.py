@@ -122,6 +122,17 @@ def test_what_the_machine_has_decides() -> None:
     assert Work.of(by_rule(SMOLLM2, GPU, hours=1e6), SMOLLM2).collected_tokens == pytest.approx(1e8, rel=0.02)
 
 
+def test_what_is_packed_answers_as_it_is() -> None:
+    packed = by_rule(LLAMA_8B, is_packed=True)
+    assert packed.collect.precision == "auto"
+    assert by_rule(LLAMA_8B, GPU, is_packed=True).collect.precision == "bfloat16"
+    assert weight_bytes(packed, LLAMA_8B, 5 * 10**9) == 5 * 10**9
+    assert weight_bytes(packed, LLAMA_8B) == 2 * LLAMA_8B.num_parameters
+    assert weight_bytes(by_rule(SMOLLM2), SMOLLM2, 5) == 2 * SMOLLM2.num_parameters
+    assert collecting_bytes(packed, LLAMA_8B, 5) == collecting_bytes(packed, LLAMA_8B, 0) + 5
+    assert training_bytes(packed, LLAMA_8B, 5) == training_bytes(packed, LLAMA_8B)
+
+
 def test_chats_of_the_user_come_first() -> None:
     alone = by_rule(SMOLLM2).prompts
     assert alone.self_written > 500

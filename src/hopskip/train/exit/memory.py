@@ -15,22 +15,28 @@ from hopskip.train.memory import CountedMemory
 _WIDTHS = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "q8": 34 / 32, "q4": 18 / 32}
 
 
-def collecting_bytes(recipe: ExitRecipe, model: ModelConfig) -> int:
-    """Of the model, and of keys, values and states of the texts that are decoded together."""
+def collecting_bytes(recipe: ExitRecipe, model: ModelConfig, stored_bytes: int | None = None) -> int:
+    """Of the model, and of keys, values and states of the texts that are decoded together.
+
+    Args:
+        stored_bytes: of the model's files.
+    """
     collect = recipe.collect
     length = recipe.prompts.max_prompt_tokens + collect.max_new_tokens
     kv_bytes = 4 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     taps = len({*recipe.taps(model.num_hidden_layers), model.num_hidden_layers})
     state_bytes = 2 * taps * model.hidden_size if collect.states == "stored" else 0
-    return weight_bytes(recipe, model) + collect.max_num_seqs * length * (kv_bytes + state_bytes)
+    return weight_bytes(recipe, model, stored_bytes) + collect.max_num_seqs * length * (kv_bytes + state_bytes)
 
 
-def weight_bytes(recipe: ExitRecipe, model: ModelConfig) -> int:
-    """Of the model as it answers; in its own precision, two bytes a weight."""
+def weight_bytes(recipe: ExitRecipe, model: ModelConfig, stored_bytes: int | None = None) -> int:
+    """Of the model as it answers; in its own precision, as it is stored, or else two bytes a weight."""
+    if recipe.collect.precision == "auto" and stored_bytes is not None:
+        return stored_bytes
     return int(_WIDTHS.get(recipe.collect.precision, 2.0) * model.num_parameters)
 
 
-def training_bytes(recipe: ExitRecipe, model: ModelConfig) -> int:
+def training_bytes(recipe: ExitRecipe, model: ModelConfig, stored_bytes: int | None = None) -> int:
     """The most that a step of any candidate has at once: counted tensor by tensor, on tensors without data; with the
     model's embedding, and the model itself if it makes the states."""
     length = min(512, recipe.prompts.max_prompt_tokens + recipe.collect.max_new_tokens)
@@ -40,7 +46,7 @@ def training_bytes(recipe: ExitRecipe, model: ModelConfig) -> int:
     steps = [_step_bytes(model, exit, vocabulary, dtype, s, length) for exit in shapes for s in recipe.stages]
     resident = 2 * model.vocab_size * model.hidden_size
     if recipe.collect.states == "on-the-fly":
-        resident += weight_bytes(recipe, model)
+        resident += weight_bytes(recipe, model, stored_bytes)
     return max(steps) + resident if steps else 0
 
 

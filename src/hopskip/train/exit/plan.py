@@ -44,8 +44,9 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """The most that a part of it takes, by arithmetic."""
-        config = self.checkpoint.config
-        return max(collecting_bytes(self.recipe, config), training_bytes(self.recipe, config))
+        config, checkpoint = self.checkpoint.config, self.checkpoint
+        stored = sum(checkpoint.stored(name).num_bytes for name in checkpoint.names())
+        return max(collecting_bytes(self.recipe, config, stored), training_bytes(self.recipe, config, stored))
 
     def lines(self) -> list[str]:
         """For people."""
@@ -138,6 +139,7 @@ def _by_rule(given: dict[str, Any], checkpoint: Checkpoint, machine: Machine, ho
         hours=hours,
         writes_prompts=tokenizer.has_chat_template and collect.get("answers") != "given",
         num_chats=num_chats,
+        is_packed=checkpoint.quantization is not None,
     )
     for name, section in ("prompts", prompts), ("collect", collect):
         found[name] = {**found[name], **section}

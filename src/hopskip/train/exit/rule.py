@@ -74,6 +74,7 @@ def recipe_values(
     hours: float = HOURS,
     writes_prompts: bool = True,
     num_chats: int | None = None,
+    is_packed: bool = False,
 ) -> dict[str, Any]:
     """The sections of a recipe, as a YAML file would have them, but for `output` and `base`.
 
@@ -83,9 +84,10 @@ def recipe_values(
     Args:
         writes_prompts: whether the model has a chat template, and so can write prompts itself.
         num_chats: in files that the user gives; None: there are none.
+        is_packed: whether the model is stored in few bits: the native engine then runs it, and answers, as it is.
     """
     size = vocabulary_size(model)
-    precision = _precision(model, machine)
+    precision = "auto" if is_packed and not machine.is_gpu else _precision(model, machine)
     values: dict[str, Any] = {
         "collect": {"precision": precision, "max_num_seqs": _num_seqs(model, machine, precision)},
         "vocabulary": size,
@@ -190,7 +192,7 @@ def _precision(model: ModelConfig, machine: Machine) -> str:
     return "q8" if 34 / 32 * model.num_parameters <= room else "q4"
 
 
-_WIDTHS = {"bfloat16": 2.0, "q8": 34 / 32, "q4": 18 / 32}
+_WIDTHS = {"bfloat16": 2.0, "q8": 34 / 32, "q4": 18 / 32, "auto": 34 / 32}
 
 
 def _num_seqs(model: ModelConfig, machine: Machine, precision: str) -> int:
