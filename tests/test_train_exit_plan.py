@@ -139,15 +139,18 @@ def test_chats_of_the_user_come_first() -> None:
     assert len(set(alone.openings)) > 10
     few = recipe_values(SMOLLM2, MACHINE, num_chats=100)["prompts"]
     assert few == {
-        "max_prompts": alone.self_written,
+        "max_prompts": 100,
         "self_written": alone.self_written - 100,
         "openings": list(alone.openings),
     }
     enough = recipe_values(SMOLLM2, MACHINE, num_chats=10**6)["prompts"]
     assert enough == {"max_prompts": alone.self_written}
-    assert recipe_values(SMOLLM2, MACHINE, num_chats=5, writes_prompts=False)["prompts"] == {
-        "max_prompts": alone.self_written
-    }
+    only = recipe_values(SMOLLM2, MACHINE, num_chats=50, writes_prompts=False)
+    assert only["prompts"] == {"max_prompts": 50}
+    trained = sum(stage["num_tokens"] for stage in only["stages"])
+    assert trained == pytest.approx(5 * 50 * (64 + 0.7 * 256), rel=0.05), "five passes over so little text"
+    long = recipe_values(SMOLLM2, MACHINE, num_chats=10**6, tokens_of_chat=2 * (64 + 0.7 * 256))["prompts"]
+    assert long["max_prompts"] == pytest.approx(alone.self_written / 2, rel=0.01)
 
 
 def test_models_with_exits_have_nothing_to_train() -> None:
@@ -344,6 +347,23 @@ def test_what_is_said_comes_before_the_rule(model: Path, tmp_path: Path) -> None
     with_recipe = CliRunner().invoke(app, ["train", "exit", "smollm2-135m-exit", "--hours", "2"])
     assert with_recipe.exit_code == 2
     assert "--hours has no effect on a recipe that is given (smollm2-135m-exit)" in with_recipe.stderr
+
+
+@pytest.mark.parametrize("settings", [[], ["collect.answers=given"]])
+def test_chats_are_looked_at_for_their_length(model: Path, tmp_path: Path, settings: list[str]) -> None:
+    """Of two turns: what is asked, and answers as they are or as they usually are."""
+    messages = [{"role": role, "content": "a b c"} for role in ("user", "assistant", "user", "assistant")]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    tokenizer = load_tokenizer(model, open_checkpoint(model).config)
+    plan = plan_by_rule(str(model), ["prompts.files=chats.jsonl", "collect.max_new_tokens=100", *settings], None)
+    if settings:
+        whole = len(tokenizer.apply_chat_template(messages, add_generation_prompt=False))
+        assert plan.tokens_of_chat == whole - len(tokenizer.encode("\n")), "the end of the last turn is its last token"
+    else:
+        asked = len(tokenizer.apply_chat_template([*messages[:1], {"role": "assistant", "content": ""}, messages[2]]))
+        assert plan.tokens_of_chat == asked + 2 * 70
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "a " * 2000}) + "\n")
+    assert plan_by_rule(str(model), ["prompts.files=chats.jsonl", *settings], None).tokens_of_chat is None
 
 
 def test_a_layerskip_model_gets_its_best_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

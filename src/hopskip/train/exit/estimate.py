@@ -20,9 +20,9 @@ from hopskip.train.exit.recipe import CollectRecipe, ExitRecipe
 
 _USUAL_PROMPTS = 4000
 """Of files that nobody has counted."""
-USUAL_SHARE = 0.7
+_USUAL_SHARE = 0.7
 """Of the most tokens of an answer, that answers have."""
-USUAL_PROMPT_TOKENS = 64
+_USUAL_PROMPT_TOKENS = 64
 EFFICIENCY = 0.3
 """Share of a machine's matrix products that training and collecting reach: on two cores 0.2 for a model of 135 million
 parameters, 0.45 for one of 1.2 billion."""
@@ -44,14 +44,21 @@ class Work:
     """That answering takes: one for a token of each of the texts that are decoded together. None where it is given."""
 
     @classmethod
-    def of(cls, recipe: ExitRecipe, model: ModelConfig) -> Work:
-        """For a recipe."""
+    def of(cls, recipe: ExitRecipe, model: ModelConfig, tokens_of_chat: float | None = None) -> Work:
+        """For a recipe.
+
+        Args:
+            tokens_of_chat: that a chat of the recipe's files has with its answers; None: as many as a prompt and its
+                answer usually have.
+        """
         prompts = recipe.prompts
-        num_prompts = prompts.self_written + ((prompts.max_prompts or _USUAL_PROMPTS) if prompts.files else 0)
+        usual = tokens_of_prompt(recipe.collect.max_new_tokens)
+        num_chats = (prompts.max_prompts or _USUAL_PROMPTS) if prompts.files else 0
+        collected = int(prompts.self_written * usual + num_chats * (tokens_of_chat or usual))
         is_stored = recipe.collect.states == "stored"
         depth = model.num_hidden_layers
         exits = [exit for exit in recipe.exits(depth) if exit.num_layers]
-        work = cls._collecting(num_prompts, recipe.collect, len({*recipe.taps(depth), depth}), model)
+        work = cls._collecting(collected, recipe.collect, len({*recipe.taps(depth), depth}), model)
         tokens = sum(stage.num_tokens for stage in recipe.stages)
         steps = sum(stage.num_tokens * stage.unroll_steps for stage in recipe.stages)
         train_flops = sum(6.0 * (exit_parameters(exit, model, recipe.vocabulary)) * steps for exit in exits)
@@ -65,9 +72,9 @@ class Work:
         )
 
     @classmethod
-    def _collecting(cls, num_prompts: int, collect: CollectRecipe, num_taps: int, model: ModelConfig) -> Work:
-        tokens = int(num_prompts * (USUAL_PROMPT_TOKENS + USUAL_SHARE * collect.max_new_tokens))
-        answered = num_prompts * USUAL_SHARE * collect.max_new_tokens if collect.answers == "model" else 0.0
+    def _collecting(cls, tokens: int, collect: CollectRecipe, num_taps: int, model: ModelConfig) -> Work:
+        share = 1 - _USUAL_PROMPT_TOKENS / tokens_of_prompt(collect.max_new_tokens)
+        answered = share * tokens if collect.answers == "model" else 0.0
         has_pass = collect.answers == "model" or collect.states == "stored"
         return cls(
             collected_tokens=tokens,
@@ -100,6 +107,11 @@ class Work:
             f"collect {self.collected_tokens / 1e6:.1f}M tokens ({self.disk_bytes / 1e9:.1f} GB on disk), the rest to "
             f"train on {self.trained_tokens / 1e6:.1f}M; the same command goes on after an interruption"
         )
+
+
+def tokens_of_prompt(max_new_tokens: int) -> float:
+    """That a prompt and its answer have, roughly."""
+    return _USUAL_PROMPT_TOKENS + _USUAL_SHARE * max_new_tokens
 
 
 def exit_parameters(exit: ExitConfig, model: ModelConfig, vocabulary: int) -> int:

@@ -15,13 +15,17 @@ from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import find_model
 from hopskip.errors import ConfigError
 from hopskip.loading import known_device
+from hopskip.prompts import spread
+from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
-from hopskip.train.exit.estimate import Work, duration, flops_per_second, free_disk
+from hopskip.train.exit.conversations import joined
+from hopskip.train.exit.estimate import Work, duration, flops_per_second, free_disk, tokens_of_prompt
 from hopskip.train.exit.memory import collecting_bytes, training_bytes
 from hopskip.train.exit.prompts import read_chats
-from hopskip.train.exit.recipe import ExitRecipe, PromptsRecipe, folder_of
+from hopskip.train.exit.recipe import CollectRecipe, ExitRecipe, PromptsRecipe, folder_of
 from hopskip.train.exit.rule import HOURS, Machine, recipe_values
 from hopskip.train.exit.stored import read_stored
+from hopskip.train.exit.turns import Chat, Turns
 from hopskip.train.recipe import apply_override, make
 from hopskip.train.unembed import free_memory
 
@@ -29,6 +33,8 @@ _LAYER_SECONDS = 0.25e-3
 """That a GPU's host takes to launch the kernels of a layer."""
 _BANDWIDTH_SHARE = 0.7
 _MATRIX = 4096
+_LOOKED_AT = 64
+"""Chats of the user's, for the length that they have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,8 @@ class Plan:
     machine: Machine
     is_begun: bool
     """Whether its folder holds a run already, which goes on."""
+    tokens_of_chat: float | None = None
+    """That a chat of the user's files has with its answers, where they were looked at."""
 
     @property
     def memory_bytes(self) -> int:
@@ -51,7 +59,7 @@ class Plan:
     def lines(self) -> list[str]:
         """For people."""
         recipe, config = self.recipe, self.checkpoint.config
-        work, machine = Work.of(recipe, config), self.machine
+        work, machine = Work.of(recipe, config, self.tokens_of_chat), self.machine
         depth, answers = config.num_hidden_layers, recipe.collect.answers
         names = {"model": "answered by the model", "given": "with their answers", "server": "answered by a server"}
         files = ", ".join(recipe.prompts.files)
@@ -110,40 +118,73 @@ def plan_by_rule(model: str | None, overrides: Seq[str], hours: float | None) ->
     folder = folder_of(str(given["output"]), str(given["base"]))
     checkpoint = open_checkpoint(find_model(None if given["base"] == "default" else given["base"]))
     machine = this_machine(str(given.get("device", "auto")), folder, checkpoint)
-    stored = read_stored(folder)
+    stored, tokens_of_chat = read_stored(folder), None
     if stored is not None:
         if hours is not None:
             raise ConfigError(f"{folder} holds a run that has begun, which --hours cannot change; use another output")
         values = {**stored["recipe"], "output": given["output"], "base": given["base"]}
     else:
-        values = _by_rule(given, checkpoint, machine, HOURS if hours is None else hours)
+        values, tokens_of_chat = _by_rule(given, checkpoint, machine, HOURS if hours is None else hours)
     for override in overrides:
         apply_override(values, override)
     recipe = make(ExitRecipe, values, "")
-    return Plan(recipe=recipe, checkpoint=checkpoint, machine=machine, is_begun=stored is not None)
+    return Plan(
+        recipe=recipe,
+        checkpoint=checkpoint,
+        machine=machine,
+        is_begun=stored is not None,
+        tokens_of_chat=tokens_of_chat,
+    )
 
 
-def _by_rule(given: dict[str, Any], checkpoint: Checkpoint, machine: Machine, hours: float) -> dict[str, Any]:
+def _by_rule(
+    given: dict[str, Any], checkpoint: Checkpoint, machine: Machine, hours: float
+) -> tuple[dict[str, Any], float | None]:
+    """A recipe's sections, and the tokens of a chat of the user's."""
     if hours <= 0:
         raise ConfigError(f"hours is {hours}; it must be above 0")
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     prompts, collect = _section(given, "prompts"), _section(given, "collect")
-    num_chats = None
-    if prompts.get("files"):
-        num_chats = len(read_chats(make(PromptsRecipe, prompts, "prompts.")))
     if "server" in collect and "answers" not in collect:
         collect["answers"] = "server"
+    chats: list[Chat] | None = None
+    tokens_of_chat = None
+    if prompts.get("files"):
+        own = make(PromptsRecipe, prompts, "prompts.")
+        chats = read_chats(own)
+        tokens_of_chat = _tokens_of(chats, tokenizer, own, make(CollectRecipe, collect, "collect."))
     found = recipe_values(
         checkpoint.config,
         machine,
         hours=hours,
         writes_prompts=tokenizer.has_chat_template and collect.get("answers") != "given",
-        num_chats=num_chats,
+        num_chats=None if chats is None else len(chats),
+        tokens_of_chat=tokens_of_chat,
         is_packed=checkpoint.quantization is not None,
     )
     for name, section in ("prompts", prompts), ("collect", collect):
         found[name] = {**found[name], **section}
-    return {**given, **found}
+    return {**given, **found}, tokens_of_chat
+
+
+def _tokens_of(chats: Seq[Chat], tokenizer: Tokenizer, prompts: PromptsRecipe, collect: CollectRecipe) -> float | None:
+    """A chat's, with its answers: given ones are counted, others are taken to be as long as is usual. The mean of some
+    of the chats; None if none of them has any."""
+    turns = Turns(
+        tokenizer=tokenizer, max_prompt_tokens=prompts.max_prompt_tokens, max_new_tokens=collect.max_new_tokens
+    )
+    found: list[float] = []
+    for chat in spread(chats, _LOOKED_AT):
+        if collect.answers == "given":
+            found.append(sum(len(c.ids_T) for c in joined(turns.given(chat))))
+            continue
+        dialogue, answers = turns.dialogue(chat), list[list[int]]()
+        size = 0
+        while (prompt := dialogue(answers)) is not None:
+            answers.append([])
+            size = len(prompt)
+        found.append(size + len(answers) * (tokens_of_prompt(collect.max_new_tokens) - tokens_of_prompt(0)))
+    return sum(found) / len(found) if any(found) else None
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

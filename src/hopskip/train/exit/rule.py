@@ -12,7 +12,7 @@ from typing import Any
 
 from hopskip.checkpoint.config import ModelConfig
 from hopskip.checkpoint.trained_exit import ExitConfig
-from hopskip.train.exit.estimate import EFFICIENCY, USUAL_PROMPT_TOKENS, USUAL_SHARE, exit_parameters, free_disk
+from hopskip.train.exit.estimate import EFFICIENCY, exit_parameters, free_disk, tokens_of_prompt
 from hopskip.train.exit.recipe import ExitRecipe
 from hopskip.train.recipe import make
 
@@ -29,6 +29,8 @@ _LEAST_TOKENS, _MOST_TOKENS = 100_000, 100_000_000
 """To collect: fewer teach an exit next to nothing, more were never tried."""
 _ONE_STEP, _UNROLLED, _UNROLL_STEPS = 1.5, 1.0, 3
 """Tokens to train on for each that is collected: first one step ahead, which costs a third, then three."""
+_MOST_EPOCHS = 5
+"""Over text that there is no more of: an exit learns next to nothing from the fourth pass on."""
 _SEARCH = {
     "num_prompts": 8,
     "max_new_tokens": 96,
@@ -74,6 +76,7 @@ def recipe_values(
     hours: float = HOURS,
     writes_prompts: bool = True,
     num_chats: int | None = None,
+    tokens_of_chat: float | None = None,
     is_packed: bool = False,
 ) -> dict[str, Any]:
     """The sections of a recipe, as a YAML file would have them, but for `output` and `base`.
@@ -84,6 +87,7 @@ def recipe_values(
     Args:
         writes_prompts: whether the model has a chat template, and so can write prompts itself.
         num_chats: in files that the user gives; None: there are none.
+        tokens_of_chat: that one of them has with its answers; None: as many as a prompt and its answer usually have.
         is_packed: whether the model is stored in few bits: the native engine then runs it, and answers, as it is.
     """
     size = vocabulary_size(model)
@@ -101,7 +105,11 @@ def recipe_values(
     exit = ExitConfig(start=0, num_layers=1, features=tuple(range(1, 1 + min(3, model.num_hidden_layers))))
     num_seqs = values["collect"]["max_num_seqs"]
     tokens = _tokens(model, exit, size, machine, hours, num_seqs)
-    num_prompts = max(1, round(tokens / tokens_of_prompt(256)))
+    each = tokens_of_chat or tokens_of_prompt(256)
+    num_prompts = max(1, round(tokens / each))
+    prompts = _prompts(num_prompts, writes_prompts, num_chats)
+    if not writes_prompts and num_chats is not None:
+        tokens = min(tokens, round(_MOST_EPOCHS * num_chats * each / (_ONE_STEP + _UNROLLED)))
     branch = {"start": 0, "num_layers": 1, "features": list(FEATURES)}
     if _state_bytes(model, tokens) > machine.disk_bytes / 2:
         values["collect"]["states"] = "on-the-fly"
@@ -109,7 +117,7 @@ def recipe_values(
     return {
         **values,
         "branches": [branch],
-        "prompts": _prompts(num_prompts, writes_prompts, num_chats),
+        "prompts": prompts,
         "held_out_every": max(5, min(40, num_prompts // 32)),
         "stages": _stages(model, tokens, machine),
     }
@@ -126,11 +134,6 @@ def usual_recipe(model: ModelConfig, flops_per_second: float) -> ExitRecipe:
     )
     recipe: ExitRecipe = make(ExitRecipe, {"output": "", **recipe_values(model, machine)}, "")
     return recipe
-
-
-def tokens_of_prompt(max_new_tokens: int) -> float:
-    """That a prompt and its answer have, roughly."""
-    return USUAL_PROMPT_TOKENS + USUAL_SHARE * max_new_tokens
 
 
 def _tokens(
@@ -159,7 +162,7 @@ def _stages(model: ModelConfig, tokens: int, machine: Machine) -> list[dict[str,
 def _prompts(number: int, writes_prompts: bool, num_chats: int | None) -> Mapping[str, Any]:
     """The user's chats, as many as there is time for, and the model's own prompts where they are too few."""
     written = number - (num_chats or 0) if writes_prompts else 0
-    prompts: dict[str, Any] = {"max_prompts": number} if num_chats is not None else {}
+    prompts: dict[str, Any] = {} if num_chats is None else {"max_prompts": max(1, min(number, num_chats))}
     if written > 0:
         prompts |= {"self_written": written, "openings": list(OPENINGS)}
     return prompts
