@@ -115,6 +115,21 @@ def test_a_model_that_knows_no_tools_is_told_of_them(llm: LLM, tmp_path: Path) -
     assert "tool_call" not in knowing, "a template that knows tools says itself what there is to say"
 
 
+def test_only_some_of_the_tools(live: Live) -> None:
+    def choose(mode: str, *names: str) -> dict[str, Any]:
+        named = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+
+    tools = [tool("f"), tool("g"), tool("h")]
+    for seed in range(3):
+        calls = message(live, tools=tools, tool_choice=choose("required", "h", "g"), seed=seed, max_tokens=300)
+        assert {call["function"]["name"] for call in calls["tool_calls"]} <= {"g", "h"}
+    assert "tool_calls" not in message(live, tools=tools, tool_choice=choose("auto", "g"), max_tokens=5)
+    refused = ask(live, 400, tools=tools, tool_choice=choose("auto", "x"))["error"]
+    assert refused["message"] == "tool_choice names 'x', which is not among the tools"
+    assert "there are no tools" in ask(live, 400, tool_choice=choose("required", "x"))["error"]["message"]
+
+
 # -- thoughts ----------------------------------------------------------------------------------------------------------
 
 THINKING = (
@@ -197,7 +212,8 @@ def test_the_switch_where_there_is_none(live: Live) -> None:
     ):
         ask(live, max_tokens=1, **fields)
     wrong: dict[str, Any]
-    for wrong in ({"ponder": 1}, {"enable_thinking": "no"}, {"tools": []}, {"messages": []}):
+    own: dict[str, Any] = {"tools": [], "add_generation_prompt": False}
+    for wrong in ({"ponder": 1}, {"enable_thinking": "no"}, {"messages": []}, *({key: own[key]} for key in own)):
         assert "chat_template_kwargs" in ask(live, 400, chat_template_kwargs=wrong)["error"]["message"]
 
 

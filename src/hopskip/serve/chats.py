@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, Literal
 
 from hopskip.errors import ConfigError
 from hopskip.serve import schema
@@ -17,6 +17,8 @@ from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tools.base import Marks, Tool
 from hopskip.text.tools.formats import ToolFormatName
 
+_OWN = ("tools", "add_generation_prompt")
+"""What templates are told by parameters of their own."""
 _NO_EFFORT = ("none", "minimal")
 
 
@@ -44,9 +46,10 @@ class ChatFormat:
         """
         known = self._tokenizer.template_variables
         given = dict(request.chat_template_kwargs or {})
-        if "tools" in given:
-            message = "chat_template_kwargs has 'tools'; give them as the request's own tools"
-            raise ParameterError(message, param="chat_template_kwargs")
+        for name in _OWN:
+            if name in given:
+                message = f"chat_template_kwargs has {name!r}; give it as a parameter of the request"
+                raise ParameterError(message, param="chat_template_kwargs")
         switched = [given.pop(name) for name in THINKING_SWITCHES if isinstance(given.get(name), bool)]
         effort = request.reasoning_effort
         wanted = next((value for value in (*switched, request.enable_thinking) if value is not None), None)
@@ -70,14 +73,14 @@ class ChatFormat:
         reasoning = None if is_open is False else self._reasoning
         if reasoning is None and not tools:
             return None
-        must_call = bool(tools) and request.tool_choice not in (None, "auto")
+        must_call = bool(tools) and choice_of(request) != "auto"
         marks = set(self.tool_format.marks if tools else ())
         marks |= {reasoning.opening, reasoning.closing} if reasoning is not None else set()
         return AnswerFormat(
             reasoning=reasoning,
             is_open=bool(is_open),
             tool_format=self.tool_format if tools else None,
-            tools=[_tool(tool) for tool in chosen_tools(tools, request.tool_choice)],
+            tools=[_tool(tool) for tool in _named(tools, choice_of(request))],
             must_call=must_call,
             parallel=request.parallel_tool_calls is not False,
             special_ids={mark: index for mark in marks if (index := self._tokenizer.special_id(mark)) is not None},
@@ -96,7 +99,7 @@ class ChatFormat:
             if missing and tool.strict:
                 raise ConfigError(f"the JSON schema is strict, but this cannot be enforced: {'; '.join(missing)}")
             dropped += missing
-        parallel = answer.parallel and request.tool_choice == "required"
+        parallel = answer.parallel and choice_of(request) == "required"
         return ("lark", answer.tool_format.grammar(answer.tools, self._marks, parallel=parallel)), dropped
 
     def before_answer(self, answer: AnswerFormat | None) -> str:
@@ -106,13 +109,26 @@ class ChatFormat:
         return answer.reasoning.grammar(self._marks, is_open=True if answer.is_open else None)
 
 
-def chosen_tools(tools: Seq[schema.Tool], choice: Any) -> list[schema.Tool]:
-    """The tools that may be called.
+def choice_of(request: schema.ChatRequest) -> Literal["none", "auto", "required"] | schema.NamedTool:
+    """Whether tools must be called: any, or the named one."""
+    choice = request.tool_choice
+    return choice.allowed_tools.mode if isinstance(choice, schema.AllowedToolsChoice) else choice or "auto"
+
+
+def allowed_tools(tools: Seq[schema.Tool], choice: Any) -> list[schema.Tool]:
+    """The tools that a `tool_choice` leaves.
 
     Raises:
-        ParameterError: `tool_choice` names another.
+        ParameterError: it names another.
     """
-    if not isinstance(choice, schema.NamedTool):
+    if not isinstance(choice, schema.AllowedToolsChoice):
+        return list(tools)
+    named = [tool for allowed in choice.allowed_tools.tools for tool in _named(tools, allowed)]
+    return [tool for tool in tools if tool in named]
+
+
+def _named(tools: Seq[schema.Tool], choice: str | schema.NamedTool) -> list[schema.Tool]:
+    if isinstance(choice, str):
         return list(tools)
     chosen = [tool for tool in tools if tool.function.name == choice.function.name]
     if not chosen:

@@ -12,7 +12,7 @@ from hopskip.llm import LLM
 from hopskip.sampling_params import SamplingParams
 from hopskip.serve import params, schema
 from hopskip.serve.batch import Job
-from hopskip.serve.chats import ChatFormat, thoughts_of
+from hopskip.serve.chats import ChatFormat, allowed_tools, choice_of, thoughts_of
 from hopskip.serve.grammars import Grammars
 from hopskip.serve.params import at_most
 from hopskip.serve.policy import ParameterError
@@ -156,11 +156,11 @@ class Planner:
         """The tools that the model is told of."""
         tools = request.tools or []
         if not tools:
-            if request.tool_choice not in (None, "none", "auto"):
+            if choice_of(request) not in ("none", "auto"):
                 raise ParameterError("tool_choice asks for a call, but there are no tools", param="tool_choice")
             return []
         at_most("the number of tools", len(tools), self._limits.num_tools, "tools")
-        return [] if request.tool_choice == "none" else tools
+        return [] if request.tool_choice == "none" else allowed_tools(tools, request.tool_choice)
 
     async def _jobs(
         self,

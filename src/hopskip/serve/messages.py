@@ -103,3 +103,15 @@ class FunctionName(Body):
 class NamedTool(Body):
     type: Literal["function"]
     function: FunctionName
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+class AllowedToolsChoice(Body):
+    """Only some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from hopskip.serve.messages import Body, Function, Message, NamedTool, Text, Tool, ToolCall
+from hopskip.serve.messages import AllowedToolsChoice, Body, Function, Message, NamedTool, Text, Tool, ToolCall
 
-__all__ = ["Body", "Function", "Message", "NamedTool", "Text", "Tool", "ToolCall"]
+__all__ = ["AllowedToolsChoice", "Body", "Function", "Message", "NamedTool", "Text", "Tool", "ToolCall"]
 
 
 def _whole(value: Any) -> Any:
@@ -226,7 +226,7 @@ class ChatRequest(Generation, ChatPrompt):
     """Text is all there is."""
     logprobs: bool | None = False
     top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
 
     @field_validator("modalities")
