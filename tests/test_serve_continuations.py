@@ -48,8 +48,8 @@ def as_text(tokens: list[str]) -> str:
 
 
 def test_a_first_space_is_kept(llm: LLM, client: httpx.Client) -> None:
-    hello = llm.tokenizer.inner.token_to_id("▁hello")
-    only = {"logit_bias": {str(hello): 100}, "max_tokens": 2, "logprobs": 1}
+    hello: int = llm.tokenizer.inner.token_to_id("▁hello") or 0
+    only: dict[str, Any] = {"logit_bias": {str(hello): 100}, "max_tokens": 2, "logprobs": 1}
     for prompt in ("hello", "a\nhello", [1, hello]):
         found = ask(client, prompt=prompt, **only)
         assert found["text"] == " hello hello"
@@ -58,12 +58,12 @@ def test_a_first_space_is_kept(llm: LLM, client: httpx.Client) -> None:
     at_start = ask(client, prompt=[1], **only)
     assert at_start["text"] == "hello hello"
     assert at_start["logprobs"]["tokens"] == ["hello", " hello"]
-    chat = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "top_logprobs": 1}
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "top_logprobs": 1}
     told = ask(client, "chat/completions", **chat, logit_bias={str(hello): 100}, max_tokens=2)
     assert told["message"]["content"] == " hello hello"
     [first, _] = told["logprobs"]["content"]
     assert (first["token"], first["bytes"]) == (" hello", list(b" hello"))
-    assert llm.generate("hello", logit_bias={hello: 100}, max_tokens=1)[0].text == " hello"
+    assert llm.generate("hello", logit_bias={hello: 100.0}, max_tokens=1)[0].text == " hello"
 
 
 def test_tokens_join_to_the_text(client: httpx.Client) -> None:

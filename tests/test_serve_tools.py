@@ -211,9 +211,8 @@ def test_the_switch_where_there_is_none(live: Live) -> None:
         {"reasoning_effort": "low"},
     ):
         ask(live, max_tokens=1, **fields)
-    wrong: dict[str, Any]
-    own: dict[str, Any] = {"tools": [], "add_generation_prompt": False}
-    for wrong in ({"ponder": 1}, {"enable_thinking": "no"}, {"messages": []}, *({key: own[key]} for key in own)):
+    refused: dict[str, Any] = {"ponder": 1, "enable_thinking": "no", "messages": [], "tools": []}
+    for wrong in ({name: value} for name, value in (refused | {"add_generation_prompt": False}).items()):
         assert "chat_template_kwargs" in ask(live, 400, chat_template_kwargs=wrong)["error"]["message"]
 
 
