@@ -66,7 +66,9 @@ def schema() -> None:
 @check("errors")
 def errors() -> None:
     raises(anthropic.NotFoundError, lambda: ask(model="nobody"))
-    raises(anthropic.AuthenticationError, lambda: Anthropic(base_url=ROOT, api_key="wrong-secret").messages.create(**ASKED))
+    raises(
+        anthropic.AuthenticationError, lambda: Anthropic(base_url=ROOT, api_key="wrong-secret").messages.create(**ASKED)
+    )
     error = raises(anthropic.BadRequestError, lambda: ask(messages=[{"role": "user", "content": TOO_LONG}]))
     assert error.body["error"]["type"] == "invalid_request_error", error.body
     raises(anthropic.BadRequestError, lambda: ask(extra_body={"stop_sequence": ["x"]}))
@@ -80,7 +82,11 @@ def history() -> None:
         for block in answer.content
         if block.type == "tool_use"
     ]
-    messages = [*ASKED["messages"], {"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
+    messages = [
+        *ASKED["messages"],
+        {"role": "assistant", "content": answer.content},
+        {"role": "user", "content": results},
+    ]
     assert ask(messages=messages, tools=[WEATHER]).role == "assistant"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import openai
 from common import HISTORY, KEY, MODEL, QUESTION, TOO_LONG, URL, arguments_ok, check, raises, report
@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 class Trip(BaseModel):
     """A trip."""
 
-    city: str = Field(pattern="Paris|Rome")
+    city: Literal["Paris", "Rome"]
     days: int = Field(ge=1, le=9)
 
 

@@ -35,7 +35,10 @@ def add_checks(row: str, provider: str) -> None:
 
     @check("schema", row)
     def schema() -> None:
-        form = {"type": "json_schema", "json_schema": {"name": "trip", "schema": {**CITY, "additionalProperties": False}}}
+        form = {
+            "type": "json_schema",
+            "json_schema": {"name": "trip", "schema": {**CITY, "additionalProperties": False}},
+        }
         arguments_ok(ask(response_format=form).choices[0].message.content)
 
     @check("errors", row)

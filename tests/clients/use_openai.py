@@ -49,7 +49,9 @@ def tools() -> None:
         answer = chats.create(model=MODEL, messages=HISTORY, temperature=0, tools=[TOOL], tool_choice=choice)
         (call, *_) = answer.choices[0].message.tool_calls
         arguments_ok(call.function.arguments)
-    parts = list(chats.create(model=MODEL, messages=HISTORY, temperature=0, tools=[TOOL], tool_choice=choice, stream=True))
+    parts = list(
+        chats.create(model=MODEL, messages=HISTORY, temperature=0, tools=[TOOL], tool_choice=choice, stream=True)
+    )
     calls = [call for part in parts for call in part.choices[0].delta.tool_calls or ()]
     assert calls[0].id
     arguments_ok("".join(call.function.arguments or "" for call in calls))
@@ -58,7 +60,9 @@ def tools() -> None:
 @check("schema", "chat")
 def schema() -> None:
     form = {"type": "json_schema", "json_schema": {"name": "trip", "schema": CITY, "strict": True}}
-    arguments_ok(chats.create(model=MODEL, messages=HISTORY, temperature=0, response_format=form).choices[0].message.content)
+    arguments_ok(
+        chats.create(model=MODEL, messages=HISTORY, temperature=0, response_format=form).choices[0].message.content
+    )
     parse = chats.parse if hasattr(chats, "parse") else client.beta.chat.completions.parse
     answer = parse(model=MODEL, messages=HISTORY, temperature=0, response_format=Trip)
     assert isinstance(answer.choices[0].message.parsed, Trip)
@@ -76,7 +80,11 @@ def errors() -> None:
 
 @check("history", "chat")
 def history() -> None:
-    message = chats.create(model=MODEL, messages=HISTORY, temperature=0, tools=[TOOL], tool_choice="required").choices[0].message
+    message = (
+        chats.create(model=MODEL, messages=HISTORY, temperature=0, tools=[TOOL], tool_choice="required")
+        .choices[0]
+        .message
+    )
     results = [{"role": "tool", "tool_call_id": call.id, "content": "Rain"} for call in message.tool_calls]
     for fed_back in message, message.model_dump():
         again = [*HISTORY, fed_back, *results, {"role": "user", "content": "Thanks"}]
