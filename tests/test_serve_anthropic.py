@@ -218,6 +218,16 @@ def test_no_calls(client: httpx.Client) -> None:
     assert message(client, tool_choice={"type": "auto"})["content"] == with_none["content"]
 
 
+def test_the_beginning_of_an_answer(client: httpx.Client) -> None:
+    text = message(client)["content"][0]["text"]
+    begun = [*HI, {"role": "assistant", "content": [{"type": "text", "text": text[:4]}]}]
+    expected = chat(client, begun, continue_final_message=True, add_generation_prompt=False)
+    assert message(client, messages=begun)["content"][0]["text"] == expected["choices"][0]["message"]["content"]
+    call = {"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Rome"}}
+    called = [*HI, {"role": "assistant", "content": [call]}]
+    assert message(client, messages=called, tools=[TOOL])["content"]
+
+
 def test_a_schema(client: httpx.Client) -> None:
     form = {"type": "json_schema", "schema": CITY}
     for asked in ({"output_config": {"format": form}}, {"output_format": form}):

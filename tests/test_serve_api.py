@@ -272,6 +272,12 @@ def test_tokenize_and_back(client: httpx.Client) -> None:
     assert chat["count"] == len(chat["tokens"]) > 5
 
 
+def test_what_clients_that_count_tokens_ask_for(client: httpx.Client, llms: dict[str, LLM]) -> None:
+    told = client.get("/tokenizer_info").json()
+    assert told == {"chat_template": llms["both"].tokenizer.chat_template, **llms["both"].tokenizer.special_tokens}
+    assert told["eos_token"] == "<|im_end|>"
+
+
 def test_metrics_have_the_names_that_routers_scrape(client: httpx.Client) -> None:
     client.post("/v1/completions", json={"prompt": "abc abc abc", "max_tokens": 8})
     text = client.get("/metrics").text
@@ -462,7 +468,7 @@ def test_no_request_that_the_document_allows_breaks_the_server(live: Live) -> No
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
     found: Any = schema.get_all_operations()
     operations = [result.ok() for result in found]
-    assert len(operations) == 17
+    assert len(operations) == 18
     limit_of = {
         "/v1/completions": "max_tokens",
         "/v1/chat/completions": "max_completion_tokens",

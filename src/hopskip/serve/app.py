@@ -244,6 +244,12 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         decode = partial(server.llm.tokenizer.decode, skip_special_tokens=False)
         return {"prompt": await asyncio.to_thread(decode, request.tokens)}
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """The template and special tokens, as vLLM tells them to lm-eval and others that count tokens themselves."""
+        tokenizer = server.llm.tokenizer
+        return {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens}
+
     @app.get("/health")
     async def health() -> Response:
         """Whether requests are answered: 200 or 503."""

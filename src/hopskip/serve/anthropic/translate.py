@@ -10,6 +10,9 @@ from hopskip.serve.door import chat_request
 from hopskip.serve.policy import ParameterError
 from hopskip.serve.schema import ChatRequest
 
+_PREFILL = {"continue_final_message": True, "add_generation_prompt": False}
+"""A last message of the assistant is the beginning of the answer."""
+
 
 def translate(request: schema.Prompt) -> tuple[ChatRequest, tuple[str, ...]]:
     """The chat, and what of the request cannot be done and is left out.
@@ -32,6 +35,7 @@ def translate(request: schema.Prompt) -> tuple[ChatRequest, tuple[str, ...]]:
         response_format=_response_format(request),
         enable_thinking=None if request.thinking is None else request.thinking.type != "disabled",
         reasoning_effort=request.output_config.effort if request.output_config is not None else None,
+        **(_PREFILL if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls") else {}),
         **(_answering(request) if isinstance(request, schema.MessagesRequest) else {}),
     )
     return chat, tuple(f"the tool {name[:64]}" for name in dict.fromkeys(hosted))
