@@ -327,11 +327,13 @@ class Said:
 
     dropped: tuple[str, ...] = ()
     num_prompt_tokens = 7
+    usage: dict[str, Any]
     params: Any = None
     stop_text: str | None = None
 
     def __init__(self, *deltas: dict[str, Any], reason: str = "stop", error: Exception | None = None) -> None:
         self._deltas = deltas
+        self.usage = USAGE
         self._reason = reason
         self._error = error
 
@@ -344,7 +346,6 @@ class Said:
         if self._error is not None:
             raise self._error
         yield {"choices": [{"delta": {}, "finish_reason": self._reason}]}
-        yield {"choices": [], "usage": USAGE}
 
     def cancel(self) -> None:
         pass
@@ -412,7 +413,7 @@ def test_a_whole_message_of_thoughts_text_and_calls() -> None:
     cut = {"name": "weather", "arguments": '{"city": "Pa'}
     calls = [{"id": "c1", "function": function}, {"id": "c2", "function": cut}]
     spoken = {"content": "So", "reasoning_content": "Hm", "tool_calls": calls}
-    chat = {"choices": [{"message": spoken, "finish_reason": "length"}], "usage": USAGE}
+    chat = {"choices": [{"message": spoken, "finish_reason": "length"}]}
     whole = MessageAnswer(Said(), "m", ()).whole(chat)
     assert whole["content"] == [
         {"type": "thinking", "thinking": "Hm", "signature": ""},

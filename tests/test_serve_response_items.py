@@ -153,6 +153,7 @@ class Failing:
 
     dropped: tuple[str, ...] = ()
     num_prompt_tokens = 7
+    usage: Any = None
     params = SamplingParams()
     stop_text: str | None = None
 

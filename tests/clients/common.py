@@ -1,7 +1,7 @@
 """What drivers of clients share: where the server is, what is asked, and how results are told.
 
-A driver registers checks, each of a row (a client, or one of its ways) and a capability, and calls `report`, which writes
-one line of JSON to standard output.
+A driver registers checks, each of a row (a client, or one of its ways) and a capability, and calls `report`: one line
+of JSON goes to standard output.
 """
 
 from __future__ import annotations

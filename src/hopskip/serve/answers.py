@@ -97,7 +97,7 @@ class Answer:
             pieces[index] += new or []
         kind = "chat.completion" if self.is_chat else "text_completion"
         choices = [choice.whole(all_of_it) for choice, all_of_it in zip(self._choices, pieces, strict=True)]
-        answer = {**self._head(kind), "choices": choices, "usage": self._usage(), **self._dropped()}
+        answer = {**self._head(kind), "choices": choices, "usage": self.usage, **self._dropped()}
         if self.is_chat and self._request.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self._choices[0].prompt_logprobs()
         return answer
@@ -123,7 +123,7 @@ class Answer:
                 more = self._usage_so_far() if is_continuous else {}
                 yield {**head, "choices": [part], **more, **(self._dropped() if pieces is None else {})}
         if with_usage:
-            yield {**head, "choices": [], "usage": self._usage()}
+            yield {**head, "choices": [], "usage": self.usage}
 
     def _dropped(self) -> dict[str, Any]:
         """Tells which parts of a JSON schema were not enforced."""
@@ -145,7 +145,9 @@ class Answer:
         if choice.is_cut:
             raise UnavailableError("the server is shutting down and has cut this answer; try again elsewhere")
 
-    def _usage(self) -> dict[str, Any]:
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the prompts and of the answer so far."""
         stats = [g.sequence.stats for g in self._batch.generations]
         firsts = stats[:: self._plan.num_choices]  # a prompt counts once, however many answers it gets
         num_prompt, num_new = sum(s.num_prompt_tokens for s in firsts), sum(s.num_tokens for s in stats)

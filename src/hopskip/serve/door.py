@@ -33,6 +33,10 @@ class ChatAnswer(Protocol):
         """How its tokens are chosen."""
 
     @property
+    def usage(self) -> dict[str, Any]:
+        """Of tokens so far, in OpenAI's shape."""
+
+    @property
     def stop_text(self) -> str | None:
         """Which of the request's stop texts has ended it."""
 

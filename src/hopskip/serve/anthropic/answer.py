@@ -47,19 +47,22 @@ class MessageAnswer:
         content += [{**_tool_use(call), "input": _input(call["function"]["arguments"])} for call in calls]
         ending = {"stop_reason": self._stop_reason(choice), "stop_sequence": self._answer.stop_text}
         more = {"hopskip": {"dropped": list(self.dropped)}} if self.dropped else {}
-        return {**self._head, "content": content, **ending, "usage": _usage(chat["usage"]), **more}
+        return {**self._head, "content": content, **ending, "usage": _usage(self._answer.usage), **more}
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of a stream."""
-        usage = {**_usage(None), "input_tokens": self._answer.num_prompt_tokens}
+        usage = {
+            "input_tokens": self._answer.num_prompt_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "output_tokens": 0,
+        }
         empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         yield {"type": "message_start", "message": {**self._head, **empty}}
         yield {"type": "ping"}
         last: dict[str, Any] = {}
-        final: dict[str, Any] | None = None
         try:
             async for chunk in self._answer.chunks():
-                final = chunk.get("usage") or final
                 for choice in chunk["choices"]:
                     last = choice
                     for event in self._of_delta(choice["delta"]):
@@ -70,7 +73,7 @@ class MessageAnswer:
         for event in self._close():
             yield event
         ending = {"stop_reason": self._stop_reason(last), "stop_sequence": self._answer.stop_text}
-        yield {"type": "message_delta", "delta": ending, "usage": _usage(final)}
+        yield {"type": "message_delta", "delta": ending, "usage": _usage(self._answer.usage)}
         yield {"type": "message_stop"}
 
     def _of_delta(self, delta: dict[str, Any]) -> Iterator[Event]:
@@ -120,12 +123,12 @@ def _input(arguments: str) -> Any:
         return {}
 
 
-def _usage(usage: dict[str, Any] | None) -> dict[str, int]:
+def _usage(usage: dict[str, Any]) -> dict[str, int]:
     """In Anthropic's shape, where cached tokens count apart."""
-    cached = usage["prompt_tokens_details"]["cached_tokens"] if usage is not None else 0
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
-        "input_tokens": usage["prompt_tokens"] - cached if usage is not None else 0,
+        "input_tokens": usage["prompt_tokens"] - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
-        "output_tokens": usage["completion_tokens"] if usage is not None else 0,
+        "output_tokens": usage["completion_tokens"],
     }

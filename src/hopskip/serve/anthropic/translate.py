@@ -45,7 +45,6 @@ def _answering(request: schema.MessagesRequest) -> dict[str, Any]:
     own = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return {
         "stream": bool(request.stream),
-        "stream_options": {"include_usage": True} if request.stream else None,
         "max_completion_tokens": request.max_tokens,
         "stop": [*own, *(request.stop_sequences or ())] or None,
     }

@@ -51,7 +51,7 @@ class ResponseAnswer:
             pass
         for _ in self._output.finish(_status(choice["finish_reason"])):
             pass
-        return self._ended(choice, chat["usage"])
+        return self._ended(choice)
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of a stream. The last one has the whole response."""
@@ -64,31 +64,31 @@ class ResponseAnswer:
         yield {"type": "response.created", "response": self._snapshot("in_progress")}
         yield {"type": "response.in_progress", "response": self._snapshot("in_progress")}
         last: dict[str, Any] = {}
-        usage: dict[str, Any] = {}
         try:
             async for chunk in self._answer.chunks():
-                usage = chunk.get("usage") or usage
                 for choice in chunk["choices"]:
                     last = choice
                     logprobs = (choice["logprobs"] or {}).get("content")
                     for event in self._output.add(choice["delta"], logprobs):
                         yield event
         except HopskipError as error:
-            failure = {"code": "server_error", "message": str(error)}
-            yield {"type": "response.failed", "response": {**self._snapshot("failed"), "error": failure}}
-            return
+            if not self._is_cancelled:
+                failure = {"code": "server_error", "message": str(error)}
+                yield {"type": "response.failed", "response": {**self._snapshot("failed"), "error": failure}}
+                return
+            last = {**last, "finish_reason": "length"}
         for event in self._output.finish(_status(last["finish_reason"])):
             yield event
-        response = self._ended(last, usage)
+        response = self._ended(last)
         kind = "completed" if response["status"] == "completed" else "incomplete"
         yield {"type": f"response.{kind}", "response": response}
 
     def _snapshot(self, status: str) -> dict[str, Any]:
         return {**self._response, "status": status, "output": list(self._output.items)}
 
-    def _ended(self, choice: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
+    def _ended(self, choice: dict[str, Any]) -> dict[str, Any]:
         status = "cancelled" if self._is_cancelled else _status(choice["finish_reason"])
-        response = {**self._snapshot(status), "usage": _usage(usage)}
+        response = {**self._snapshot(status), "usage": _usage(self._answer.usage)}
         if status == "completed":
             response["completed_at"] = int(time.time())
         elif status == "incomplete":
@@ -147,6 +147,6 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
             "cache_write_tokens": 0,
         },
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": details.get("reasoning_tokens", 0), **details},
+        "output_tokens_details": details,
         "total_tokens": usage["total_tokens"],
     }

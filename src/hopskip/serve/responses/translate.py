@@ -70,7 +70,6 @@ def translate(request: schema.PromptRequest, store: ResponseStore, client: str |
 def _answering(request: schema.ResponseRequest) -> dict[str, Any]:
     return {
         "stream": bool(request.stream),
-        "stream_options": {"include_usage": True} if request.stream else None,
         "max_completion_tokens": request.max_output_tokens,
         "logprobs": request.wants_logprobs,
         "top_logprobs": request.top_logprobs if request.wants_logprobs else None,
