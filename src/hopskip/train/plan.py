@@ -19,7 +19,7 @@ from hopskip.checkpoint.config import ModelConfig
 from hopskip.errors import ConfigError
 from hopskip.train.base import add_lora, base_config, base_tokenizer, check_base
 from hopskip.train.data import Row, StreamedRows, collate, load_rows, too_long
-from hopskip.train.exit.estimate import duration
+from hopskip.train.durations import duration
 from hopskip.train.footprint import Memory, count_memory
 from hopskip.train.read import check_sources
 from hopskip.train.recipe import Recipe

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from hopskip.draft.costs import expected_speedup
 from hopskip.machine import replacing_file
-from hopskip.train.exit.estimate import duration
+from hopskip.train.durations import duration
 from hopskip.train.loss import exit_metrics
 from hopskip.version import describe
 

@@ -16,6 +16,7 @@ from hopskip.checkpoint.trained_exit import ExitConfig
 from hopskip.errors import ConfigError
 from hopskip.machine import num_usable_cores
 from hopskip.text.tokenizer import Tokenizer
+from hopskip.train.durations import duration
 from hopskip.train.exit.recipe import CollectRecipe, ExitRecipe
 
 _USUAL_PROMPTS = 4000
@@ -164,14 +165,3 @@ def free_disk(folder: Path) -> int:
     """Bytes that are free where a folder is, or will be."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(place).free
-
-
-def duration(seconds: float) -> str:
-    """As people say it.
-
-    >>> duration(40), duration(2000), duration(40_000), duration(400_000)
-    ('1 min', '33 min', '11 h', '4.6 days')
-    """
-    if seconds < 5400:
-        return f"{max(1, round(seconds / 60))} min"
-    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

@@ -18,8 +18,9 @@ from hopskip.loading import known_device
 from hopskip.prompts import spread
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
+from hopskip.train.durations import duration
 from hopskip.train.exit.conversations import joined
-from hopskip.train.exit.estimate import Work, duration, flops_per_second, free_disk, tokens_of_prompt
+from hopskip.train.exit.estimate import Work, flops_per_second, free_disk, tokens_of_prompt
 from hopskip.train.exit.memory import collecting_bytes, training_bytes
 from hopskip.train.exit.prompts import read_chats
 from hopskip.train.exit.recipe import CollectRecipe, ExitRecipe, PromptsRecipe, folder_of

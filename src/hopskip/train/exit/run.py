@@ -24,10 +24,11 @@ from hopskip.loading import Progress, load_backend
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.checkpoint import replacing, replacing_file
+from hopskip.train.durations import duration
 from hopskip.train.exit.choose import Candidate, measure
 from hopskip.train.exit.conversations import Conversation
 from hopskip.train.exit.distill import ExitTrainer
-from hopskip.train.exit.estimate import Work, check_disk, check_start, duration
+from hopskip.train.exit.estimate import Work, check_disk, check_start
 from hopskip.train.exit.feed import Feed
 from hopskip.train.exit.fit import Evaluation, Stage
 from hopskip.train.exit.processes import check_trackers, device_of, make_accelerator
