@@ -305,6 +305,52 @@ def test_metrics_have_the_names_that_routers_scrape(client: httpx.Client) -> Non
     assert values[f"hopskip_mean_acceptance_length_count{label}"] > 0
 
 
+def test_metrics_count_requests_as_vllm_does(llms: dict[str, LLM]) -> None:
+    """A prompt counts once, however many texts it gets; the histograms agree with the usage that clients are told."""
+    with live_server(llms["none"]) as live, live.client() as client:
+
+        def value(name: str) -> list[float]:
+            text = client.get("/metrics").text
+            pattern = rf'^(?:vllm:|hopskip_){name}{{model_name="{MODEL}"}} (\S+)$'
+            return [float(found) for found in re.findall(pattern, text, flags=re.MULTILINE)]
+
+        assert value("num_preemptions_total") == [0, 0]
+        body = {"prompt": ["abc abc", "x y"], "n": 3, "max_tokens": 5, "ignore_eos": True}
+        usage = client.post("/v1/completions", json=body).json()["usage"]
+        alone = client.post("/v1/completions", json={"prompt": "abc", "echo": True, "max_tokens": 0}).json()["usage"]
+        num_prompt = usage["prompt_tokens"] + alone["prompt_tokens"]
+        assert usage["completion_tokens"] == 30
+        for name, expected in {
+            "prompt_tokens_total": num_prompt,
+            "generation_tokens_total": 30,
+            "request_prompt_tokens_sum": num_prompt,
+            "request_prompt_tokens_count": 3,
+            "request_generation_tokens_sum": 30,
+            "request_generation_tokens_count": 7,
+            "request_params_n_sum": 7,
+            "request_params_n_count": 3,
+            "request_params_max_tokens_sum": 30,
+            "request_params_max_tokens_count": 7,
+            "request_prefill_time_seconds_count": 7,
+            "request_decode_time_seconds_count": 7,
+            "request_inference_time_seconds_count": 7,
+            "e2e_request_latency_seconds_count": 7,
+            "num_preemptions_total": 0,
+        }.items():
+            assert value(name) == [expected, expected], name
+        for name in ("request_prefill_time_seconds_sum", "request_decode_time_seconds_sum"):
+            assert min(value(name)) > 0, name
+        parts = value("request_prefill_time_seconds_sum")[0] + value("request_decode_time_seconds_sum")[0]
+        assert value("request_inference_time_seconds_sum")[0] == pytest.approx(parts)
+        text = client.get("/metrics").text
+        edges = [
+            float(edge)
+            for edge in re.findall(r'^vllm:request_prompt_tokens_bucket{le="([\d.]+)"', text, flags=re.MULTILINE)
+        ]
+        assert edges[:4] == [1, 2, 5, 10]
+        assert edges[-1] == 500_000
+
+
 def test_the_dashboard_asks_for_metrics_that_exist(client: httpx.Client) -> None:
     client.post("/v1/completions", json={"prompt": "abc abc abc", "max_tokens": 8})
     text = client.get("/metrics").text

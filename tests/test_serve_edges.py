@@ -291,7 +291,7 @@ def test_a_socket_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
 def test_a_unix_socket_has_no_port(tmp_path: Path) -> None:
     for more in ({"port": 9000}, {"host": "0.0.0.0"}):
         with pytest.raises(ConfigError, match="--uds leaves nothing to --host and --port; leave them out"):
-            ServerOptions(uds=tmp_path, **more)  # type: ignore[arg-type]
+            ServerOptions(uds=tmp_path, **more)
     assert ServerOptions(uds=tmp_path).uds == tmp_path
 
 

@@ -18,6 +18,10 @@ class Job:
 
     request: Request
     """Stop strings are looked for by the engine's thread."""
+    num_choices: int = 1
+    """Sequences that its prompt has in all."""
+    counts_prompt: bool = True
+    """It is the first of them: a prompt counts once."""
     is_streamed: bool = True
     """False: nobody looks at a piece before the last one is there, so all of them come then. The event loop that wakes
     for every step takes a core from the engine."""

@@ -190,6 +190,8 @@ class Planner:
                         exit_layer=exit_layer,
                         shown_ids=frozenset() if answer is None else answer.shown_ids,
                     ),
+                    num_choices=num_choices,
+                    counts_prompt=choice == 0,
                     is_streamed=bool(request.stream),
                 )
                 for prompt_ids, own in zip(prompts, asked, strict=True)

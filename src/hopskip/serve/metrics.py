@@ -12,6 +12,8 @@ from hopskip.serve.batch import Generation
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 _TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
+_TOKEN_BUCKETS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 _LENGTH_BUCKETS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12)
 
 
@@ -33,6 +35,21 @@ class Metrics:
         self._evictions = self._counter("prefix_cache_evictions", "Rows that lost what an ended request had left.")
         self._known_prefixes = PrefixStats()
         self._finished = self._counter("request_success", "Sequences ended, by reason.", "finished_reason")
+        self._preempted = self._counter("num_preemptions", "Sequences that lost their row before their end: none does.")
+        self._inc(self._preempted, 0)
+        self._request_prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", buckets=_TOKEN_BUCKETS)
+        self._request_generated = self._histogram(
+            "request_generation_tokens", "Tokens of a text.", buckets=_TOKEN_BUCKETS
+        )
+        self._request_n = self._histogram("request_params_n", "Texts asked for of a prompt.", buckets=_CHOICE_BUCKETS)
+        self._request_max = self._histogram(
+            "request_params_max_tokens", "The most tokens that a text may have.", buckets=_TOKEN_BUCKETS
+        )
+        self._prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From the first prompt pass to the first token."
+        )
+        self._decode_time = self._histogram("request_decode_time_seconds", "From the first token to the last.")
+        self._inference_time = self._histogram("request_inference_time_seconds", "Of both.")
         self._queue_time = self._histogram("request_queue_time_seconds", "From submission to the first prompt pass.")
         self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
         self._tpot = self._histogram(
@@ -95,9 +112,17 @@ class Metrics:
     def on_finish(self, generation: Generation, now: float) -> None:
         sequence, stats = generation.sequence, generation.sequence.stats
         self._inc(self._finished, 1, finished_reason=sequence.finish_reason or "")
-        if not sequence.tokens:
-            return  # it never ran
-        self._inc(self._prompt_tokens, stats.num_prompt_tokens)
+        if not sequence.first_token_at:
+            return  # its prompt has not been read
+        if generation.job.counts_prompt:
+            self._inc(self._prompt_tokens, stats.num_prompt_tokens)
+            self._observe(self._request_prompt, stats.num_prompt_tokens)
+            self._observe(self._request_n, generation.job.num_choices)
+        self._observe(self._request_generated, stats.num_tokens)
+        self._observe(self._request_max, sequence.params.max_new_tokens)
+        self._observe(self._prefill_time, stats.prefill_seconds)
+        self._observe(self._decode_time, stats.decode_seconds)
+        self._observe(self._inference_time, stats.prefill_seconds + stats.decode_seconds)
         self._inc(self._cache_queries, stats.num_prompt_tokens)
         self._inc(self._cache_hits, stats.num_cached_prompt_tokens)
         self._observe(self._e2e, now - generation.submitted_at)
