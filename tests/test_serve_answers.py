@@ -198,6 +198,11 @@ def test_an_answer_that_the_server_cuts_is_no_whole_one() -> None:
         whole(chat(), batch)
     batch = batch_of(1)
     tell(batch.generations[0], [piece("a")], finish_reason="abort")
+    cancelled = make(chat(), batch)
+    cancelled.cancel()
+    assert asyncio.run(cancelled.whole())["choices"][0]["finish_reason"] == "length", "who cancels knows"
+    batch = batch_of(1)
+    tell(batch.generations[0], [piece("a")], finish_reason="abort")
     stream = make(chat(stream=True), batch).chunks()
 
     async def read() -> None:

@@ -40,6 +40,7 @@ class Answer:
         self._model_name = model_name
         self._id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{id}"
         self._created = int(time.time())
+        self._is_cancelled = False
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ class Answer:
 
     def cancel(self) -> None:
         """End it, if it has not ended; its rows are free for the next step."""
+        self._is_cancelled = True
         self._batch.cancel()
 
     @property
@@ -142,7 +144,7 @@ class Answer:
 
     def _refuse_cut(self, choice: _Choice) -> None:
         """Raises UnavailableError: the server has ended an answer before its time. Nobody must take it for whole."""
-        if choice.is_cut:
+        if choice.is_cut and not self._is_cancelled:
             raise UnavailableError("the server is shutting down and has cut this answer; try again elsewhere")
 
     @property

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from hopskip.errors import HopskipError
 from hopskip.llm import LLM
-from hopskip.serve import schema
+from hopskip.serve import models, schema
 from hopskip.serve.answers import Answer, event
 from hopskip.serve.anthropic import routes as anthropic
 from hopskip.serve.anthropic.errors import AnthropicErrors
@@ -43,8 +43,10 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NUM_NAMES_LOGGED = 20
-_Error = {"description": "An error in OpenAI's shape."}
-_RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _Error)
+_Error = {"description": "An error in OpenAI's shape.", "model": models.Error}
+_RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 421, 429, 431, 500, 503), _Error)
+
+_HEALTH: dict[int | str, dict[str, Any]] = {200: {"model": models.Health}, 503: {"model": models.Health}}
 
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -213,24 +215,24 @@ def create_app(llm: LLM, settings: ServeSettings) -> FastAPI:
 def _add_routes(app: FastAPI, server: Server) -> None:
     engine, planner = server.engine, server.planner
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_answer(models.Completion, models.Completion))
     async def completions(http: Request, request: schema.CompletionRequest) -> Response:
         return await server.answer(http, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_answer(models.ChatCompletion, models.ChatChunk))
     async def chat_completions(http: Request, request: schema.ChatRequest) -> Response:
         return await server.answer(http, request)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", response_model=models.ModelList)
+    async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [server.model_card()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=models.ModelCard)
     async def model(name: str) -> dict[str, Any]:
         server.check_model(name)
         return server.model_card()
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=models.Tokens)
     async def tokenize(http: Request, request: schema.TokenizeRequest) -> dict[str, Any]:
         server.check(http, request)
         tokens = await planner.tokenize(request)
@@ -238,7 +240,7 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         max_model_len = server.llm.engine.max_model_len
         return {"tokens": tokens, "count": len(tokens), "max_model_len": max_model_len, "token_strs": strings}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=models.Prompt)
     async def detokenize(http: Request, request: schema.DetokenizeRequest) -> dict[str, Any]:
         server.check(http, request)
         decode = partial(server.llm.tokenizer.decode, skip_special_tokens=False)
@@ -250,7 +252,7 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         tokenizer = server.llm.tokenizer
         return {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens}
 
-    @app.get("/health")
+    @app.get("/health", responses=_HEALTH)
     async def health() -> Response:
         """Whether requests are answered: 200 or 503."""
         if engine.death is not None:
@@ -259,12 +261,12 @@ def _add_routes(app: FastAPI, server: Server) -> None:
             return JSONResponse({"status": "draining"}, 503)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/health/live")
+    @app.get("/health/live", responses=_HEALTH)
     async def live() -> Response:
         """Whether the engine lives; a server that drains does."""
         return JSONResponse({"status": "ok" if engine.death is None else "dead"}, 200 if engine.death is None else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -306,6 +308,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         if isinstance(error, ParameterError):
             return JSONResponse(error_body(str(error), param=error.param, code=error.code), 400)
         return JSONResponse(error_body(str(error)), 400)
+
+
+def _answer(whole: Any, chunk: Any) -> dict[int | str, dict[str, Any]]:
+    """How an answer is described: as a whole, or as a stream."""
+    events = {"type": "string", "description": f"Events with {chunk.__name__} as data; the last data is `[DONE]`."}
+    content = {"text/event-stream": {"schema": events}}
+    return {200: {"model": whole, "content": content, "description": "The answer, or with `stream` its events."}}
 
 
 async def _openai_events(answer: Answer) -> AsyncIterator[bytes]:

@@ -53,7 +53,7 @@ _INSTEAD = {
     "repeat_penalty": "repetition_penalty",
     "stop_sequences": "stop",
 }
-"""What parameters of other servers are called here."""
+"""What parameters of other servers, or of other routes, are called here."""
 
 _CLOSENESS = 0.7
 """Of a name to the one that was meant, 1 being the same."""
@@ -90,7 +90,9 @@ def refuse_unknown(request: Parameters) -> None:
 
 def _remedy(name: str, request: Parameters) -> str:
     known = [field.alias or name for name, field in type(request).model_fields.items()]
-    meant = _INSTEAD.get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=_CLOSENESS)), None)
+    meant = _INSTEAD.get(name)
+    if meant is None or meant.partition(".")[0] not in known:
+        meant = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=_CLOSENESS)), None)
     return "leave it out" if meant is None else f"did you mean {meant}?"
 
 
