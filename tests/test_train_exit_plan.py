@@ -20,7 +20,7 @@ from hopskip.errors import ConfigError
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.exit import plan as plan_module
 from hopskip.train.exit.batch import Batch
-from hopskip.train.exit.conversations import Conversation
+from hopskip.train.exit.conversations import Conversation, read_conversations
 from hopskip.train.exit.distill import ExitTrainer, make_optimizer, num_positions
 from hopskip.train.exit.estimate import EFFICIENCY, Work
 from hopskip.train.exit.memory import _step_bytes, collecting_bytes, training_bytes, weight_bytes
@@ -311,6 +311,26 @@ def test_one_command_and_a_folder_of_chats(model: Path, tmp_path: Path) -> None:
     assert "holds a run that has begun, which --hours cannot change" in hours.stderr
 
 
+def test_answers_that_are_given_are_learned(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{"instruction": f"number {i}", "output": f"{i} is {'very ' * 9}good"} for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        "prompts.files=chats.jsonl",
+        *QUICK[1:],
+        "collect.answers=given",
+        "output=given",
+        "search.num_draft_tokens=[2]",
+    ]
+    told = CliRunner().invoke(app, ["train", "exit", "--model", "my-model", "--yes", *settings])
+    assert told.exit_code == 0, told.output
+    assert "up to 40 chats of chats.jsonl, with their answers" in told.stdout
+    conversations = read_conversations(tmp_path / "given" / "data")[1]
+    assert len(conversations) == 40
+    assert all(c.num_answer_tokens == 12 and c.states_TAD is not None for c in conversations)
+    assert TrainedExit.load(tmp_path / "given" / "exit").num_draft_tokens == 2
+
+
 def test_who_is_asked_may_say_no(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([False, True])
     monkeypatch.setattr("typer.confirm", lambda text, err: next(answers))
@@ -375,6 +395,9 @@ def test_a_layerskip_model_gets_its_best_exit(tmp_path: Path, monkeypatch: pytes
     write_tokenizer(folder, chat_template=None)
     monkeypatch.chdir(tmp_path)
     quick = ["prompts.max_prompts=12", *QUICK[1:], "search.num_draft_tokens=[1]", "search.num_runner_ups=[0]"]
+    hours = CliRunner().invoke(app, ["train", "exit", "--yes", "--model", folder.name, *quick, "--hours", "1"])
+    assert hours.exit_code == 2
+    assert "--hours has no effect on a model that has exits" in hours.stderr
     told = CliRunner().invoke(app, ["train", "exit", "--yes", "--model", folder.name, *quick])
     assert told.exit_code == 0, told.output
     assert "after layer 2; after layer 4; drafts from 160 tokens" in told.stdout

@@ -110,7 +110,7 @@ def plan_by_rule(model: str | None, overrides: Seq[str], hours: float | None) ->
         hours: of work; None: one.
 
     Raises:
-        ConfigError: an override is wrong, or hours are given for a run that has begun.
+        ConfigError: an override is wrong, or hours are given for a run that has begun or that trains nothing.
         CheckpointError: the model cannot be read.
     """
     given: dict[str, Any] = {"base": model or "default", "output": "runs/{model}-exit"}
@@ -125,6 +125,8 @@ def plan_by_rule(model: str | None, overrides: Seq[str], hours: float | None) ->
             raise ConfigError(f"{folder} holds a run that has begun, which --hours cannot change; use another output")
         values = {**stored["recipe"], "output": given["output"], "base": given["base"]}
     else:
+        if hours is not None and checkpoint.config.recommended_exit_layer is not None:
+            raise ConfigError("--hours has no effect on a model that has exits: nothing is trained; leave it out")
         values, tokens_of_chat = _by_rule(given, checkpoint, machine, HOURS if hours is None else hours)
     for override in overrides:
         apply_override(values, override)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -21,6 +22,7 @@ from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.trained_exit import DEFAULT_EXIT, ExitConfig, TrainedExit
 from hopskip.errors import ConfigError, TrainingError
 from hopskip.loading import Progress, load_backend
+from hopskip.machine import num_usable_cores
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.checkpoint import replacing, replacing_file
@@ -76,8 +78,12 @@ def run(recipe: ExitRecipe, report: Report = print, progress: Progress = lambda 
         check_stored(recipe, checkpoint, tokenizer)
         check_disk(Work.of(recipe, checkpoint.config), recipe.folder)
     accelerator.wait_for_everyone()
-    device = str(device_of(accelerator, recipe.device))
-    own = _Run(replace(recipe, device=device), checkpoint, tokenizer, initial, accelerator, report, progress)
+    device, threads = str(device_of(accelerator, recipe.device)), recipe.threads
+    if threads is None and accelerator.num_processes > 1:  # those of this machine share its cores
+        threads = max(1, num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    own = _Run(
+        replace(recipe, device=device, threads=threads), checkpoint, tokenizer, initial, accelerator, report, progress
+    )
     found = own.candidates()
     for tracker in accelerator.trackers:
         tracker.finish()
