@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,13 +149,15 @@ def test_flash_attention_without_its_package(minimal: Path, monkeypatch: pytest.
     assert load_recipe(minimal, one_row).model.attn_implementation == "flash_attention_2"
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "peft"])
-def test_missing_packages_are_found_first(package: str, minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
+@pytest.mark.parametrize(("package", "what"), [("matplotlib", "training"), ("peft", "LoRA")])
+def test_missing_packages_are_found_first(
+    package: str, what: str, minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     if package == "peft":
         assert load_recipe(minimal)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'hopskip\[train\]'"):
+    message = rf"{what} needs {package}, which is not installed; install it: pip install 'hopskip\[train\]'"
+    with pytest.raises(ConfigError, match=message):
         load_recipe(minimal, ["lora.r=4"])
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hopskip.errors import ConfigError
+from hopskip.machine import require
 
 OWN_ARGUMENTS = {
     "output_dir": "set `output`",
@@ -49,9 +49,9 @@ def check_recipe(recipe: Any) -> None:
     if recipe.training.get("eval_strategy", "no") != "no" and not recipe.data.has_eval:
         raise ConfigError("training.eval_strategy needs something to evaluate on: data.eval or data.holdout_every")
     _check_attention(recipe)
-    for package, is_wanted in (("matplotlib", True), ("peft", recipe.lora is not None)):
-        if is_wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"this recipe needs the package {package}: pip install 'hopskip[train]'")
+    require("matplotlib", "training", "train")
+    if recipe.lora is not None:
+        require("peft", "LoRA", "train")
 
 
 def _without_effect(recipe: Any) -> Iterator[tuple[str, str]]:
