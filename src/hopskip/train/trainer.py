@@ -13,8 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from hopskip.errors import ConfigError, TrainingError
-from hopskip.train.checkpoint import PARTIAL, last_checkpoint, replacing, rotate
 from hopskip.train.curriculum import LayerSkipRecipe
 from hopskip.train.data import StreamedRows
 from hopskip.train.dropout import LayerTaps, draw_kept
 from hopskip.train.loss import ExitLosses, ExitTerm, exit_loss
+from hopskip.train.saving import WholeCheckpoints
 from hopskip.train.speed import Throughput, peak_flops, training_flops
 from hopskip.train.supported import causal_lm, check_arguments, check_batch, check_model
 from hopskip.train.unembed import sparse_embedding
-
-_Base: Any = Trainer if TYPE_CHECKING else object
 
 
 @dataclass
@@ -49,7 +46,7 @@ class LayerSkipConfig(LayerSkipRecipe, TrainingArguments):  # type: ignore[misc]
         super(LayerSkipRecipe, self).__post_init__()
 
 
-class LayerSkipMixin(_Base):  # type: ignore[misc]
+class LayerSkipMixin(WholeCheckpoints):
     """Makes a Trainer train a causal language model of the Llama family so that its early layers can draft.
 
     `class MySFT(LayerSkipMixin, SFTTrainer)`: the mixin comes first. The loss of the other Trainer is taken as that of
@@ -88,7 +85,6 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
         self._eval_losses: ExitLosses | None = None
         self._wants_logits = False
         self._micro_step = (-1, 0)  # the step, and passes made in it
-        self._is_saving = False
         self._throughput = Throughput()
         self._peak_flops: float | None = None
 
@@ -325,51 +321,9 @@ class LayerSkipMixin(_Base):  # type: ignore[misc]
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 
-    # Checkpoints: the Trainer's own, but written beside their place and renamed when complete.
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return str(Path(folder) / PARTIAL) if self._is_saving else folder
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        weights = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        if not all(_is_finite(parameter) for parameter in weights):
-            raise TrainingError(
-                f"weights are not numbers after step {self.state.global_step}, so no checkpoint is written: lower the "
-                f"learning rate, or set max_grad_norm; {self._way_back()}"
-            )
-        output = Path(self._get_output_dir(trial))
-        folder = output / f"checkpoint-{self.state.global_step}"
-        self._is_saving = True
         self._throughput.pause()
-        try:
-            if self.args.should_save:
-                with replacing(folder) as partial:
-                    self.accelerator.wait_for_everyone()
-                    super()._save_checkpoint(model, trial)
-                    self._name_the_best(partial, folder)
-                    self.accelerator.wait_for_everyone()
-            else:
-                self.accelerator.wait_for_everyone()  # not before the folder is empty
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-        finally:
-            self._is_saving = False
-        if self.args.should_save:
-            rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _name_the_best(self, partial: Path, folder: Path) -> None:
-        """The best checkpoint by the place where it will lie, in the state that is saved too."""
-        best = self.state.best_global_step
-        place = folder.with_name(f"checkpoint-{best}")
-        if best and (place == folder or place.exists()):
-            self.state.best_model_checkpoint = str(place)
-            self.state.save_to_json(str(partial / "trainer_state.json"))
-
-    def _way_back(self) -> str:
-        checkpoint = last_checkpoint(Path(self.args.output_dir))
-        return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        super()._save_checkpoint(model, trial)
 
 
 class _Measured:
@@ -394,8 +348,3 @@ class LayerSkipTrainer(LayerSkipMixin, Trainer):  # type: ignore[misc]
         layerskip: the recipe, where `args` are not a `LayerSkipConfig`.
         **kwargs: passed on to `Trainer` (data sets, collator, callbacks, metrics, ...).
     """
-
-
-def _is_finite(parameter: Tensor) -> bool:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # a shard, under FSDP
-    return bool(local.isfinite().all())
