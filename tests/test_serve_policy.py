@@ -14,7 +14,7 @@ from openai import OpenAI
 from hopskip import LLM, ConfigError
 from hopskip.serve.jobs import _plain_message
 from hopskip.serve.schema import Message
-from hopskip.serve.settings import ServeSettings
+from hopskip.serve.settings import Limits, ServeSettings
 from tests.serving import MODEL, Live, live_server, tiny_llm
 
 USER = {"role": "user", "content": "Hi"}
@@ -232,6 +232,11 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
         "structured_outputs",
     ),
 ]
+BAD_GRAMMARS: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": {"type": "regex", "pattern": "("}}, "response_format"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"response_format": {"type": "text"}, "structured_outputs": {"grammar": "start: x"}}, "structured_outputs"),
+]
 WRONG_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": None}, "messages: Field required", "messages"),
     (
@@ -307,6 +312,41 @@ def test_clients_are_told_what_is_wrong(
 ) -> None:
     error = refusal(client, path, **body)
     assert (error["message"], error["param"]) == (message, param)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("body", "param"), BAD_GRAMMARS)
+def test_whose_grammar_cannot_be_used(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    error = refusal(client, path, **body)
+    assert error["param"] == param
+    assert "grammar cannot be used" in error["message"]
+
+
+def test_what_goes_wrong_later_is_told_of_its_parameter_too(client: httpx.Client) -> None:
+    empty = refusal(client, "/v1/completions", prompt="")
+    assert (empty["param"], empty["message"]) == ("prompt", "the prompt is empty; give some text")
+    assert refusal(client, "/v1/completions", prompt=[])["param"] == "prompt"
+    assert refusal(client, "/tokenize", prompt="")["param"] == "prompt"
+    last = [USER, {"role": "assistant", "content": ""}]
+    assert refusal(client, "/v1/chat/completions", messages=last, continue_final_message=True)["param"] == "messages"
+
+
+def test_log_probabilities_of_prompts_have_a_limit(llm: LLM) -> None:
+    with live_server(llm, limits=Limits(num_prompt_logprobs=24)) as live, live.client() as client:
+        fits: dict[str, Any] = {"prompt": [[5] * 4] * 2, "max_tokens": 0}
+        choices(client, "/v1/completions", **fits, echo=True, logprobs=2)
+        choices(client, "/v1/completions", **fits, prompt_logprobs=2)
+        choices(client, "/v1/completions", **fits | {"max_tokens": 1}, echo=True)
+        for over, param in (
+            ({"echo": True, "logprobs": 3}, "echo"),
+            ({"prompt_logprobs": 3}, "prompt_logprobs"),
+            ({"echo": True, "logprobs": 1, "prompt_logprobs": 3}, "prompt_logprobs"),
+            ({"prompt_logprobs": 2, "n": 2}, "prompt_logprobs"),
+        ):
+            error = refusal(client, "/v1/completions", **fits, **over)
+            assert error["param"] == param
+            assert "log-probabilities of prompts is" in error["message"]
+    assert Limits().num_prompt_logprobs == 2**20
 
 
 @pytest.mark.parametrize("content", [b"", b'{"prompt":', b"[]", b"5", b'"text"'])
@@ -394,6 +434,11 @@ def test_structured_outputs(client: httpx.Client, path: str, outputs: dict[str, 
     for choice in choices(client, path, max_tokens=50, temperature=1, n=2, structured_outputs=outputs):
         assert (choice["text"] if "text" in choice else choice["message"]["content"]) in texts
         assert choice["finish_reason"] == "stop"
+
+
+def test_the_schema_may_stand_beside_the_type(client: httpx.Client) -> None:
+    body = {"response_format": {"type": "json_schema", "schema": {"enum": [12]}}, "max_tokens": 9}
+    assert choices(client, "/v1/completions", **body)[0]["text"] == "12"
 
 
 def test_structured_outputs_any_object(client: httpx.Client) -> None:

@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from hopskip.errors import PromptError
 from hopskip.llm import LLM
 from hopskip.sampling_params import SamplingParams
 from hopskip.serve import params, schema
@@ -15,7 +14,7 @@ from hopskip.serve.batch import Job
 from hopskip.serve.chats import ChatFormat, allowed_tools, choice_of, thoughts_of
 from hopskip.serve.grammars import Grammars
 from hopskip.serve.params import at_most
-from hopskip.serve.policy import ParameterError
+from hopskip.serve.policy import ParameterError, blamed
 from hopskip.serve.settings import ServeSettings
 from hopskip.text.answer_reader import AnswerFormat
 from hopskip.text.chat import encode_chat
@@ -132,8 +131,9 @@ class Planner:
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. In a thread: a long one would keep everybody else waiting."""
         if not text:
-            raise PromptError("the prompt is empty; give some text")
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+            raise ParameterError("the prompt is empty; give some text", param="prompt")
+        with blamed("prompt"):
+            return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
     async def encode_chat(
         self,
@@ -143,14 +143,15 @@ class Planner:
     ) -> list[int]:
         """Token ids of a chat, through the model's template. `arguments`: as `text.chat.encode_chat` takes them."""
         at_most("the number of messages", len(messages), self._limits.num_messages, "messages")
-        return await asyncio.to_thread(
-            encode_chat,
-            self._tokenizer,
-            [_plain_message(m) for m in messages],
-            tools=[t.model_dump(exclude_none=True) for t in tools or ()],
-            tool_format=self._format.tool_format,
-            **arguments,
-        )
+        with blamed("messages"):
+            return await asyncio.to_thread(
+                encode_chat,
+                self._tokenizer,
+                [_plain_message(m) for m in messages],
+                tools=[t.model_dump(exclude_none=True) for t in tools or ()],
+                tool_format=self._format.tool_format,
+                **arguments,
+            )
 
     def _tools(self, request: schema.ChatRequest) -> list[schema.Tool]:
         """The tools that the model is told of."""
@@ -174,10 +175,14 @@ class Planner:
         self._check_race(request, len(prompts))
         at_most("n", num_choices, self._limits.num_choices)
         at_most("prompts x n", len(prompts) * num_choices, self._limits.num_sequences, "n")
+        params.check_scores(request, sum(map(len, prompts)) * num_choices, self._limits)
         asked = [self._params(request, prompt_ids, num_logprobs) for prompt_ids in prompts]
         max_draft_tokens, exit_layer = params.drafting(request.speculative)
         before = self._format.before_answer(answer)
-        constraint = await self._grammars.compile(*grammar, before=before) if grammar else None
+        constraint = None
+        if grammar is not None:
+            with blamed(params.structure_param(request)):
+                constraint = await self._grammars.compile(*grammar, before=before)
 
         def make_jobs() -> list[Job]:
             return [
@@ -231,7 +236,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str 
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise PromptError("prompt is an empty list; give a text, token ids, or several of either")
+        raise ParameterError("prompt is an empty list; give a text, token ids, or several of either", param="prompt")
     if isinstance(prompt[0], int):
         return [prompt]
     return list(cast("list[str | list[int]]", prompt))

@@ -79,6 +79,16 @@ def num_prompt_logprobs(request: schema.Generation) -> int | None:
     return max((number for number in asked if number is not None), default=None)
 
 
+def check_scores(request: schema.Generation, num_tokens: int, limits: Limits) -> None:
+    """Raises ParameterError: a request asks for more log-probabilities of its prompts, of so many tokens, than there is
+    memory for."""
+    number = num_prompt_logprobs(request)
+    if number is not None:
+        param = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
+        total = num_tokens * (1 + number)
+        at_most("the number of log-probabilities of prompts", total, limits.num_prompt_logprobs, param)
+
+
 def add_generation_prompt(request: schema.ChatPrompt) -> bool:
     """Whether a chat's prompt ends where the assistant begins to speak: unless the last message is to go on.
 
@@ -196,6 +206,13 @@ def structure(request: schema.Generation) -> tuple[Kind, Source] | None:
     if outputs.grammar is not None:
         return "grammar", outputs.grammar
     return "json_schema", {"type": "object"} if outputs.json_ is None else outputs.json_
+
+
+def structure_param(request: schema.Generation) -> str:
+    """The parameter that the grammar comes from."""
+    if request.structured_outputs is not None:
+        return "structured_outputs"
+    return "tools" if _of_response_format(request.response_format) is None else "response_format"
 
 
 def _of_response_format(given: Any) -> tuple[Kind, Source] | None:

@@ -9,9 +9,10 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any
 
-from hopskip.errors import ConfigError
+from hopskip.errors import ConfigError, PromptError
 from hopskip.serve.schema import Parameters
 
 _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
@@ -70,6 +71,21 @@ class ParameterError(ConfigError):
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.code = param, code
+
+
+@contextmanager
+def blamed(param: str) -> Iterator[None]:
+    """What goes wrong within is the fault of this parameter.
+
+    Raises:
+        ParameterError: it cannot be served.
+    """
+    try:
+        yield
+    except ParameterError:
+        raise
+    except (ConfigError, PromptError) as error:
+        raise ParameterError(str(error), param=param) from None
 
 
 def unknown_params(request: Parameters, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -84,6 +84,14 @@ class JSONSchemaFormat(Parameters):
     type: Literal["json_schema"]
     json_schema: JSONSchema
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_llama_cpp_has_it(cls, given: Any) -> Any:
+        """The schema beside the type."""
+        if isinstance(given, dict) and "json_schema" not in given and isinstance(given.get("schema"), dict):
+            return {"type": given.get("type"), "json_schema": {"schema": given["schema"]}}
+        return given
+
 
 class RegexFormat(Parameters):
     type: Literal["regex"]

@@ -39,6 +39,8 @@ class Limits:
     num_stops: int = 16
     stop_chars: int = 256
     num_logprobs: int = 20
+    num_prompt_logprobs: int = 2**20
+    """Log-probabilities of prompts' tokens, those of best ones counted."""
     num_biases: int = 1024
     grammar_chars: int = 64 * 2**10
     grammar_depth: int = 64
