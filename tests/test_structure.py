@@ -21,7 +21,7 @@ LAYERS = [
     ("engine",),
     ("loading",),
     ("llm",),
-    ("train", "serve", "prove", "bench"),
+    ("train", "serve", "prove", "bench", "export"),
     ("cli",),
     ("__main__",),
 ]

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,7 @@ def replacing_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{platform.node() or 'here'}-{os.getpid()}-{threading.get_ident()}.part")
+    partial = _partial(path)
     try:
         yield partial
         if flush:
@@ -67,6 +68,39 @@ def replacing_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where what is to be `path` is written by this thread."""
+    return path.with_name(f".{path.name}.{platform.node() or 'here'}-{os.getpid()}-{threading.get_ident()}.part")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """As `replacing_file`, for a folder with all that is in it: yields an empty one beside it. What killed processes
+    have left of the same folder is removed.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in leftovers(folder.parent):
+        if leftover.name.startswith(f".{folder.name}.") and leftover.is_dir():
+            shutil.rmtree(leftover)
+    partial = _partial(folder)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            flush_to_disk(path)
+        old = _partial(partial)
+        if folder.exists():  # a folder cannot be renamed onto a full one
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 _LEFTOVER = re.compile(r"\..+\.(.+)-(\d+)-\d+\.part")

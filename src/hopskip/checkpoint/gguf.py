@@ -43,6 +43,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GGUF_PARTS = {name: own for own, name in (_LAYER_NAMES | _OTHER_NAMES).items()}
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Not a weight: where llama.cpp keeps the llama3 scaling, one divisor per rotary frequency."""
@@ -335,6 +336,19 @@ def hf_name(gguf_name: str) -> str | None:
     if block == "blk" and index.isdecimal() and part in _LAYER_NAMES:
         return f"model.layers.{index}.{_LAYER_NAMES[part]}.{suffix}"
     return None
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a tensor that has one.
+
+    >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
+    'blk.3.attn_q.weight'
+    """
+    stem, _, suffix = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        index, _, part = stem.removeprefix("model.layers.").partition(".")
+        return f"blk.{index}.{_GGUF_PARTS[part]}.{suffix}"
+    return f"{_GGUF_PARTS[stem]}.{suffix}"
 
 
 def _type_name(type_id: int) -> str:

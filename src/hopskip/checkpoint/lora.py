@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hopskip.checkpoint.safetensors import has_weights, read_json, read_safetensors, some
-from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor
+from hopskip.checkpoint.stored import BLOCK_TYPES, StoredTensor, plain_blocks
 from hopskip.errors import CheckpointError, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,7 +56,7 @@ class MergedTensor(StoredTensor):
             lengths = self.magnitude_O.values().reshape(-1)[first : first + len(rows)]
             with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros is refused as others without a value
                 merged *= (lengths / np.sqrt((merged * merged).sum(axis=1)))[:, None]
-        return _stored(merged, self.type.name)
+        return plain_blocks(merged, self.type.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,17 +217,3 @@ def _unmerged(config: Mapping[str, Any]) -> str | None:
     # `fan_in_fan_out` is of no effect: it is for GPT-2's Conv1D, and peft ignores it for linears
     unread = ("layer_replication", "megatron_config", "use_qalora", "use_bdlora", "arrow_config", "target_parameters")
     return next((name for name in (*unread, "trainable_token_indices", "lora_bias") if config.get(name)), None)
-
-
-def _stored(values: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
-    """Values as the bytes of a plain type, rounded to nearest: uint8 [rows, bytes per row]."""
-    if type_name == "F32":
-        stored: NDArray[Any] = values
-    elif type_name == "F16":
-        with np.errstate(over="ignore"):  # too large ones are infinite, and then refused
-            stored = values.astype(np.float16)
-    else:
-        bits = values.view(np.uint32).astype(np.uint64)
-        stored = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-        stored[np.isnan(values)] = 0x7FC0
-    return np.ascontiguousarray(stored).view(np.uint8)

@@ -133,6 +133,21 @@ def dequantize(blocks: NDArray[np.uint8], block_type: BlockType) -> NDArray[np.f
     return values
 
 
+def plain_blocks(values: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
+    """Values as the bytes of a plain type (F32, F16, BF16), rounded to nearest: uint8 [rows, bytes per row]. Those that
+    are too large for F16 become infinite."""
+    if type_name == "F32":
+        stored: NDArray[Any] = values
+    elif type_name == "F16":
+        with np.errstate(over="ignore"):
+            stored = values.astype(np.float16)
+    else:
+        bits = values.view(np.uint32).astype(np.uint64)
+        stored = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        stored[np.isnan(values)] = 0x7FC0
+    return np.ascontiguousarray(stored).view(np.uint8)
+
+
 def unpermuted(num_rows: int, num_heads: int) -> NDArray[np.int32]:
     """Where llama.cpp stores each row of a query or key matrix, int32 [rows]: it has reordered the rows of each head
     from (i, i + half) to pairs (0, 1), (2, 3), ..."""
