@@ -263,7 +263,7 @@ def test_over_a_trainer_with_a_loss_of_its_own(recipe: LayerSkipRecipe, tmp_path
     mine, theirs = ([line for line in t.state.log_history if "loss" in line] for t in (other, plain))
     assert len(mine) == 4
     for line, expected in zip(mine, theirs, strict=True):
-        for name in expected:
+        for name in expected.keys() - {"tokens_per_second", "mfu"}:
             assert line[name] == pytest.approx(expected[name], rel=1e-4), name
     for mine_weights, their_weights in zip(other.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(mine_weights, their_weights, rtol=1e-3, atol=1e-5)
