@@ -138,6 +138,12 @@ def test_settings_that_do(minimal: Path) -> None:
     load_recipe(minimal, ["model.dtype=bfloat16", "lora.r=4", "training.max_steps=-1", "training.num_train_epochs=3"])
 
 
+def test_no_may_stand_without_quotes(minimal: Path, tmp_path: Path) -> None:
+    no = ["training.eval_strategy=no", "training.save_strategy=no", "training.report_to=no", f"output={tmp_path}"]
+    arguments = training_arguments(load_recipe(minimal, no))
+    assert (arguments.eval_strategy, arguments.save_strategy, arguments.report_to) == ("no", "no", [])
+
+
 def test_flash_attention_without_its_package(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("is_flash_attn_2_available", "is_kernels_available"):
         monkeypatch.setattr(f"transformers.utils.{name}", lambda: False)

@@ -46,7 +46,7 @@ def check_recipe(recipe: Any) -> None:
     for name, why in _without_effect(recipe):
         if name in recipe.training:
             raise ConfigError(f"training.{name} has no effect {why}")
-    if recipe.training.get("eval_strategy", "no") != "no" and not recipe.data.has_eval:
+    if not _is_off(recipe.training, "eval_strategy") and not recipe.data.has_eval:
         raise ConfigError("training.eval_strategy needs something to evaluate on: data.eval or data.holdout_every")
     _check_attention(recipe)
     require("matplotlib", "training", "train")
@@ -57,10 +57,6 @@ def check_recipe(recipe: Any) -> None:
 def _without_effect(recipe: Any) -> Iterator[tuple[str, str]]:
     """Keys of `training`, and beside what each has no effect."""
     given: Mapping[str, Any] = recipe.training
-
-    def off(name: str) -> bool:
-        return given.get(name) in (None, False, "", "no", "none", [], 0)
-
     if recipe.data.streaming:
         for name in ("train_sampling_strategy", "group_by_length", "length_column_name", "dataloader_drop_last"):
             yield name, "on streamed data, which comes in the order of the source; use data.shuffle_buffer"
@@ -73,25 +69,30 @@ def _without_effect(recipe: Any) -> Iterator[tuple[str, str]]:
             yield name, "without anything to evaluate on: data.eval or data.holdout_every"
     if given.get("eval_strategy", "no") != "steps":
         yield "eval_steps", "without training.eval_strategy: steps"
-    if off("eval_strategy"):
+    if _is_off(given, "eval_strategy"):
         yield "eval_delay", "without training.eval_strategy"
     for kind in ("save", "logging"):
         if given.get(f"{kind}_strategy", "steps") != "steps":
             yield f"{kind}_steps", f"with training.{kind}_strategy: {given[f'{kind}_strategy']}"
     for checkpointing in ("gradient_checkpointing", "activation_checkpointing"):
-        if off(checkpointing):
+        if _is_off(given, checkpointing):
             yield f"{checkpointing}_kwargs", f"without training.{checkpointing}: true"
-    if off("fsdp"):
+    if _is_off(given, "fsdp"):
         yield "fsdp_config", "without training.fsdp: true"
-    if off("dataloader_num_workers"):
+    if _is_off(given, "dataloader_num_workers"):
         for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
             yield name, "without training.dataloader_num_workers"
-    if off("report_to"):
+    if _is_off(given, "report_to"):
         for name in ("run_name", "project", "trackio_space_id"):
             yield name, "without training.report_to"
-    if off("push_to_hub"):
+    if _is_off(given, "push_to_hub"):
         for name in (name for name in given if name.startswith("hub_")):
             yield name, "without training.push_to_hub"
+
+
+def _is_off(given: Mapping[str, Any], name: str) -> bool:
+    """Whether a setting is missing or says no, which YAML reads as false."""
+    return given.get(name) in (None, False, "", "no", "none", [], 0)
 
 
 def _check_attention(recipe: Any) -> None:

@@ -99,8 +99,14 @@ def unchecked_arguments(recipe: Recipe) -> TrainingArguments:
     settings = {
         **{"report_to": "none", "logging_steps": 10, "save_steps": 500, "save_total_limit": 2},
         "ddp_find_unused_parameters": False,  # a layer without samples still takes part, see LayerTaps
-        **recipe.training,
+        # YAML reads a bare `no` as false
+        **{
+            name: "no" if name.endswith("_strategy") and value is False else value
+            for name, value in recipe.training.items()
+        },
     }
+    if settings["report_to"] is False:
+        settings["report_to"] = "none"
     try:
         return TrainingArguments(output_dir=recipe.output, disable_tqdm=True, **settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
