@@ -330,6 +330,8 @@ def test_a_failure_is_raised_at_once() -> None:
 def test_events() -> None:
     assert event({"a": "é", "b": 1}) == 'data: {"a":"é","b":1}\n\n'.encode()
     assert event("[DONE]") == b"data: [DONE]\n\n"
+    others = "\x85\u2028\u2029"  # some clients take these for ends of lines
+    assert event({"a": others}) == b'data: {"a":"\\u0085\\u2028\\u2029"}\n\n'
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,24 @@ def test_only_some_of_the_tools(live: Live) -> None:
     assert "there are no tools" in ask(live, 400, tool_choice=choose("required", "x"))["error"]["message"]
 
 
+def test_what_is_nested_deeply(live: Live) -> None:
+    def nested(depth: int) -> Any:
+        schema: dict[str, Any] = {}
+        for _ in range(depth - 1):
+            schema = {"not": schema}
+        return schema
+
+    for choice in ("auto", "required"):
+        refused = ask(live, 400, tools=[tool("f", nested(65))], tool_choice=choice)["error"]["message"]
+        assert refused == "the JSON schema is nested deeper than 64 levels; flatten it"
+    ask(live, tools=[tool("f", nested(64))], max_tokens=1)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":' * 900 + "1" + "}" * 900}}
+    history = [*QUESTION, {"role": "assistant", "tool_calls": [call]}]
+    with live.client() as client:
+        answer = client.post("/v1/chat/completions", json={"messages": history, "max_tokens": 1})
+    assert answer.status_code in (200, 400), answer.text
+
+
 # -- thoughts ----------------------------------------------------------------------------------------------------------
 
 THINKING = (

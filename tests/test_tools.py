@@ -67,7 +67,8 @@ HERMES = [
     ('<tool_call>{"name": 1}</tool_call>', '<tool_call>{"name": 1}</tool_call>', []),
     ('<tool_call>{"name": ""}</tool_call>', '<tool_call>{"name": ""}</tool_call>', []),
     ('so: <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "so:", [("f", '{"a": 1}')]),
-    ('<tool_call>{"name":"f","arguments":{}}</tool_call>\nand', "and", [("f", "{}")]),
+    ('<tool_call>{"name":"f","arguments":{"a":[1,{"b":-0.5e+1}]}}</tool_call>\nand', "and",
+     [("f", '{"a":[1,{"b":-0.5e+1}]}')]),
     ('a <tool_call>{"name":"f","arguments":{}}</tool_call>\nb', "a b", [("f", "{}")]),
     # another name, arguments before it, in a string, or none
     ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', "", [("other", "{}")]),
@@ -92,6 +93,7 @@ HERMES = [
     ('{"name": "f", "arguments": {"a": "}"}} tail', "tail", [("f", '{"a": "}"}')]),
     ('[{"name": "f", "arguments": {}},\n {"name": "f", "parameters": {"a": 1}}]', "", [("f", "{}"), ("f", '{"a": 1}')]),
     ('{"type": "function", "function": {"name": "f", "arguments": {"a": 2}}}', "", [("f", '{"a": 2}')]),
+    ('{"name": "f", "arguments": {}}\n</tool_call> and', "and", [("f", "{}")]),
     ('{"name": "g", "arguments": {}}', '{"name": "g", "arguments": {}}', []),
     ('{"name": "f"}', '{"name": "f"}', []),
     ('{"city": "f", "name": "f", "arguments": {}}', '{"city": "f", "name": "f", "arguments": {}}', []),
@@ -363,6 +365,17 @@ def test_types(schema: Any, types: set[str]) -> None:
     assert types_of(schema, root) == types
     assert is_text({"properties": {"k": schema}, **root}, "k") == (types <= {"string"})
     assert is_text({"properties": []}, "k")
+
+
+def test_schemas_that_lead_everywhere() -> None:
+    """Every reference is followed once: their number is no exponent."""
+    loop = {"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}] * 50}
+    root = {"$defs": {"A": loop, "B": {"oneOf": [{"type": "null"}, loop]}}}
+    assert types_of(loop, root) == {"null"}
+    deep: dict[str, Any] = {}
+    for _ in range(2000):
+        deep = {"anyOf": [deep]}
+    assert types_of(deep, {}) == set()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,6 +12,7 @@ from hopskip.sequence import Sequence, SpeculativeStats, Token
 from hopskip.serve import logprobs, schema
 from hopskip.serve.batch import Batch, Generation, Piece
 from hopskip.serve.engine_thread import UnavailableError
+from hopskip.serve.events import line_of
 from hopskip.serve.jobs import Plan
 from hopskip.text.answer_reader import AnswerFormat, AnswerReader
 from hopskip.text.tokenizer import Detokenizer
@@ -366,7 +366,7 @@ class _Choice:
 
 def event(chunk: dict[str, Any] | str) -> bytes:
     """One server-sent event."""
-    data = chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+    data = chunk if isinstance(chunk, str) else line_of(chunk)
     return f"data: {data}\n\n".encode()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from starlette.responses import StreamingResponse
 
 from hopskip.sampling_params import SamplingParams
+from hopskip.serve.events import line_of
 from hopskip.serve.policy import ParameterError
 from hopskip.serve.schema import ChatRequest, Parameters, Sampling
 from hopskip.serve.settings import ServeSettings
@@ -91,7 +91,7 @@ def chat_request(given: Parameters, **values: Any) -> ChatRequest:
 
 def typed_event(data: Mapping[str, Any]) -> bytes:
     """A server-sent event that has its type as its name too."""
-    return f"event: {data['type']}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"event: {data['type']}\ndata: {line_of(data)}\n\n".encode()
 
 
 def dropped_header(dropped: Seq[str]) -> dict[str, str]:

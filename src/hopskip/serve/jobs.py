@@ -18,7 +18,7 @@ from hopskip.serve.policy import ParameterError, blamed
 from hopskip.serve.settings import ServeSettings
 from hopskip.text.answer_reader import AnswerFormat
 from hopskip.text.chat import encode_chat
-from hopskip.text.grammar import GrammarCompiler, GrammarConstraint, Source
+from hopskip.text.grammar import GrammarCompiler, GrammarConstraint, Source, check_depth
 from hopskip.text.grammar_build import Kind
 
 
@@ -161,6 +161,8 @@ class Planner:
                 raise ParameterError("tool_choice asks for a call, but there are no tools", param="tool_choice")
             return []
         at_most("the number of tools", len(tools), self._limits.num_tools, "tools")
+        for tool in tools:
+            check_depth(tool.function.parameters, self._limits.grammar_depth)
         return [] if request.tool_choice == "none" else allowed_tools(tools, request.tool_choice)
 
     async def _jobs(

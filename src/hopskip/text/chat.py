@@ -70,8 +70,14 @@ def encode_chat(
         continue_final_message: end behind the last message, for the model to go on with it; with
             `add_generation_prompt` false.
         add_special_tokens: put BOS first, which most templates do themselves.
+
+    Raises:
+        PromptError: as `render_chat`, or something is nested too deeply.
     """
-    text = render_chat(tokenizer, messages, **arguments)
+    try:
+        text = render_chat(tokenizer, messages, **arguments)
+    except RecursionError:
+        raise PromptError("the messages or tools hold JSON that is nested too deeply; flatten it") from None
     if continue_final_message:
         text = cut_after(text, str(messages[-1].get("content") or ""))
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)

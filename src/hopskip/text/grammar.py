@@ -98,7 +98,8 @@ class GrammarCompiler:
         if isinstance(source, str):
             text = source
         elif isinstance(source, Mapping):
-            text = _dump_schema(source, self._max_depth)
+            check_depth(source, self._max_depth)
+            text = json.dumps(source)
         else:
             text = "start: " + " | ".join(json.dumps(choice) for choice in source)
         if self._max_chars is not None and len(text) > self._max_chars:
@@ -210,12 +211,8 @@ class GrammarConstraint:
             raise ConfigError(f"the grammar has become too complex: {self._matcher.get_error().splitlines()[0][:300]}")
 
 
-def _dump_schema(schema: Mapping[str, Any], max_depth: int) -> str:
-    """The schema as JSON text.
-
-    Raises:
-        ConfigError: it is nested too deeply.
-    """
+def check_depth(schema: Mapping[str, Any], max_depth: int) -> None:
+    """Raises ConfigError: a JSON schema is nested too deeply."""
     stack: list[tuple[Any, int]] = [(schema, 1)]
     while stack:
         value, depth = stack.pop()
@@ -225,4 +222,3 @@ def _dump_schema(schema: Mapping[str, Any], max_depth: int) -> str:
             stack += [(child, depth + 1) for child in value.values()]
         elif isinstance(value, list):
             stack += [(child, depth + 1) for child in value]
-    return json.dumps(schema)

@@ -164,6 +164,8 @@ class ToolFormat(ABC):
     """Marks that calls begin with, and what reads on behind them."""
     reads_bare: bool = False
     """A JSON object, or a list of such, that names one of the tools is a call without marks too."""
+    closing: str = ""
+    """The mark that may stand behind such an object all the same."""
     marks: tuple[str, ...] = ()
     """All marks of the format that may be special tokens of a vocabulary."""
     example: str

@@ -18,6 +18,7 @@ class Hermes(ToolFormat):
     name = "hermes"
     openings: ClassVar = {OPENING: TaggedCall}
     reads_bare = True
+    closing = CLOSING
     marks = (OPENING, CLOSING)
     example = f'{OPENING}\n{{"name": <function-name>, "arguments": <args-json-object>}}\n{CLOSING}'
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 
 from hopskip.errors import ConfigError
+from hopskip.text.json_schema import STRICT
 from hopskip.text.tools.base import Calls, Marks, Tool, ToolFormat, literal, to_json
 from hopskip.text.tools.function_tag import FunctionTag, TaggedCall
 from hopskip.text.tools.schemas import arguments_schema
@@ -88,12 +89,16 @@ def _value(tool: Tool, key: str, rule: str, marks: Marks) -> tuple[str, str] | N
     end = f"{literal(_LINE)} {marks.lark(_END_PARAMETER)}"
     choices = _choices(schema)
     if choices is not None:
-        texts = [text for text in choices if _comes_back(tool, key, text)]
+        texts = [text for text in choices if _END_PARAMETER not in text or _comes_back(tool, key, text)]
         return (f"({' | '.join(literal(text) for text in texts)}) {end}", "") if texts else None
     if "string" in types_of(schema, tool.parameters) or is_text(tool.parameters, key):
         return marks.text_until(_END_PARAMETER, f"{rule}_text")
     pointer = quote(key.replace("~", "~0").replace("/", "~1"))
-    inside = {"$ref": f"tool:{tool.name}#/properties/{pointer}", "$defs": {"tool": arguments_schema(tool)}}
+    if isinstance(schema, Mapping) and '"$ref"' not in to_json(schema):
+        address = f"tool:{tool.name}/properties/{pointer}"
+        inside = {"$id": address, **schema, **({STRICT: True} if tool.strict else {})}
+    else:
+        inside = {"$ref": f"tool:{tool.name}#/properties/{pointer}", "$defs": {"tool": arguments_schema(tool)}}
     return f"{rule}_json {end}", f"{rule}_json: %json {to_json(inside)}\n"
 
 

@@ -119,7 +119,7 @@ class CallReader:
         self._num_before = self._calls.num_begun
         mark = found.group()
         make = self._format.openings.get(mark)
-        self._body = make(self._calls) if make else JSONCall(self._calls, is_bare=True)
+        self._body = make(self._calls) if make else JSONCall(self._calls, closing=self._format.closing, is_bare=True)
         self._is_marked = make is not None
         self._undecided = ["" if mark in self._hidden else mark]
         return found.end()

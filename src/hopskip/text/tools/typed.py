@@ -50,8 +50,13 @@ def argument(text: str, parameters: Mapping[str, Any], key: str) -> str:
     return to_json(text)
 
 
-def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
+def types_of(schema: Any, root: Mapping[str, Any]) -> set[str]:
     """The types that a schema lets a value have; none if it does not say."""
+    return _types_of(schema, root, set(), 0)
+
+
+def _types_of(schema: Any, root: Mapping[str, Any], seen: set[str], depth: int) -> set[str]:
+    """Each reference is followed once, so that no schema takes long."""
     if not isinstance(schema, Mapping) or depth > _DEEPEST:
         return set()
     named = schema.get("type")
@@ -61,9 +66,11 @@ def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
     if not found:
         found = {_TYPES[type(value)] for value in _list(schema.get("enum"))}
     for key in () if found else ("anyOf", "oneOf", "allOf"):
-        found |= {t for part in _list(schema.get(key)) for t in types_of(part, root, depth + 1)}
-    if not found and isinstance(schema.get("$ref"), str):
-        found = types_of(resolve(schema["$ref"], root), root, depth + 1)
+        found |= {t for part in _list(schema.get(key)) for t in _types_of(part, root, seen, depth + 1)}
+    reference = schema.get("$ref")
+    if not found and isinstance(reference, str) and reference not in seen:
+        seen.add(reference)
+        found = _types_of(resolve(reference, root), root, seen, depth + 1)
     if schema.get("nullable") is True and found:
         found.add("null")
     return found
