@@ -91,7 +91,8 @@ def test_work_takes_the_hours_that_are_given(hours: float) -> None:
     assert [stage.unroll_steps for stage in recipe.stages] == [1, 3]
     assert recipe.stages[0].num_tokens == pytest.approx(1.5 * recipe.stages[1].num_tokens, rel=0.05)
     assert recipe.exits(30) == (ExitConfig(start=0, num_layers=1, features=(15, 27, 30)),)
-    assert recipe.stages[0].learning_rate == 3e-3
+    assert [stage.learning_rate for stage in recipe.stages] == [3e-3, 2e-3]
+    assert [(stage.decay, stage.seed) for stage in recipe.stages] == [(0.1, 0), (0.7, 1)]
     assert recipe.search.num_runner_ups == (0, 1, 2)
     assert recipe.search.vocabulary == ()
     assert (recipe.num_workers, recipe.precision, recipe.collect.precision) == (0, "bfloat16", "bfloat16")
@@ -339,6 +340,28 @@ def test_who_is_asked_may_say_no(model: Path, tmp_path: Path, monkeypatch: pytes
     told = CliRunner().invoke(app, ["train", "exit", "--model", "my-model"])
     assert (told.exit_code, told.stderr.strip()) == (1, "hopskip: error: nothing was begun")
     assert CliRunner().invoke(app, ["train", "exit", "--model", "my-model"]).stdout.endswith("made\n")
+
+
+def test_what_is_missing_is_said_before_the_question(model: Path, tmp_path: Path) -> None:
+    write_tokenizer(model, chat_template=None)
+    told = CliRunner().invoke(app, ["train", "exit", "--model", "my-model"])
+    assert told.exit_code == 2
+    assert "no chat template, so it cannot write prompts itself; give prompts.files" in told.stderr
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
+    command = ["train", "exit", "--model", "my-model", "prompts.files=rows.jsonl", "report_to=nobody"]
+    assert "report_to has 'nobody'" in CliRunner().invoke(app, command).stderr
+
+
+def test_chats_that_a_template_refuses_are_left_out(model: Path, tmp_path: Path) -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}<|im_start|>x"
+    write_tokenizer(model, chat_template=template)
+    row = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["train", "exit", "--model", "my-model", "--yes", "prompts.files=rows.jsonl", "prompts.self_written=0"]
+    told = CliRunner().invoke(app, [*command, "threads=1"])
+    assert told.exit_code == 2
+    assert "none of 1 chats can be used" in told.stderr
+    assert "refuses these messages: no system" in told.stderr
 
 
 def test_what_cannot_fit_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

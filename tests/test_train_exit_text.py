@@ -16,7 +16,7 @@ import torch
 
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.engine import Engine
-from hopskip.errors import ConfigError, TrainingError
+from hopskip.errors import ConfigError, PromptError, TrainingError
 from hopskip.loading import BackendName, LoadConfig, load_backend
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
@@ -119,7 +119,7 @@ def test_prompts_are_written_once_and_read_as_they_were(tokenizer: Tokenizer, tm
     found = read_prompts(path)
     assert sorted(map(repr, found)) == sorted(repr(chat) for chat in chats if chat.asked != ("3",))
     assert found != [chat for chat in chats if chat.asked != ("3",)], "in a random order"
-    assert told == ["1 of 22 chats are left out: too long, or without an answer"]
+    assert told == ["1 of 22 chats are left out: too long, without an answer, or refused by the chat template"]
     with pytest.raises(ConfigError, match=r"none of 22 chats can be used: .* 77 tokens"):
         write_prompts(settings, chats, tokenizer, engine, path, lambda chat: False, told.append)
 
@@ -244,6 +244,22 @@ def test_a_template_may_write_answers_otherwise_than_it_opens_them(checkpoint: C
     prompt = turns_of(tokenizer).dialogue(with_tools)([])
     assert prompt is not None
     assert "[2]" in tokenizer.decode(prompt)
+
+
+def test_a_chat_ends_where_its_template_refuses_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As those that want user and assistant to take turns."""
+    template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    write_tokenizer(tmp_path, chat_template=template)
+    turns = turns_of(load_tokenizer(tmp_path, checkpoint.config))
+    later = Chat(said("user: a", "assistant: b", "user: c", "user: d", "assistant: e"))
+    assert len(turns.given(later)) == 1
+    assert turns.dialogue(Chat(said("user: a", "system: b", "user: c")))([[5]]) is None
+    for refused in (turns.given, lambda chat: turns.dialogue(chat)([])):
+        with pytest.raises(PromptError, match="roles must alternate"):
+            refused(Chat(said("system: a", "user: b", "assistant: c")))
 
 
 def test_without_a_template_the_first_question_is_the_text(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from hopskip.backends.gpu import find_gpu
 from hopskip.backends.native import isa
 from hopskip.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from hopskip.checkpoint.hub import find_model
-from hopskip.errors import ConfigError
+from hopskip.errors import ConfigError, PromptError
 from hopskip.loading import known_device
 from hopskip.prompts import spread
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
 from hopskip.train.durations import duration
 from hopskip.train.exit.conversations import joined
-from hopskip.train.exit.estimate import Work, flops_per_second, free_disk, tokens_of_prompt
+from hopskip.train.exit.estimate import Work, check_start, flops_per_second, free_disk, tokens_of_prompt
 from hopskip.train.exit.memory import collecting_bytes, training_bytes
+from hopskip.train.exit.processes import check_trackers
 from hopskip.train.exit.prompts import read_chats
 from hopskip.train.exit.recipe import CollectRecipe, ExitRecipe, PromptsRecipe, folder_of
 from hopskip.train.exit.rule import HOURS, Machine, recipe_values
@@ -85,7 +87,9 @@ class Plan:
         ]
 
     def check(self) -> None:
-        """Raises ConfigError if it cannot fit into memory."""
+        """Raises ConfigError if it cannot fit into memory, or if what it needs is not there."""
+        check_start(self.recipe, load_tokenizer(self.checkpoint.path, self.checkpoint.config))
+        check_trackers(self.recipe.report_to)
         needed = self.memory_bytes
         if needed > self.machine.memory_bytes:
             raise ConfigError(
@@ -150,6 +154,9 @@ def _by_rule(
     prompts, collect = _section(given, "prompts"), _section(given, "collect")
     if "server" in collect and "answers" not in collect:
         collect["answers"] = "server"
+    has_exits = checkpoint.config.recommended_exit_layer is not None
+    if not prompts.get("files") and not tokenizer.has_chat_template and not has_exits:
+        raise ConfigError("the model has no chat template, so it cannot write prompts itself; give prompts.files")
     chats: list[Chat] | None = None
     tokens_of_chat = None
     if prompts.get("files"):
@@ -176,17 +183,22 @@ def _tokens_of(chats: Seq[Chat], tokenizer: Tokenizer, prompts: PromptsRecipe, c
     turns = Turns(
         tokenizer=tokenizer, max_prompt_tokens=prompts.max_prompt_tokens, max_new_tokens=collect.max_new_tokens
     )
-    found: list[float] = []
-    for chat in spread(chats, _LOOKED_AT):
+    answer = tokens_of_prompt(collect.max_new_tokens) - tokens_of_prompt(0)
+
+    def size_of(chat: Chat) -> float:
         if collect.answers == "given":
-            found.append(sum(len(c.ids_T) for c in joined(turns.given(chat))))
-            continue
+            return sum(len(c.ids_T) for c in joined(turns.given(chat)))
         dialogue, answers = turns.dialogue(chat), list[list[int]]()
         size = 0
         while (prompt := dialogue(answers)) is not None:
             answers.append([])
             size = len(prompt)
-        found.append(size + len(answers) * (tokens_of_prompt(collect.max_new_tokens) - tokens_of_prompt(0)))
+        return size + len(answers) * answer
+
+    found: list[float] = []
+    for chat in spread(chats, _LOOKED_AT):
+        with suppress(PromptError):  # it will be left out
+            found.append(size_of(chat))
     return sum(found) / len(found) if any(found) else None
 
 

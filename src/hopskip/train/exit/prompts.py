@@ -100,7 +100,10 @@ def write_prompts(
             "(prompts.max_prompt_tokens), or answers are to be given, and there are none (prompts.response_field)"
         )
     if len(kept) < len(found):
-        report(f"{len(found) - len(kept):,} of {len(found):,} chats are left out: too long, or without an answer")
+        report(
+            f"{len(found) - len(kept):,} of {len(found):,} chats are left out: too long, without an answer, or refused "
+            "by the chat template"
+        )
     random.Random(settings.seed).shuffle(kept)
     with replacing_file(path) as partial:
         partial.write_text("".join(json.dumps(vars(chat)) + "\n" for chat in kept), encoding="utf-8")

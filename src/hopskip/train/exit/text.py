@@ -12,7 +12,7 @@ from typing import Any
 from hopskip.backends.base import Backend
 from hopskip.checkpoint.checkpoint import Checkpoint
 from hopskip.engine.engine import Engine, make_engine
-from hopskip.errors import ConfigError
+from hopskip.errors import ConfigError, PromptError
 from hopskip.loading import Progress, load_backend
 from hopskip.speculative import SpeculativeConfig
 from hopskip.text.tokenizer import Tokenizer
@@ -128,15 +128,25 @@ class TextMaker:
             return
         doing = partial(self._progress, "writing prompts")
         chats = read_chats(recipe.prompts)
-        write_prompts(
-            recipe.prompts, chats, self._tokenizer, self._plain_engine, path, self._is_usable, self._report, doing
-        )
+        refusals: list[str] = []
+        is_usable = partial(self._is_usable, refusals)
+        try:
+            write_prompts(
+                recipe.prompts, chats, self._tokenizer, self._plain_engine, path, is_usable, self._report, doing
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {refusals[0]}" if refusals else str(error)) from None
 
-    def _is_usable(self, chat: Chat) -> bool:
-        """Whether it begins with a prompt that is short enough, and has an answer where answers are given."""
-        if self._recipe.collect.answers == "given":
-            return bool(self._turns.given(chat))
-        return self._turns.dialogue(chat)([]) is not None
+    def _is_usable(self, refusals: list[str], chat: Chat) -> bool:
+        """Whether it begins with a prompt that is short enough, and has an answer where answers are given. What the
+        chat template says of one that it refuses is added to `refusals`."""
+        try:
+            if self._recipe.collect.answers == "given":
+                return bool(self._turns.given(chat))
+            return self._turns.dialogue(chat)([]) is not None
+        except PromptError as error:
+            refusals.append(str(error))
+            return False
 
     def _plain_engine(self) -> Engine:
         return make_engine(

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
+from hopskip.errors import PromptError
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.train.exit.conversations import Conversation
 
@@ -85,7 +86,12 @@ class Turns:
             history: list[Mapping[str, Any]] = []
             for question, answer in zip(questions, answers, strict=False):
                 history += [*question, {"role": "assistant", "content": self.tokenizer.decode(answer)}]
-            return self.prompt([*history, *questions[len(answers)]], chat.tools)
+            try:
+                return self.prompt([*history, *questions[len(answers)]], chat.tools)
+            except PromptError:
+                if not answers:
+                    raise
+                return None  # the template takes no more of this chat
 
         return next_prompt
 
@@ -93,7 +99,7 @@ class Turns:
         """Every answer that the chat has, with its history, without states.
 
         Raises:
-            PromptError: the chat template refuses these messages.
+            PromptError: the chat template refuses the first of them.
         """
         found: list[Conversation] = []
         for number, message in enumerate(chat.messages):
@@ -102,10 +108,16 @@ class Turns:
             history = chat.messages[:number]
             if not any(before["role"] == "user" for before in history):
                 continue  # it begins the chat: nobody has asked
-            prompt = self.prompt(history, chat.tools)
+            is_whole = number not in chat.unfinished
+            try:
+                prompt = self.prompt(history, chat.tools)
+                answer = prompt and self._answer(history, message, chat.tools, prompt, is_whole=is_whole)
+            except PromptError:
+                if not found:
+                    raise
+                break
             if prompt is None:
                 break
-            answer = self._answer(history, message, chat.tools, prompt, is_whole=number not in chat.unfinished)
             if answer:
                 found.append(Conversation.of(prompt, answer))
             if not self.tokenizer.has_chat_template:
