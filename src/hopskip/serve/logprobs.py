@@ -103,4 +103,6 @@ def of_prompt(tokenizer: Tokenizer, token_ids: Seq[int], scores: Seq[Score], num
 
 def _with_own(best: Mapping[int, float] | None, token_id: int, logprob: float | None) -> dict[int, float | None]:
     """The best tokens, and the one that was taken, if it is not among them."""
-    return {**(best or {}), token_id: logprob} if token_id not in (best or {}) else dict(best or {})
+    told: dict[int, float | None] = dict(best or {})
+    told.setdefault(token_id, logprob)
+    return told

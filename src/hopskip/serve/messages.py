@@ -16,7 +16,9 @@ _MEDIA = {"image": "images", "audio": "sounds", "video": "videos", "file": "file
 class Body(BaseModel):
     """A JSON object of a request. A null is as good as nothing, and keys that are not known are ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, populate_by_name=True, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Shape(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class ErrorDetails(_Shape):
