@@ -20,6 +20,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "--repetition-penalty": ("--repeat-penalty",),
     "--seed": ("-s",),
     "--system": ("--system-prompt", "-sys"),
+    "--chat-template": ("--chat-template-file",),
     "--num-tokens": ("--max-tokens",),
     "--num-draft-tokens": ("--num-speculative-tokens", "--draft-max", "--draft-n"),
     "--min-confidence": ("--draft-p-min",),
