@@ -21,6 +21,7 @@ LAYERS = [
     ("engine",),
     ("loading",),
     ("llm",),
+    ("hf",),
     ("train", "serve", "prove", "bench", "export"),
     ("cli",),
     ("__main__",),

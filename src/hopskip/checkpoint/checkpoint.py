@@ -56,7 +56,8 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.fingerprint = fingerprint
-        """Identity of the weights, hex: a hash of the files' headers, sizes and samples. The path plays no part."""
+        """Identity of the weights, hex: a hash of the files' headers, sizes and samples. The path plays no part. Empty
+        for weights that are in no file: nothing made of them is kept."""
         self.metadata = metadata
         """What a GGUF file says besides its tensors, the tokenizer's tables among it; None for a folder."""
         self.generation = of_gguf(metadata or {}) if generation is None else generation

@@ -87,7 +87,7 @@ class PackedWeights:
         Raises:
             CheckpointError: a weight is not finite.
         """
-        folder = cache_folder()
+        folder = cache_folder() if checkpoint.fingerprint else None
         if folder is None:
             return cls.from_checkpoint(checkpoint, precision, progress)
         path = packed_path(folder, checkpoint, precision)
