@@ -59,19 +59,20 @@ class ReasoningSplitter:
     """Splits a text that grows into thoughts and answer. White space around either belongs to neither.
 
     Args:
-        is_open: the text begins inside the block, since the prompt has opened it.
+        is_open: the text begins inside the block, since the prompt has opened it; some models open it once more.
     """
 
     def __init__(self, marks: ReasoningMarks, *, is_open: bool) -> None:
         self._marks = marks
-        self._state: Literal["before", "inside", "behind", "answer"] = "inside" if is_open else "before"
+        self._is_open = is_open
+        self._state: Literal["before", "inside", "behind", "answer"] = "before"
         self._held = ""
         self._has_shown = False
 
     @property
     def is_inside(self) -> bool:
         """The text so far ends within thoughts."""
-        return self._state == "inside"
+        return self._state == "inside" or (self._state == "before" and self._is_open)
 
     def push(self, piece: str) -> tuple[str, str]:
         """Add text; returns what of the thoughts and of the answer is certain now."""
@@ -86,7 +87,7 @@ class ReasoningSplitter:
                 self._held = text
                 return "", ""
             else:
-                self._state = "answer"
+                self._state = "inside" if self._is_open else "answer"
         if self._state == "inside":
             thoughts, text = self._inside(text)
         if self._state == "behind":
@@ -98,7 +99,7 @@ class ReasoningSplitter:
     def finish(self) -> tuple[str, str]:
         """The text ends: the rest of both."""
         held, self._held = self._held, ""
-        return ("", held) if self._state == "before" else (held.rstrip(SPACE), "")
+        return (held.rstrip(SPACE), "") if self.is_inside else ("", held)
 
     def _inside(self, text: str) -> tuple[str, str]:
         if not self._has_shown:
