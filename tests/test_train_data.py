@@ -454,6 +454,15 @@ def test_a_corpus_of_one_document(packing: Any, streaming: bool, tmp_path: Path,
         assert sorted(shares[0] + shares[1]) == sorted(row for n, row in enumerate(ids) if n % 5)
 
 
+@pytest.mark.parametrize("number", [1, 30])
+def test_as_many_rows_are_evaluated_as_are_asked_for(number: int, tmp_path: Path, tokenizer: Any) -> None:
+    """Of a single text and of several."""
+    source = write_lines(tmp_path / "rows.jsonl", [{"text": "the quick brown fox jumps " * 20}] * number)
+    data = DataConfig(train=(source,), packing="blocks", max_length=16, holdout_every=3, max_eval_rows=2)
+    assert len(list(load_rows(data, tokenizer, 1024, held_out=True))) == 2
+    assert len(list(load_rows(data, tokenizer, 1024))) > 2
+
+
 def test_a_corpus_of_one_row(tmp_path: Path, tokenizer: Any) -> None:
     data = DataConfig(train=(write_lines(tmp_path / "one.jsonl", [{"text": "short"}]),), holdout_every=5)
     with pytest.raises(ConfigError, match=r"no rows to train on .*; data.holdout_every may leave too few"):

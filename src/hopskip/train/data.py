@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hopskip.errors import ConfigError
 from hopskip.train.encode import Document, encode
-from hopskip.train.read import DataConfig, is_held_out, read_split
+from hopskip.train.read import DataConfig, is_held_out, read_split, read_wanted
 
 IGNORED = -100
 """The label of a token that is not learned."""
@@ -125,7 +124,7 @@ def make_rows(data: DataConfig, tokenizer: Any, *, held_out: bool, share: tuple[
     if every is None:
         entries = read_split(data, held_out=held_out)
     else:
-        source = read_split(replace(data, holdout_every=None), held_out=False)
+        source = read_wanted(data, data.train)
         first = list(itertools.islice(source, 2))
         if len(first) == 1:
             rows = (

@@ -99,12 +99,13 @@ def is_held_out(index: int, every: int | None) -> bool:
 def read_split(data: DataConfig, *, held_out: bool) -> Iterator[Mapping[str, Any]]:
     """The rows of the source that are trained on, or those held out."""
     own_eval = held_out and bool(data.eval)
-    for index, row in enumerate(_wanted(data, data.eval if own_eval else data.train)):
+    for index, row in enumerate(read_wanted(data, data.eval if own_eval else data.train)):
         if own_eval or is_held_out(index, data.holdout_every) == held_out:
             yield row
 
 
-def _wanted(data: DataConfig, sources: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+def read_wanted(data: DataConfig, sources: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """The rows of all sources that `where` wants."""
     where = data.where or {}
     for source in sources:
         for row in read(source, data):
