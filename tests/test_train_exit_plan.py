@@ -267,7 +267,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_checkpoint(tmp_path / "my-model", tokenizer=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan_module, "flops_per_second", lambda threads=None: 1e6)
-    monkeypatch.setattr("hopskip.train.exit.rule._LEAST_TOKENS", 4000)
+    monkeypatch.setattr("hopskip.train.exit.rule._LEAST_TOKENS", 1000)
     return tmp_path / "my-model"
 
 
@@ -296,7 +296,7 @@ def test_one_command_and_a_folder_of_chats(model: Path, tmp_path: Path) -> None:
     for part in ("GB in runs/my-model-exit (", " GB free)", "time       about "):
         assert part in asked.stdout
     assert not (tmp_path / "runs").exists()
-    done = CliRunner().invoke(app, [*command, "--yes"])
+    done = CliRunner().invoke(app, [*command, "search.num_draft_tokens=[2]", "--yes"])
     assert done.exit_code == 0, done.output
     assert "the fastest is s0-b1-f2.3 with" in done.stdout
     exit = TrainedExit.load(tmp_path / "runs" / "my-model-exit" / "exit")
@@ -320,6 +320,7 @@ def test_answers_that_are_given_are_learned(model: Path, tmp_path: Path) -> None
         "prompts.files=chats.jsonl",
         *QUICK[1:],
         "collect.answers=given",
+        "prompts.max_prompts=40",
         "output=given",
         "search.num_draft_tokens=[2]",
     ]
