@@ -11,8 +11,10 @@ import httpx
 import pytest
 
 from hopskip import LLM
+from hopskip.serve.anthropic import schema
 from hopskip.serve.anthropic.answer import MessageAnswer
-from hopskip.serve.engine_thread import GenerationError
+from hopskip.serve.anthropic.translate import translate
+from hopskip.serve.engine_thread import GenerationError, UnavailableError
 from hopskip.serve.settings import Limits
 from tests.serving import MODEL, Live, live_server, tiny_llm
 
@@ -422,3 +424,43 @@ def test_a_whole_message_of_thoughts_text_and_calls() -> None:
         {"type": "tool_use", "id": "c2", "name": "weather", "input": {}},
     ]
     assert whole["stop_reason"] == "max_tokens"
+
+
+def test_a_request_as_a_chat() -> None:
+    request = schema.MessagesRequest.model_validate(
+        {
+            **ASKED,
+            "stream": True,
+            "stop": "a",
+            "stop_sequences": ["b"],
+            "top_k": 5,
+            "seed": 3,
+            "thinking": {"type": "adaptive"},
+            "output_config": {"effort": "high"},
+            "tools": [{**TOOL, "strict": True}, {"type": "custom", "name": "other", "input_schema": {}}],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+        }
+    )
+    chat, dropped = translate(request)
+    assert dropped == ()
+    assert (chat.stream, chat.max_completion_tokens, chat.stop, chat.top_k, chat.seed) == (True, 12, ["a", "b"], 5, 3)
+    assert (chat.enable_thinking, chat.reasoning_effort) == (True, "high")
+    assert (chat.tool_choice, chat.parallel_tool_calls) == ("required", False)
+    assert chat.continue_final_message is False
+    assert chat.tools is not None
+    assert [(tool.function.name, tool.function.strict) for tool in chat.tools] == [("weather", True), ("other", None)]
+    assert chat.tools[0].function.description == "Of a city"
+    off = schema.MessagesRequest.model_validate({**ASKED, "thinking": {"type": "disabled"}})
+    assert translate(off)[0].enable_thinking is False
+    plain = translate(schema.MessagesRequest.model_validate(ASKED))[0]
+    assert (plain.enable_thinking, plain.parallel_tool_calls, plain.stop, plain.stream) == (None, None, None, False)
+
+
+def test_a_stream_that_a_shutdown_cuts() -> None:
+    assert said({"content": "So"}, error=UnavailableError("a drain"))[-1]["error"]["type"] == "overloaded_error"
+
+
+def test_requests_are_counted_by_their_routes(client: httpx.Client) -> None:
+    message(client)
+    lines = [line for line in client.get("/metrics").text.splitlines() if "/v1/messages" in line]
+    assert any('status="200"' in line for line in lines), lines

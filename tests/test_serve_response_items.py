@@ -8,13 +8,14 @@ from typing import Any
 
 from hopskip import SamplingParams
 from hopskip.serve.engine_thread import GenerationError
+from hopskip.serve.policy import unknown_params
 from hopskip.serve.responses import schema
 from hopskip.serve.responses.answer import ResponseAnswer
 from hopskip.serve.responses.items import chat_messages, encoded, input_of_custom, shown
 from hopskip.serve.responses.output import Output
 from hopskip.serve.responses.store import ResponseStore, Stored
-from hopskip.serve.responses.translate import Translated
-from hopskip.serve.schema import ChatRequest, Message
+from hopskip.serve.responses.translate import Translated, translate
+from hopskip.serve.schema import ChatRequest, JSONSchemaFormat, Message, NamedTool
 
 
 def output_of(*deltas: dict[str, Any], status: str = "completed", **how: Any) -> tuple[list[Any], list[Any]]:
@@ -207,3 +208,99 @@ def test_the_store_forgets_what_was_used_longest_ago() -> None:
     assert [small.get(None, id) is not None for id in "abc"] == [False, True, True]
     small.put(None, stored("d", "x" * 1000))
     assert small.get(None, "d") is None
+
+
+def test_a_request_as_a_chat() -> None:
+    functions = [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}]
+    request = schema.ResponseRequest.model_validate(
+        {
+            "input": "Hi",
+            "stream": True,
+            "max_output_tokens": 9,
+            "temperature": 0.5,
+            "seed": 3,
+            "min_p": 0.1,
+            "stop": ["x"],
+            "cache_salt": "mine",
+            "top_logprobs": 2,
+            "reasoning": {"effort": "low", "generate_summary": "auto"},
+            "chat_template_kwargs": {"a": 1},
+            "parallel_tool_calls": False,
+            "tools": [*functions, {"type": "custom", "name": "shout"}],
+            "tool_choice": {"type": "custom", "name": "shout"},
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}},
+        }
+    )
+    assert request.reasoning is not None
+    assert request.reasoning.is_summary
+    translated = translate(request, ResponseStore(0, 0), None)
+    chat = translated.chat
+    assert chat.stream is True
+    assert (chat.max_completion_tokens, chat.max_tokens) == (9, None)
+    assert (chat.temperature, chat.seed, chat.min_p, chat.stop, chat.cache_salt) == (0.5, 3, 0.1, ["x"], "mine")
+    assert (chat.logprobs, chat.top_logprobs) == (True, 2)
+    assert (chat.reasoning_effort, chat.chat_template_kwargs, chat.parallel_tool_calls) == ("low", {"a": 1}, False)
+    assert chat.tools is not None
+    weather, shout = (tool.function for tool in chat.tools)
+    assert (weather.name, weather.parameters, weather.strict) == ("weather", {"type": "object"}, True)
+    assert shout.parameters["required"] == ["input"]
+    assert shout.parameters["properties"] == {"input": {"type": "string"}}
+    assert shout.parameters["additionalProperties"] is False
+    assert isinstance(chat.tool_choice, NamedTool)
+    assert chat.tool_choice.function.name == "shout"
+    assert isinstance(chat.response_format, JSONSchemaFormat)
+    assert chat.response_format.json_schema.strict is True
+    assert chat.response_format.json_schema.schema_ == {"type": "object"}
+    assert translated.custom_tools == {"shout"}
+    assert (
+        "temperature"
+        not in translate(schema.ResponseRequest(input="Hi"), ResponseStore(0, 0), None).chat.model_fields_set
+    )
+
+
+def test_what_codex_sends() -> None:
+    """Its own fields, tools of all kinds, thoughts that it keeps encoded."""
+    request = schema.ResponseRequest.model_validate(
+        {
+            "model": "m",
+            "instructions": "You are a coding agent.",
+            "input": [
+                {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Sandboxed."}]},
+                {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "List files"}]},
+                {"type": "reasoning", "summary": [], "content": None, "encrypted_content": encoded("Hm")},
+                {"type": "function_call", "name": "shell", "arguments": '{"command": ["ls"]}', "call_id": "c1"},
+                {"type": "function_call_output", "call_id": "c1", "output": "a.txt"},
+            ],
+            "tools": [
+                {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object"}},
+                {
+                    "type": "custom",
+                    "name": "apply_patch",
+                    "format": {"type": "grammar", "syntax": "lark", "definition": ""},
+                },
+                {"type": "web_search", "external_web_access": False},
+                {"type": "local_shell"},
+            ],
+            "tool_choice": "auto",
+            "parallel_tool_calls": False,
+            "reasoning": {"effort": "medium", "summary": "auto"},
+            "store": False,
+            "stream": True,
+            "include": ["reasoning.encrypted_content"],
+            "prompt_cache_key": "k",
+            "text": {"verbosity": "medium"},
+            "client_metadata": {"a": "b"},
+        }
+    )
+    assert list(unknown_params(request)) == []
+    translated = translate(request, ResponseStore(0, 0), None)
+    assert translated.dropped == ("the tool web_search", "the tool local_shell")
+    system, user, turn, tool = translated.chat.messages
+    assert (system.role, system.text) == ("system", "You are a coding agent.\n\nSandboxed.")
+    assert (user.role, user.text) == ("user", "List files")
+    assert turn.reasoning_content == "Hm"
+    assert turn.tool_calls is not None
+    assert turn.tool_calls[0].function.name == "shell"
+    assert (tool.tool_call_id, tool.text) == ("c1", "a.txt")
+    assert request.wants_encrypted
+    assert not request.wants_logprobs

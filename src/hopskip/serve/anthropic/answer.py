@@ -10,6 +10,7 @@ from typing import Any
 from hopskip.errors import HopskipError
 from hopskip.serve.anthropic.errors import error_body
 from hopskip.serve.door import ChatAnswer
+from hopskip.serve.engine_thread import UnavailableError
 
 Event = dict[str, Any]
 
@@ -68,7 +69,7 @@ class MessageAnswer:
                     for event in self._of_delta(choice["delta"]):
                         yield event
         except HopskipError as error:
-            yield error_body(500, str(error))
+            yield error_body(503 if isinstance(error, UnavailableError) else 500, str(error))
             return
         for event in self._close():
             yield event

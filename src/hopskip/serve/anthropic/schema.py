@@ -88,7 +88,7 @@ class Message(Body):
 
 class Tool(Body):
     type: Literal["custom"] = "custom"
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
