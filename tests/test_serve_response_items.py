@@ -70,6 +70,7 @@ def test_thoughts_text_and_calls_are_items() -> None:
     assert thoughts[-2]["part"] == {"type": "reasoning_text", "text": "Hm."}
     assert thoughts[-3]["text"] == "Hm."
     assert {event["content_index"] for event in thoughts[1:-1]} == {0}
+    assert not any("logprobs" in event for event in thoughts)
     assert thoughts[0]["item"]["content"] == []
     shout = [event for event in events if event.get("output_index") == 3]
     assert [event["type"].removeprefix("response.") for event in shout] == [

@@ -114,7 +114,9 @@ def test_the_response_repeats_the_request(client: httpx.Client) -> None:
         assert response[name] == asked[name], name
     assert response["text"]["format"]["schema"] == CITY
     assert response["tools"] == [{**TOOL, "strict": None}]
-    assert response["store"] is True
+    assert (response["store"], response["background"]) == (True, False)
+    named = {"input": "Hi", "reasoning": {"generate_summary": "concise"}, "max_output_tokens": 1}
+    assert client.post("/v1/responses", json=named).json()["reasoning"] == {"effort": None, "summary": "concise"}
     plain = client.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 1}).json()
     assert plain["text"] == {"format": {"type": "text"}}
     assert (plain["tool_choice"], plain["parallel_tool_calls"], plain["tools"]) == ("auto", True, [])
