@@ -10,11 +10,13 @@ from benchmarks.tool_calls import FORMATS as NAMES
 from benchmarks.tool_calls import MARKS
 
 from hopskip.errors import ConfigError
+from hopskip.text.grammar_build import build, read_vocabulary
 from hopskip.text.tools.base import Calls, Marks, Tool, joined
 from hopskip.text.tools.formats import FORMATS, format_of_template
 from hopskip.text.tools.prompt import needs_prompt, system_into_user, with_tools
 from hopskip.text.tools.reader import CallReader
 from hopskip.text.tools.typed import argument, is_text, types_of
+from tests.tiny import VOCAB_SIZE, byte_level_tokenizer
 
 PROPERTIES: dict[str, Any] = {
     "a": {"type": "string"},
@@ -416,10 +418,64 @@ def test_what_qwen3_coder_cannot_write() -> None:
         with pytest.raises(ConfigError, match=f"cannot hold {key!r} of f; change its schema"):
             grammar(schema, (key,), key)
         assert key not in grammar(schema, (), key)
+    large = {
+        "properties": {f"k{i}": {"$ref": "#/$defs/L"} for i in range(40)},
+        "$defs": {"L": {"enum": [1, "x" * 9000]}},
+    }
+    with pytest.raises(ConfigError, match="the schema of f is too large"):
+        coder.grammar([Tool(name="f", parameters=large)], Marks({}), parallel=False)
     strings = {"type": "string", "pattern": "x", "minLength": 2}
     tool = Tool(name="f", parameters={"properties": {"k": strings, "n": {"type": "integer", "minimum": 1}}})
     assert coder.unenforced(tool) == ["pattern at tool:f#/properties/k", "minLength at tool:f#/properties/k"]
     assert FORMATS["hermes"].unenforced(tool) == []
+
+
+REFERRING = {
+    "$ref": "#/$defs/P",
+    "$defs": {
+        "P": {
+            "properties": {
+                "a": {"$ref": "#/$defs/E"},
+                "b": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+                "e": {"anyOf": [{"$ref": "#/$defs/E"}, {"type": "null"}]},
+            }
+        },
+        "E": {"enum": ["x", "y"]},
+    },
+}
+ODD_KEYS = {
+    "properties": {"é-ключ.1": {"type": "integer"}, "a~b/c": {"type": "array", "items": {"$ref": "#/$defs/E"}}},
+    "$defs": {"E": {"enum": [1]}},
+    "required": ["é-ключ.1", "a~b/c"],
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        ({}, [{}, {"q": "hello"}], []),
+        ({"properties": {}, "additionalProperties": False}, [{}], [{"q": "hello"}]),
+        (
+            REFERRING,
+            [{}, {"a": "x"}, {"a": "y", "b": 5}, {"b": None}, {"e": "x"}, {"e": None}],
+            [{"a": "z"}, {"b": "five"}, {"c": "x"}, {"e": "z"}],
+        ),
+        (ODD_KEYS, [{"é-ключ.1": 5, "a~b/c": [1]}], [{"é-ключ.1": 5}, {"é-ключ.1": 5, "a~b/c": [2]}]),
+    ],
+)
+def test_the_grammar_of_qwen3_coder(parameters: Any, good: list[Any], bad: list[Any]) -> None:
+    coder, inner = FORMATS["qwen3-coder"], byte_level_tokenizer(marks=("<tool_call>", "</tool_call>"))
+    marks = Marks({token.content: index for index, token in inner.get_added_tokens_decoder().items()})
+    lark = coder.grammar([Tool(name="f", parameters=parameters)], marks, parallel=False)
+    built = build(read_vocabulary(inner.to_str(), VOCAB_SIZE, [1]), "lark", lark)
+
+    def takes(arguments: Any) -> bool:
+        matcher = built.matcher.deep_copy()
+        ids = inner.encode(coder.write([("f", arguments)]), add_special_tokens=False).ids
+        return all(matcher.consume_token(token) for token in ids) and bool(matcher.is_accepting())
+
+    assert [arguments for arguments in good if not takes(arguments)] == []
+    assert [arguments for arguments in bad if takes(arguments)] == []
 
 
 def test_deltas_of_a_call_are_joined() -> None:

@@ -93,14 +93,15 @@ class ChatFormat:
             ConfigError: a tool cannot be called in the model's format, or its strict schema cannot be enforced.
         """
         assert answer.tool_format is not None
+        parallel = answer.parallel and choice_of(request) == "required"
+        grammar = answer.tool_format.grammar(answer.tools, self._marks, parallel=parallel)
         dropped: list[str] = []
         for tool in answer.tools:
             missing = answer.tool_format.unenforced(tool)
             if missing and tool.strict:
                 raise ConfigError(f"the JSON schema is strict, but this cannot be enforced: {'; '.join(missing)}")
             dropped += missing
-        parallel = answer.parallel and choice_of(request) == "required"
-        return ("lark", answer.tool_format.grammar(answer.tools, self._marks, parallel=parallel)), dropped
+        return ("lark", grammar), dropped
 
     def before_answer(self, answer: AnswerFormat | None) -> str:
         """The grammar of what may come before a constrained answer: thoughts. Empty if there are none."""

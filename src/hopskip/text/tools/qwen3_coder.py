@@ -22,6 +22,8 @@ _KEY = re.compile(r"[^\s<>]([^\n<>]*[^\s<>])?")
 _OF_TEXTS = ("pattern", "format", "minLength", "maxLength")
 """Keywords of strings, which a grammar cannot hold beside the mark that ends them."""
 _DEEPEST = 16
+_MOST_CHARS = 2**18
+"""Of the schema of one tool with the rules for it, which may say the schema once for every argument."""
 
 
 class Qwen3Coder(ToolFormat):
@@ -45,7 +47,9 @@ class Qwen3Coder(ToolFormat):
         return [
             f"{keyword} at tool:{tool.name}#/properties/{key}"
             for key, schema in _properties(tool).items()
-            if isinstance(schema, Mapping) and is_text(tool.parameters, key) and _choices(schema) is None
+            if isinstance(schema, Mapping)
+            and is_text(tool.parameters, key)
+            and not _choices(schema, tool.parameters, set())
             for keyword in _OF_TEXTS
             if schema.get(keyword) is not None
         ]
@@ -65,13 +69,16 @@ def _rules(tool: Tool, rule: str, marks: Marks) -> str:
     tool = _resolved(tool)
     properties, required = _properties(tool), tool.parameters.get("required")
     required = required if isinstance(required, list) else []
-    parts, rules = [], []
+    parts, rules, size = [], [], len(to_json(tool.parameters))
     for index, key in enumerate(properties):
+        if size > _MOST_CHARS:
+            raise ConfigError(f"the schema of {tool.name} is too large for calls in qwen3-coder's format")
         name = f"{rule}_{index}"
         value = _value(tool, key, name, marks) if _KEY.fullmatch(key) else None
         if value is not None:
             parts.append(name if key in required else f"{name}?")
             rules.append(f"{name}: {literal(f'<parameter={key}>{_LINE}')} {value[0]} {literal(_LINE)}\n{value[1]}")
+            size += len(rules[-1])
         elif key in required:
             raise ConfigError(f"calls in qwen3-coder's format cannot hold {key!r} of {tool.name}; change its schema")
     if not properties and tool.parameters.get("additionalProperties") is not False:
@@ -87,9 +94,11 @@ def _value(tool: Tool, key: str, rule: str, marks: Marks) -> tuple[str, str] | N
     written."""
     schema = property_of(tool.parameters, key)
     end = f"{literal(_LINE)} {marks.lark(_END_PARAMETER)}"
-    choices = _choices(schema)
-    if choices is not None:
-        texts = [text for text in choices if _END_PARAMETER not in text or _comes_back(tool, key, text)]
+    choices = _choices(schema, tool.parameters, set())
+    if choices:
+        is_plain = is_text(tool.parameters, key)
+        texts = [_text_of(value) for value in choices if is_plain or _comes_back(tool, key, value)]
+        texts = [text for text in texts if _END_PARAMETER not in text or _comes_back(tool, key, text)]
         return (f"({' | '.join(literal(text) for text in texts)}) {end}", "") if texts else None
     if "string" in types_of(schema, tool.parameters) or is_text(tool.parameters, key):
         return marks.text_until(_END_PARAMETER, f"{rule}_text")
@@ -102,21 +111,38 @@ def _value(tool: Tool, key: str, rule: str, marks: Marks) -> tuple[str, str] | N
     return f"{rule}_json {end}", f"{rule}_json: %json {to_json(inside)}\n"
 
 
-def _choices(schema: Any) -> list[str] | None:
-    """The texts that an argument may have, if they are listed."""
+def _choices(schema: Any, root: Mapping[str, Any], seen: set[str]) -> list[Any]:
+    """The values that an argument may have, if they are listed; none if there are others. Each reference is followed
+    once, so that no schema takes long."""
     if not isinstance(schema, Mapping):
-        return None
+        return []
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        if reference in seen:
+            return []
+        seen.add(reference)
+        return _choices(resolve(reference, root), root, seen)
+    if schema.get("type") == "null":
+        return [None]
+    for key in ("anyOf", "oneOf"):
+        if isinstance(parts := schema.get(key), list):
+            found = [_choices(part, root, seen) for part in parts]
+            return [value for values in found for value in values] if all(found) else []
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
-    is_listed = isinstance(listed, list) and bool(listed) and all(isinstance(text, str) for text in listed)
-    return listed if is_listed else None
+    is_listed = isinstance(listed, list) and any(isinstance(value, str) for value in listed)
+    return listed if is_listed and listed else []
 
 
-def _comes_back(tool: Tool, key: str, text: str) -> bool:
+def _text_of(value: Any) -> str:
+    return value if isinstance(value, str) else to_json(value)
+
+
+def _comes_back(tool: Tool, key: str, value: Any) -> bool:
     """True if an argument can be read again: not all texts can that hold marks of this format."""
     calls = Calls([tool], lambda: "")
-    written = f"{tool.name}>\n<parameter={key}>\n{text}\n{_END_PARAMETER}\n{_END_FUNCTION}\n"
+    written = f"{tool.name}>\n<parameter={key}>\n{_text_of(value)}\n{_END_PARAMETER}\n{_END_FUNCTION}\n"
     FunctionTag(calls).read(written, 0)
-    return [delta.arguments for delta in calls.take()] == [to_json({key: text})]
+    return [delta.arguments for delta in calls.take()] == [to_json({key: value})]
 
 
 def _resolved(tool: Tool) -> Tool:
