@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hopskip import LLM, ConfigError, SamplingParams
+from hopskip import LLM, ConfigError, SamplingParams, SpeculativeConfig
 from hopskip.engine.restrictions import AllOf, MinTokens
 from hopskip.text.banned import Bans
 from hopskip.text.tokenizer import TextStream
@@ -25,7 +25,9 @@ LENGTH = 24
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LLM]:
     folder = tmp_path_factory.mktemp("model")
-    return {draft: tiny_llm(folder, draft) for draft in ("none", "both", "early-exit")}
+    llms = {draft: tiny_llm(folder, draft) for draft in ("none", "both", "early-exit")}
+    tree = SpeculativeConfig(draft="early-exit", exit_layer=2, num_draft_tokens=4, num_runner_ups=3)
+    return {**llms, "tree": LLM(folder, backend="native", speculative=tree)}
 
 
 def ids(llm: LLM, **params: Any) -> list[int]:
@@ -41,7 +43,7 @@ def allowed(mask_W: Any) -> set[int]:
 
 
 @pytest.mark.parametrize("how", [{}, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("draft", ["none", "both", "early-exit"])
+@pytest.mark.parametrize("draft", ["none", "both", "early-exit", "tree"])
 def test_no_end_before_so_many_tokens(llms: dict[str, LLM], draft: str, how: dict[str, Any]) -> None:
     plain, llm = llms["none"], llms[draft]
     free = ids(plain, ignore_eos=True, **how)
@@ -143,7 +145,7 @@ def completing(llm: LLM, text: bytes, words: list[str]) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("draft", ["none", "both", "early-exit"])
+@pytest.mark.parametrize("draft", ["none", "both", "early-exit", "tree"])
 def test_texts_are_kept_away(llms: dict[str, LLM], draft: str) -> None:
     llm = llms[draft]
     for how in ({}, DRAWN, {"temperature": 1.0, "seed": 8}):
