@@ -295,6 +295,8 @@ WRONG_TEXT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": ["a", 5]}, "prompt.1: Input should be a valid string", "prompt.1"),
     ({"prompt": [5, 6, "a", 7]}, "prompt.2: Input should be a valid integer", "prompt.2"),
     ({"prompt": [[5], [6, "a"]]}, "prompt.1.1: Input should be a valid integer", "prompt.1.1"),
+    ({"prompt": [5, 320]}, "a token id of the prompt is 320; at most 319 is allowed here", "prompt"),
+    ({"prompt": [[5], [6, 999]]}, "a token id of the prompt is 999; at most 319 is allowed here", "prompt"),
     ({"suffix": "a"}, "suffix is not supported: this model only continues texts; leave it out", "suffix"),
     ({"best_of": 2}, "best_of=2 is not supported; leave it out, or make it equal to n", "best_of"),
     ({"prompt": ["a"] * 65}, "the number of prompts is 65; at most 64 is allowed here", "prompt"),

@@ -79,6 +79,8 @@ class Planner:
         prompts = _prompts(request.prompt)
         at_most("the number of prompts", len(prompts), self._limits.num_prompts, "prompt")
         with_bos = request.add_special_tokens is not False
+        largest = max((max(prompt, default=0) for prompt in prompts if isinstance(prompt, list)), default=0)
+        at_most("a token id of the prompt", largest, self._llm.backend.config.vocab_size - 1, "prompt")
         encoded = [p if isinstance(p, list) else await self.encode(p, with_bos) for p in prompts]
         jobs = await self._jobs(request, encoded, request.logprobs, params.structure(request))
         echoes = [self._tokenizer.decode(p) if isinstance(p, list) else p for p in prompts] if request.echo else None
