@@ -22,7 +22,7 @@ LAYERS = [
     ("loading",),
     ("llm",),
     ("hf",),
-    ("train", "serve", "prove", "bench", "export"),
+    ("train", "serve", "prove", "bench", "export", "doors"),
     ("cli",),
     ("__main__",),
 ]

@@ -1,0 +1,1 @@
+"""hopskip inside other programs: models for the command `llm`, and for lm-eval."""
