@@ -412,6 +412,10 @@ def test_unknown_parameters_are_refused_everywhere(client: httpx.Client) -> None
     for path, body in ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]}):
         assert client.post(path, json=body).status_code == 200
         assert refusal(client, path, **body, x=1)["message"] == "x is not a parameter of this API; leave it out"
+    neither = refusal(client, "/tokenize")
+    assert (neither["message"], neither["param"]) == ("give either prompt or messages", None)
+    long = refusal(client, "/detokenize", tokens=[5], **{"x" * 70: 1})
+    assert long["param"] == "x" * 64
     assert ServeSettings(model_name="x").unknown_params == "reject"
     with pytest.raises(ConfigError, match="unknown_params is 'drop'; choose one of reject, ignore, warn"):
         ServeSettings(model_name="x", unknown_params="drop")  # type: ignore[arg-type]
