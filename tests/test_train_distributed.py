@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -24,12 +25,19 @@ yaml = pytest.importorskip("yaml")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|accelerate|peft)")
 
 SCRIPT = """
-import json, sys, warnings
+import json, os, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+prepare = AcceleratorState.__init__
+def sharding_on_cpus(self, *args, fsdp_plugin=None, **kwargs):
+    prepare(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:  # accelerate would go on without a word, and shard nothing
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+AcceleratorState.__init__ = sharding_on_cpus
 from hopskip.train.recipe import load_recipe
 from hopskip.train.run import run
 from hopskip.train.trainer import LayerSkipTrainer
@@ -41,6 +49,7 @@ def noting(self, model, inputs, *rest):
 LayerSkipTrainer.training_step = noting
 for path in sys.argv[1:]:
     AcceleratorState._reset_state()  # DDP and FSDP2 in one launch
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     run(load_recipe(Path(path)))
 torch.distributed.destroy_process_group()
 """
@@ -84,6 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return str(path)
 
     run(load_recipe(Path(write("one", 1, 0.0))))
+    run(load_recipe(Path(write("shorter", 1, 0.0, max_steps=5))))
     two = [write("ddp", 2, 0.0), write("ddp-dropout", 2, 0.6), write("ddp-again", 2, 0.6)]
     two += [write("fsdp", 2, 0.0, **FSDP2), write("fsdp-dropout", 2, 0.6, **FSDP2, save_steps=2, save_strategy="steps")]
     two += [
@@ -106,7 +116,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-8000:]
+    on_two_nodes(script, write("nodes", 2, 0.0, max_steps=5), environment)
     return folder
+
+
+def on_two_nodes(script: Path, recipe: str, environment: dict[str, str]) -> None:
+    """Two launchers, as on two machines that share a file system, with a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launchers = []
+    for node in (0, 1):
+        place = ["--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", "1", str(script), recipe]
+        launchers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [launcher.communicate()[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors[0][-4000:] + errors[1][-4000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -125,6 +150,12 @@ def test_two_processes_train_as_one(kind: str, runs: Path) -> None:
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_two_nodes_train_as_one(runs: Path) -> None:
+    one, two = losses(runs / "shorter"), losses(runs / "nodes")
+    assert len(two) == 5
+    assert two == pytest.approx(one, abs=1e-4)
 
 
 def test_dropout_is_reproducible(runs: Path) -> None:

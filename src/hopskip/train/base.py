@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ _OURS = (
 """Fields of `ModelConfig` that a Hugging Face config spells otherwise, or that follow from the family."""
 
 
-def load_base(recipe: ModelRecipe) -> tuple[Any, Any]:
+def load_base(recipe: ModelRecipe, *, only_shapes: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a recipe, on the CPU.
+
+    Args:
+        only_shapes: leave the weights as they are in fresh memory, which takes none: FSDP fills in a rank's shard.
 
     Raises:
         CheckpointError: the base cannot be found, read, or expressed in transformers.
@@ -39,10 +43,10 @@ def load_base(recipe: ModelRecipe) -> tuple[Any, Any]:
     """
     dtype = getattr(torch, recipe.dtype)
     if recipe.base is not None:
-        model = to_transformers(open_checkpoint(_find(recipe.base)), dtype)
+        model = to_transformers(open_checkpoint(_find(recipe.base)), dtype, only_shapes=only_shapes)
     else:
         assert recipe.config is not None
-        model = from_scratch(Path(recipe.config), dtype)
+        model = _empty_model(_read_config(Path(recipe.config)), dtype, only_shapes)
     tokenizer = base_tokenizer(recipe)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
@@ -93,13 +97,42 @@ def base_config(recipe: ModelRecipe) -> Any:
     return _read_config(path) if path.is_dir() else AutoConfig.for_model(**hf_config(open_checkpoint(path).config))
 
 
-def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """An opened checkpoint, Hugging Face folder or GGUF file, as a transformers model with equal weights.
+def _empty_model(config: Any, dtype: torch.dtype, only_shapes: bool) -> Any:
+    """A model whose weights are random (the seed is the global one), or not there. Its buffers are."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False) if only_shapes else nullcontext():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if only_shapes:
+        model.tie_weights()  # each weight was replaced, a shared one twice
+        materialize(model)
+    return model
+
+
+def materialize(model: torch.nn.Module) -> None:
+    """Give what a model has on the meta device memory that nobody has written to, and so takes none. Shared weights
+    stay shared."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_weight = isinstance(tensor, torch.nn.Parameter)
+                    made[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+                own[name] = made[id(tensor)]
+
+
+def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, only_shapes: bool = False) -> Any:
+    """An opened checkpoint, Hugging Face folder or GGUF file, as a transformers model with equal weights, or with none.
 
     Raises:
         CheckpointError: the settings of its positions cannot be expressed in a Hugging Face config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     if checkpoint.path.is_dir():
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
@@ -108,12 +141,13 @@ def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
             del config.quantization_config
     else:
         config = AutoConfig.for_model(**hf_config(checkpoint.config))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = _empty_model(config, dtype, only_shapes)
     own = {name: parameter for name, parameter in model.named_parameters() if name in checkpoint.names()}
     assert own.keys() == checkpoint.names()
-    with torch.no_grad():
-        for name, parameter in own.items():
-            copy_into(parameter, checkpoint, name)
+    if not only_shapes:
+        with torch.no_grad():
+            for name, parameter in own.items():
+                copy_into(parameter, checkpoint, name)
     if checkpoint.path.is_dir() and (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     else:
@@ -121,19 +155,13 @@ def to_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     return model
 
 
-def from_scratch(place: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of the shape in a `config.json`, with random weights. The seed is the global one.
+def _read_config(place: Path) -> Any:
+    """Of a `config.json`, or of a folder with one.
 
     Raises:
         ConfigError: there is no such file, or it is not a model's config.
         CheckpointError: hopskip cannot run that shape.
     """
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(_read_config(place), dtype=dtype)
-
-
-def _read_config(place: Path) -> Any:
     from transformers import AutoConfig
 
     if not place.exists():

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def draw_kept(rates: Sequence[float], num_samples: int, *key: int) -> list[list[int]]:
@@ -89,20 +90,25 @@ class LayerTaps:
         if kept is None:
             h_BTD = _hidden(own(h_BTD, *args, **kwargs))
         elif len(kept):
-            some = _hidden(
-                own(
-                    h_BTD.index_select(0, kept),
-                    *_rows(args, kept, self._num_samples),
-                    **_rows(kwargs, kept, self._num_samples),
-                )
-            )
+            some = self._run_some(own, kept, h_BTD, args, kwargs)
             h_BTD = h_BTD.to(some.dtype).index_copy(0, kept, some)
+        elif any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+            # FSDP gathers the weights inside of `own`, and every rank has to take part: one sample, which adds nothing
+            first = torch.zeros(1, dtype=torch.long, device=h_BTD.device)
+            h_BTD = h_BTD + 0.0 * self._run_some(own, first, h_BTD, args, kwargs).sum()
         else:
             # no sample, no work; but the weights take part with a gradient of zero: DDP and FSDP wait for it
             h_BTD = h_BTD + 0.0 * sum(p.sum() for p in layer.parameters() if p.requires_grad)
         if index in self._wanted:
             self.outputs[index] = h_BTD
         return h_BTD
+
+    def _run_some(
+        self, own: Callable[..., Any], kept: Tensor, h_BTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The layer on these samples alone."""
+        some_args, some_kwargs = (_rows(value, kept, self._num_samples) for value in (args, kwargs))
+        return _hidden(own(h_BTD.index_select(0, kept), *some_args, **some_kwargs))
 
 
 def _hidden(output: Any) -> Tensor:

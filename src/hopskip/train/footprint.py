@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hopskip.errors import ConfigError
-from hopskip.train.base import add_lora
+from hopskip.train.base import add_lora, materialize
 from hopskip.train.dropout import LayerTaps
 from hopskip.train.loss import ExitTerm, exit_loss
 from hopskip.train.memory import CountedMemory
@@ -86,7 +86,7 @@ class _Trace:
     def count(self, context: int) -> Memory:
         model = self._model()
         with FakeTensorMode():
-            _to_fake(model)
+            materialize(model)
             memory = self.memory = CountedMemory([*model.parameters(), *model.buffers()])
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in trained:
@@ -192,19 +192,6 @@ class _EverythingIsLearned(TorchFunctionMode):
         if func is torch.Tensor.nonzero:
             return torch.arange(min(args[0].numel(), 2 * self._rows))[:, None]
         return func(*args, **(kwargs or {}))
-
-
-def _to_fake(model: nn.Module) -> None:
-    """Every weight and buffer of a model on the meta device as one on a CPU that is not there; shared ones stay so."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    fake = made.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-                    if isinstance(tensor, nn.Parameter) and not isinstance(fake, nn.Parameter):
-                        fake = made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    own[name] = fake
 
 
 def _most_terms(recipe: Recipe, arguments: TrainingArguments, num_layers: int) -> list[ExitTerm]:

@@ -55,7 +55,10 @@ def run(recipe: Recipe) -> Path:
     with arguments.main_process_first(desc="looking for an earlier run"):
         resume = last_checkpoint(output)
     set_seed(arguments.seed)  # before anything random: fresh weights, LoRA's
-    model, tokenizer = load_base(recipe.model)
+    # with FSDP the first process reads the weights and sends each its shard
+    fills_in = bool((arguments.fsdp_config or {}).get("cpu_ram_efficient_loading"))
+    is_filled_in = bool(arguments.fsdp) and fills_in and arguments.process_index > 0
+    model, tokenizer = load_base(recipe.model, only_shapes=is_filled_in)
     context = ModelConfig.from_hf(model.config.to_dict()).context_length
     train_rows = load_rows(recipe.data, tokenizer, context)
     eval_rows = load_rows(recipe.data, tokenizer, context, held_out=True) if recipe.data.has_eval else None
@@ -96,7 +99,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def unchecked_arguments(recipe: Recipe) -> TrainingArguments:
     """As `training_arguments`, for a machine that need not be this one."""
-    settings = {
+    settings: dict[str, Any] = {
         **{"report_to": "none", "logging_steps": 10, "save_steps": 500, "save_total_limit": 2},
         "ddp_find_unused_parameters": False,  # a layer without samples still takes part, see LayerTaps
         # YAML reads a bare `no` as false
@@ -107,6 +110,10 @@ def unchecked_arguments(recipe: Recipe) -> TrainingArguments:
     }
     if settings["report_to"] is False:
         settings["report_to"] = "none"
+    if settings.get("fsdp") and not isinstance(settings.get("fsdp_config"), str):
+        # only the first process reads weights; each saves its shard
+        own = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+        settings["fsdp_config"] = {**own, **(settings.get("fsdp_config") or {})}
     try:
         return TrainingArguments(output_dir=recipe.output, disable_tqdm=True, **settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -115,7 +122,14 @@ def unchecked_arguments(recipe: Recipe) -> TrainingArguments:
 
 def finish(trainer: LayerSkipTrainer, tokenizer: Any, recipe: Recipe, output: Path) -> None:
     """Write the finished model, its card and the plot. Every process calls this; the first one writes."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    state = None
+    if trainer.is_fsdp_enabled:
+        shards = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state = {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in shards.items()
+        }
+        if trainer.model.config.tie_word_embeddings:  # gathered twice, but one matrix
+            state = {name: v for name, v in state.items() if not name.endswith("lm_head.weight")}
     if trainer.is_world_process_zero():
         log = read_log(output / "log.jsonl")
         trained = trainer.accelerator.unwrap_model(trainer.model)

@@ -118,6 +118,8 @@ def check_model(trainer: Any) -> None:
     if config.num_hidden_layers < 2:
         raise ConfigError(f"the model has {config.num_hidden_layers} layer, so no early exit; use one with more")
     check_attention(config._attn_implementation)
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise ConfigError(f"fsdp divides nothing among devices of type {trainer.args.device.type}; leave it out")
     if trainer.args.n_gpu > 1 or trainer.is_model_parallel:
         raise ConfigError("the model is spread over several GPUs by one process; start torchrun, with FSDP2")
     if (
