@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_package
 import numpy as np
 import pytest
 import torch
@@ -341,9 +342,20 @@ def test_an_adapters_own_tokenizer_comes_first(tmp_path: Path) -> None:
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "own"
 
 
-def test_what_is_no_adapter_is_not_merged(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no adapter, so there is nothing to merge"):
+def test_an_ordinary_checkpoint_needs_no_merging(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model is an ordinary checkpoint already: there is nothing to merge"):
         merged(model, tmp_path / "merged")
+    assert open_checkpoint(merged(model, tmp_path / "merged", dtype="bf16")).dtype == "bfloat16"
+
+
+def test_a_quantized_file_as_a_folder(tmp_path: Path) -> None:
+    q4_0 = gguf_package.GGMLQuantizationType.Q4_0
+    write_gguf(tmp_path / "m.Q4_0.gguf", make_model("llama2-mha"), types=q4_0, tokenizer=byte_level_tokenizer())
+    out = merged(tmp_path / "m.Q4_0.gguf", tmp_path / "out", dtype="float32")
+    found, source = open_checkpoint(out), open_checkpoint(tmp_path / "m.Q4_0.gguf")
+    assert all(np.array_equal(found.array(name), source.array(name)) for name in source.names())
+    assert found.names() == source.names()
+    assert "The model `m`, which was stored as Q4_0: an ordinary checkpoint." in (out / "README.md").read_text()
 
 
 # -- elsewhere ---------------------------------------------------------------------------------------------------------
@@ -521,7 +533,7 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
         (("gguf", "OUT", "-m", "MODEL", "--dtype", "q3"), "--dtype is 'q3'; choose one of auto, float32"),
         (("eagle3", "OUT", "-m", "MODEL"), "exit_branch (--exit-branch) is needed"),
         (("eagle3", "OUT", "-m", "MODEL", "--exit-branch", "nowhere"), "nowhere is not an exit"),
-        (("merged", "MODEL", "OUT"), "is no adapter"),
+        (("merged", "OUT", "-m", "MODEL"), "is an ordinary checkpoint already"),
         (("gguf", "MODEL", "-m", "MODEL"), "is there already"),
         (("gguf", "OUT", "-m", "absent"), "'absent' does not exist"),
     ],

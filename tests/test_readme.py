@@ -19,7 +19,14 @@ from tests.serving import live_server, tiny_llm
 
 ROOT = Path(__file__).parent.parent
 SERVER = "http://127.0.0.1:8000"
-SUBCOMMANDS = [["bench", "serve"], ["trace", "show"], ["trace", "record"], ["trace", "replay"], ["train", "exit"]]
+SUBCOMMANDS = [
+    ["bench", "serve"],
+    ["trace", "show"],
+    ["trace", "record"],
+    ["trace", "replay"],
+    ["train", "exit"],
+    *(["export", kind] for kind in ("early-exit", "eagle3", "merged", "gguf")),
+]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 

@@ -114,20 +114,21 @@ def eagle3(
 
 @app.command("merged")
 def merged(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The folder of a LoRA adapter, or its Hub id.")],
     out: Out,
+    model: Model = None,
     dtype: DType = "auto",
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Write a LoRA adapter merged into its base model, as an ordinary checkpoint folder.
+    """Write a LoRA adapter merged into its base, or a GGUF file's model, as an ordinary checkpoint folder.
 
-    $ hopskip export merged runs/adapter merged
+    $ hopskip export merged merged -m runs/adapter
+    $ hopskip export merged whole -m model.Q4_K_M.gguf --dtype float32
     """
     from hopskip.export import merged
 
     with progress("exporting") as shown:
-        merged(adapter, out, dtype=dtype, base=base, force=force, progress=shown.doing)
+        merged(model, out, dtype=dtype, base=base, force=force, progress=shown.doing)
     print(out)
 
 

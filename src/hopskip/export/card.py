@@ -115,21 +115,23 @@ def eagle3(source: Source, exit: TrainedExit, difference: float, name: str) -> s
 
 
 def merged(source: Source, name: str) -> str:
-    """Of an adapter merged into its base."""
-    adapter = source.checkpoint.path.name
-    base = source.model_folder
+    """Of a whole model as a checkpoint folder."""
+    path, base = source.checkpoint.path, source.model_folder
+    fact = f"The model `{source.name}`, which was stored as {source.stored_as}: an ordinary checkpoint."
+    if base is not None and base != path:
+        fact = (
+            f"The LoRA adapter `{path.name}` merged into its base `{base.name}`: an ordinary checkpoint. Each weight "
+            "was merged in float32 and rounded once."
+        )
     return _page(
         source,
-        f"{source.name}, merged",
-        [
-            f"The LoRA adapter `{adapter}` merged into its base `{base.name if base else source.base}`: an ordinary "
-            "checkpoint. Each weight was merged in float32 and rounded once."
-        ],
+        f"{source.name}, as a checkpoint",
+        [fact],
         [
             ("hopskip", "console", f'$ hopskip generate -m ./{name} "Hello"'),
             ("vLLM", "console", f"$ vllm serve ./{name}"),
         ],
-        ["hopskip runs the adapter's own folder, too: greedy texts of both are the same."],
+        ["hopskip runs the source as well: in the same precision its greedy texts are the same."],
     )
 
 

@@ -105,7 +105,7 @@ def early_exit(
 
 
 def merged(
-    adapter: str | Path,
+    model: str | Path | None,
     out: str | Path,
     *,
     dtype: str = "auto",
@@ -113,18 +113,20 @@ def merged(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """A LoRA adapter merged into its base model, as an ordinary checkpoint folder.
+    """A whole model as an ordinary checkpoint folder: a LoRA adapter merged into its base, or what was quantized (a
+    GGUF file, 8-bit floats with scales) in a plain type.
 
     Args:
-        adapter: the adapter's folder or Hub id. The base must be here already.
-        dtype: of the weights; `auto` keeps the base's.
+        model: of an adapter the base must be here already.
+        dtype: of the weights; `auto` keeps the base's, and makes what was quantized bfloat16.
     """
     chosen = _dtype(dtype, DType)
-    source = open_source(adapter, base)
-    if source.model_folder is None or not is_adapter(source.checkpoint.path):
+    source = open_source(model, base)
+    path = source.checkpoint.path
+    if chosen == "auto" and path.is_dir() and not is_adapter(path) and source.checkpoint.quantization is None:
         raise ConfigError(
-            f"{adapter} is no adapter, so there is nothing to merge; give the adapter's folder (adapter_config.json in "
-            "it names the base)"
+            f"{path} is an ordinary checkpoint already: there is nothing to merge. Give an adapter, a GGUF file or "
+            "another dtype"
         )
     with _writing(out, source, force) as folder:
         _write_folder(source, folder, source.checkpoint.config, chosen, progress)  # type: ignore[arg-type]
