@@ -16,6 +16,7 @@ from hopskip.cli.cache import app as cache
 from hopskip.cli.chat import chat
 from hopskip.cli.check import check
 from hopskip.cli.commands import App, Root, print_help
+from hopskip.cli.eval import evaluate
 from hopskip.cli.export import app as export
 from hopskip.cli.generate import generate
 from hopskip.cli.info import info
@@ -56,6 +57,7 @@ app.command()(serve)
 app.command()(check)
 app.add_typer(bench_app, name="bench")
 app.command()(perplexity)
+app.command("eval")(evaluate)
 app.add_typer(train, name="train")
 app.add_typer(export, name="export")
 app.add_typer(trace, name="trace")
