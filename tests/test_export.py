@@ -577,3 +577,9 @@ def test_names(base: str, name: str, model: Path) -> None:
     from hopskip.export.source import open_source
 
     assert open_source(model, base).name == name
+
+
+def test_a_place_in_the_home_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert early_exit(model, "~/out", exit_layer=1) == tmp_path / "out"
+    assert (tmp_path / "out" / "config.json").exists()

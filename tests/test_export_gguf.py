@@ -448,3 +448,11 @@ def test_mixed_types_stay(tmp_path: Path) -> None:
     assert found.stored("lm_head.weight").type.name == "F16"
     assert found.stored("model.embed_tokens.weight").type.name == "F32"
     assert_same_weights(found, open_checkpoint(tmp_path / "model"))
+
+
+def test_bos_of_the_config_where_the_tokenizer_names_none(tmp_path: Path) -> None:
+    make_model("llama2-mha", bos_token_id=2).save_pretrained(tmp_path / "model")
+    for named, wanted in ((None, 2), ("<|im_start|>", 0)):
+        write_tokenizer(tmp_path / "model", bos_token=named)
+        _, metadata = written_tokenizer(tmp_path / "model", tmp_path / f"out-{wanted}")
+        assert metadata["tokenizer.ggml.bos_token_id"] == wanted

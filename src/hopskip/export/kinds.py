@@ -101,7 +101,7 @@ def early_exit(
             _write_folder(source, folder, config, chosen, progress, num_draft_tokens)  # type: ignore[arg-type]
             text = card.early_exit(source, config, num_draft_tokens, Path(out).name)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    return Path(out)
+    return Path(out).expanduser()
 
 
 def merged(
@@ -131,7 +131,7 @@ def merged(
     with _writing(out, source, force) as folder:
         _write_folder(source, folder, source.checkpoint.config, chosen, progress)  # type: ignore[arg-type]
         (folder / "README.md").write_text(card.merged(source, Path(out).name), encoding="utf-8")
-    return Path(out)
+    return Path(out).expanduser()
 
 
 def gguf(
@@ -157,7 +157,7 @@ def gguf(
         plan.write(file, progress)
         check_gguf(file, plan)
         (folder / "README.md").write_text(card.gguf(source, file.name), encoding="utf-8")
-    return Path(out)
+    return Path(out).expanduser()
 
 
 def eagle3(
@@ -201,7 +201,7 @@ def eagle3(
             progress("comparing logits with the exit's", None)
         difference = _check_written(folder, exit, source)
         (folder / "README.md").write_text(card.eagle3(source, exit, difference, Path(out).name), encoding="utf-8")
-    return Path(out)
+    return Path(out).expanduser()
 
 
 def _check_written(folder: Path, exit: TrainedExit, source: Source) -> float:

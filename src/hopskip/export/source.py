@@ -14,6 +14,7 @@ from hopskip.checkpoint.hub import find_model
 from hopskip.checkpoint.hub_cache import DEFAULT_MODEL, find_base
 from hopskip.checkpoint.hub_names import HubName, parse_hub_name
 from hopskip.checkpoint.lora import is_adapter, read_adapter
+from hopskip.checkpoint.safetensors import read_json
 from hopskip.errors import CheckpointError
 from hopskip.text.tokenizer import Tokenizer
 from hopskip.text.tokenizer_files import load_tokenizer
@@ -91,8 +92,6 @@ def open_source(model: str | Path | None, base: str | None = None) -> Source:
 
 def settings_of(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file of a model's folder; empty if there is none."""
-    from hopskip.checkpoint.safetensors import read_json
-
     return read_json(folder / name, "") if (folder / name).exists() else {}
 
 
