@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hopskip.errors import ConfigError
-from hopskip.train.chats import chat_of, tools_of
+from hopskip.train.chats import chat_of, is_empty, tools_of
 
 ASKED = {"role": "user", "content": "Who jumps?"}
 SAID = {"role": "assistant", "content": "The fox."}
@@ -40,6 +40,32 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 )
 def test_spellings(row: dict[str, Any]) -> None:
     assert chat_of(row) == [ASKED, SAID]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Who?", "response": ""}, True),
+        ({"prompt": "", "response": "The fox."}, True),
+        ({"instruction": "Who?", "output": None}, True),
+        ({"turns": ["Who?"], "answer": ""}, True),
+        ({"messages": []}, True),
+        ({"conversations": None, "id": 3}, True),
+        ({"prompt": "Who?"}, False),  # nobody was to answer here
+        ({"response": ""}, False),
+        ({"prompt": "Who?", "reply": "The fox."}, False),
+    ],
+)
+def test_rows_with_nothing_in_them(row: dict[str, Any], expected: bool) -> None:
+    assert chat_of(row) is None
+    assert is_empty(row) is expected
+
+
+def test_rows_with_nothing_in_fields_that_are_named() -> None:
+    named = {"messages_field": "chat", "prompt_field": "q", "response_field": "a"}
+    assert is_empty({"q": "Who?", "a": ""}, **named)
+    assert is_empty({"chat": []}, **named)
+    assert not is_empty({"prompt": "Who?", "response": "", "messages": []}, **named)
 
 
 def test_speakers_take_turns() -> None:

@@ -514,3 +514,14 @@ def test_padding() -> None:
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DataConfig(**{"train": ("x",), **settings})
+
+
+def test_rows_without_an_answer_are_passed_over(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"prompt": "Who?", "response": "The fox."}\n{"prompt": "Who?", "response": ""}\n')
+    data = DataConfig(train=(str(path),), packing="none", max_length=64, holdout_every=None)
+    [row] = load_rows(data, tokenizer, 1024)
+    assert "fox" in tokenizer.decode(row["input_ids"])
+    path.write_text('{"prompt": "Who?", "response": ""}\n')
+    with pytest.raises(ConfigError, match="no rows"):
+        load_rows(data, tokenizer, 1024)

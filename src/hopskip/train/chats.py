@@ -77,6 +77,28 @@ def chat_of(
     return messages
 
 
+def is_empty(
+    row: Mapping[str, Any],
+    *,
+    messages_field: str = "messages",
+    prompt_field: str = "prompt",
+    response_field: str = "response",
+) -> bool:
+    """Whether a row that holds no chat has the fields of one, with nothing in one of them: chats that were collected
+    have a few of those.
+
+    >>> is_empty({"prompt": "Hi", "response": ""}), is_empty({"prompt": "Hi", "reply": "Hello!"})
+    (True, False)
+    """
+    spellings = (
+        (messages_field, _CHATS if messages_field == "messages" else ()),
+        (prompt_field, ("turns", *_PROMPTS) if prompt_field == "prompt" else ("turns",)),
+        (response_field, _RESPONSES if response_field == "response" else ()),
+    )
+    chats, prompts, responses = ({name, *others} & row.keys() for name, others in spellings)
+    return bool(chats or (prompts and responses))
+
+
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The functions that the assistant of a row may call, for its chat template.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopskip.errors import ConfigError, shown
-from hopskip.train.chats import Message, chat_of, tools_of
+from hopskip.train.chats import Message, chat_of, is_empty, tools_of
 from hopskip.train.read import DataConfig, LossOn
 
 
@@ -25,15 +25,19 @@ class Document:
 
 
 def encode(row: Mapping[str, Any], data: DataConfig, tokenizer: Any) -> list[Document]:
-    """The tokens of one row: one document, or several for a chat whose template writes earlier turns otherwise.
+    """The tokens of one row: one document, or several for a chat whose template writes earlier turns otherwise. None
+    for a row in which nobody asks or answers.
 
     Raises:
         ConfigError: it has none of the fields, they are of the wrong type, or the chat template cannot mark the
             assistant's words.
     """
-    chat = chat_of(
-        row, messages_field=data.messages_field, prompt_field=data.prompt_field, response_field=data.response_field
-    )
+    fields = {
+        "messages_field": data.messages_field,
+        "prompt_field": data.prompt_field,
+        "response_field": data.response_field,
+    }
+    chat = chat_of(row, **fields)
     if chat is not None:
         if tokenizer.chat_template:
             return _encode_chat(chat, tools_of(row), data, tokenizer)
@@ -43,6 +47,8 @@ def encode(row: Mapping[str, Any], data: DataConfig, tokenizer: Any) -> list[Doc
         return [_encode_spans(tokenizer, [(f"{question}\n", False), (answer, True)], data.loss_on)]
     text = row.get(data.text_field)
     if not isinstance(text, str):
+        if is_empty(row, **fields):
+            return []
         raise ConfigError(
             f"a row has none of {data.messages_field!r}, {data.prompt_field!r} with {data.response_field!r}, and "
             f"{data.text_field!r}, but {sorted(row)}; name its fields in the recipe"
