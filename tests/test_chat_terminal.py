@@ -116,7 +116,7 @@ def test_commands(shared: tuple[Terminal, Path]) -> None:
     terminal.send(f"/save {path}\r")
     terminal.wait_for(r"overwrite it\? \[y/N\]")
     terminal.send("\r")
-    terminal.wait_for("is left as it is")
+    terminal.wait_for(r"is\s+left\s+as\s+it\s+is")
     assert path.read_text() == "mine"
     path.unlink()
 

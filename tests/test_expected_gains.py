@@ -16,6 +16,7 @@ from hopskip.cli import app
 from hopskip.cli.gains import ExpectedGains, _range
 from hopskip.draft.costs import Costs, DraftCost
 from hopskip.speculative import LOOKUP, TRAINED_EXIT, Source
+from hopskip.train.exit import rule
 from hopskip.train.exit.estimate import Work
 from tests.models import tiny_config
 from tests.tiny import write_checkpoint
@@ -91,7 +92,8 @@ def test_words() -> None:
         assert names == [name, "a copy in q8", "n-gram lookup", "early exit after layer 2"]
 
 
-def test_info_says_it(tmp_path: Path) -> None:
+def test_info_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "free_disk", lambda path: 2**50)  # room for the states of all tokens
     write_checkpoint(tmp_path, tokenizer=True)
     text = CliRunner().invoke(app, ["info", str(tmp_path)], env={"COLUMNS": "160"}).stdout
     assert "an exit of its own, once trained" in text

@@ -38,7 +38,7 @@ def allows(grammar: Built, value: Any) -> bool:
 
 def allows_text(grammar: Built, text: str) -> bool:
     matcher = grammar.matcher.deep_copy()
-    tokens = vocabulary().tokenize_str(text)
+    tokens = vocabulary().tokens.tokenize_str(text)
     return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
 

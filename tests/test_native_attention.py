@@ -163,7 +163,7 @@ def test_rows_are_right_and_their_bits_their_own(isa: str, seed: int) -> None:
     found_ND = run(model, [*case.segments], x_ND, cache)
     k_now, v_now = (values[0] for values in vectors(cache, config.head_dim))
     expected_ND = expected_rows(case, weights, x_ND, k_now, v_now)
-    is_exact = case.kv_dtype != "int8" or not isa.startswith("avx512")
+    is_exact = case.kv_dtype != "int8" or isa in ("avx2", "neon", "portable")  # others multiply bytes
     error = (found_ND - expected_ND).abs().max() / (expected_ND - x_ND).abs().max()
     assert error < (2e-5 if is_exact else 0.04), (float(error), case)
 

@@ -25,6 +25,7 @@ SUBCOMMANDS = [
     ["trace", "record"],
     ["trace", "replay"],
     ["train", "exit"],
+    ["train", "layerskip"],
     *(["export", kind] for kind in ("early-exit", "eagle3", "merged", "gguf")),
 ]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]

@@ -321,7 +321,7 @@ def test_errors_of_the_server(live: Live, browser: Any) -> None:
         page.fill("#system", "x" * 4000)  # more than the context holds
         send(page, "Again")
         finished(page)
-        assert "more than the context" in page.inner_text("[role=alert]:visible")
+        assert "maximum context length is" in page.inner_text("[role=alert]:visible")
         assert texts(page, ".user .text") == ["Again"], "the question is still there"
         for status, message, shown in [
             (503, "shutting down", "The server is not ready: shutting down. Try again"),
