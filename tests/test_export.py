@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -340,6 +341,24 @@ def test_an_adapters_own_tokenizer_comes_first(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "adapter", chat_template="own")
     out = merged(tmp_path / "adapter", tmp_path / "merged")
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "own"
+
+
+def test_a_folder_by_which_transformers_drafts(tmp_path: Path) -> None:
+    """Of an ordinary checkpoint too; by itself where its makers recommend an exit layer."""
+    write_checkpoint(tmp_path / "model", "llama2-mha", tokenizer=True)
+    with pytest.raises(ConfigError, match="exit_layer is 3; this model has 3 layers, so it must be between 1 and 2"):
+        merged(tmp_path / "model", tmp_path / "merged", exit_layer=3)
+    out = merged(tmp_path / "model", tmp_path / "merged", exit_layer=2)
+    source = (out / "custom_generate" / "generate.py").read_text()
+    assert re.search("^EXIT_LAYER.* = 2$", source, flags=re.MULTILINE)
+    assert "drafting with 2 layers" in (out / "README.md").read_text()
+    assert "drafting with" not in (merged(out, tmp_path / "plain", dtype="bf16") / "README.md").read_text()
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    recommended = {"exit_layer": 1, "num_draft_tokens": 6}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hopskip": recommended}))
+    source = (merged(tmp_path / "model", tmp_path / "own") / "custom_generate" / "generate.py").read_text()
+    assert re.search("^EXIT_LAYER.* = 1$", source, flags=re.MULTILINE)
+    assert re.search("^NUM_DRAFT_TOKENS.* = 6$", source, flags=re.MULTILINE)
 
 
 def test_an_ordinary_checkpoint_needs_no_merging(model: Path, tmp_path: Path) -> None:

@@ -116,6 +116,14 @@ def eagle3(
 def merged(
     out: Out,
     model: Model = None,
+    exit_layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Layers that transformers drafts with, by code in the folder (default: as the model recommends).",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DType = "auto",
     base: Base = None,
     force: Force = False,
@@ -128,7 +136,7 @@ def merged(
     from hopskip.export import merged
 
     with progress("exporting") as shown:
-        merged(model, out, dtype=dtype, base=base, force=force, progress=shown.doing)
+        merged(model, out, dtype=dtype, exit_layer=exit_layer, base=base, force=force, progress=shown.doing)
     print(out)
 
 

@@ -114,8 +114,8 @@ def eagle3(source: Source, exit: TrainedExit, difference: float, name: str) -> s
     )
 
 
-def merged(source: Source, name: str) -> str:
-    """Of a whole model as a checkpoint folder."""
+def merged(source: Source, name: str, exit_layer: int | None) -> str:
+    """Of a whole model as a checkpoint folder, by which transformers drafts where there is an exit layer."""
     path, base = source.checkpoint.path, source.model_folder
     fact = f"The model `{source.name}`, which was stored as {source.stored_as}: an ordinary checkpoint."
     if base is not None and base != path:
@@ -123,6 +123,12 @@ def merged(source: Source, name: str) -> str:
             f"The LoRA adapter `{path.name}` merged into its base `{base.name}`: an ordinary checkpoint. Each weight "
             "was merged in float32 and rounded once."
         )
+    code = (
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("./{name}", trust_remote_code=True)\n'
+        "ids = model.generate(**inputs, max_new_tokens=64)"
+    )
+    drafting = [] if exit_layer is None else [(f"transformers, drafting with {exit_layer} layers", "python", code)]
     return _page(
         source,
         f"{source.name}, as a checkpoint",
@@ -130,6 +136,7 @@ def merged(source: Source, name: str) -> str:
         [
             ("hopskip", "console", f'$ hopskip generate -m ./{name} "Hello"'),
             ("vLLM", "console", f"$ vllm serve ./{name}"),
+            *drafting,
         ],
         ["hopskip runs the source as well: in the same precision its greedy texts are the same."],
     )

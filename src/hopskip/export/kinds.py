@@ -32,6 +32,7 @@ from hopskip.export.hf_folder import config_json, generation_json, weights, writ
 from hopskip.export.self_check import check_drafter
 from hopskip.export.source import Source, open_source
 from hopskip.export.tensors import PLAIN_NAMES, DType, Outgoing, Progress, from_values, write_json, write_shards
+from hopskip.hf.folder import write_custom_generate
 from hopskip.loading import DTYPE_NAMES
 from hopskip.machine import replacing_folder
 
@@ -73,17 +74,11 @@ def early_exit(
     chosen = _dtype(dtype, DTypeOrQ8 if format == "gguf" else DType)
     source = open_source(model, base)
     whole = source.checkpoint.config
-    depth = whole.num_hidden_layers
-    if exit_layer is None and whole.recommended_exit_layer is None:
+    exit_layer = _exit_layer(whole, exit_layer)
+    if exit_layer is None:
         raise ConfigError(
-            f"exit_layer (--exit-layer) is needed: the model recommends none; it must be between 1 and {depth - 1}"
-        )
-    exit_layer = check_count(
-        "exit_layer", whole.recommended_exit_layer if exit_layer is None else exit_layer, f"between 1 and {depth - 1}"
-    )
-    if exit_layer >= depth:
-        raise ConfigError(
-            f"exit_layer is {exit_layer}; this model has {depth} layers, so it must be between 1 and {depth - 1}"
+            "exit_layer (--exit-layer) is needed: the model recommends none; it must be between 1 and "
+            f"{whole.num_hidden_layers - 1}"
         )
     num_draft_tokens = whole.recommended_num_draft_tokens or _DRAFT_TOKENS
     config = replace(
@@ -109,6 +104,7 @@ def merged(
     out: str | Path,
     *,
     dtype: str = "auto",
+    exit_layer: int | None = None,
     base: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -119,19 +115,42 @@ def merged(
     Args:
         model: of an adapter the base must be here already.
         dtype: of the weights; `auto` keeps the base's, and makes what was quantized bfloat16.
+        exit_layer: the folder carries code by which transformers' `generate` drafts with so many layers
+            (`hopskip.hf.write_custom_generate`); None: where the model's makers recommend a number.
     """
     chosen = _dtype(dtype, DType)
     source = open_source(model, base)
-    path = source.checkpoint.path
-    if chosen == "auto" and path.is_dir() and not is_adapter(path) and source.checkpoint.quantization is None:
+    path, config = source.checkpoint.path, source.checkpoint.config
+    exit_layer = _exit_layer(config, exit_layer)
+    is_plain = path.is_dir() and not is_adapter(path) and source.checkpoint.quantization is None
+    if chosen == "auto" and is_plain and exit_layer is None:
         raise ConfigError(
-            f"{path} is an ordinary checkpoint already: there is nothing to merge. Give an adapter, a GGUF file or "
-            "another dtype"
+            f"{path} is an ordinary checkpoint already: there is nothing to merge. Give an adapter, a GGUF file, "
+            "another dtype, or an exit_layer (--exit-layer) to draft from"
         )
     with _writing(out, source, force) as folder:
-        _write_folder(source, folder, source.checkpoint.config, chosen, progress)  # type: ignore[arg-type]
-        (folder / "README.md").write_text(card.merged(source, Path(out).name), encoding="utf-8")
+        _write_folder(source, folder, config, chosen, progress)  # type: ignore[arg-type]
+        if exit_layer is not None:
+            write_custom_generate(folder, exit_layer, config.recommended_num_draft_tokens or _DRAFT_TOKENS)
+        (folder / "README.md").write_text(card.merged(source, Path(out).name, exit_layer), encoding="utf-8")
     return Path(out).expanduser()
+
+
+def _exit_layer(config: ModelConfig, given: int | None) -> int | None:
+    """How many layers to draft with; None if nobody says.
+
+    Raises:
+        ConfigError: the model has no such exit.
+    """
+    chosen = config.recommended_exit_layer if given is None else given
+    allowed = f"between 1 and {config.num_hidden_layers - 1}"
+    if chosen is None:
+        return None
+    if check_count("exit_layer", chosen, allowed) >= config.num_hidden_layers:
+        raise ConfigError(
+            f"exit_layer is {chosen}; this model has {config.num_hidden_layers} layers, so it must be {allowed}"
+        )
+    return chosen
 
 
 def gguf(
