@@ -24,7 +24,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="LIST", help="Early exits to read, such as 4,8,all (default: all, every layer)."),
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(metavar="N", help="Examples before each question.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(metavar="N", help="Solved examples before each question.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N questions of each task.")] = None,
     include_path: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A folder with further tasks (YAML files).")
