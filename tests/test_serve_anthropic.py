@@ -16,7 +16,7 @@ from hopskip.serve.anthropic.answer import MessageAnswer
 from hopskip.serve.anthropic.translate import translate
 from hopskip.serve.engine_thread import GenerationError, UnavailableError
 from hopskip.serve.settings import Limits
-from tests.serving import MODEL, Live, live_server, tiny_llm
+from tests.serving import MODEL, Live, live_server
 
 CITY: dict[str, Any] = {
     "type": "object",
@@ -27,17 +27,6 @@ CITY: dict[str, Any] = {
 TOOL: dict[str, Any] = {"name": "weather", "description": "Of a city", "input_schema": CITY}
 HI: list[Any] = [{"role": "user", "content": "Hi there"}]
 ASKED: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "temperature": 0, "messages": HI}
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return tiny_llm(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def live(llm: LLM) -> Iterator[Live]:
-    with live_server(llm) as live:
-        yield live
 
 
 @pytest.fixture(scope="module")

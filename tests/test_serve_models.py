@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from hopskip import LLM
 from hopskip.serve import models
-from tests.serving import MODEL, Live, live_server, tiny_llm
+from tests.serving import MODEL
 
 USER = {"role": "user", "content": "Hi"}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"enum": [{}]}}}]
@@ -32,23 +30,6 @@ CASES = [
     *(("/v1/completions", {"prompt": "ab ab", **case}) for case in COMMON + TEXT),
     *(("/v1/chat/completions", {"messages": [USER], **case}) for case in COMMON + CHAT),
 ]
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return tiny_llm(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def live(llm: LLM) -> Iterator[Live]:
-    with live_server(llm) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def client(live: Live) -> Iterator[httpx.Client]:
-    with live.client() as client:
-        yield client
 
 
 @pytest.mark.parametrize(("path", "body"), CASES)

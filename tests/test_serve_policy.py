@@ -4,7 +4,6 @@ clients are told."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,29 +14,12 @@ from hopskip import LLM, ConfigError
 from hopskip.serve.jobs import _plain_message
 from hopskip.serve.schema import Message
 from hopskip.serve.settings import Limits, ServeSettings
-from tests.serving import MODEL, Live, live_server, tiny_llm
+from tests.serving import MODEL, Live, live_server
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: dict[str, Any] = {"messages": [USER], "max_tokens": 3, "temperature": 0}
 TEXT: dict[str, Any] = {"prompt": "ab", "max_tokens": 3, "temperature": 0}
 PATHS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return tiny_llm(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def live(llm: LLM) -> Iterator[Live]:
-    with live_server(llm) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def client(live: Live) -> Iterator[httpx.Client]:
-    with live.client() as client:
-        yield client
 
 
 def choices(client: httpx.Client, path: str, **body: Any) -> Any:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from hopskip import LLM, SamplingParams
 from hopskip.serve.settings import Limits
-from tests.serving import MODEL, Brake, Live, live_server, tiny_llm
+from tests.serving import MODEL, Brake, Live, live_server
 
 CITY: dict[str, Any] = {
     "type": "object",
@@ -35,23 +35,6 @@ TEXT_EVENTS = [
     "response.content_part.done",
     "response.output_item.done",
 ]
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return tiny_llm(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def live(llm: LLM) -> Iterator[Live]:
-    with live_server(llm) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def client(live: Live) -> Iterator[httpx.Client]:
-    with live.client() as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
