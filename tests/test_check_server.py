@@ -209,6 +209,8 @@ def test_kinds_of_partings(texts: dict[str, str], has_logprobs: bool, expected: 
     assert found.partings == (expected,)
     assert not found.passed
     assert len(found.own_partings) == ("again" in texts)
+    assert all((own.token, own.gap) == (1, 0.0) for own in found.own_partings)
+    assert {r["top_logprobs"] for r in script.requests if "logprobs" in r} == {20}, "as many as the API gives"
 
 
 def test_one_way_to_decode_plainly(live: Live) -> None:
